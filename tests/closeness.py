@@ -1,0 +1,73 @@
+"""The one tolerance rule: how close to the float64 oracle a result has to be.
+
+A result may be as wrong as the straightforward computation in its own precision (`oracle.straightforward`) times a
+factor, because another order of summation is another draw from the same noise, plus `FLOAT32_ROUNDINGS`, because that
+draw may have been a lucky one. Nothing is tuned by case, type, shape or device.
+"""
+
+import numpy as np
+
+# The norm averages the noise of all elements and judges precision. An extreme is a single draw of it and varies more;
+# it judges whether every row is right at all.
+FACTORS = {"Frobenius norm": 2, "worst element": 10}
+# Scores in base 2, a hardware exp2, rescaled and sequential sums: what float32 kernels round and NumPy does not.
+FLOAT32_ROUNDINGS = 32 * 2.0**-24
+# A row whose terms cancel carries the noise of its terms: below this part of the largest row, size says nothing.
+SMALLEST_ROW = 1 / 32
+
+
+def errors(result, exact):
+    """The measures of error by name: of the whole, and of the element that is furthest off for the size of its row.
+
+    A row is the last axis of `[rows, heads, head_dim]`. The second measure finds a wrong one that drowns in the whole,
+    such as one of the small values late in a long sequence. `lse [heads, rows]` is a logarithm: its size is at least 1.
+    """
+    error = np.abs(result - exact)
+    size = np.abs(exact)
+    if exact.ndim == 3:
+        row = size.max(axis=2, keepdims=True)
+        size = np.maximum(row, SMALLEST_ROW * row.max(initial=0))
+    else:
+        size = np.maximum(size, 1)
+    return {
+        "Frobenius norm": _relative(np.linalg.norm(error), np.linalg.norm(exact)),
+        "worst element": _relative(error, size).max(initial=0),
+    }
+
+
+def assert_close(name, result, exact, straightforward):
+    """Assert that `result` is as close to `exact` as the rule says, given the `straightforward` result.
+
+    Infinities must be the same in the same places, and NaN is never right.
+    """
+    result, exact, straightforward = (np.asarray(x).astype(np.float64) for x in (result, exact, straightforward))
+    assert result.shape == exact.shape, f"{name}: expected shape {exact.shape}, got {result.shape}"
+    nan = np.isnan(result)
+    assert not nan.any(), f"{name}: {nan.sum()} of {nan.size} elements are NaN, the first at {_first(nan)}"
+    infinite = np.isinf(exact)
+    misplaced = (infinite | np.isinf(result)) & (result != exact)
+    assert not misplaced.any(), (
+        f"{name}: {misplaced.sum()} elements that are infinite or should be differ, the first at {_first(misplaced)}: "
+        f"expected {exact[misplaced][0]}, got {result[misplaced][0]}"
+    )
+    result, exact, straightforward = (np.where(infinite, 0, x) for x in (result, exact, straightforward))
+    found, expected = errors(result, exact), errors(straightforward, exact)
+    for measure, factor in FACTORS.items():
+        bound = factor * expected[measure] + FLOAT32_ROUNDINGS
+        if found[measure] > bound:
+            worst = np.unravel_index(np.abs(result - exact).argmax(), exact.shape)
+            raise AssertionError(
+                f"{name}: error {found[measure]:.2e} by {measure} exceeds {bound:.2e} "
+                f"({factor} x {expected[measure]:.2e} of the straightforward computation + {FLOAT32_ROUNDINGS:.2e}); "
+                f"largest difference at {tuple(map(int, worst))}: expected {exact[worst]:.6g}, got {result[worst]:.6g}"
+            )
+
+
+def _relative(error, size):
+    """`error / size`, where no error is right for any size and any error of nothing is infinitely wrong."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0, error / size)
+
+
+def _first(mask):
+    return tuple(int(index) for index in np.argwhere(mask)[0])

@@ -1,0 +1,186 @@
+"""The only place in this package that launches a kernel, the choice of the backend that does it, and jax-triton's quirks."""
+
+import importlib.util
+import inspect
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from zigzag_kernels.problem import INTERPRET
+
+if TYPE_CHECKING:
+    from zigzag_kernels.plan import Launch
+
+BACKENDS = ("triton", "interpret", "reference")
+# Triton's interpreter keeps global state, and the host devices of one process call it from several threads.
+_INTERPRETER = threading.Lock()
+
+
+def choose_backend(backend: str | None) -> str:
+    """The backend on JAX's default platform; a request that cannot be met is an error, never another backend.
+
+    Raises `ValueError` for an unknown name or a platform that the backend does not serve, `RuntimeError` if the process
+    cannot run it (a package missing, or interpreting when it should compile).
+    """
+    platform = jax.default_backend()
+    if backend is None:
+        backend = "triton" if platform == "gpu" else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected None, {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    wanted, packages = ("gpu", ("triton", "jax_triton")) if backend == "triton" else ("cpu", ("triton",))
+    if platform != wanted:
+        raise ValueError(f"backend: {backend!r} expected JAX on {wanted}, got {platform}")
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(f"backend: {backend!r} needs the package {package}, which is not installed")
+    from zigzag_kernels.plan import interpreting
+
+    if interpreting() != (backend == "interpret"):
+        raise RuntimeError(
+            "backend: 'interpret' needs TRITON_INTERPRET=1 in the environment before triton is imported"
+            if backend == "interpret"
+            else "backend: 'triton' cannot compile in a process that imported triton with TRITON_INTERPRET=1"
+        )
+    return backend
+
+
+def target(backend: str) -> str:
+    """What `Problem.target` says of the default device under `backend`."""
+    if backend == "interpret":
+        return INTERPRET
+    if backend == "reference":
+        return backend
+    return jax.devices()[0].compute_capability
+
+
+def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to accept compiled kernels, whichever jax-triton runs."""
+    names = ("triton_kernel_call", "triton_kernel_call_ffi")
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+
+
+def varying_axes(*arrays: jax.Array) -> tuple[str, ...]:
+    """The mesh axes along which any of `arrays` varies: none outside `shard_map` or if it does not check them."""
+    return tuple(sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))))
+
+
+def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x` typed as varying along `axes`; the transpose sums a gradient over those along which `x` did not vary."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def run(launch: "Launch", *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Execute `launch` on `arrays`; returns its outputs. Under `vmap` the launches follow one another."""
+    _check_signature(launch)
+    from zigzag_kernels.plan import interpreting
+
+    execute = _interpret if interpreting() else _compile
+    outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
+
+    @jax.custom_batching.sequential_vmap
+    def launch_once(*arrays):
+        # Neither a callback nor jax-triton says that its results vary where its operands do.
+        axes = varying_axes(*arrays)
+        return tuple(vary(x, axes) for x in execute(launch, outputs, arrays))
+
+    return launch_once(*arrays)
+
+
+def _check_signature(launch: "Launch") -> None:
+    """`TypeError` unless names and order are the kernel's: jax-triton takes a misspelt name as one more constant."""
+    names = list(inspect.signature(launch.kernel.fn).parameters)
+    first_output = len(launch.inputs) + len(launch.scalars)
+    first_constexpr = first_output + len(launch.outputs)
+    given = (
+        [f"{name}_ptr" for name in launch.inputs]
+        + names[len(launch.inputs) : first_output]  # scalars have no names in a launch
+        + [f"{output.name}_ptr" for output in launch.outputs]
+    )
+    if names[:first_constexpr] != given or set(names[first_constexpr:]) != set(launch.constexprs):
+        raise TypeError(
+            f"{launch.kernel.fn.__name__}: expected arguments {names}, got {given} and {sorted(launch.constexprs)}"
+        )
+
+
+def _compile(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
+    jax_triton = _import_jax_triton()
+    renamed = jax_triton.__version_info__ >= (0, 4)
+    return jax_triton.triton_call(
+        *arrays,
+        *launch.scalars,
+        kernel=launch.kernel,
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **{"out_type" if renamed else "out_shape": outputs},
+        **launch.constexprs,
+    )
+
+
+def _import_jax_triton():
+    """The module, imported on first use: it fails without a GPU plugin, and it clears Triton's cache directory."""
+    name = "TRITON_CACHE_DIR"
+    cache_dir = os.environ.get(name)
+    try:
+        import jax_triton
+    finally:
+        os.environ.pop(name, None)
+        if cache_dir is not None:
+            os.environ[name] = cache_dir
+    return jax_triton
+
+
+class _HostTensor:
+    """What Triton's interpreter asks of a tensor, and of its storage, for a NumPy array that is already on the host."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = array.dtype
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def size(self):
+        return self.array.shape
+
+    def stride(self):
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def storage_offset(self):
+        return 0
+
+    def untyped_storage(self):
+        return self
+
+    cpu = untyped_storage
+
+    def new_empty(self, *_, **__):
+        return self
+
+    def set_(self, *_):
+        pass
+
+    copy_ = set_
+
+
+def _interpret(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
+    def on_host(*arrays):
+        arrays = [np.ascontiguousarray(x) for x in arrays]
+        results = [np.empty(output.shape, output.dtype) for output in outputs]
+        for x in results:
+            x.view(np.uint8).fill(0xFF)  # NaN, or -1: what a kernel forgets to write is found out
+        with _INTERPRETER:
+            launch.kernel[launch.grid](
+                *map(_HostTensor, arrays), *launch.scalars, *map(_HostTensor, results), **launch.constexprs
+            )
+        return tuple(results)
+
+    return jax.pure_callback(on_host, outputs, *arrays)

@@ -1,0 +1,50 @@
+"""The differentiable attention of one rank: the kernels behind `jax.custom_vjp`."""
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from zigzag_kernels.problem import Problem
+
+from . import launch
+
+
+def attention(
+    problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sequences: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32), named "zigzag_out" and "zigzag_lse" for remat policies."""
+    # A custom rule sees one rank. Cast before it, autodiff sums over the ranks the gradient of what they share.
+    axes = launch.varying_axes(q, k, v, segments, sequences)
+    return _attention(problem, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(problem, q, k, v, segments, sequences):
+    return _forward(problem, q, k, v, segments, sequences)[0]
+
+
+def _forward(problem, q, k, v, segments, sequences):
+    from zigzag_kernels import plan
+
+    out, lse = plan.forward(launch.run, problem, q, k, v, segments)
+    out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
+    return (out, lse), (q, k, v, out, lse, segments, sequences)
+
+
+def _backward(problem, residuals, cotangents):
+    from zigzag_kernels import plan
+
+    gradients = plan.backward(
+        launch.run,
+        problem,
+        *residuals[:5],
+        *cotangents,
+        *residuals[5:],
+        dout_strides=(problem.heads * problem.head_dim, problem.head_dim),
+        kv_dtype=problem.dtype,
+    )
+    return *gradients, None, None
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,311 @@
+"""The backward kernels: row statistics, then dK/dV (one program a key tile) and dQ (one program a query tile).
+
+FlashAttention-2 (Dao, arXiv:2307.08691) without atomics: the scores are computed twice and every sum has one owner,
+so that the same inputs give the same bits. dK/dV of a key tile sum over both chunks of the rank and over the query
+heads of the group. Grids: (tiles, kv_heads).
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import LOG2_E, SEQUENCE_FIELDS, dot, key_rows, load_rows, load_segment, locate, query_offsets, store_rows, visible_keys
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_delta(
+    out_ptr,  # [T, heads, HEAD_DIM]
+    dout_ptr,
+    lse_ptr,  # [heads, T] float32
+    dlse_ptr,  # [heads, T] float32, read if HAS_DLSE
+    T,
+    delta_ptr,  # [kv_heads, T * GROUP] float32
+    lse2_ptr,  # [kv_heads, T * GROUP] float32, base 2
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Per row `delta = sum(out * dout) - dlse`, and `lse` in base 2, both in the row order of the other kernels.
+
+    With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
+    """
+    kv_head = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1) * GROUP
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T * GROUP
+    tokens = (rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    out = load_rows(out_ptr, (tokens * heads + head) * HEAD_DIM, inside, True, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, tokens * STRIDE_DOT + head * STRIDE_DOH, inside, True, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    per_head = head * T + tokens
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + per_head, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + per_head, mask=inside, other=0.0)
+    destination = kv_head * T * GROUP + rows
+    tl.store(delta_ptr + destination, delta, mask=inside)
+    tl.store(lse2_ptr + destination, lse * LOG2_E, mask=inside)
+
+
+@triton.jit
+def _dkdv_block(
+    row,  # first row of the block inside the segment
+    end_row,  # rows from here on are not of this block
+    q_row,
+    diagonal,
+    kv_len,
+    keys,  # [BLOCK_N] key indices of this program's tile
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    delta_ptr,
+    lse2_ptr,
+    dk,
+    dv,
+    MASKED: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    STRIDE_QT: tl.constexpr,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add what BLOCK_M query rows contribute to dK and dV of the tile; scores are transposed, `[BLOCK_N, BLOCK_M]`."""
+    rows = row + tl.arange(0, BLOCK_M)
+    inside = rows < end_row
+    q_start, q_offsets, tokens = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
+    q = load_rows(q_ptr + q_start, q_offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
+    statistics = q_row * GROUP + rows
+    scores = dot(k, tl.trans(q), None, INTERPRET)
+    if MASKED:
+        # Rows behind the last get probability exp2(-inf) = 0.
+        lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
+    else:
+        lse2 = tl.load(lse2_ptr + statistics)
+    p = tl.math.exp2(scores * SCALE_LOG2 - lse2[None, :])
+    if MASKED:
+        limit = tl.minimum(diagonal + tokens + 1, kv_len)
+        p = tl.where(keys[:, None] < limit[None, :], p, 0.0)
+    dout_start, dout_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
+    dout = load_rows(dout_ptr + dout_start, dout_offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
+    dv = dot(p.to(dout.dtype), dout, dv, INTERPRET)
+    dp = dot(v, tl.trans(dout), None, INTERPRET)
+    if MASKED:
+        delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
+    else:
+        delta = tl.load(delta_ptr + statistics)
+    ds = p * (dp - delta[None, :])
+    return dot(ds.to(q.dtype), q, dk, INTERPRET), dv
+
+
+@triton.jit(do_not_specialize=["n_sequences", "T"])
+def backward_dkdv(
+    q_ptr,  # [T, heads, HEAD_DIM]
+    k_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    v_ptr,
+    dout_ptr,  # [T, heads, HEAD_DIM]
+    delta_ptr,  # [kv_heads, T * GROUP] float32
+    lse2_ptr,
+    sequences_ptr,
+    n_sequences,
+    T,
+    dk_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    dv_ptr,
+    WORLD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    STRIDE_QT: tl.constexpr,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    # The padding entry and impossible tables: as in load_segment.
+    used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
+    sequence, block = locate(sequences_ptr, n_sequences, tl.program_id(0), SEQUENCE_FIELDS, 1, BLOCK_N)
+    overfull = used > T
+    sequence = tl.where(overfull, n_sequences - 1, sequence)
+    block = tl.where(overfull, tl.program_id(0), block)
+    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
+    kv_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
+    padding = sequence == n_sequences - 1
+    poison = overfull | (tl.load(entry_ptr + 3) < 0)
+    # Padding has T - used rows in each of the WORLD_SIZE slots: a sequence of that many early chunks.
+    kv_chunk = tl.where(padding, T - kv_row, tl.load(entry_ptr + 2))
+    n_keys = tl.where(padding, kv_chunk * WORLD_SIZE, tl.load(entry_ptr + 3))
+    first_key = block * BLOCK_N
+    if first_key >= n_keys:
+        return
+
+    kv_head = tl.program_id(1).to(tl.int64)
+    kv_heads = tl.num_programs(1)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    inside = keys < n_keys
+    rows = key_rows(first_key, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N)
+    k = load_rows(k_ptr + kv_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + kv_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    q_ptr += kv_head * GROUP * STRIDE_QH
+    dout_ptr += kv_head * GROUP * STRIDE_DOH
+    delta_ptr += kv_head * T * GROUP
+    lse2_ptr += kv_head * T * GROUP
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for half in range(2):
+        half_ptr = entry_ptr + 4 + 4 * half
+        q_row = tl.load(half_ptr)
+        q_len = tl.load(half_ptr + 1)
+        kv_len = tl.load(half_ptr + 3)
+        diagonal = tl.load(half_ptr + 2) if CAUSAL else kv_len
+        end_key = tl.minimum(first_key + BLOCK_N, n_keys)
+        begin = tl.maximum(first_key - diagonal, 0)  # first token that sees the first key of the tile
+        begin = tl.where(first_key < kv_len, tl.minimum(begin, q_len), q_len)
+        begin_full = tl.maximum(end_key - 1 - diagonal, begin)  # first token that sees them all
+        begin_full = tl.where(end_key <= kv_len, tl.minimum(begin_full, q_len), q_len)
+        # Whole blocks that see every key end with the segment; the rows before them are masked.
+        end_row = q_len * GROUP
+        full_row = end_row - (q_len - begin_full) * GROUP // BLOCK_M * BLOCK_M
+        for row in range(begin * GROUP, full_row, BLOCK_M):
+            dk, dv = _dkdv_block(
+                row, full_row, q_row, diagonal, kv_len, keys, k, v, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dk, dv,
+                True, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
+                BLOCK_M, BLOCK_D, INTERPRET,
+            )  # fmt: skip
+        for row in range(full_row, end_row, BLOCK_M):
+            dk, dv = _dkdv_block(
+                row, end_row, q_row, diagonal, kv_len, keys, k, v, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dk, dv,
+                False, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
+                BLOCK_M, BLOCK_D, INTERPRET,
+            )  # fmt: skip
+
+    dk *= SOFTMAX_SCALE
+    if poison:
+        dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
+        dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
+    destination = (rows * kv_heads + kv_head) * HEAD_DIM
+    store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dq_block(
+    start,
+    q,
+    dout,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    limit,
+    kv_len,
+    kv_row,
+    kv_chunk,
+    T,
+    dq,
+    MASKED: tl.constexpr,
+    WORLD_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add what the keys `[start, start + BLOCK_N)` contribute to dQ of the tile."""
+    keys = start + tl.arange(0, BLOCK_N)
+    rows = key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N)
+    k = load_rows(k_ptr, rows * STRIDE_KT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, rows * STRIDE_VT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
+    p = tl.math.exp2(dot(q, tl.trans(k), None, INTERPRET) * SCALE_LOG2 - lse2[:, None])
+    if MASKED:
+        p = tl.where(keys[None, :] < limit[:, None], p, 0.0)
+    dp = dot(dout, tl.trans(v), None, INTERPRET)
+    ds = p * (dp - delta[:, None])
+    return dot(ds.to(k.dtype), k, dq, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["n_segments", "T"])
+def backward_dq(
+    q_ptr,  # [T, heads, HEAD_DIM]
+    k_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    v_ptr,
+    dout_ptr,  # [T, heads, HEAD_DIM]
+    delta_ptr,  # [kv_heads, T * GROUP] float32
+    lse2_ptr,
+    segments_ptr,
+    n_segments,
+    T,
+    dq_ptr,  # [T, heads, HEAD_DIM]
+    WORLD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    STRIDE_QT: tl.constexpr,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
+        segments_ptr, n_segments, tl.program_id(0), T, CAUSAL, GROUP, BLOCK_M
+    )
+    if row >= q_len * GROUP:
+        return
+    kv_head = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1) * GROUP
+    rows = row + tl.arange(0, BLOCK_M)
+    inside = rows < q_len * GROUP
+    q_start, q_offsets, tokens = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
+    q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + q_start, q_offsets, inside, True, HEAD_DIM, BLOCK_D)
+    dout_start, dout_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
+    dout = load_rows(dout_ptr + kv_head * GROUP * STRIDE_DOH + dout_start, dout_offsets, inside, True, HEAD_DIM, BLOCK_D)
+    statistics = kv_head * T * GROUP + q_row * GROUP + rows
+    lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
+    k_ptr += kv_head * STRIDE_KH
+    v_ptr += kv_head * STRIDE_VH
+    limit, seen_by_all, seen_by_any = visible_keys(row, tokens, q_len, diagonal, kv_len, GROUP, BLOCK_M, BLOCK_N)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, seen_by_all, BLOCK_N):
+        dq = _dq_block(
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq,
+            False, WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+        )  # fmt: skip
+    for start in range(seen_by_all, seen_by_any, BLOCK_N):
+        dq = _dq_block(
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq,
+            True, WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+        )  # fmt: skip
+
+    dq *= SOFTMAX_SCALE
+    if kv_len < 0:
+        dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
+    dq_start, dq_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, heads * HEAD_DIM, HEAD_DIM)
+    store_rows(dq_ptr + kv_head * GROUP * HEAD_DIM + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D)

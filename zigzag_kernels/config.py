@@ -1,0 +1,180 @@
+"""Tile sizes as data: one table per architecture, chosen by one function and checked by one `fits()`.
+
+Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for 8.6, 8.9 and 12.x, sm_80 for the rest.
+sm_90 was measured on an H100 (see the README); the others are chosen by budget and not measured.
+
+`ZIGZAG_KERNEL_CONFIG=file.json` replaces entries, in the shape of `_TABLES` with `Config` fields as objects:
+`{"sm_90": {"forward": {"16-bit": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass, fields
+
+from .problem import DTYPE_BYTES, INTERPRET
+
+OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
+KERNELS = ("forward", "backward_dkdv", "backward_dq")
+WIDTHS = {2: "16-bit", 4: "32-bit"}
+# Largest dynamic shared memory of one block, in bytes (CUDA programming guide, technical specifications).
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
+REGISTERS_PER_THREAD = 255
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name}: expected a positive int, got {value!r}")
+        for name in ("BLOCK_M", "BLOCK_N"):
+            value = getattr(self, name)
+            if value < 16 or value > 256 or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two from 16 to 256, got {value}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {self.num_warps}")
+
+
+def _table(rows: dict[int, tuple[int, int, int, int]]) -> dict[int, Config]:
+    return {head_dim: Config(*row) for head_dim, row in rows.items()}
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by head_dim rounded up to a power of two.
+_FLOAT32 = {
+    "forward": _table({16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 4, 1)}),
+    "backward_dkdv": _table({16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}),
+    "backward_dq": _table({16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}),
+}  # fmt: skip
+_TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
+    "sm_90": {
+        "forward": {
+            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)}),
+            "32-bit": _FLOAT32["forward"],
+        },
+        "backward_dkdv": {
+            "16-bit": _table({16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}),
+            "32-bit": _FLOAT32["backward_dkdv"],
+        },
+        "backward_dq": {
+            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}),
+            "32-bit": _FLOAT32["backward_dq"],
+        },
+    },
+    "sm_80": {
+        "forward": {
+            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}),
+            "32-bit": _FLOAT32["forward"],
+        },
+        "backward_dkdv": {
+            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}),
+            "32-bit": _FLOAT32["backward_dkdv"],
+        },
+        "backward_dq": {
+            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}),
+            "32-bit": _FLOAT32["backward_dq"],
+        },
+    },
+    "sm_86": {
+        "forward": {
+            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)}),
+            "32-bit": _FLOAT32["forward"],
+        },
+        "backward_dkdv": {
+            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}),
+            "32-bit": _FLOAT32["backward_dkdv"],
+        },
+        "backward_dq": {
+            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}),
+            "32-bit": _FLOAT32["backward_dq"],
+        },
+    },
+}  # fmt: skip
+_INTERPRET = Config(BLOCK_M=32, BLOCK_N=32, num_warps=1, num_stages=1)
+
+
+def architecture(target: str) -> str:
+    """Name of the table that a compute capability such as "8.9" uses."""
+    major, minor = (int(part) for part in target.split("."))
+    if (major, minor) in ((8, 6), (8, 9)) or major == 12:
+        return "sm_86"
+    return "sm_90" if major in (9, 10) else "sm_80"
+
+
+def block_d(head_dim: int) -> int:
+    """`head_dim` rounded up to the power of two that tiles have."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str) -> int:
+    """Bytes of shared memory of one program: what stays (its own tiles) and what is pipelined (`num_stages` deep)."""
+    row = block_d(head_dim) * DTYPE_BYTES[dtype]
+    probabilities = config.BLOCK_M * config.BLOCK_N * DTYPE_BYTES[dtype]
+    own, stream = (
+        (config.BLOCK_N, config.BLOCK_M) if kernel == "backward_dkdv" else (config.BLOCK_M, config.BLOCK_N)
+    )
+    own_tiles = 1 if kernel == "forward" else 2
+    return own * own_tiles * row + 2 * config.num_stages * stream * row + (probabilities if kernel != "forward" else 0)
+
+
+def registers(kernel: str, config: Config, head_dim: int) -> int:
+    """Registers a thread needs for float32 accumulators and one tile of scores: more than a thread has cannot work."""
+    accumulators = block_d(head_dim) * {
+        "forward": config.BLOCK_M,
+        "backward_dkdv": 2 * config.BLOCK_N,
+        "backward_dq": config.BLOCK_M,
+    }[kernel]
+    return (accumulators + config.BLOCK_M * config.BLOCK_N) // (32 * config.num_warps)
+
+
+def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) -> str | None:
+    """None if `config` can run, else the budget that it exceeds, in words."""
+    need, limit = shared_memory(kernel, config, head_dim, dtype), SHARED_MEMORY[architecture(target)]
+    if need > limit:
+        return f"{need} bytes of shared memory, the GPU has {limit}"
+    need = registers(kernel, config, head_dim)
+    if need > REGISTERS_PER_THREAD:
+        return f"{need} registers a thread, the GPU has {REGISTERS_PER_THREAD}"
+    return None
+
+
+@functools.cache
+def _overrides(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        tables = json.load(file)
+    for arch, kernels in tables.items():
+        if arch not in _TABLES:
+            raise ValueError(f"{path}: expected an architecture of {', '.join(_TABLES)}, got {arch!r}")
+        for kernel, widths in kernels.items():
+            if kernel not in KERNELS:
+                raise ValueError(f"{path}: expected a kernel of {', '.join(KERNELS)}, got {kernel!r}")
+            for width in widths:
+                if width not in WIDTHS.values():
+                    raise ValueError(f"{path}: expected a width of {', '.join(WIDTHS.values())}, got {width!r}")
+    return tables
+
+
+def choose_config(kernel: str, head_dim: int, dtype: str, target: str) -> Config:
+    """The configuration of `kernel` ("forward", "backward_dkdv" or "backward_dq") on `target`."""
+    if target == INTERPRET:
+        return _INTERPRET
+    arch, width, dim = architecture(target), WIDTHS[DTYPE_BYTES[dtype]], block_d(head_dim)
+    path = os.environ.get(OVERRIDE_VARIABLE)
+    custom = _overrides(path).get(arch, {}).get(kernel, {}).get(width, {}).get(str(dim)) if path else None
+    if custom is None:
+        return _TABLES[arch][kernel][width][dim]
+    try:
+        config = Config(**custom)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {arch} {kernel} {width} head_dim {dim}: {error}") from error
+    if problem := fits(kernel, config, head_dim, dtype, target):
+        raise ValueError(f"{path}: {arch} {kernel} {width} head_dim {dim}: {config} needs {problem}")
+    return config

@@ -1,0 +1,44 @@
+"""The zigzag layout in one place: where a local row sits in its sequence, written for ints and for arrays alike.
+
+`W` ranks cut a sequence into `2 * W` chunks of `L` tokens; rank `r` holds chunk `r`, then chunk `2 * W - 1 - r`, of every
+sequence in order. With one rank a sequence stays whole, so that its length may be odd. Arguments may be Python ints or
+integer arrays of any framework: only arithmetic and comparisons are used.
+"""
+
+
+def chunk_length(length, world_size: int):
+    """Tokens of one chunk of a sequence of `length` tokens; with one rank the whole sequence is the chunk."""
+    return length if world_size == 1 else length // (2 * world_size)
+
+
+def row_position(offset, length, rank, world_size: int):
+    """Position in its sequence of the local row `offset` rows behind the sequence's first local row.
+
+    `offset` in `[0, length / W)`; `rank` an int or an array.
+    """
+    if world_size == 1:
+        return offset
+    chunk = chunk_length(length, world_size)
+    late = (offset >= chunk) * 1
+    first = rank * (1 - late) + (2 * world_size - 2 - rank) * late  # the late chunk's offsets begin at `chunk`
+    return first * chunk + offset
+
+
+def gathered_row(position, start, length, tokens, world_size: int):
+    """Row of the rank-major gathered buffer `[W * tokens, ...]` that holds `position` of a sequence.
+
+    `start` and `length` are the sequence's place in the unsharded batch.
+    """
+    if world_size == 1:
+        return start + position
+    chunk_len = chunk_length(length, world_size) + (length == 0) * 1  # an empty sequence must not divide by zero
+    chunk = position // chunk_len
+    late = (chunk >= world_size) * 1
+    slot = chunk * (1 - late) + (2 * world_size - 1 - chunk) * late
+    return slot * tokens + start // world_size + late * chunk_len + position - chunk * chunk_len
+
+
+def padded_length(length: int, world_size: int) -> int:
+    """The smallest length not below `length` that can be dealt out to `world_size` ranks."""
+    step = 1 if world_size == 1 else 2 * world_size
+    return -(-length // step) * step

@@ -1,0 +1,165 @@
+"""What is asked of the kernels, in plain values: `Problem`, and the one place where it is checked.
+
+Everything here is known on the host before a launch. The rank and `cu_seqlens` are device data and never appear.
+"""
+
+import math
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+INTERPRET = "interpret"
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+MAX_ROWS = 2**31 - 1
+SEGMENT_FIELDS = 8
+SEQUENCE_FIELDS = 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One rank's attention over gathered K/V.
+
+    `q [tokens, heads, head_dim]`, `k, v [world_size * tokens, kv_heads, head_dim]`; `sequences` is N in
+    `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous. `target` is the
+    compute capability, say "9.0", or "interpret".
+    """
+
+    tokens: int
+    sequences: int
+    world_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    causal: bool
+    softmax_scale: float
+    q_strides: tuple[int, int]
+    k_strides: tuple[int, int]
+    v_strides: tuple[int, int]
+    target: str
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.world_size * self.tokens
+
+
+def segment_table_shapes(sequences: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the segment table (two chunks a sequence, and the padding) and of the sequence table."""
+    return (2 * sequences + 1, SEGMENT_FIELDS), (sequences + 1, SEQUENCE_FIELDS)
+
+
+def check_target(target: str) -> None:
+    """`RuntimeError` for a GPU that the kernels do not run on."""
+    if target != INTERPRET and float(target) < 8.0:
+        raise RuntimeError(f"the kernels need a GPU of compute capability 8.0 or newer, got {target}")
+
+
+def make_problem(
+    q: tuple[tuple[int, ...], str, tuple[int, int]],
+    k: tuple[tuple[int, ...], str, tuple[int, int]],
+    v: tuple[tuple[int, ...], str, tuple[int, int]],
+    *,
+    sequences: int,
+    world_size: int,
+    causal: bool,
+    softmax_scale: float | None,
+    target: str,
+) -> Problem:
+    """The `Problem` of arrays given as (shape, dtype name, (token, head) strides).
+
+    `ValueError` for shapes, types and numbers that are not one attention problem. `softmax_scale` None is
+    `1 / sqrt(head_dim)`.
+    """
+    arrays = {"q": q, "k": k, "v": v}
+    for name, (shape, dtype, _) in arrays.items():
+        if len(shape) != 3:
+            raise ValueError(f"{name}: expected 3 dimensions [tokens, heads, head_dim], got shape {shape}")
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name}: expected dtype {', '.join(DTYPE_BYTES)}, got {dtype}")
+        if dtype != q[1]:
+            raise ValueError(f"{name}: expected the dtype of q, {q[1]}, got {dtype}")
+    check_world_size(world_size)
+    (tokens, heads, head_dim), (kv_tokens, kv_heads, _) = q[0], k[0]
+    if v[0] != k[0]:
+        raise ValueError(f"v: expected the shape of k, {k[0]}, got {v[0]}")
+    if kv_tokens != world_size * tokens:
+        raise ValueError(
+            f"k: expected world_size * tokens = {world_size} * {tokens} = {world_size * tokens} rows, got {kv_tokens}"
+        )
+    if k[0][2] != head_dim:
+        raise ValueError(f"k: expected the head_dim of q, {head_dim}, got {k[0][2]}")
+    if not (MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0):
+        raise ValueError(
+            f"head_dim: expected a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"q: expected a number of heads divisible by the {kv_heads} heads of k and v, got {heads}")
+    if max(kv_tokens, tokens * heads // kv_heads) > MAX_ROWS:
+        raise ValueError(f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {kv_tokens} and {tokens}")
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(head_dim)
+    check_softmax_scale(softmax_scale)
+    return Problem(
+        tokens=tokens,
+        sequences=sequences,
+        world_size=world_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=q[1],
+        causal=bool(causal),
+        softmax_scale=float(softmax_scale),
+        q_strides=q[2],
+        k_strides=k[2],
+        v_strides=v[2],
+        target=target,
+    )
+
+
+def check_world_size(world_size: int) -> None:
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size: expected a positive int, got {world_size!r}")
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """`ValueError` for a rank known on the host that is not one of `world_size`."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
+        raise ValueError(f"softmax_scale: expected a Python number, got {type(softmax_scale).__name__}")
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
+
+
+def check_cu_seqlens(shape: tuple[int, ...], dtype: str) -> None:
+    """`ValueError` unless `cu_seqlens` can be one: `[N + 1]` int32."""
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1], got {shape}")
+    if dtype != "int32":
+        raise ValueError(f"cu_seqlens: expected dtype int32, got {dtype}")
+
+
+def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None) -> None:
+    """`ValueError` unless the values can be dealt out to `world_size` ranks (host data: see `validate`).
+
+    `total` is the number of rows of the packed batch; rows behind the last sequence are padding.
+    """
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"cu_seqlens: expected to begin with 0, got {cu_seqlens[0]}")
+    for i, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"cu_seqlens: expected no decrease, got {start} then {end} (sequence {i})")
+        if world_size > 1 and (end - start) % (2 * world_size):
+            raise ValueError(
+                f"cu_seqlens: expected lengths that are multiples of 2 * world_size = {2 * world_size}, "
+                f"got {end - start} (sequence {i}); pad_to_zigzag makes them so"
+            )
+    if total is not None and cu_seqlens[-1] > total:
+        raise ValueError(f"cu_seqlens: expected to end at or before the {total} rows there are, got {cu_seqlens[-1]}")

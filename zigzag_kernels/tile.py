@@ -1,0 +1,169 @@
+"""The mathematics that the attention kernels share: which rows a tile owns, which keys they see, and the products.
+
+Words used here and in the other kernel files (`layout.py` has the layout itself):
+
+- *segment*: a run of query rows at consecutive positions of one sequence. A zigzag rank holds two per sequence.
+- *row*: with grouped-query attention the `GROUP` query heads of one KV head are rows of one tile, so that a segment of
+  `n` tokens has `n * GROUP` rows: row `r` is token `r // GROUP`, head `r % GROUP`. Short chunks fill tiles that way,
+  and K/V are read once for the group.
+- *key*: an index into the keys of one sequence, in position order. Row `r` of a segment sees the keys
+  `[0, min(kv_len, diagonal + token + 1))`; without a causal mask `diagonal` is `kv_len`, which hides nothing.
+  In a segment with `kv_len > 0` every row sees key 0, so a running maximum is finite after the first block.
+"""
+
+import triton
+import triton.language as tl
+
+from . import problem
+
+# Fields of one entry of each table:
+SEGMENT_FIELDS = tl.constexpr(problem.SEGMENT_FIELDS)  # row_start, q_row, q_len, position, kv_len, kv_row, kv_chunk, unused
+SEQUENCE_FIELDS = tl.constexpr(problem.SEQUENCE_FIELDS)  # key_start, kv_row, kv_chunk, kv_len, then twice q_row, q_len, position, kv_len
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Entry that tile `tile` works on, and the number of the tile inside it.
+
+    Field 0 of an entry counts the tokens of all entries before it. Entry `e` owns the tiles from
+    `tokens_before * GROUP // BLOCK + e` on: at least as many as its own rows fill, whatever the lengths, so that the
+    table does not depend on the tile size and at most one tile an entry finds nothing to do.
+    """
+    low = 0
+    high = n_entries - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        mine = tl.load(table_ptr + middle * FIELDS) * GROUP // BLOCK + middle <= tile
+        low = tl.where(mine, middle, low)
+        high = tl.where(mine, high, middle - 1)
+    return low, tile - (tl.load(table_ptr + low * FIELDS) * GROUP // BLOCK + low)
+
+
+@triton.jit
+def load_segment(
+    segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """(first row of this tile, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk) of query tile `tile`.
+
+    The last entry is the padding behind the last sequence: its length is known here only (`T` is not in the table),
+    and `kv_len < 0` there means that the table's maker found the lengths or the rank impossible. Then, and when the
+    sequences need more rows than there are, that entry is all there is, and its rows become NaN.
+    """
+    last_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
+    used = tl.load(last_ptr + 1)
+    segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
+    overfull = used > T
+    segment = tl.where(overfull, n_segments - 1, segment)
+    block = tl.where(overfull, tile, block)
+    padding = segment == n_segments - 1
+    entry_ptr = segments_ptr + segment * SEGMENT_FIELDS
+    q_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
+    q_len = tl.where(padding, T - q_row, tl.load(entry_ptr + 2))
+    kv_len = tl.where(overfull, -1, tl.load(entry_ptr + 4))
+    diagonal = tl.load(entry_ptr + 3) if CAUSAL else kv_len
+    return block * BLOCK_M, q_row, q_len, diagonal, kv_len, tl.load(entry_ptr + 5), tl.load(entry_ptr + 6)
+
+
+@triton.jit
+def chunk_row(chunk, kv_chunk, T, WORLD_SIZE: tl.constexpr):
+    """First row of chunk number `chunk` of a sequence, behind the sequence's first row in the gathered buffer."""
+    return tl.where(chunk < WORLD_SIZE, chunk * T, (2 * WORLD_SIZE - 1 - chunk) * T + kv_chunk)
+
+
+@triton.jit
+def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of the gathered K/V buffer that hold the keys `[start, start + BLOCK_N)` of one sequence: `[BLOCK_N]` int64.
+
+    A block that ends in the chunk where it starts is contiguous. Any other crosses one chunk border or several, and
+    each key finds its own chunk; the division is done in float32, exact because BLOCK_N is small.
+    """
+    offsets = tl.arange(0, BLOCK_N)
+    rows = kv_row + start + offsets
+    if WORLD_SIZE > 1:
+        first = start // kv_chunk
+        beyond = offsets - ((first + 1) * kv_chunk - start)  # negative inside the first chunk
+        if (first + 1) * kv_chunk - start >= BLOCK_N:
+            rows += chunk_row(first, kv_chunk, T, WORLD_SIZE) - first * kv_chunk
+        else:
+            crossed = tl.floor((beyond.to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))).to(tl.int32) + 1
+            chunk = first + tl.where(beyond < 0, 0, crossed)
+            rows += chunk_row(chunk, kv_chunk, T, WORLD_SIZE) - chunk * kv_chunk
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def query_offsets(row, q_row, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STRIDE_T, STRIDE_H):
+    """Where the rows from `row` on of a segment are in an array of queries: (int64 offset, `[BLOCK_M]` offsets behind it,
+    `[BLOCK_M]` tokens of the segment).
+
+    `row` is a multiple of GROUP wherever BLOCK_M is, and then the second does not depend on `row`.
+    """
+    inner = tl.arange(0, BLOCK_M)
+    if BLOCK_M % GROUP:
+        inner += row % GROUP
+    first = row // GROUP
+    tokens = inner // GROUP
+    return (q_row + first).to(tl.int64) * STRIDE_T, tokens * STRIDE_T + inner % GROUP * STRIDE_H, first + tokens
+
+
+@triton.jit
+def visible_keys(
+    row, tokens, q_len, diagonal, kv_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """What the query tile that starts at `row` of its segment sees.
+
+    Returns (keys seen by each row `[BLOCK_M]`, keys in whole blocks that all rows see, keys that any row sees).
+    """
+    kv_len = tl.maximum(kv_len, 0)
+    limit = tl.minimum(diagonal + tokens + 1, kv_len)
+    last_token = tl.minimum(row + BLOCK_M - 1, q_len * GROUP - 1) // GROUP
+    seen_by_all = tl.minimum(diagonal + row // GROUP + 1, kv_len) // BLOCK_N * BLOCK_N
+    return limit, seen_by_all, tl.minimum(diagonal + last_token + 1, kv_len)
+
+
+@triton.jit
+def load_rows(ptr, offsets, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows that begin `offsets` elements (int64) behind `ptr`: `[len(offsets), BLOCK_D]`, zero behind HEAD_DIM.
+
+    Rows that are not `inside` are zero if `MASKED`; otherwise the caller knows that all of them are.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offsets[:, None] + dims[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the rows that are `inside`, cast to what `ptr` points to; the inverse of `load_rows`."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(ptr + offsets[:, None] + dims[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRET: tl.constexpr):
+    """`acc + a @ b` in float32. The interpreter multiplies bfloat16 bit patterns, hence the exact upcast there."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def online_softmax_update(scores, maximum, total, SCALE_LOG2: tl.constexpr):
+    """One step of the online softmax (Milakov and Gimelshein, arXiv:1805.02867), in base 2.
+
+    `scores [M, N]` unscaled, `maximum [M]` and `total [M]` running statistics of the scaled scores; returns the
+    unnormalised probabilities, the new statistics and the factor for what was accumulated before.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * SCALE_LOG2)
+    probabilities = tl.math.exp2(scores * SCALE_LOG2 - new_maximum[:, None])
+    rescale = tl.math.exp2(maximum - new_maximum)
+    return probabilities, new_maximum, total * rescale + tl.sum(probabilities, 1), rescale

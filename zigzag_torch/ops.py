@@ -1,0 +1,139 @@
+"""The kernels as `torch.library` operators with fake kernels and autograd, so that `torch.compile` sees through them."""
+
+import torch
+
+from zigzag_kernels.problem import Problem, make_problem
+
+from . import launch
+
+
+def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    """(shape, dtype name, (token, head) strides): what `make_problem` takes."""
+    return tuple(x.shape), str(x.dtype).removeprefix("torch."), (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, 0)
+
+
+def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend) -> Problem:
+    return make_problem(
+        describe(q),
+        describe(k),
+        describe(v),
+        sequences=sequences.shape[0] - 1,
+        world_size=world_size,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target=launch.target(backend, q.device),
+    )
+
+
+@torch.library.custom_op("zigzag::segment_tables", mutates_args=())
+def segment_tables(
+    cu_seqlens: torch.Tensor, rank: torch.Tensor, world_size: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The device tables of one batch: see `zigzag_kernels.segments`."""
+    from zigzag_kernels import plan
+
+    return plan.segment_tables(
+        launch.run,
+        cu_seqlens,
+        rank,
+        sequences=cu_seqlens.shape[0] - 1,
+        world_size=world_size,
+        target=launch.target(backend, cu_seqlens.device),
+    )
+
+
+@segment_tables.register_fake
+def _(cu_seqlens, rank, world_size, backend):
+    from zigzag_kernels.problem import segment_table_shapes
+
+    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1)
+    return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
+
+
+@torch.library.custom_op("zigzag::attention_forward", mutates_args=())
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: torch.Tensor,
+    sequences: torch.Tensor,
+    world_size: int,
+    causal: bool,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32)."""
+    from zigzag_kernels import plan
+
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend)
+    return plan.forward(launch.run, problem, q, k, v, segments)
+
+
+@attention_forward.register_fake
+def _(q, k, v, segments, sequences, world_size, causal, softmax_scale, backend):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("zigzag::attention_backward", mutates_args=())
+def attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    segments: torch.Tensor,
+    sequences: torch.Tensor,
+    world_size: int,
+    causal: bool,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) in the layouts and the dtype of q, k, v."""
+    from zigzag_kernels import plan
+
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend)
+    dout = last_dim_contiguous(dout)
+    return plan.backward(
+        launch.run,
+        problem,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        None if dlse is None else dlse.contiguous(),
+        segments,
+        sequences,
+        dout_strides=(dout.stride(0), dout.stride(1)),
+        kv_dtype=problem.dtype,
+    )
+
+
+@attention_backward.register_fake
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, world_size, causal, softmax_scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, segments, sequences, *ctx.constants = inputs
+    ctx.save_for_backward(q, k, v, *output, segments, sequences)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse):
+    q, k, v, out, lse, segments, sequences = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = attention_backward(q, k, v, out, lse, dout, dlse, segments, sequences, *ctx.constants)
+    return *gradients, *(None,) * 6
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if its last dimension is not contiguous: the kernels take any other stride as it is."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,157 @@
+"""Dealing a packed batch out to the ranks and putting it together again; all of it off the attention's hot path."""
+
+import torch
+
+from zigzag_kernels.layout import gathered_row, padded_length, row_position
+from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
+
+
+def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int) -> None:
+    """`ValueError` for what can be said of the arguments without looking into device memory."""
+    check_world_size(world_size)
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+    check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
+    if isinstance(rank, torch.Tensor):
+        if rank.numel() != 1 or rank.dtype != torch.int32 or rank.device != cu_seqlens.device:
+            raise ValueError(
+                f"rank: expected an int or one int32 on {cu_seqlens.device}, "
+                f"got shape {tuple(rank.shape)} {rank.dtype} on {rank.device}"
+            )
+    elif isinstance(rank, int):
+        check_rank(rank, world_size)
+    elif rank is not None:
+        raise ValueError(f"rank: expected an int or an int32 tensor, got {type(rank).__name__}")
+
+
+def sequence_of_rows(
+    cu_seqlens: torch.Tensor, world_size: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sequence, offset behind its first local row, global length) of the rows `[0, tokens)` of any rank, int64.
+
+    Rows behind the last sequence have sequence -1, offset and length 0.
+    """
+    rows = torch.arange(tokens, device=cu_seqlens.device)
+    starts = torch.div(cu_seqlens, world_size, rounding_mode="floor").long()
+    sequence = torch.searchsorted(starts, rows, right=True) - 1
+    inside = rows < starts[-1]
+    sequence = torch.where(inside, sequence, -1)
+    index = sequence.clamp(min=0)
+    offset = torch.where(inside, rows - starts[index], 0)
+    length = torch.where(inside, cu_seqlens.long()[(index + 1).clamp(max=len(starts) - 1)] - cu_seqlens[index], 0)
+    return sequence, offset, length
+
+
+def local_cu_seqlens(cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
+    """`[N + 1]` int32: where the sequences start in the local rows of any rank."""
+    check_batch(cu_seqlens, None, world_size)
+    return torch.div(cu_seqlens, world_size, rounding_mode="floor")
+
+
+def position_ids(
+    cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int | None = None
+) -> torch.Tensor:
+    """`[T]` int32: position in its sequence of every local row of `rank` (for RoPE); 0 for padding.
+
+    `tokens` is T; without it the last value of `cu_seqlens` is read, which waits for the device.
+    """
+    check_batch(cu_seqlens, rank, world_size)
+    if tokens is None:
+        tokens = int(cu_seqlens[-1]) // world_size
+    _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+    return (row_position(offset, length, rank, world_size) * (length > 0)).int()
+
+
+def _global_rows(cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int) -> torch.Tensor:
+    """`[T]`: row of the unsharded batch that each local row holds; padding is dealt out evenly behind the sequences."""
+    sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+    position = row_position(offset, length, rank, world_size)
+    used = cu_seqlens[-1].long()
+    local_used = used // world_size
+    rows = torch.arange(tokens, device=cu_seqlens.device)
+    padding = used + rank * (tokens - local_used) + rows - local_used
+    return torch.where(sequence >= 0, cu_seqlens[sequence.clamp(min=0)] + position, padding)
+
+
+def shard(x: torch.Tensor, cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int) -> torch.Tensor:
+    """The zigzag rows `[total / W, ...]` of `rank` out of the unsharded batch `x [total, ...]`; differentiable.
+
+    Rows of `x` behind the last sequence are padding and dealt out evenly. `ValueError` if `total` is not a multiple
+    of W.
+    """
+    check_batch(cu_seqlens, rank, world_size)
+    if x.shape[0] % world_size:
+        raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {x.shape[0]}")
+    return x[_global_rows(cu_seqlens, rank, world_size, x.shape[0] // world_size)]
+
+
+def unshard(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The unsharded batch `[total, ...]` out of the rank-major rows `x [W * T, ...]` of all ranks: undoes `shard`."""
+    check_batch(cu_seqlens, None, world_size)
+    if x.shape[0] % world_size:
+        raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {x.shape[0]}")
+    total, tokens = x.shape[0], x.shape[0] // world_size
+    sequence, position, length = sequence_of_rows(cu_seqlens, 1, total)
+    start = cu_seqlens[sequence.clamp(min=0)].long()
+    used = cu_seqlens[-1].long()
+    local_used = used // world_size
+    behind = torch.arange(total, device=x.device) - used
+    room = (tokens - local_used).clamp(min=1)
+    padding = behind // room * tokens + local_used + behind % room
+    return x[torch.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)]
+
+
+def pad_to_zigzag(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, total: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`x` with zeros behind each sequence so that all lengths are multiples of 2W, its `cu_seqlens`).
+
+    `total` pads the end too, to a fixed number of rows (a multiple of W). Lengths are read on the host. With one rank
+    lengths stay as they are. Padded positions are keys like any other behind their sequence: under a causal mask no
+    real token sees them.
+    """
+    lengths = _host_lengths(x, cu_seqlens, world_size)
+    padded = [padded_length(length, world_size) for length in lengths]
+    if total is None:
+        total = sum(padded)
+    if total < sum(padded) or total % world_size:
+        raise ValueError(
+            f"total: expected a multiple of world_size = {world_size}, at least {sum(padded)}, got {total}"
+        )
+    result = x.new_zeros((total, *x.shape[1:]))
+    rows, new_cu_seqlens = _padded_rows(lengths, padded, x.device)
+    return result.index_copy(0, rows, x[: len(rows)]), new_cu_seqlens
+
+
+def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The rows of the original batch out of a padded one; `cu_seqlens` is the original: undoes `pad_to_zigzag`."""
+    lengths = _host_lengths(None, cu_seqlens, world_size)
+    padded = [padded_length(length, world_size) for length in lengths]
+    if x.shape[0] < sum(padded):
+        raise ValueError(f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0]}")
+    return x[_padded_rows(lengths, padded, x.device)[0]]
+
+
+def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: int) -> list[int]:
+    check_batch(cu_seqlens, None, world_size)
+    starts = cu_seqlens.tolist()
+    check_lengths(starts, 1, None if x is None else x.shape[0])
+    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row in the padded batch of every original row, padded `cu_seqlens`)."""
+    starts = torch.tensor([0, *padded], device=device).cumsum(0)
+    rows = [torch.arange(length, device=device) + start for start, length in zip(starts, lengths, strict=False)]
+    empty = torch.arange(0, device=device)
+    return torch.cat([empty, *rows]), starts.int()
+
+
+def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None) -> None:
+    """`ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; reads it on the host, so call it once.
+
+    `total` is the number of rows of the unsharded batch. The attention itself does not wait for the device to look:
+    it answers impossible lengths with NaN.
+    """
+    check_batch(cu_seqlens, None, world_size)
+    check_lengths(cu_seqlens.tolist(), world_size, total)
