@@ -15,7 +15,7 @@ INTERPRET, GPU, BENCH = frozenset({"interpret"}), frozenset({"gpu"}), frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A packed batch on a ring of ranks. `lengths` are global, multiples of `2 * world_size` unless one rank holds all."""
+    """A packed batch and how it is attended; `lengths` are global, multiples of `2 * world_size` from two ranks on."""
 
     name: str
     world_size: int

@@ -1,10 +1,11 @@
-"""Attention and the zigzag layout in dense NumPy, from their definitions: what every other implementation must agree with.
+"""Attention and the zigzag layout in dense NumPy, from their definitions: what everything else must agree with.
 
 It imports nothing of ours. The same formulas run in two arithmetics: `EXACT` (float64) is the oracle, and
 `straightforward(dtype)` rounds where any plain low-precision implementation does, which `closeness.py` needs to say how
 large an error is to be expected. Every score matrix is one head of one sequence, so memory stays small.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (its import makes "bfloat16" a NumPy dtype)
@@ -69,7 +70,7 @@ def attend_gradients(q, k, v, mask, scale, out, lse, dout, dlse, arithmetic=EXAC
 
 
 def rank_positions(length, rank, world_size):
-    """Positions of one sequence that `rank` holds: of its `2 * world_size` chunks, chunk `rank`, then its mirror image."""
+    """Positions of one sequence that `rank` holds: of `2 * world_size` chunks, chunk `rank`, then its mirror image."""
     if world_size > 1 and length % (2 * world_size):
         raise ValueError(f"length {length} is not a multiple of {2 * world_size}")
     positions = []
@@ -86,7 +87,7 @@ def zigzag_rows(cu_seqlens, rank, world_size, padding=0):
     behind its own last sequence.
     """
     rows = []
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens):
         rows += [start + position for position in rank_positions(end - start, rank, world_size)]
     first_padding = cu_seqlens[-1] + rank * padding
     rows += range(first_padding, first_padding + padding)
@@ -120,7 +121,7 @@ def rank_attention(
         dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
 
     local_start = 0
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens):
         positions = rank_positions(end - start, rank, world_size)
         mine = slice(local_start, local_start + len(positions))
         keys = slice(start, end)

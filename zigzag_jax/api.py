@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zigzag_kernels.problem import make_problem
 
@@ -34,18 +35,7 @@ def prepare_batch(
     check_batch(cu_seqlens, rank, world_size)
     backend = launch.choose_backend(backend)
     cu_seqlens, rank = jnp.asarray(cu_seqlens), as_rank(rank)
-    tables = (None, None)
-    if backend != "reference":
-        from zigzag_kernels import plan
-
-        tables = plan.segment_tables(
-            launch.run,
-            cu_seqlens,
-            rank,
-            sequences=cu_seqlens.shape[0] - 1,
-            world_size=world_size,
-            target=launch.target(backend),
-        )
+    tables = (None, None) if backend == "reference" else vjp.segment_tables(cu_seqlens, rank, world_size, backend)
     return Batch(cu_seqlens, rank, world_size, *tables)
 
 
@@ -87,32 +77,33 @@ def zigzag_attention_gathered(
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
     backend = launch.choose_backend(backend)
-    batch = cu_seqlens if isinstance(cu_seqlens, Batch) else None
-    if batch is None:
-        check_batch(cu_seqlens, rank, world_size)
-    elif batch.world_size != world_size:
-        raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
+    if isinstance(cu_seqlens, Batch):
+        batch = cu_seqlens
+        if batch.world_size != world_size:
+            raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
     else:
-        cu_seqlens = batch.cu_seqlens
+        check_batch(cu_seqlens, rank, world_size)
+        batch = Batch(jnp.asarray(cu_seqlens), as_rank(rank), world_size, None, None)
     problem = make_problem(
         _describe(q),
         _describe(k),
         _describe(v),
-        sequences=cu_seqlens.shape[0] - 1,
+        sequences=batch.cu_seqlens.shape[0] - 1,
         world_size=world_size,
         causal=causal,
         softmax_scale=softmax_scale,
         target=launch.target(backend),
     )
-    if batch is None or (backend != "reference" and batch.segments is None):
-        batch = prepare_batch(cu_seqlens, rank if batch is None else batch.rank, world_size, backend=backend)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if backend == "reference":
         out, lse = reference.attention(
             q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
         )
     else:
-        out, lse = vjp.attention(problem, q, k, v, batch.segments, batch.sequences)
+        segments, sequences = batch.segments, batch.sequences
+        if segments is None or sequences is None:
+            segments, sequences = vjp.segment_tables(batch.cu_seqlens, batch.rank, world_size, backend)
+        out, lse = vjp.attention(problem, q, k, v, segments, sequences)
     return (out, lse) if return_lse else out
 
 
@@ -157,7 +148,7 @@ def zigzag_attention(
                 raise ValueError(f"{name}: expected [batch, T] = {[size, length]} as in q, got shape {x.shape}")
         q, k, v = (x.reshape(size * length, *x.shape[2:]) for x in (q, k, v))
     if cu_seqlens is None:
-        cu_seqlens = jnp.arange(size + 1, dtype=jnp.int32) * length
+        cu_seqlens = np.array([i * length for i in range(size + 1)], np.int32)
     out, lse = zigzag_attention_gathered(
         q, k, v, cu_seqlens, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
     )

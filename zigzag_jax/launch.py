@@ -1,4 +1,4 @@
-"""The only place in this package that launches a kernel, the choice of the backend that does it, and jax-triton's quirks."""
+"""The only place in this package that launches a kernel, jax-triton's quirks with it, and the choice of the backend."""
 
 import importlib.util
 import inspect
@@ -61,7 +61,7 @@ def target(backend: str) -> str:
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """What `jax.export.export(..., disabled_checks=...)` needs to accept compiled kernels, whichever jax-triton runs."""
+    """What `jax.export.export(..., disabled_checks=...)` needs to accept the kernels of any jax-triton."""
     names = ("triton_kernel_call", "triton_kernel_call_ffi")
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
 
@@ -112,7 +112,7 @@ def _check_signature(launch: "Launch") -> None:
 
 def _compile(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
     jax_triton = _import_jax_triton()
-    renamed = jax_triton.__version_info__ >= (0, 4)
+    renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # since 0.4
     return jax_triton.triton_call(
         *arrays,
         *launch.scalars,

@@ -9,7 +9,7 @@ import numpy as np
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
 from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
 
-Array = jax.Array | np.ndarray | np.generic
+Array = jax.Array | np.ndarray
 
 
 def check_array(name: str, x) -> None:
@@ -23,7 +23,7 @@ def check_batch(cu_seqlens: Array, rank: int | Array | None, world_size: int) ->
     check_world_size(world_size)
     check_array("cu_seqlens", cu_seqlens)
     check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
-    if isinstance(rank, Array):
+    if isinstance(rank, Array | np.generic):
         if rank.size != 1 or rank.dtype != jnp.int32:
             raise ValueError(f"rank: expected an int or one int32, got shape {rank.shape} {rank.dtype}")
     elif isinstance(rank, int):

@@ -1,4 +1,4 @@
-"""The differentiable attention of one rank: the kernels behind `jax.custom_vjp`."""
+"""The kernels as JAX functions of arrays: the device tables of a batch, and attention with its gradient rule."""
 
 import functools
 
@@ -10,10 +10,30 @@ from zigzag_kernels.problem import Problem
 from . import launch
 
 
+def segment_tables(
+    cu_seqlens: jax.Array, rank: jax.Array, world_size: int, backend: str
+) -> tuple[jax.Array, jax.Array]:
+    """(segments, sequences) of `cu_seqlens [N + 1]` and `rank [1]`, int32: see `zigzag_kernels.segments`."""
+    from zigzag_kernels import plan
+
+    segments, sequences = plan.segment_tables(
+        launch.run,
+        cu_seqlens,
+        rank,
+        sequences=cu_seqlens.shape[0] - 1,
+        world_size=world_size,
+        target=launch.target(backend),
+    )
+    return segments, sequences
+
+
 def attention(
     problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sequences: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32), named "zigzag_out" and "zigzag_lse" for remat policies."""
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32).
+
+    Remat policies know them as "zigzag_out" and "zigzag_lse".
+    """
     # A custom rule sees one rank. Cast before it, autodiff sums over the ranks the gradient of what they share.
     axes = launch.varying_axes(q, k, v, segments, sequences)
     return _attention(problem, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)

@@ -8,7 +8,7 @@ heads of the group. Grids: (tiles, kv_heads).
 import triton
 import triton.language as tl
 
-from .tile import LOG2_E, SEQUENCE_FIELDS, dot, key_rows, load_rows, load_segment, locate, query_offsets, store_rows, visible_keys
+from .tile import LOG2_E, SEQUENCE_FIELDS, cast, dot, key_rows, load_rows, load_segment, locate, query_offsets, store_rows, visible_keys
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -96,14 +96,14 @@ def _dkdv_block(
         p = tl.where(keys[:, None] < limit[None, :], p, 0.0)
     dout_start, dout_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
     dout = load_rows(dout_ptr + dout_start, dout_offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
-    dv = dot(p.to(dout.dtype), dout, dv, INTERPRET)
+    dv = dot(cast(p, dout.dtype, INTERPRET), dout, dv, INTERPRET)
     dp = dot(v, tl.trans(dout), None, INTERPRET)
     if MASKED:
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
     else:
         delta = tl.load(delta_ptr + statistics)
     ds = p * (dp - delta[None, :])
-    return dot(ds.to(q.dtype), q, dk, INTERPRET), dv
+    return dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET), dv
 
 
 @triton.jit(do_not_specialize=["n_sequences", "T"])
@@ -158,7 +158,8 @@ def backward_dkdv(
     kv_heads = tl.num_programs(1)
     keys = first_key + tl.arange(0, BLOCK_N)
     inside = keys < n_keys
-    rows = key_rows(first_key, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N)
+    first_row, rows = key_rows(first_key, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N, False)
+    rows += first_row
     k = load_rows(k_ptr + kv_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + kv_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
     q_ptr += kv_head * GROUP * STRIDE_QH
@@ -200,8 +201,8 @@ def backward_dkdv(
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
     destination = (rows * kv_heads + kv_head) * HEAD_DIM
-    store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D)
+    store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)
 
 
 @triton.jit
@@ -220,6 +221,7 @@ def _dq_block(
     T,
     dq,
     MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WORLD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
@@ -231,15 +233,15 @@ def _dq_block(
 ):
     """Add what the keys `[start, start + BLOCK_N)` contribute to dQ of the tile."""
     keys = start + tl.arange(0, BLOCK_N)
-    rows = key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N)
-    k = load_rows(k_ptr, rows * STRIDE_KT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, rows * STRIDE_VT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
+    row, rows = key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N, ALIGNED)
+    k = load_rows(k_ptr + row * STRIDE_KT, rows * STRIDE_KT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + row * STRIDE_VT, rows * STRIDE_VT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
     p = tl.math.exp2(dot(q, tl.trans(k), None, INTERPRET) * SCALE_LOG2 - lse2[:, None])
     if MASKED:
         p = tl.where(keys[None, :] < limit[:, None], p, 0.0)
     dp = dot(dout, tl.trans(v), None, INTERPRET)
     ds = p * (dp - delta[:, None])
-    return dot(ds.to(k.dtype), k, dq, INTERPRET)
+    return dot(cast(ds, k.dtype, INTERPRET), k, dq, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["n_segments", "T"])
@@ -290,22 +292,30 @@ def backward_dq(
     delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
     k_ptr += kv_head * STRIDE_KH
     v_ptr += kv_head * STRIDE_VH
-    limit, seen_by_all, seen_by_any = visible_keys(row, tokens, q_len, diagonal, kv_len, GROUP, BLOCK_M, BLOCK_N)
+    limit, aligned_end, seen_by_all, seen_by_any = visible_keys(
+        row, tokens, q_len, diagonal, kv_len, kv_chunk, WORLD_SIZE, GROUP, BLOCK_M, BLOCK_N
+    )
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, seen_by_all, BLOCK_N):
+    for start in range(0, aligned_end, BLOCK_N):
         dq = _dq_block(
-            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq,
-            False, WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, False, True,
+            WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
         )  # fmt: skip
+    if WORLD_SIZE > 1:
+        for start in range(aligned_end, seen_by_all, BLOCK_N):
+            dq = _dq_block(
+                start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, False, False,
+                WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+            )  # fmt: skip
     for start in range(seen_by_all, seen_by_any, BLOCK_N):
         dq = _dq_block(
-            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq,
-            True, WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, True, False,
+            WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
         )  # fmt: skip
 
     dq *= SOFTMAX_SCALE
     if kv_len < 0:
         dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
     dq_start, dq_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, heads * HEAD_DIM, HEAD_DIM)
-    store_rows(dq_ptr + kv_head * GROUP * HEAD_DIM + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr + kv_head * GROUP * HEAD_DIM + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D, INTERPRET)

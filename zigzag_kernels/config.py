@@ -61,17 +61,17 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
             "32-bit": _FLOAT32["forward"],
         },
         "backward_dkdv": {
-            "16-bit": _table({16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}),
+            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)}),
             "32-bit": _FLOAT32["backward_dkdv"],
         },
         "backward_dq": {
-            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}),
+            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)}),
             "32-bit": _FLOAT32["backward_dq"],
         },
     },
     "sm_80": {
         "forward": {
-            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}),
+            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)}),
             "32-bit": _FLOAT32["forward"],
         },
         "backward_dkdv": {
@@ -98,7 +98,8 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
         },
     },
 }  # fmt: skip
-_INTERPRET = Config(BLOCK_M=32, BLOCK_N=32, num_warps=1, num_stages=1)
+# Small, so that short sequences fill several; not square, so that mixing them up shows.
+_INTERPRET = {"forward": Config(32, 16, 1, 1), "backward_dkdv": Config(16, 32, 1, 1), "backward_dq": Config(32, 16, 1, 1)}
 
 
 def architecture(target: str) -> str:
@@ -114,15 +115,19 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str) -> int:
-    """Bytes of shared memory of one program: what stays (its own tiles) and what is pipelined (`num_stages` deep)."""
-    row = block_d(head_dim) * DTYPE_BYTES[dtype]
-    probabilities = config.BLOCK_M * config.BLOCK_N * DTYPE_BYTES[dtype]
-    own, stream = (
-        (config.BLOCK_N, config.BLOCK_M) if kernel == "backward_dkdv" else (config.BLOCK_M, config.BLOCK_N)
-    )
-    own_tiles = 1 if kernel == "forward" else 2
-    return own * own_tiles * row + 2 * config.num_stages * stream * row + (probabilities if kernel != "forward" else 0)
+def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: str) -> int:
+    """Upper bound of the bytes of shared memory of one program.
+
+    Its own tiles stay, `num_stages` blocks of what it loops over are in flight; scores that are operands of the second
+    products pass through shared memory too, unless Hopper's matrix instructions take them from registers.
+    """
+    size = DTYPE_BYTES[dtype]
+    row = block_d(head_dim) * size
+    scores = 0 if arch == "sm_90" and size == 2 else 2 * config.BLOCK_M * config.BLOCK_N * size
+    if kernel == "backward_dkdv":  # its own K and V; Q, dO and two float32 statistics a row pass by
+        return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 8) + scores
+    own_tiles = 1 if kernel == "forward" else 2  # Q, and dO; K and V pass by
+    return own_tiles * config.BLOCK_M * row + config.num_stages * config.BLOCK_N * 2 * row + scores
 
 
 def registers(kernel: str, config: Config, head_dim: int) -> int:
@@ -137,7 +142,8 @@ def registers(kernel: str, config: Config, head_dim: int) -> int:
 
 def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) -> str | None:
     """None if `config` can run, else the budget that it exceeds, in words."""
-    need, limit = shared_memory(kernel, config, head_dim, dtype), SHARED_MEMORY[architecture(target)]
+    arch = architecture(target)
+    need, limit = shared_memory(kernel, config, head_dim, dtype, arch), SHARED_MEMORY[arch]
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
     need = registers(kernel, config, head_dim)
@@ -165,7 +171,7 @@ def _overrides(path: str) -> dict:
 def choose_config(kernel: str, head_dim: int, dtype: str, target: str) -> Config:
     """The configuration of `kernel` ("forward", "backward_dkdv" or "backward_dq") on `target`."""
     if target == INTERPRET:
-        return _INTERPRET
+        return _INTERPRET[kernel]
     arch, width, dim = architecture(target), WIDTHS[DTYPE_BYTES[dtype]], block_d(head_dim)
     path = os.environ.get(OVERRIDE_VARIABLE)
     custom = _overrides(path).get(arch, {}).get(kernel, {}).get(width, {}).get(str(dim)) if path else None

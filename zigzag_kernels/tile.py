@@ -73,24 +73,28 @@ def chunk_row(chunk, kv_chunk, T, WORLD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of the gathered K/V buffer that hold the keys `[start, start + BLOCK_N)` of one sequence: `[BLOCK_N]` int64.
+def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the keys `[start, start + BLOCK_N)` of one sequence are in the gathered K/V buffer:
+    (int64 row, `[BLOCK_N]` rows behind it).
 
-    A block that ends in the chunk where it starts is contiguous. Any other crosses one chunk border or several, and
-    each key finds its own chunk; the division is done in float32, exact because BLOCK_N is small.
+    `ALIGNED`: chunks are whole blocks, so that no block crosses a chunk border and what is behind does not change from
+    block to block. Otherwise a block may cross one border or several, and then each key finds its own chunk; the
+    division is done in float32, exact because BLOCK_N is small.
     """
     offsets = tl.arange(0, BLOCK_N)
-    rows = kv_row + start + offsets
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE == 1:
+        return (kv_row + start).to(tl.int64), offsets
+    elif ALIGNED:
+        chunk = start // kv_chunk
+        row = kv_row + chunk_row(chunk, kv_chunk, T, WORLD_SIZE) + start - chunk * kv_chunk
+        return row.to(tl.int64), offsets
+    else:
         first = start // kv_chunk
-        beyond = offsets - ((first + 1) * kv_chunk - start)  # negative inside the first chunk
-        if (first + 1) * kv_chunk - start >= BLOCK_N:
-            rows += chunk_row(first, kv_chunk, T, WORLD_SIZE) - first * kv_chunk
-        else:
-            crossed = tl.floor((beyond.to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))).to(tl.int32) + 1
-            chunk = first + tl.where(beyond < 0, 0, crossed)
-            rows += chunk_row(chunk, kv_chunk, T, WORLD_SIZE) - chunk * kv_chunk
-    return rows.to(tl.int64)
+        left = (first + 1) * kv_chunk - start
+        crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
+        chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))
+        rows = offsets + chunk_row(chunk, kv_chunk, T, WORLD_SIZE) + start - chunk * kv_chunk
+        return kv_row.to(tl.int64), rows.to(tl.int64)
 
 
 @triton.jit
@@ -110,17 +114,29 @@ def query_offsets(row, q_row, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STRIDE
 
 @triton.jit
 def visible_keys(
-    row, tokens, q_len, diagonal, kv_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    row,
+    tokens,
+    q_len,
+    diagonal,
+    kv_len,
+    kv_chunk,
+    WORLD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """What the query tile that starts at `row` of its segment sees.
+    """What the query tile that starts at `row` of its segment sees: (keys seen by each row `[BLOCK_M]`, and the ends of
+    three runs of key blocks).
 
-    Returns (keys seen by each row `[BLOCK_M]`, keys in whole blocks that all rows see, keys that any row sees).
+    Blocks of the first run are seen by all rows and `ALIGNED` (see `key_rows`), of the second seen by all rows, of the
+    third by some. The first two are the same blocks: which of them is empty depends on the length of the chunks alone.
     """
     kv_len = tl.maximum(kv_len, 0)
-    limit = tl.minimum(diagonal + tokens + 1, kv_len)
     last_token = tl.minimum(row + BLOCK_M - 1, q_len * GROUP - 1) // GROUP
     seen_by_all = tl.minimum(diagonal + row // GROUP + 1, kv_len) // BLOCK_N * BLOCK_N
-    return limit, seen_by_all, tl.minimum(diagonal + last_token + 1, kv_len)
+    seen_by_any = tl.minimum(diagonal + last_token + 1, kv_len)
+    aligned_end = seen_by_all if WORLD_SIZE == 1 else tl.where(kv_chunk % BLOCK_N == 0, seen_by_all, 0)
+    return tl.minimum(diagonal + tokens + 1, kv_len), aligned_end, seen_by_all, seen_by_any
 
 
 @triton.jit
@@ -140,11 +156,22 @@ def load_rows(ptr, offsets, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def store_rows(ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """float32 `x` rounded to the nearest `DTYPE`. The interpreter cuts bfloat16 off instead, hence the carry there."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def store_rows(
+    ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
+):
     """Write the rows that are `inside`, cast to what `ptr` points to; the inverse of `load_rows`."""
     dims = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(ptr + offsets[:, None] + dims[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offsets[:, None] + dims[None, :], cast(values, ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit

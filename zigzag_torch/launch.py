@@ -8,7 +8,7 @@ import torch
 from zigzag_kernels.problem import INTERPRET
 
 if TYPE_CHECKING:
-    from zigzag_kernels.plan import Launch
+    from zigzag_kernels.plan import Launch, Output
 
 BACKENDS = ("triton", "interpret", "reference")
 
@@ -51,12 +51,14 @@ def target(backend: str, device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
+def allocate(output: "Output", device: torch.device) -> torch.Tensor:
+    """Room for what a launch writes."""
+    return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+
+
 def run(launch: "Launch", *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Execute `launch` on the device of `arrays`, asynchronously; returns its outputs, freshly allocated."""
-    device = arrays[0].device
-    outputs = tuple(
-        torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device) for output in launch.outputs
-    )
+    outputs = tuple(allocate(output, arrays[0].device) for output in launch.outputs)
     with torch.cuda.device_of(arrays[0]):
         launch.kernel[launch.grid](
             *arrays,

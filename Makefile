@@ -1,0 +1,38 @@
+# Each target sets itself up in $(VENV) from nothing but make and python3; a second run starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.12 picks another interpreter, VENV=path another environment."
+
+demo: $(INSTALLED) ## attention over zigzag ranks on this machine, checked (ARGS=... is passed on)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+# Workers would share a GPU and its memory.
+test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
+	$(BIN)/python -m pytest -n $$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo auto) $(ARGS)
+
+lint: $(INSTALLED) ## style, types and import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"Python 3.11 or newer is needed, and '$(PYTHON)' is not that. Try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

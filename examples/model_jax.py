@@ -1,0 +1,86 @@
+"""The model of `model.py` in JAX: plain functions of a dict of weights, attention by `zigzag_attention`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from model import Sizes
+from text import NO_TARGET, TextBatch
+from zigzag_jax import Batch, position_ids, prepare_batch, zigzag_attention
+
+
+def trainer(weights: dict, sizes: Sizes, learning_rate: float) -> Callable[[TextBatch], float]:
+    """A function that takes one Adam step on a batch and returns the loss before it. `weights` are NumPy arrays."""
+    weights = jax.tree.map(jnp.asarray, weights)
+    means = squares = jax.tree.map(jnp.zeros_like, weights)
+    steps = 0
+
+    @jax.jit
+    def update(weights, means, squares, batch, step_size, correction):
+        value, gradients = jax.value_and_grad(loss)(weights, sizes, *batch)
+        weights, means, squares = adam(weights, gradients, means, squares, step_size, correction)
+        return value, weights, means, squares
+
+    def step(batch: TextBatch) -> float:
+        nonlocal weights, means, squares, steps
+        steps += 1
+        # 1 - 0.999 has four digits left in float32, so these are computed here, as torch.optim does.
+        step_size, correction = learning_rate / (1 - 0.9**steps), (1 - 0.999**steps) ** 0.5
+        value, weights, means, squares = update(weights, means, squares, batch, step_size, correction)
+        return float(value)
+
+    return step
+
+
+def adam(weights, gradients, means, squares, step_size, correction):
+    """Adam (Kingma & Ba, 2014) with the constants of `torch.optim.Adam`."""
+    means = jax.tree.map(lambda m, g: m + 0.1 * (g - m), means, gradients)
+    squares = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g * g, squares, gradients)
+    weights = jax.tree.map(
+        lambda w, m, s: w - step_size * m / (jnp.sqrt(s) / correction + 1e-8), weights, means, squares
+    )
+    return weights, means, squares
+
+
+def loss(weights: dict, sizes: Sizes, tokens: jax.Array, targets: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+    """Mean cross entropy in nats a byte; `tokens, targets [T]`, `cu_seqlens [N + 1]`, all int32."""
+    log_p = jax.nn.log_softmax(forward(weights, sizes, tokens, cu_seqlens))
+    known = targets != NO_TARGET
+    picked = jnp.take_along_axis(log_p, jnp.where(known, targets, 0)[:, None], axis=1)[:, 0]
+    return -jnp.sum(picked, where=known) / known.sum()
+
+
+def forward(weights: dict, sizes: Sizes, tokens: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+    """Logits `[T, 256]` of the byte that follows each of `tokens [T]`."""
+    batch = prepare_batch(cu_seqlens)  # once for all layers, forward and backward
+    positions = position_ids(cu_seqlens, rank=0, world_size=1, tokens=len(tokens))
+    angles = positions[:, None, None] * sizes.rope_frequencies  # [T, 1, head_dim/2]
+    x = weights["embedding"][tokens]  # [T, dim]
+    for layer in weights["layers"]:
+        x = x + attention(layer, sizes, rms_norm(x, layer["attention_norm"]), angles, batch)
+        x = x + swiglu(layer, rms_norm(x, layer["mlp_norm"]))
+    return rms_norm(x, weights["norm"]) @ weights["logits"]
+
+
+def attention(layer: dict, sizes: Sizes, x: jax.Array, angles: jax.Array, batch: Batch) -> jax.Array:
+    q = (x @ layer["q"]).reshape(len(x), sizes.heads, -1)  # [T, heads, head_dim]
+    k = (x @ layer["k"]).reshape(len(x), sizes.kv_heads, -1)  # [T, kv_heads, head_dim]
+    v = (x @ layer["v"]).reshape(len(x), sizes.kv_heads, -1)
+    out = zigzag_attention(rotate(q, angles), rotate(k, angles), v, batch)
+    return out.reshape(len(x), -1) @ layer["o"]
+
+
+def swiglu(layer: dict, x: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
+
+
+def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * weight
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """RoPE (Su et al., 2021): turns the pair (x[i], x[i + head_dim / 2]) of every head by angle i."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,50 @@
+"""Decides, before anything imports triton or jax, whether this run interprets the kernels (no GPU) or compiles them."""
+
+import os
+import subprocess
+
+import pytest
+
+
+def _gpu() -> bool:
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+GPU = _gpu()
+if GPU:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    # With two threads, jax 0.10 can wait for ever inside a host callback.
+    os.environ.setdefault("NPROC", "16")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def kernel_backend() -> str:
+    """The backend that runs the kernels themselves on this machine."""
+    return "triton" if GPU else "interpret"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    """Every output of a launch from torch begins as NaN (integers as -1), so that a row left unwritten is found out."""
+    from zigzag_torch import launch
+
+    allocate = launch.allocate
+
+    def poisoned(output, device):
+        x = allocate(output, device)
+        return x.fill_(float("nan") if x.is_floating_point() else -1)
+
+    monkeypatch.setattr(launch, "allocate", poisoned)

@@ -1,0 +1,82 @@
+"""The attention of every rank against the float64 oracle, torch against JAX bit for bit, and the ranks against the whole."""
+
+import numpy as np
+import pytest
+
+import oracle
+from cases import BENCH, CASES, make_inputs
+from closeness import assert_close
+from conftest import GPU
+from frameworks import RESULTS, attend_jax, attend_torch
+
+SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
+IN_CI = [case for case in CASES if "interpret" in case.tags]
+
+
+def parts(case, inputs, rank):
+    """What `rank` holds of the global `inputs`, K/V gathered: the arguments of `attend_torch` before the rank."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    return inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows], inputs["dlse"][:, rows]
+
+
+def expected(case, inputs, rank, arithmetic):
+    _, _, _, dout, dlse = parts(case, inputs, rank)
+    result = oracle.rank_attention(
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+        dout=dout, dlse=np.where(np.isfinite(dlse), dlse, 0), arithmetic=arithmetic,
+    )  # fmt: skip
+    return result._asdict()
+
+
+@pytest.mark.parametrize("case", SELECTED, ids=str)
+def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
+    inputs = make_inputs(case)
+    sums = {name: 0.0 for name in ("dk", "dv")}
+    straightforward_sums = dict(sums)
+    for rank in range(case.world_size):
+        arguments = *parts(case, inputs, rank), rank, kernel_backend
+        ours = attend_torch(case, *arguments)
+        theirs = attend_jax(case, *arguments)
+        exact = expected(case, inputs, rank, oracle.EXACT)
+        straightforward = expected(case, inputs, rank, oracle.straightforward(case.dtype))
+        for name in RESULTS:
+            where = f"rank {rank} of {case.world_size}: {name}"
+            assert_close(f"torch, {where}", ours[name], exact[name], straightforward[name])
+            assert ours[name].dtype == theirs[name].dtype, where
+            assert ours[name].tobytes() == theirs[name].tobytes(), f"{where}: torch and JAX differ"
+        for name in sums:
+            sums[name] = sums[name] + ours[name].astype(np.float64)
+            straightforward_sums[name] = straightforward_sums[name] + straightforward[name].astype(np.float64)
+
+    # The ranks' contributions add up to the gradient of the whole, unsharded batch.
+    _, *whole = oracle.attention_gradients(
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, case.causal, None, inputs["dout"], inputs["dlse"]
+    )
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    for name, dense in zip(sums, whole, strict=True):
+        assert_close(f"sum over ranks: {name}", sums[name], dense[gathered], straightforward_sums[name])
+
+
+@pytest.mark.parametrize("attend", [attend_torch, attend_jax])
+@pytest.mark.parametrize("case", IN_CI, ids=str)
+def test_reference_matches_the_oracle(case, attend):
+    inputs = make_inputs(case, seed=1)
+    for rank in range(case.world_size):
+        result = attend(case, *parts(case, inputs, rank), rank, "reference")
+        exact = expected(case, inputs, rank, oracle.EXACT)
+        straightforward = expected(case, inputs, rank, oracle.straightforward(case.dtype))
+        for name in RESULTS:
+            assert_close(f"rank {rank}: {name}", result[name], exact[name], straightforward[name])
+
+
+def test_one_wrong_rank_is_found_out(kernel_backend):
+    """The comparison above can fail: the result of rank 1 is not taken for that of rank 0."""
+    case = next(case for case in CASES if case.name == "w2-uneven")
+    inputs = make_inputs(case)
+    exact = expected(case, inputs, 0, oracle.EXACT)
+    straightforward = expected(case, inputs, 0, oracle.straightforward(case.dtype))
+    wrong = attend_torch(case, *parts(case, inputs, 0), 1, kernel_backend)
+    for name in RESULTS:
+        with pytest.raises(AssertionError, match=name):
+            assert_close(name, wrong[name], exact[name], straightforward[name])
