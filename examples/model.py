@@ -1,4 +1,4 @@
-"""A small Llama-style model of bytes: its sizes and initial weights, which `model_torch` and `model_jax` both start from."""
+"""A small Llama-style model of bytes: the sizes and initial weights that `model_torch` and `model_jax` share."""
 
 from dataclasses import dataclass
 

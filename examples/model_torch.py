@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.utils import _pytree as pytree
 
 from model import Sizes
 from text import NO_TARGET, TextBatch
@@ -13,8 +12,18 @@ from zigzag_torch import Batch, position_ids, prepare_batch, zigzag_attention
 
 def trainer(weights: dict, sizes: Sizes, learning_rate: float, device: str) -> Callable[[TextBatch], float]:
     """A function that takes one Adam step on a batch and returns the loss before it. `weights` are NumPy arrays."""
-    weights = pytree.tree_map(lambda x: torch.tensor(x, device=device, requires_grad=True), weights)
-    optimizer = torch.optim.Adam(pytree.tree_leaves(weights), lr=learning_rate)
+    parameters = []
+
+    def to_parameters(weights):
+        if isinstance(weights, dict):
+            return {name: to_parameters(x) for name, x in weights.items()}
+        if isinstance(weights, list):
+            return [to_parameters(x) for x in weights]
+        parameters.append(torch.tensor(weights, device=device, requires_grad=True))
+        return parameters[-1]
+
+    weights = to_parameters(weights)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
 
     def step(batch: TextBatch) -> float:
         optimizer.zero_grad()

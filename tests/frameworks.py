@@ -1,5 +1,7 @@
 """Each framework's attention of one rank as the same NumPy function, so that one test can ask both."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 def attend_torch(case, q, k, v, dout, dlse, rank, backend):
-    """`q [T, ...]`, gathered `k, v`, cotangents -> {name: array}, one for each of RESULTS, in the kernel's own dtype."""
+    """`q [T, ...]`, gathered `k, v`, cotangents -> {name: array}: RESULTS, in the kernel's own dtype."""
     device = "cuda" if backend == "triton" else "cpu"
     dtype = getattr(torch, case.dtype)
     q, k, v = (torch.tensor(x, dtype=dtype, device=device, requires_grad=True) for x in (q, k, v))
@@ -31,9 +33,9 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend):
     }
 
 
-def attend_jax(case, q, k, v, dout, dlse, rank, backend):
-    """As `attend_torch`."""
-    q, k, v, dout = (jnp.asarray(x, case.dtype) for x in (q, k, v, dout))
+@functools.cache
+def _jax_attention(case, backend):
+    """The compiled function of one case; the rank is traced, so that all ranks share it."""
 
     @jax.jit
     def run(q, k, v, dout, dlse, cu_seqlens, rank):
@@ -45,6 +47,12 @@ def attend_jax(case, q, k, v, dout, dlse, rank, backend):
         results, pullback = jax.vjp(attend, q, k, v)
         return *results, *pullback((dout, dlse))
 
+    return run
+
+
+def attend_jax(case, q, k, v, dout, dlse, rank, backend):
+    """As `attend_torch`."""
+    q, k, v, dout = (jnp.asarray(x, case.dtype) for x in (q, k, v, dout))
     cu_seqlens = np.array(case.cu_seqlens, np.int32)
-    results = run(q, k, v, dout, jnp.asarray(dlse), cu_seqlens, np.array([rank], np.int32))
+    results = _jax_attention(case, backend)(q, k, v, dout, jnp.asarray(dlse), cu_seqlens, np.array([rank], np.int32))
     return {name: np.asarray(x) for name, x in zip(RESULTS, results, strict=True)}

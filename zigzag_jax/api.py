@@ -29,7 +29,7 @@ def prepare_batch(
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and directions.
 
-    `cu_seqlens [N + 1]` int32, global; `rank` an int or one int32, say `jax.lax.axis_index(...)` inside `shard_map`.
+    `cu_seqlens [N + 1]` int32, global; `rank` an int or an array of one, say `jax.lax.axis_index(...)` in `shard_map`.
     Both may be traced. Raises as `zigzag_attention_gathered`.
     """
     check_batch(cu_seqlens, rank, world_size)
@@ -61,7 +61,7 @@ def zigzag_attention_gathered(
         cu_seqlens: `[N + 1]` int32, global; lengths are multiples of `2 * world_size` (any length if `world_size` is
             1). Repeat the last value to reach a fixed N. Rows behind the last sequence are padding: output 0, lse -inf.
             Or the result of `prepare_batch` for the same rank and world_size.
-        rank: an int, or one int32, which may be traced.
+        rank: an int, or an array of one integer, which may be traced.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
 

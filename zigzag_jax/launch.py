@@ -1,9 +1,7 @@
 """The only place in this package that launches a kernel, jax-triton's quirks with it, and the choice of the backend."""
 
-import importlib.util
 import inspect
 import os
-import threading
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,51 +9,26 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.problem import INTERPRET
+from zigzag_kernels import backend as backends
 
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch
 
-BACKENDS = ("triton", "interpret", "reference")
-# Triton's interpreter keeps global state, and the host devices of one process call it from several threads.
-_INTERPRETER = threading.Lock()
-
 
 def choose_backend(backend: str | None) -> str:
-    """The backend on JAX's default platform; a request that cannot be met is an error, never another backend.
+    """The backend on JAX's default platform: see `zigzag_kernels.backend.choose_backend`."""
+    platform = "rocm" if _is_rocm() else jax.default_backend()
+    return backends.choose_backend(backend, platform, ("triton", "jax_triton"))
 
-    Raises `ValueError` for an unknown name or a platform that the backend does not serve, `RuntimeError` if the process
-    cannot run it (a package missing, or interpreting when it should compile).
-    """
-    platform = jax.default_backend()
-    if backend is None:
-        backend = "triton" if platform == "gpu" else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected None, {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
-        return backend
-    wanted, packages = ("gpu", ("triton", "jax_triton")) if backend == "triton" else ("cpu", ("triton",))
-    if platform != wanted:
-        raise ValueError(f"backend: {backend!r} expected JAX on {wanted}, got {platform}")
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise RuntimeError(f"backend: {backend!r} needs the package {package}, which is not installed")
-    from zigzag_kernels.plan import interpreting
 
-    if interpreting() != (backend == "interpret"):
-        raise RuntimeError(
-            "backend: 'interpret' needs TRITON_INTERPRET=1 in the environment before triton is imported"
-            if backend == "interpret"
-            else "backend: 'triton' cannot compile in a process that imported triton with TRITON_INTERPRET=1"
-        )
-    return backend
+def _is_rocm() -> bool:
+    """JAX calls any GPU "gpu"; these kernels are for NVIDIA's."""
+    return jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower()
 
 
 def target(backend: str) -> str:
     """What `Problem.target` says of the default device under `backend`."""
-    if backend == "interpret":
-        return INTERPRET
-    if backend == "reference":
+    if backend != "triton":
         return backend
     return jax.devices()[0].compute_capability
 
@@ -79,10 +52,7 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def run(launch: "Launch", *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Execute `launch` on `arrays`; returns its outputs. Under `vmap` the launches follow one another."""
-    _check_signature(launch)
-    from zigzag_kernels.plan import interpreting
-
-    execute = _interpret if interpreting() else _compile
+    execute = _interpret if launch.target == backends.INTERPRET else _compile
     outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
 
     @jax.custom_batching.sequential_vmap
@@ -94,28 +64,12 @@ def run(launch: "Launch", *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return launch_once(*arrays)
 
 
-def _check_signature(launch: "Launch") -> None:
-    """`TypeError` unless names and order are the kernel's: jax-triton takes a misspelt name as one more constant."""
-    names = list(inspect.signature(launch.kernel.fn).parameters)
-    first_output = len(launch.inputs) + len(launch.scalars)
-    first_constexpr = first_output + len(launch.outputs)
-    given = (
-        [f"{name}_ptr" for name in launch.inputs]
-        + names[len(launch.inputs) : first_output]  # scalars have no names in a launch
-        + [f"{output.name}_ptr" for output in launch.outputs]
-    )
-    if names[:first_constexpr] != given or set(names[first_constexpr:]) != set(launch.constexprs):
-        raise TypeError(
-            f"{launch.kernel.fn.__name__}: expected arguments {names}, got {given} and {sorted(launch.constexprs)}"
-        )
-
-
 def _compile(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
     jax_triton = _import_jax_triton()
     renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # since 0.4
     return jax_triton.triton_call(
         *arrays,
-        *launch.scalars,
+        *launch.scalars.values(),
         kernel=launch.kernel,
         grid=launch.grid,
         num_warps=launch.num_warps,
@@ -172,14 +126,16 @@ class _HostTensor:
 
 
 def _interpret(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
+    from zigzag_kernels import plan
+
     def on_host(*arrays):
         arrays = [np.ascontiguousarray(x) for x in arrays]
         results = [np.empty(output.shape, output.dtype) for output in outputs]
         for x in results:
             x.view(np.uint8).fill(0xFF)  # NaN, or -1: what a kernel forgets to write is found out
-        with _INTERPRETER:
+        with plan.INTERPRETER:
             launch.kernel[launch.grid](
-                *map(_HostTensor, arrays), *launch.scalars, *map(_HostTensor, results), **launch.constexprs
+                *map(_HostTensor, arrays), *launch.scalars.values(), *map(_HostTensor, results), **launch.constexprs
             )
         return tuple(results)
 

@@ -23,13 +23,8 @@ def check_batch(cu_seqlens: Array, rank: int | Array | None, world_size: int) ->
     check_world_size(world_size)
     check_array("cu_seqlens", cu_seqlens)
     check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
-    if isinstance(rank, Array | np.generic):
-        if rank.size != 1 or rank.dtype != jnp.int32:
-            raise ValueError(f"rank: expected an int or one int32, got shape {rank.shape} {rank.dtype}")
-    elif isinstance(rank, int):
-        check_rank(rank, world_size)
-    elif rank is not None:
-        raise ValueError(f"rank: expected an int or an int32 array, got {type(rank).__name__}")
+    if rank is not None:
+        check_rank(rank, world_size, isinstance(rank, Array | np.generic))
 
 
 def as_rank(rank: int | Array) -> jax.Array:

@@ -55,12 +55,20 @@ def _forward(problem, q, k, v, segments, sequences):
 def _backward(problem, residuals, cotangents):
     from zigzag_kernels import plan
 
+    q, k, v, out, lse, segments, sequences = residuals
+    dout, dlse = cotangents
     gradients = plan.backward(
         launch.run,
         problem,
-        *residuals[:5],
-        *cotangents,
-        *residuals[5:],
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        dlse,
+        segments,
+        sequences,
         dout_strides=(problem.heads * problem.head_dim, problem.head_dim),
         kv_dtype=problem.dtype,
     )

@@ -8,7 +8,19 @@ heads of the group. Grids: (tiles, kv_heads).
 import triton
 import triton.language as tl
 
-from .tile import LOG2_E, SEQUENCE_FIELDS, cast, dot, key_rows, load_rows, load_segment, locate, query_offsets, store_rows, visible_keys
+from .tile import (
+    LOG2_E,
+    SEQUENCE_FIELDS,
+    cast,
+    dot,
+    key_rows,
+    load_rows,
+    load_segment,
+    locate,
+    query_offsets,
+    store_rows,
+    visible_keys,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -286,7 +298,9 @@ def backward_dq(
     q_start, q_offsets, tokens = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
     q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + q_start, q_offsets, inside, True, HEAD_DIM, BLOCK_D)
     dout_start, dout_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
-    dout = load_rows(dout_ptr + kv_head * GROUP * STRIDE_DOH + dout_start, dout_offsets, inside, True, HEAD_DIM, BLOCK_D)
+    dout = load_rows(
+        dout_ptr + kv_head * GROUP * STRIDE_DOH + dout_start, dout_offsets, inside, True, HEAD_DIM, BLOCK_D
+    )
     statistics = kv_head * T * GROUP + q_row * GROUP + rows
     lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)

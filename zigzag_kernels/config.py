@@ -4,7 +4,7 @@ Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for
 sm_90 was measured on an H100 (see the README); the others are chosen by budget and not measured.
 
 `ZIGZAG_KERNEL_CONFIG=file.json` replaces entries, in the shape of `_TABLES` with `Config` fields as objects:
-`{"sm_90": {"forward": {"16-bit": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
+`{"sm_90": {"16-bit": {"forward": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
 """
 
 import functools
@@ -12,11 +12,13 @@ import json
 import os
 from dataclasses import dataclass, fields
 
-from .problem import DTYPE_BYTES, INTERPRET
+from .backend import INTERPRET
+from .problem import DTYPE_BYTES
 
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
 KERNELS = ("forward", "backward_dkdv", "backward_dq")
 WIDTHS = {2: "16-bit", 4: "32-bit"}
+HEAD_DIMS = (64, 128, 256)  # an entry serves every head_dim up to its own, above the one before
 # Largest dynamic shared memory of one block, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 REGISTERS_PER_THREAD = 255
@@ -44,62 +46,48 @@ class Config:
             raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {self.num_warps}")
 
 
-def _table(rows: dict[int, tuple[int, int, int, int]]) -> dict[int, Config]:
-    return {head_dim: Config(*row) for head_dim, row in rows.items()}
+def _up_to(*rows: tuple[int, int, int, int]) -> dict[int, Config]:
+    """`HEAD_DIMS` with their (BLOCK_M, BLOCK_N, num_warps, num_stages)."""
+    return {head_dim: Config(*row) for head_dim, row in zip(HEAD_DIMS, rows, strict=True)}
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by head_dim rounded up to a power of two.
 _FLOAT32 = {
-    "forward": _table({16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 4, 1)}),
-    "backward_dkdv": _table({16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}),
-    "backward_dq": _table({16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}),
-}  # fmt: skip
+    "forward": _up_to((64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1)),
+    "backward_dkdv": _up_to((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "backward_dq": _up_to((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+}
 _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
     "sm_90": {
-        "forward": {
-            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)}),
-            "32-bit": _FLOAT32["forward"],
+        "16-bit": {
+            "forward": _up_to((128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+            "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+            "backward_dq": _up_to((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
         },
-        "backward_dkdv": {
-            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)}),
-            "32-bit": _FLOAT32["backward_dkdv"],
-        },
-        "backward_dq": {
-            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)}),
-            "32-bit": _FLOAT32["backward_dq"],
-        },
+        "32-bit": _FLOAT32,
     },
     "sm_80": {
-        "forward": {
-            "16-bit": _table({16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)}),
-            "32-bit": _FLOAT32["forward"],
+        "16-bit": {
+            "forward": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+            "backward_dkdv": _up_to((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+            "backward_dq": _up_to((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
         },
-        "backward_dkdv": {
-            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}),
-            "32-bit": _FLOAT32["backward_dkdv"],
-        },
-        "backward_dq": {
-            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}),
-            "32-bit": _FLOAT32["backward_dq"],
-        },
+        "32-bit": _FLOAT32,
     },
     "sm_86": {
-        "forward": {
-            "16-bit": _table({16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)}),
-            "32-bit": _FLOAT32["forward"],
+        "16-bit": {
+            "forward": _up_to((128, 64, 4, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+            "backward_dkdv": _up_to((64, 64, 4, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+            "backward_dq": _up_to((64, 64, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
         },
-        "backward_dkdv": {
-            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}),
-            "32-bit": _FLOAT32["backward_dkdv"],
-        },
-        "backward_dq": {
-            "16-bit": _table({16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}),
-            "32-bit": _FLOAT32["backward_dq"],
-        },
+        "32-bit": _FLOAT32,
     },
-}  # fmt: skip
+}
 # Small, so that short sequences fill several; not square, so that mixing them up shows.
-_INTERPRET = {"forward": Config(32, 16, 1, 1), "backward_dkdv": Config(16, 32, 1, 1), "backward_dq": Config(32, 16, 1, 1)}
+_INTERPRET = {
+    "forward": Config(32, 16, 1, 1),
+    "backward_dkdv": Config(16, 32, 1, 1),
+    "backward_dq": Config(32, 16, 1, 1),
+}
 
 
 def architecture(target: str) -> str:
@@ -118,12 +106,14 @@ def block_d(head_dim: int) -> int:
 def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: str) -> int:
     """Upper bound of the bytes of shared memory of one program.
 
-    Its own tiles stay, `num_stages` blocks of what it loops over are in flight; scores that are operands of the second
-    products pass through shared memory too, unless Hopper's matrix instructions take them from registers.
+    Its own tiles stay, `num_stages` blocks of what it loops over are in flight. Where Hopper's matrix instructions do
+    not take operands from registers, scores pass through shared memory, and a block being loaded counts once more.
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
-    scores = 0 if arch == "sm_90" and size == 2 else 2 * config.BLOCK_M * config.BLOCK_N * size
+    scores = 0
+    if arch != "sm_90" or size == 4:
+        scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
     if kernel == "backward_dkdv":  # its own K and V; Q, dO and two float32 statistics a row pass by
         return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 8) + scores
     own_tiles = 1 if kernel == "forward" else 2  # Q, and dO; K and V pass by
@@ -132,11 +122,14 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
 
 def registers(kernel: str, config: Config, head_dim: int) -> int:
     """Registers a thread needs for float32 accumulators and one tile of scores: more than a thread has cannot work."""
-    accumulators = block_d(head_dim) * {
-        "forward": config.BLOCK_M,
-        "backward_dkdv": 2 * config.BLOCK_N,
-        "backward_dq": config.BLOCK_M,
-    }[kernel]
+    accumulators = (
+        block_d(head_dim)
+        * {
+            "forward": config.BLOCK_M,
+            "backward_dkdv": 2 * config.BLOCK_N,
+            "backward_dq": config.BLOCK_M,
+        }[kernel]
+    )
     return (accumulators + config.BLOCK_M * config.BLOCK_N) // (32 * config.num_warps)
 
 
@@ -156,31 +149,37 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
 def _overrides(path: str) -> dict:
     with open(path, encoding="utf-8") as file:
         tables = json.load(file)
-    for arch, kernels in tables.items():
-        if arch not in _TABLES:
-            raise ValueError(f"{path}: expected an architecture of {', '.join(_TABLES)}, got {arch!r}")
-        for kernel, widths in kernels.items():
-            if kernel not in KERNELS:
-                raise ValueError(f"{path}: expected a kernel of {', '.join(KERNELS)}, got {kernel!r}")
-            for width in widths:
-                if width not in WIDTHS.values():
-                    raise ValueError(f"{path}: expected a width of {', '.join(WIDTHS.values())}, got {width!r}")
+    known = {"architecture": tuple(_TABLES), "width": tuple(WIDTHS.values()), "kernel": KERNELS}
+    _check_names(path, tables, [*known.items(), ("head_dim", tuple(map(str, HEAD_DIMS)))])
     return tables
+
+
+def _check_names(path: str, tables: dict, levels: list[tuple[str, tuple[str, ...]]]) -> None:
+    """`ValueError` for a name in the nested `tables` that would never be looked up."""
+    if not levels:
+        return
+    (level, names), *rest = levels
+    for name, inner in tables.items():
+        if name not in names:
+            raise ValueError(f"{path}: expected {level} {', '.join(names)}, got {name!r}")
+        _check_names(path, inner, rest)
 
 
 def choose_config(kernel: str, head_dim: int, dtype: str, target: str) -> Config:
     """The configuration of `kernel` ("forward", "backward_dkdv" or "backward_dq") on `target`."""
     if target == INTERPRET:
         return _INTERPRET[kernel]
-    arch, width, dim = architecture(target), WIDTHS[DTYPE_BYTES[dtype]], block_d(head_dim)
+    arch, width = architecture(target), WIDTHS[DTYPE_BYTES[dtype]]
+    up_to = min(dim for dim in HEAD_DIMS if dim >= head_dim)
     path = os.environ.get(OVERRIDE_VARIABLE)
-    custom = _overrides(path).get(arch, {}).get(kernel, {}).get(width, {}).get(str(dim)) if path else None
+    custom = _overrides(path).get(arch, {}).get(width, {}).get(kernel, {}).get(str(up_to)) if path else None
     if custom is None:
-        return _TABLES[arch][kernel][width][dim]
+        return _TABLES[arch][width][kernel][up_to]
+    where = f"{path}: {arch} {width} {kernel} {up_to}"
     try:
         config = Config(**custom)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {arch} {kernel} {width} head_dim {dim}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     if problem := fits(kernel, config, head_dim, dtype, target):
-        raise ValueError(f"{path}: {arch} {kernel} {width} head_dim {dim}: {config} needs {problem}")
+        raise ValueError(f"{where}: {config} needs {problem}")
     return config

@@ -6,7 +6,19 @@ FlashAttention-2 (Dao, arXiv:2307.08691) over the segments of `tile.py`. Grid: (
 import triton
 import triton.language as tl
 
-from .tile import LN_2, LOG2_E, cast, dot, key_rows, load_rows, load_segment, online_softmax_update, query_offsets, store_rows, visible_keys
+from .tile import (
+    LN_2,
+    LOG2_E,
+    cast,
+    dot,
+    key_rows,
+    load_rows,
+    load_segment,
+    online_softmax_update,
+    query_offsets,
+    store_rows,
+    visible_keys,
+)
 
 
 @triton.jit

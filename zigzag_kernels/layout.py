@@ -1,8 +1,8 @@
 """The zigzag layout in one place: where a local row sits in its sequence, written for ints and for arrays alike.
 
-`W` ranks cut a sequence into `2 * W` chunks of `L` tokens; rank `r` holds chunk `r`, then chunk `2 * W - 1 - r`, of every
-sequence in order. With one rank a sequence stays whole, so that its length may be odd. Arguments may be Python ints or
-integer arrays of any framework: only arithmetic and comparisons are used.
+`W` ranks cut a sequence into `2 * W` chunks of `L` tokens; rank `r` holds chunk `r`, then chunk `2 * W - 1 - r`, of
+every sequence in order. With one rank a sequence stays whole, so that its length may be odd. Arguments may be Python
+ints or integer arrays of any framework: only arithmetic and comparisons are used.
 """
 
 
@@ -42,3 +42,11 @@ def padded_length(length: int, world_size: int) -> int:
     """The smallest length not below `length` that can be dealt out to `world_size` ranks."""
     step = 1 if world_size == 1 else 2 * world_size
     return -(-length // step) * step
+
+
+def impossible(cu_seqlens, rank, world_size: int, tokens: int):
+    """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread."""
+    step = 1 if world_size == 1 else 2 * world_size
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    uneven = ((lengths < 0) | (lengths % step != 0)).any() | (cu_seqlens[0] != 0)
+    return uneven | (cu_seqlens[-1] > world_size * tokens) | ((rank < 0) | (rank >= world_size)).any()

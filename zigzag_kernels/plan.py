@@ -1,23 +1,28 @@
 """From a `Problem` to the launches that solve it, framework-free: kernels, grids, arguments, outputs and their order.
 
-A front end supplies `run(launch, *arrays) -> tuple of arrays`, its only launch site, and calls `forward`, `backward` and
-`segment_tables` here, so that both frameworks launch the same kernels with the same constants in the same order.
+A front end supplies `run(launch, *arrays) -> tuple of arrays`, its only launch site, and calls `forward`, `backward`
+and `segment_tables` here, so that both frameworks launch the same kernels with the same constants in the same order.
 """
 
 import functools
+import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 
+from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import block_d, choose_config
 from .forward import attention_forward
-from .problem import INTERPRET, Problem, check_target, segment_table_shapes
+from .problem import Problem, check_target, segment_table_shapes
 from .segments import build_segments
 
 Run = Callable[..., tuple]
+# Triton's interpreter keeps global state, and JAX's host devices call it from several threads.
+INTERPRETER = threading.Lock()
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
 
@@ -33,16 +38,27 @@ class Output:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars` (ints), `outputs`, constexprs."""
+    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`."""
 
     kernel: Any
+    target: str
     grid: tuple[int, int, int]
     inputs: tuple[str, ...]
-    scalars: tuple[int, ...]
+    scalars: dict[str, int]
     outputs: tuple[Output, ...]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+
+    def __post_init__(self):
+        # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.
+        expected = list(inspect.signature(self.kernel.fn).parameters)
+        given = [f"{name}_ptr" for name in self.inputs] + list(self.scalars)
+        given += [f"{output.name}_ptr" for output in self.outputs]
+        if given != expected[: len(given)] or set(expected[len(given) :]) != set(self.constexprs):
+            raise TypeError(
+                f"{self.kernel.fn.__name__}: expected arguments {expected}, got {given} and {sorted(self.constexprs)}"
+            )
 
 
 def interpreting() -> bool:
@@ -50,15 +66,16 @@ def interpreting() -> bool:
     return not isinstance(attention_forward, triton.JITFunction)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _segments_launch(sequences: int, world_size: int, target: str) -> Launch:
     check_target(target)
     segments_shape, sequences_shape = segment_table_shapes(sequences)
     return Launch(
         kernel=build_segments,
+        target=target,
         grid=(-(-segments_shape[0] // _TABLE_BLOCK), 1, 1),
         inputs=("cu_seqlens", "rank"),
-        scalars=(sequences,),
+        scalars={"n_sequences": sequences},
         outputs=(
             Output("segments", segments_shape, "int32"),
             Output("sequences", sequences_shape, "int32"),
@@ -91,16 +108,17 @@ def _query_tiles(problem: Problem, block_m: int) -> tuple[int, int, int]:
     return problem.tokens * problem.group // block_m + segments[0], problem.kv_heads, 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _forward_launch(problem: Problem) -> Launch:
     check_target(problem.target)
     (segments, _), _ = segment_table_shapes(problem.sequences)
     config = choose_config("forward", problem.head_dim, problem.dtype, problem.target)
     return Launch(
         kernel=attention_forward,
+        target=problem.target,
         grid=_query_tiles(problem, config.BLOCK_M),
         inputs=("q", "k", "v", "segments"),
-        scalars=(segments, problem.tokens),
+        scalars={"n_segments": segments, "T": problem.tokens},
         outputs=(
             Output("out", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),
             Output("lse", (problem.heads, problem.tokens), "float32"),
@@ -111,7 +129,7 @@ def _forward_launch(problem: Problem) -> Launch:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _backward_launches(
     problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, kv_dtype: str
 ) -> tuple[Launch, Launch, Launch]:
@@ -121,9 +139,10 @@ def _backward_launches(
     dout = {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}
     delta = Launch(
         kernel=backward_delta,
+        target=problem.target,
         grid=(max(1, -(-rows // _DELTA_ROWS)), problem.kv_heads, 1),
         inputs=("out", "dout", "lse", "dlse"),
-        scalars=(problem.tokens,),
+        scalars={"T": problem.tokens},
         outputs=(
             Output("delta", (problem.kv_heads, rows), "float32"),
             Output("lse2", (problem.kv_heads, rows), "float32"),
@@ -141,9 +160,10 @@ def _backward_launches(
     kv_shape = (problem.kv_tokens, problem.kv_heads, problem.head_dim)
     dkdv = Launch(
         kernel=backward_dkdv,
+        target=problem.target,
         grid=(problem.kv_tokens // config.BLOCK_N + sequences, problem.kv_heads, 1),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences"),
-        scalars=(sequences, problem.tokens),
+        scalars={"n_sequences": sequences, "T": problem.tokens},
         outputs=(Output("dk", kv_shape, kv_dtype), Output("dv", kv_shape, kv_dtype)),
         constexprs=_common(problem) | dout | {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
         num_warps=config.num_warps,
@@ -152,9 +172,10 @@ def _backward_launches(
     config = choose_config("backward_dq", problem.head_dim, problem.dtype, problem.target)
     dq = Launch(
         kernel=backward_dq,
+        target=problem.target,
         grid=_query_tiles(problem, config.BLOCK_M),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "segments"),
-        scalars=(segments, problem.tokens),
+        scalars={"n_segments": segments, "T": problem.tokens},
         outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),),
         constexprs=_common(problem) | dout | {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
         num_warps=config.num_warps,

@@ -5,9 +5,11 @@ Everything here is known on the host before a launch. The rank and `cu_seqlens` 
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+
+from .backend import INTERPRET
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-INTERPRET = "interpret"
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
 MAX_ROWS = 2**31 - 1
 SEGMENT_FIELDS = 8
@@ -125,9 +127,15 @@ def check_world_size(world_size: int) -> None:
         raise ValueError(f"world_size: expected a positive int, got {world_size!r}")
 
 
-def check_rank(rank: int, world_size: int) -> None:
-    """`ValueError` for a rank known on the host that is not one of `world_size`."""
-    if not 0 <= rank < world_size:
+def check_rank(rank, world_size: int, is_array: bool) -> None:
+    """`ValueError` unless `rank` is one of `world_size`, or an array (`is_array`) of one integer, unseen."""
+    if is_array:
+        shape, dtype = tuple(rank.shape), str(rank.dtype).removeprefix("torch.")
+        if math.prod(shape) != 1 or "int" not in dtype:
+            raise ValueError(f"rank: expected an int or an array of one integer, got shape {shape} {dtype}")
+    elif isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"rank: expected an int or an array of one integer, got {type(rank).__name__}")
+    elif not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
 
 
@@ -153,7 +161,7 @@ def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = No
     """
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens: expected to begin with 0, got {cu_seqlens[0]}")
-    for i, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
         if end < start:
             raise ValueError(f"cu_seqlens: expected no decrease, got {start} then {end} (sequence {i})")
         if world_size > 1 and (end - start) % (2 * world_size):

@@ -16,9 +16,10 @@ import triton.language as tl
 
 from . import problem
 
-# Fields of one entry of each table:
-SEGMENT_FIELDS = tl.constexpr(problem.SEGMENT_FIELDS)  # row_start, q_row, q_len, position, kv_len, kv_row, kv_chunk, unused
-SEQUENCE_FIELDS = tl.constexpr(problem.SEQUENCE_FIELDS)  # key_start, kv_row, kv_chunk, kv_len, then twice q_row, q_len, position, kv_len
+# An entry of the segment table: row_start, q_row, q_len, position, kv_len, kv_row, kv_chunk, unused.
+SEGMENT_FIELDS = tl.constexpr(problem.SEGMENT_FIELDS)
+# An entry of the sequence table: key_start, kv_row, kv_chunk, kv_len, then twice q_row, q_len, position, kv_len.
+SEQUENCE_FIELDS = tl.constexpr(problem.SEQUENCE_FIELDS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -42,9 +43,7 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def load_segment(
-    segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """(first row of this tile, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk) of query tile `tile`.
 
     The last entry is the padding behind the last sequence: its length is known here only (`T` is not in the table),
@@ -99,8 +98,8 @@ def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def query_offsets(row, q_row, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STRIDE_T, STRIDE_H):
-    """Where the rows from `row` on of a segment are in an array of queries: (int64 offset, `[BLOCK_M]` offsets behind it,
-    `[BLOCK_M]` tokens of the segment).
+    """Where the rows from `row` on of a segment are in an array of queries: (int64 offset, `[BLOCK_M]` offsets behind
+    it, `[BLOCK_M]` tokens of the segment).
 
     `row` is a multiple of GROUP wherever BLOCK_M is, and then the second does not depend on `row`.
     """
@@ -158,16 +157,14 @@ def load_rows(ptr, offsets, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr
 @triton.jit
 def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """float32 `x` rounded to the nearest `DTYPE`. The interpreter cuts bfloat16 off instead, hence the carry there."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @triton.jit
-def store_rows(
-    ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr
-):
+def store_rows(ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):
     """Write the rows that are `inside`, cast to what `ptr` points to; the inverse of `load_rows`."""
     dims = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]

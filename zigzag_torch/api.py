@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zigzag_kernels.problem import make_problem
+
 from . import ops, reference
 from .launch import choose_backend, target
-from .shard import check_batch
-from zigzag_kernels.problem import make_problem
+from .shard import as_rank, check_batch
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,16 @@ def prepare_batch(
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and directions.
 
-    `cu_seqlens [N + 1]` int32, global; `rank` an int or one int32 on the same device. Raises as
+    `cu_seqlens [N + 1]` int32, global; `rank` an int or one integer on the same device. Raises as
     `zigzag_attention_gathered`. Nothing is copied to the host.
     """
     check_batch(cu_seqlens, rank, world_size)
     backend = choose_backend(backend, cu_seqlens.device)
-    if not isinstance(rank, torch.Tensor):
-        rank = torch.full((1,), rank, dtype=torch.int32, device=cu_seqlens.device)
+    rank = as_rank(rank, cu_seqlens.device)
     tables = (None, None)
     if backend != "reference":
-        tables = ops.segment_tables(cu_seqlens.contiguous(), rank.reshape(1), world_size, backend)
-    return Batch(cu_seqlens, rank.reshape(1), world_size, *tables)
+        tables = ops.segment_tables(cu_seqlens.contiguous(), rank, world_size, backend)
+    return Batch(cu_seqlens, rank, world_size, *tables)
 
 
 def zigzag_attention_gathered(
@@ -61,7 +61,7 @@ def zigzag_attention_gathered(
         cu_seqlens: `[N + 1]` int32 on the device of q, global; lengths are multiples of `2 * world_size` (any length
             if `world_size` is 1). Rows behind the last sequence are padding: output 0, lse -inf. Or the result of
             `prepare_batch` for the same rank and world_size.
-        rank: an int, or one int32 on the device of q.
+        rank: an int, or one integer on the device of q.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
 
@@ -80,35 +80,36 @@ def zigzag_attention_gathered(
         if x.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
     backend = choose_backend(backend, q.device)
-    batch = cu_seqlens if isinstance(cu_seqlens, Batch) else None
-    if batch is None:
-        check_batch(cu_seqlens, rank, world_size)
-    elif batch.world_size != world_size:
-        raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
+    if isinstance(cu_seqlens, Batch):
+        batch = cu_seqlens
+        if batch.world_size != world_size:
+            raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
     else:
-        cu_seqlens = batch.cu_seqlens
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {cu_seqlens.device}")
+        check_batch(cu_seqlens, rank, world_size)
+        batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None)
+    if batch.cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {batch.cu_seqlens.device}")
     problem = make_problem(
         ops.describe(q),
         ops.describe(k),
         ops.describe(v),
-        sequences=cu_seqlens.shape[0] - 1,
+        sequences=batch.cu_seqlens.shape[0] - 1,
         world_size=world_size,
         causal=causal,
         softmax_scale=softmax_scale,
         target=target(backend, q.device),
     )
-    if batch is None or (backend != "reference" and batch.segments is None):
-        batch = prepare_batch(cu_seqlens, rank if batch is None else batch.rank, world_size, backend=backend)
     if backend == "reference":
         out, lse = reference.attention(
             q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
         )
     else:
+        segments, sequences = batch.segments, batch.sequences
+        if segments is None or sequences is None:
+            segments, sequences = ops.segment_tables(batch.cu_seqlens.contiguous(), batch.rank, world_size, backend)
         q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
         out, lse = ops.attention_forward(
-            q, k, v, batch.segments, batch.sequences, world_size, problem.causal, problem.softmax_scale, backend
+            q, k, v, segments, sequences, world_size, problem.causal, problem.softmax_scale, backend
         )
     return (out, lse) if return_lse else out
 
@@ -146,9 +147,12 @@ def zigzag_attention(
     if batched:
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: expected None with q [batch, T, heads, head_dim]")
+        size, length = q.shape[:2]
         for name, x in {"k": k, "v": v}.items():
             if x.ndim != 4 or x.shape[:2] != q.shape[:2]:
-                raise ValueError(f"{name}: expected [batch, T] = {list(q.shape[:2])} as in q, got shape {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name}: expected [batch, T] = {list(q.shape[:2])} as in q, got shape {tuple(x.shape)}"
+                )
         size, length = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     else:

@@ -1,8 +1,8 @@
-"""The kernels as `torch.library` operators with fake kernels and autograd, so that `torch.compile` sees through them."""
+"""The kernels as `torch.library` operators with fake kernels and autograd, so that `torch.compile` traces them."""
 
 import torch
 
-from zigzag_kernels.problem import Problem, make_problem
+from zigzag_kernels.problem import Problem, make_problem, segment_table_shapes
 
 from . import launch
 
@@ -44,8 +44,6 @@ def segment_tables(
 
 @segment_tables.register_fake
 def _(cu_seqlens, rank, world_size, backend):
-    from zigzag_kernels.problem import segment_table_shapes
-
     segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 

@@ -1,5 +1,7 @@
 """Dealing a packed batch out to the ranks and putting it together again; all of it off the attention's hot path."""
 
+import itertools
+
 import torch
 
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
@@ -12,16 +14,17 @@ def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world
     if not isinstance(cu_seqlens, torch.Tensor):
         raise ValueError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
     check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
+    if rank is not None:
+        check_rank(rank, world_size, isinstance(rank, torch.Tensor))
+    if isinstance(rank, torch.Tensor) and rank.device != cu_seqlens.device:
+        raise ValueError(f"rank: expected the device of cu_seqlens, {cu_seqlens.device}, got {rank.device}")
+
+
+def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`[1]` int32: a rank that `check_batch` accepts, as kernels read it."""
     if isinstance(rank, torch.Tensor):
-        if rank.numel() != 1 or rank.dtype != torch.int32 or rank.device != cu_seqlens.device:
-            raise ValueError(
-                f"rank: expected an int or one int32 on {cu_seqlens.device}, "
-                f"got shape {tuple(rank.shape)} {rank.dtype} on {rank.device}"
-            )
-    elif isinstance(rank, int):
-        check_rank(rank, world_size)
-    elif rank is not None:
-        raise ValueError(f"rank: expected an int or an int32 tensor, got {type(rank).__name__}")
+        return rank.to(torch.int32).reshape(1)
+    return torch.full((1,), rank, dtype=torch.int32, device=device)
 
 
 def sequence_of_rows(
@@ -59,11 +62,13 @@ def position_ids(
     if tokens is None:
         tokens = int(cu_seqlens[-1]) // world_size
     _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+    rank = as_rank(rank, cu_seqlens.device)
     return (row_position(offset, length, rank, world_size) * (length > 0)).int()
 
 
 def _global_rows(cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int) -> torch.Tensor:
     """`[T]`: row of the unsharded batch that each local row holds; padding is dealt out evenly behind the sequences."""
+    rank = as_rank(rank, cu_seqlens.device)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
     used = cu_seqlens[-1].long()
@@ -136,7 +141,7 @@ def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: 
     check_batch(cu_seqlens, None, world_size)
     starts = cu_seqlens.tolist()
     check_lengths(starts, 1, None if x is None else x.shape[0])
-    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(starts)]
 
 
 def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,21 @@
+"""Each package imports in a fresh process without the other's framework, without a GPU, and without triton."""
+
+import subprocess
+import sys
+
+import pytest
+
+FORBIDDEN = {
+    "zigzag_kernels": ("torch", "jax", "jax_triton", "numpy", "triton"),
+    "zigzag_torch": ("jax", "jax_triton", "triton"),
+    "zigzag_jax": ("torch", "jax_triton", "triton"),
+    "zigzag_kernels.plan": ("torch", "jax", "jax_triton", "zigzag_torch", "zigzag_jax"),
+}
+
+
+@pytest.mark.parametrize("module", FORBIDDEN)
+def test_import_boundaries(module):
+    # A module that is None in sys.modules cannot be imported: ImportError, whoever tries.
+    code = f"import sys; sys.modules.update(dict.fromkeys({FORBIDDEN[module]!r})); import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
