@@ -325,7 +325,7 @@ def gathered(**changed):
         ({"backend": "cuda"}, "backend: expected None, triton, interpret, reference, got 'cuda'"),
         (
             {"backend": "interpret" if GPU else "triton"},
-            "'interpret' expected JAX on cpu, got gpu" if GPU else "'triton' expected JAX on gpu, got cpu",
+            "'interpret' expected arrays on a cpu, got gpu" if GPU else "'triton' expected arrays on a gpu, got cpu",
         ),
     ],
 )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch, Output
 
 
+@torch.compiler.assume_constant_result
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """The backend for tensors on `device`: see `zigzag_kernels.backend.choose_backend`."""
     # PyTorch for AMD GPUs calls them cuda too.
@@ -18,6 +19,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     return backends.choose_backend(backend, kind, ("triton",))
 
 
+@torch.compiler.assume_constant_result
 def target(backend: str, device: torch.device) -> str:
     """What `Problem.target` says of `device` under `backend`."""
     if backend != "triton":
