@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+comma := ,
 
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -13,12 +15,12 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 picks another interpreter, VENV=path another environment."
 
-demo: $(INSTALLED) ## attention over zigzag ranks on this machine, checked (ARGS=... is passed on)
+demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks (ARGS=--steps=20)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Workers would share a GPU and its memory.
+# On a GPU the time goes into compiling, on the host; the workers share the GPU's memory.
 test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest -n $$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo auto) $(ARGS)
+	$(BIN)/python -m pytest -n $(if $(GPU),8,auto) $(ARGS)
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check
@@ -34,5 +36,5 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 		"Python 3.11 or newer is needed, and '$(PYTHON)' is not that. Try: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(GPU),$(comma)cuda)]'
 	@touch $@
