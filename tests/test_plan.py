@@ -204,5 +204,22 @@ def test_every_kernel_compiles_within_its_shared_memory(request, target, head_di
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("strides", "fits"), [((2**23, 1), True), ((2**24, 1), False), ((64, 2**29), True), ((64, 2**31), False)]
+)
+def test_rows_too_far_apart_for_a_tile_are_refused(strides, fits):
+    """Offsets inside a tile are int32: a view with longer strides would be read in the wrong place."""
+    kv = ((64, 2, 64), "float16", (128, 64))
+    arguments = {"sequences": 1, "world_size": 1, "causal": True, "softmax_scale": None, "target": "9.0"}
+    if fits:
+        made = make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
+        plan._backward_launches(made, (512, 64), False, "float16")
+        return
+    with pytest.raises(ValueError, match="q: expected strides"):
+        make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
+    with pytest.raises(ValueError, match="dout: expected strides"):
+        plan._backward_launches(problem(), strides, False, "bfloat16")
+
+
 def test_tables_have_room_for_all_entries():
     assert segment_table_shapes(3) == ((7, 8), (4, 12))

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, fields
 
 from .backend import INTERPRET
-from .problem import DTYPE_BYTES
+from .problem import DTYPE_BYTES, MAX_BLOCK
 
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
 KERNELS = ("forward", "backward_dkdv", "backward_dq")
@@ -40,8 +40,8 @@ class Config:
                 raise ValueError(f"{field.name}: expected a positive int, got {value!r}")
         for name in ("BLOCK_M", "BLOCK_N"):
             value = getattr(self, name)
-            if value < 16 or value > 256 or value & (value - 1):
-                raise ValueError(f"{name}: expected a power of two from 16 to 256, got {value}")
+            if value < 16 or value > MAX_BLOCK or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two from 16 to {MAX_BLOCK}, got {value}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {self.num_warps}")
 

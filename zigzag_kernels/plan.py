@@ -17,7 +17,7 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import block_d, choose_config
 from .forward import attention_forward
-from .problem import Problem, check_target, segment_table_shapes
+from .problem import Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
 Run = Callable[..., tuple]
@@ -134,6 +134,7 @@ def _backward_launches(
     problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, kv_dtype: str
 ) -> tuple[Launch, Launch, Launch]:
     check_target(problem.target)
+    check_strides("dout", dout_strides, problem.group)
     (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
     rows = problem.tokens * problem.group
     dout = {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}

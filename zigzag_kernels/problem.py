@@ -11,7 +11,9 @@ from .backend import INTERPRET
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
-MAX_ROWS = 2**31 - 1
+MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
+MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; those of the tile itself are int64
+MAX_BLOCK = 256
 SEGMENT_FIELDS = 8
 SEQUENCE_FIELDS = 12
 
@@ -102,6 +104,8 @@ def make_problem(
         raise ValueError(f"q: expected a number of heads divisible by the {kv_heads} heads of k and v, got {heads}")
     if max(kv_tokens, tokens * heads // kv_heads) > MAX_ROWS:
         raise ValueError(f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {kv_tokens} and {tokens}")
+    for name, (_, _, strides) in arrays.items():
+        check_strides(name, strides, heads // kv_heads if name == "q" else 1)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(head_dim)
     check_softmax_scale(softmax_scale)
@@ -120,6 +124,15 @@ def make_problem(
         v_strides=v[2],
         target=target,
     )
+
+
+def check_strides(name: str, strides: tuple[int, int], group: int) -> None:
+    """`ValueError` for (token, head) strides so long that a tile's rows are too far apart for the kernels."""
+    token, head = strides
+    if min(strides) < 0 or (MAX_BLOCK - 1) * token + (group - 1) * head > MAX_TILE_OFFSET:
+        raise ValueError(
+            f"{name}: expected strides that keep a tile within 2**31 elements, got {strides}; copy it first"
+        )
 
 
 def check_world_size(world_size: int) -> None:
