@@ -13,6 +13,7 @@ def _gpu() -> bool:
         return False
 
 
+CHOSEN = ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC", "XLA_PYTHON_CLIENT_PREALLOCATE")
 GPU = _gpu()
 if GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU

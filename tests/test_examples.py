@@ -1,5 +1,6 @@
 """What the README prints runs as printed, and the demo does what it says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import GPU
+from conftest import CHOSEN, GPU
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(
@@ -15,8 +16,12 @@ BLOCKS = re.findall(
 )
 
 
-def run(*command, cwd=ROOT):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280, cwd=cwd, check=False)
+def run(*command):
+    """As from a shell: without what conftest.py says to this process."""
+    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False
+    )
 
 
 def test_the_readme_has_examples_of_both_frameworks():

@@ -19,3 +19,11 @@ def test_import_boundaries(module):
     code = f"import sys; sys.modules.update(dict.fromkeys({FORBIDDEN[module]!r})); import {module}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["zigzag_kernels", "zigzag_torch", "zigzag_jax"])
+def test_triton_is_not_imported_before_a_kernel_is_asked_for(module):
+    """Whoever wants the interpreter may still say so in the environment."""
+    code = f"import sys, {module}; assert 'triton' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch, Output
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """The backend for tensors on `device`: see `zigzag_kernels.backend.choose_backend`."""
     # PyTorch for AMD GPUs calls them cuda too.
@@ -19,13 +18,18 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     return backends.choose_backend(backend, kind, ("triton",))
 
 
-@torch.compiler.assume_constant_result
 def target(backend: str, device: torch.device) -> str:
     """What `Problem.target` says of `device` under `backend`."""
     if backend != "triton":
         return backend
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
+
+
+# What torch.compiler.assume_constant_result does, which imports triton, and that must wait until a kernel is asked for:
+# both depend on their arguments and the machine alone, and are called rather than traced.
+for _function in (choose_backend, target):
+    _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def allocate(output: "Output", device: torch.device) -> torch.Tensor:
