@@ -70,6 +70,8 @@ BAD = {
     "world_size float": ({}, {"world_size": 2.0}, "world_size: expected a positive int, got 2.0"),
     "scale zero": ({}, {"softmax_scale": 0.0}, "softmax_scale: expected a positive finite number, got 0.0"),
     "scale nan": ({}, {"softmax_scale": float("nan")}, "softmax_scale: expected a positive finite number, got nan"),
+    "scale inf": ({}, {"softmax_scale": float("inf")}, "softmax_scale: expected a positive finite number, got inf"),
+    "causal None": ({}, {"causal": None}, "causal: expected True or False, got None"),
     "scale text": ({}, {"softmax_scale": "1"}, "softmax_scale: expected a Python number, got str"),
     "backend": ({}, {"backend": "cuda"}, "backend: expected None, triton, interpret, reference, got 'cuda'"),
 }

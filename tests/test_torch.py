@@ -54,6 +54,19 @@ def test_compiles_without_a_graph_break(attend):
     assert_same(gradients(compiled, q, k, v, dout), gradients(step, q, k, v, dout))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiles_for_any_length(kernel_backend):
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(q, k, v, cu_seqlens):
+        return zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
+
+    for tokens in (8, 13, 21):
+        q, k, v = (torch.randn(tokens, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+        cu_seqlens = torch.tensor([0, 5, tokens], dtype=torch.int32, device=DEVICE)
+        theirs = zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
+        assert torch.equal(compiled(q, k, v, cu_seqlens), theirs)
+
+
 def test_operators_are_registered_as_torch_wants_them(kernel_backend):
     q, k, v, dout, cu_seqlens = tensors()
     rank = torch.ones(1, dtype=torch.int32, device=DEVICE)

@@ -106,6 +106,8 @@ def make_problem(
         raise ValueError(f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {kv_tokens} and {tokens}")
     for name, (_, _, strides) in arrays.items():
         check_strides(name, strides, heads // kv_heads if name == "q" else 1)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False, got {causal!r}")
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(head_dim)
     check_softmax_scale(softmax_scale)
@@ -117,7 +119,7 @@ def make_problem(
         kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=q[1],
-        causal=bool(causal),
+        causal=causal,
         softmax_scale=float(softmax_scale),
         q_strides=q[2],
         k_strides=k[2],
@@ -155,7 +157,7 @@ def check_rank(rank, world_size: int, is_array: bool) -> None:
 def check_softmax_scale(softmax_scale: float) -> None:
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
         raise ValueError(f"softmax_scale: expected a Python number, got {type(softmax_scale).__name__}")
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+    if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
 
 
