@@ -100,6 +100,14 @@ def test_what_is_no_array_is_refused(framework, bad):
         framework.package.zigzag_attention_gathered(**arguments, rank=0, world_size=2)
 
 
+def test_a_rank_is_one_integer(framework):
+    arguments = framework.array(Q), framework.array(KV), framework.array(KV), framework.ints([0, 8])
+    with pytest.raises(ValueError, match=r"rank: expected an int or an array of one integer, got shape \(2,\) int64"):
+        framework.package.zigzag_attention_gathered(*arguments, framework.ints([0, 1], "int64"), 2)
+    with pytest.raises(ValueError, match=r"rank: expected an int or an array of one integer, got shape \(1,\) float32"):
+        framework.package.zigzag_attention_gathered(*arguments, framework.array((1,)), 2)
+
+
 def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
     q, k = framework.array((2, 8, 4, 16)), framework.array((2, 8, 2, 16))
     with pytest.raises(ValueError, match="cu_seqlens: expected None"):
@@ -113,8 +121,9 @@ def test_what_is_not_supported_says_so(framework):
     parallel = "group" if framework is Torch else "axis_name"
     with pytest.raises(NotImplementedError, match=parallel):
         framework.package.zigzag_attention(q, q, q, **{parallel: "cp"})
-    with pytest.raises(NotImplementedError, match="method"):
-        framework.package.zigzag_attention(q, q, q, method="ring")
+    for option in ({"method": "ring"}, {"heads_k_stride": 1}):
+        with pytest.raises(NotImplementedError, match="method, heads_k_stride"):
+            framework.package.zigzag_attention(q, q, q, **option)
 
 
 def test_a_prepared_batch_is_of_one_world_size(framework):
