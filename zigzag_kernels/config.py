@@ -1,9 +1,11 @@
 """Tile sizes as data: one table per architecture, chosen by one function and checked by one `fits()`.
 
 Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for 8.6, 8.9 and 12.x, sm_80 for the rest.
-sm_90 was measured on an H100 (see the README); the others are chosen by budget and not measured.
+The 16-bit entries of sm_90 for head_dim up to 64 and up to 128 were measured on an H100 (`docs/kernels.md`). All others
+are chosen by budget and not measured.
 
-`ZIGZAG_KERNEL_CONFIG=file.json` replaces entries, in the shape of `_TABLES` with `Config` fields as objects:
+`ZIGZAG_KERNEL_CONFIG=file.json`, read when a problem is first seen, replaces entries, in the shape of `_TABLES` with
+`Config` fields as objects:
 `{"sm_90": {"16-bit": {"forward": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
 """
 

@@ -25,6 +25,7 @@ Run = Callable[..., tuple]
 INTERPRETER = threading.Lock()
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
+_CACHED = 1024  # batches of changing size make new problems without end
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def interpreting() -> bool:
     return not isinstance(attention_forward, triton.JITFunction)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_CACHED)
 def _segments_launch(sequences: int, world_size: int, target: str) -> Launch:
     check_target(target)
     segments_shape, sequences_shape = segment_table_shapes(sequences)
@@ -108,7 +109,7 @@ def _query_tiles(problem: Problem, block_m: int) -> tuple[int, int, int]:
     return problem.tokens * problem.group // block_m + segments[0], problem.kv_heads, 1
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_CACHED)
 def _forward_launch(problem: Problem) -> Launch:
     check_target(problem.target)
     (segments, _), _ = segment_table_shapes(problem.sequences)
@@ -129,7 +130,7 @@ def _forward_launch(problem: Problem) -> Launch:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_CACHED)
 def _backward_launches(
     problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, kv_dtype: str
 ) -> tuple[Launch, Launch, Launch]:
