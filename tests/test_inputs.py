@@ -114,6 +114,10 @@ def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
         framework.package.zigzag_attention(q, k, k, framework.ints([0, 16]))
     with pytest.raises(ValueError, match=r"v: expected \[batch, T\] = \[2, 8\]"):
         framework.package.zigzag_attention(q, k, framework.array((2, 7, 2, 16)))
+    with pytest.raises(ValueError, match=r"k: expected .* got list"):
+        framework.package.zigzag_attention(q, [1.0], k)
+    with pytest.raises(ValueError, match=r"q: expected \[tokens, heads, head_dim\] or .* got shape \(\)"):
+        framework.package.zigzag_attention(framework.array(()), k, k)
 
 
 def test_what_is_not_supported_says_so(framework):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.problem import make_problem
+from zigzag_kernels.problem import batch_shape, make_problem
 
 from . import launch, reference, vjp
 from .shard import Array, as_rank, check_array, check_batch
@@ -138,15 +138,10 @@ def zigzag_attention(
         raise NotImplementedError("method, heads_k_stride: these need an axis_name, which is not supported so far")
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
-    batched = q.ndim == 4
-    size, length = q.shape[:2] if batched else (1, q.shape[0])
+    batched = batch_shape(q.shape, k.shape, v.shape, cu_seqlens is not None)
     if batched:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: expected None with q [batch, T, heads, head_dim]")
-        for name, x in {"k": k, "v": v}.items():
-            if x.ndim != 4 or x.shape[:2] != (size, length):
-                raise ValueError(f"{name}: expected [batch, T] = {[size, length]} as in q, got shape {x.shape}")
-        q, k, v = (x.reshape(size * length, *x.shape[2:]) for x in (q, k, v))
+        q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
+    size, length = batched or (1, q.shape[0])
     if cu_seqlens is None:
         cu_seqlens = np.array([i * length for i in range(size + 1)], np.int32)
     out, lse = zigzag_attention_gathered(

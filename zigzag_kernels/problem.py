@@ -128,6 +128,22 @@ def make_problem(
     )
 
 
+def batch_shape(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], has_cu_seqlens: bool
+) -> tuple[int, int] | None:
+    """(batch, T) of shapes `[batch, T, heads, head_dim]`, None for packed ones; `ValueError` if they are neither."""
+    if len(q) == 3:
+        return None
+    if len(q) != 4:
+        raise ValueError(f"q: expected [tokens, heads, head_dim] or [batch, T, heads, head_dim], got shape {q}")
+    if has_cu_seqlens:
+        raise ValueError("cu_seqlens: expected None with q [batch, T, heads, head_dim]")
+    for name, shape in {"k": k, "v": v}.items():
+        if len(shape) != 4 or shape[:2] != q[:2]:
+            raise ValueError(f"{name}: expected [batch, T] = {list(q[:2])} as in q, got shape {shape}")
+    return q[0], q[1]
+
+
 def check_strides(name: str, strides: tuple[int, int], group: int) -> None:
     """`ValueError` for (token, head) strides so long that a tile's rows are too far apart for the kernels."""
     token, head = strides

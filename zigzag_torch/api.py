@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from zigzag_kernels.problem import make_problem
+from zigzag_kernels.problem import batch_shape, make_problem
 
 from . import ops, reference
 from .launch import choose_backend, target
-from .shard import as_rank, check_batch
+from .shard import as_rank, check_batch, check_tensor
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def zigzag_attention_gathered(
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
     backend = choose_backend(backend, q.device)
@@ -143,22 +142,14 @@ def zigzag_attention(
         raise NotImplementedError("group: only None, one device, is supported so far")
     if method != "allgather" or heads_k_stride is not None:
         raise NotImplementedError("method, heads_k_stride: these need a group, which is not supported so far")
-    batched = isinstance(q, torch.Tensor) and q.ndim == 4
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        check_tensor(name, x)
+    batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
     if batched:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: expected None with q [batch, T, heads, head_dim]")
-        size, length = q.shape[:2]
-        for name, x in {"k": k, "v": v}.items():
-            if x.ndim != 4 or x.shape[:2] != q.shape[:2]:
-                raise ValueError(
-                    f"{name}: expected [batch, T] = {list(q.shape[:2])} as in q, got shape {tuple(x.shape)}"
-                )
-        size, length = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    else:
-        size, length = 1, q.shape[0] if isinstance(q, torch.Tensor) else 0
+    size, length = batched or (1, q.shape[0])
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=getattr(q, "device", None)) * length
+        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * length
     out, lse = zigzag_attention_gathered(
         q, k, v, cu_seqlens, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
     )

@@ -8,11 +8,16 @@ from zigzag_kernels.layout import gathered_row, padded_length, row_position
 from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
 
 
+def check_tensor(name: str, x) -> None:
+    """`ValueError` unless `x` is a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+
+
 def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int) -> None:
     """`ValueError` for what can be said of the arguments without looking into device memory."""
     check_world_size(world_size)
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise ValueError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+    check_tensor("cu_seqlens", cu_seqlens)
     check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
     if rank is not None:
         check_rank(rank, world_size, isinstance(rank, torch.Tensor))
