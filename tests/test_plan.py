@@ -27,11 +27,13 @@ def problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=
     )  # fmt: skip
 
 
-def launches(problem):
+def launches(problem, part=plan.WHOLE):
     return [
-        plan._segments_launch(problem.sequences, problem.world_size, problem.target),
-        plan._forward_launch(problem),
-        *plan._backward_launches(problem, problem.q_strides, True, problem.dtype),
+        plan._segments_launch(problem.sequences, problem.world_size, problem.kv_layout, problem.target),
+        plan._forward_launch(problem, part),
+        plan._delta_launch(problem, problem.q_strides, True),
+        plan._dkdv_launch(problem, problem.q_strides, part),
+        plan._dq_launch(problem, problem.q_strides, part),
     ]
 
 
@@ -131,7 +133,7 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
     """Source, grid, scalars, constants, warps and stages, as each launch site passes them on."""
     seen = []
 
-    def triton_call(*arguments, kernel, grid, out_shape, num_warps, num_stages, **constexprs):
+    def triton_call(*arguments, kernel, grid, out_shape, num_warps, num_stages, input_output_aliases, **constexprs):
         seen.append((kernel, grid, arguments, tuple(out_shape), constexprs, num_warps, num_stages))
         return [jax.numpy.zeros(x.shape, x.dtype) for x in out_shape]
 
@@ -139,9 +141,10 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
     for launch in launches(problem()):
         recorder = Recorder(launch.kernel)
         recorded = plan.Launch(**(vars(launch) | {"kernel": recorder}))
-        torch_launch.run(recorded, *(torch.zeros(1) for _ in launch.inputs))
+        empty = launch.in_place.values()
+        torch_launch.run(recorded, *(None if name in empty else torch.zeros(1) for name in launch.inputs))
         outputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in launch.outputs)
-        jax_launch._compile(launch, outputs, tuple(jax.numpy.zeros(1) for _ in launch.inputs))
+        jax_launch._compile(launch, outputs, tuple(jax.numpy.zeros(1) for _ in launch.inputs), {})
 
         ((torch_grid, torch_arguments, options),) = recorder.calls
         kernel, grid, arguments, out_shape, constexprs, num_warps, num_stages = seen.pop()
@@ -165,7 +168,7 @@ from test_plan import launches, problem
 from zigzag_kernels import config
 SHORT = dict(bfloat16="bf16", float32="fp32", int32="i32", float16="fp16")
 TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank"), "int32")
-STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2"), "float32")
+STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse"), "float32")
 dtype, target = {dtype!r}, {target!r}
 for launch in launches(problem({head_dim}, dtype, target)):
     dtypes = [(TABLES | STATISTICS).get(name, dtype) for name in launch.inputs]
@@ -213,12 +216,12 @@ def test_rows_too_far_apart_for_a_tile_are_refused(strides, fits):
     arguments = {"sequences": 1, "world_size": 1, "causal": True, "softmax_scale": None, "target": "9.0"}
     if fits:
         made = make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
-        plan._backward_launches(made, (512, 64), False, "float16")
+        plan._delta_launch(made, (512, 64), False)
         return
     with pytest.raises(ValueError, match="q: expected strides"):
         make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
     with pytest.raises(ValueError, match="dout: expected strides"):
-        plan._backward_launches(problem(), strides, False, "bfloat16")
+        plan._delta_launch(problem(), strides, False)
 
 
 def test_tables_have_room_for_all_entries():

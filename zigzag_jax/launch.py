@@ -50,21 +50,30 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def run(launch: "Launch", *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
     """Execute `launch` on `arrays`; returns its outputs. Under `vmap` the launches follow one another."""
     execute = _interpret if launch.target == backends.INTERPRET else _compile
     outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
+    inputs = dict(zip(launch.inputs, arrays, strict=True))
+    aliases = {}  # of the inputs, by number, to the outputs
+    for i, output in enumerate(launch.outputs):
+        place = launch.in_place.get(output.name)
+        if place and inputs[place] is None:
+            inputs[place] = jnp.zeros(1, output.dtype)  # a pointer of the right type that nothing reads
+        elif place:
+            aliases[launch.inputs.index(place)] = i
+    arrays = tuple(inputs.values())
 
     @jax.custom_batching.sequential_vmap
     def launch_once(*arrays):
         # Neither a callback nor jax-triton says that its results vary where its operands do.
         axes = varying_axes(*arrays)
-        return tuple(vary(x, axes) for x in execute(launch, outputs, arrays))
+        return tuple(vary(x, axes) for x in execute(launch, outputs, arrays, aliases))
 
     return launch_once(*arrays)
 
 
-def _compile(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
+def _compile(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
     jax_triton = _import_jax_triton()
     renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # since 0.4
     return jax_triton.triton_call(
@@ -74,6 +83,7 @@ def _compile(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        input_output_aliases=aliases,
         **{"out_type" if renamed else "out_shape": outputs},
         **launch.constexprs,
     )
@@ -125,7 +135,7 @@ class _HostTensor:
     copy_ = set_
 
 
-def _interpret(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
+def _interpret(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
     from zigzag_kernels import plan
 
     def on_host(*arrays):
@@ -133,6 +143,9 @@ def _interpret(launch: "Launch", outputs: tuple, arrays: tuple) -> tuple:
         results = [np.empty(output.shape, output.dtype) for output in outputs]
         for x in results:
             x.view(np.uint8).fill(0xFF)  # NaN, or -1: what a kernel forgets to write is found out
+        for i, output in aliases.items():
+            results[output][...] = arrays[i]
+            arrays[i] = results[output]
         with plan.INTERPRETER:
             launch.kernel[launch.grid](
                 *map(_HostTensor, arrays), *launch.scalars.values(), *map(_HostTensor, results), **launch.constexprs

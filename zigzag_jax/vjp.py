@@ -70,7 +70,6 @@ def _backward(problem, residuals, cotangents):
         segments,
         sequences,
         dout_strides=(problem.heads * problem.head_dim, problem.head_dim),
-        kv_dtype=problem.dtype,
     )
     return *gradients, None, None
 

@@ -19,6 +19,7 @@ from .tile import (
     locate,
     query_offsets,
     store_rows,
+    tile_and_head,
     visible_keys,
 )
 
@@ -118,20 +119,25 @@ def _dkdv_block(
     return dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET), dv
 
 
-@triton.jit(do_not_specialize=["n_sequences", "T"])
+@triton.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
 def backward_dkdv(
-    q_ptr,  # [T, heads, HEAD_DIM]
-    k_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    q_ptr,  # [T, HEADS, HEAD_DIM]
+    k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
-    dout_ptr,  # [T, heads, HEAD_DIM]
+    dout_ptr,  # [T, HEADS, HEAD_DIM]
     delta_ptr,  # [kv_heads, T * GROUP] float32
     lse2_ptr,
     sequences_ptr,
+    into_dk_ptr,  # as dk and dv, and the same memory
+    into_dv_ptr,
     n_sequences,
     T,
-    dk_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    slot_rows,
+    first_kv_head,
+    dk_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     dv_ptr,
-    WORLD_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -147,33 +153,37 @@ def backward_dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """Write dK and dV of the window's KV heads; `ACCUMULATE` adds them to what is there."""
+    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
     # The padding entry and impossible tables: as in load_segment.
     used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
-    sequence, block = locate(sequences_ptr, n_sequences, tl.program_id(0), SEQUENCE_FIELDS, 1, BLOCK_N)
-    overfull = used > T
+    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
+    overfull = used > slot_rows
     sequence = tl.where(overfull, n_sequences - 1, sequence)
-    block = tl.where(overfull, tl.program_id(0), block)
+    block = tl.where(overfull, tile, block)
     entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
     kv_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
     padding = sequence == n_sequences - 1
     poison = overfull | (tl.load(entry_ptr + 3) < 0)
-    # Padding has T - used rows in each of the WORLD_SIZE slots: a sequence of that many early chunks.
-    kv_chunk = tl.where(padding, T - kv_row, tl.load(entry_ptr + 2))
-    n_keys = tl.where(padding, kv_chunk * WORLD_SIZE, tl.load(entry_ptr + 3))
+    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
+    kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + 2))
+    n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + 3))
     first_key = block * BLOCK_N
     if first_key >= n_keys:
         return
 
-    kv_head = tl.program_id(1).to(tl.int64)
-    kv_heads = tl.num_programs(1)
+    kv_head = (first_kv_head + window_head).to(tl.int64)
+    window_head = window_head.to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_N)
     inside = keys < n_keys
-    first_row, rows = key_rows(first_key, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N, False)
+    first_row, rows = key_rows(first_key, kv_row, kv_chunk, slot_rows, SLOTS, BLOCK_N, False)
     rows += first_row
-    k = load_rows(k_ptr + kv_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr + kv_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr + window_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
     q_ptr += kv_head * GROUP * STRIDE_QH
     dout_ptr += kv_head * GROUP * STRIDE_DOH
     delta_ptr += kv_head * T * GROUP
@@ -185,7 +195,7 @@ def backward_dkdv(
         half_ptr = entry_ptr + 4 + 4 * half
         q_row = tl.load(half_ptr)
         q_len = tl.load(half_ptr + 1)
-        kv_len = tl.load(half_ptr + 3)
+        kv_len = tl.load(half_ptr + 3) if CAUSAL else n_keys
         diagonal = tl.load(half_ptr + 2) if CAUSAL else kv_len
         end_key = tl.minimum(first_key + BLOCK_N, n_keys)
         begin = tl.maximum(first_key - diagonal, 0)  # first token that sees the first key of the tile
@@ -212,7 +222,10 @@ def backward_dkdv(
     if poison:
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
-    destination = (rows * kv_heads + kv_head) * HEAD_DIM
+    destination = (rows * KV_HEADS + window_head) * HEAD_DIM
+    if ACCUMULATE:
+        dk += load_rows(into_dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        dv += load_rows(into_dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
     store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
     store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)
 
@@ -230,11 +243,11 @@ def _dq_block(
     kv_len,
     kv_row,
     kv_chunk,
-    T,
+    slot_rows,
     dq,
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WORLD_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
     STRIDE_KT: tl.constexpr,
@@ -245,7 +258,7 @@ def _dq_block(
 ):
     """Add what the keys `[start, start + BLOCK_N)` contribute to dQ of the tile."""
     keys = start + tl.arange(0, BLOCK_N)
-    row, rows = key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N, ALIGNED)
+    row, rows = key_rows(start, kv_row, kv_chunk, slot_rows, SLOTS, BLOCK_N, ALIGNED)
     k = load_rows(k_ptr + row * STRIDE_KT, rows * STRIDE_KT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + row * STRIDE_VT, rows * STRIDE_VT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
     p = tl.math.exp2(dot(q, tl.trans(k), None, INTERPRET) * SCALE_LOG2 - lse2[:, None])
@@ -256,19 +269,24 @@ def _dq_block(
     return dot(cast(ds, k.dtype, INTERPRET), k, dq, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["n_segments", "T"])
+@triton.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
 def backward_dq(
-    q_ptr,  # [T, heads, HEAD_DIM]
-    k_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    q_ptr,  # [T, HEADS, HEAD_DIM]
+    k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
-    dout_ptr,  # [T, heads, HEAD_DIM]
+    dout_ptr,  # [T, HEADS, HEAD_DIM]
     delta_ptr,  # [kv_heads, T * GROUP] float32
     lse2_ptr,
     segments_ptr,
+    into_dq_ptr,  # as dq, and the same memory
     n_segments,
     T,
-    dq_ptr,  # [T, heads, HEAD_DIM]
-    WORLD_SIZE: tl.constexpr,
+    slot_rows,
+    first_kv_head,
+    dq_ptr,  # [T, HEADS, HEAD_DIM]
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -284,15 +302,20 @@ def backward_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """Write dQ of the window's query heads; `ACCUMULATE` adds it to what is there."""
+    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
     row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
-        segments_ptr, n_segments, tl.program_id(0), T, CAUSAL, GROUP, BLOCK_M
+        segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
     )
     if row >= q_len * GROUP:
         return
-    kv_head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
+    if ACCUMULATE and kv_len == 0:
+        return
+    kv_head = (first_kv_head + window_head).to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
     inside = rows < q_len * GROUP
     q_start, q_offsets, tokens = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
@@ -304,32 +327,35 @@ def backward_dq(
     statistics = kv_head * T * GROUP + q_row * GROUP + rows
     lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-    k_ptr += kv_head * STRIDE_KH
-    v_ptr += kv_head * STRIDE_VH
+    k_ptr += window_head.to(tl.int64) * STRIDE_KH
+    v_ptr += window_head.to(tl.int64) * STRIDE_VH
     limit, aligned_end, seen_by_all, seen_by_any = visible_keys(
-        row, tokens, q_len, diagonal, kv_len, kv_chunk, WORLD_SIZE, GROUP, BLOCK_M, BLOCK_N
+        row, tokens, q_len, diagonal, kv_len, kv_chunk, SLOTS, GROUP, BLOCK_M, BLOCK_N
     )
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, aligned_end, BLOCK_N):
         dq = _dq_block(
-            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, False, True,
-            WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, dq, False, True,
+            SLOTS, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
         )  # fmt: skip
-    if WORLD_SIZE > 1:
+    if SLOTS > 1:
         for start in range(aligned_end, seen_by_all, BLOCK_N):
             dq = _dq_block(
-                start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, False, False,
-                WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+                start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, dq, False, False,
+                SLOTS, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
             )  # fmt: skip
     for start in range(seen_by_all, seen_by_any, BLOCK_N):
         dq = _dq_block(
-            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, dq, True, False,
-            WORLD_SIZE, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
+            start, q, dout, lse2, delta, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, dq, True, False,
+            SLOTS, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, INTERPRET,
         )  # fmt: skip
 
     dq *= SOFTMAX_SCALE
     if kv_len < 0:
         dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
-    dq_start, dq_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, heads * HEAD_DIM, HEAD_DIM)
-    store_rows(dq_ptr + kv_head * GROUP * HEAD_DIM + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    dq_start, dq_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
+    dq_start += kv_head * GROUP * HEAD_DIM
+    if ACCUMULATE:
+        dq += load_rows(into_dq_ptr + dq_start, dq_offsets, inside, True, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D, INTERPRET)

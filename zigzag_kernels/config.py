@@ -28,15 +28,19 @@ REGISTERS_PER_THREAD = 255
 
 @dataclass(frozen=True)
 class Config:
-    """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth."""
+    """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth, and
+    whether the programs of one tile's heads or of one head's tiles are neighbours."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    heads_first: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
+        if not isinstance(self.heads_first, bool):
+            raise ValueError(f"heads_first: expected true or false, got {self.heads_first!r}")
+        for field in fields(self)[:4]:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name}: expected a positive int, got {value!r}")
@@ -48,8 +52,8 @@ class Config:
             raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {self.num_warps}")
 
 
-def _up_to(*rows: tuple[int, int, int, int]) -> dict[int, Config]:
-    """`HEAD_DIMS` with their (BLOCK_M, BLOCK_N, num_warps, num_stages)."""
+def _up_to(*rows: tuple) -> dict[int, Config]:
+    """`HEAD_DIMS` with the fields of their `Config`."""
     return {head_dim: Config(*row) for head_dim, row in zip(HEAD_DIMS, rows, strict=True)}
 
 
@@ -61,9 +65,9 @@ _FLOAT32 = {
 _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
     "sm_90": {
         "16-bit": {
-            "forward": _up_to((128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+            "forward": _up_to((128, 64, 4, 3, True), (128, 128, 8, 3), (128, 64, 8, 2)),
             "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-            "backward_dq": _up_to((128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+            "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
         },
         "32-bit": _FLOAT32,
     },
@@ -86,7 +90,7 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
 }
 # Small, so that short sequences fill several; not square, so that mixing them up shows.
 _INTERPRET = {
-    "forward": Config(32, 16, 1, 1),
+    "forward": Config(32, 16, 1, 1, heads_first=True),
     "backward_dkdv": Config(16, 32, 1, 1),
     "backward_dq": Config(32, 16, 1, 1),
 }

@@ -1,6 +1,6 @@
-"""The forward kernel: one program attends one tile of query rows to the keys it sees, in place in the gathered buffer.
+"""The forward kernel: one program attends one tile of query rows to the keys it sees, in place in the K/V buffer.
 
-FlashAttention-2 (Dao, arXiv:2307.08691) over the segments of `tile.py`. Grid: (tiles, kv_heads).
+FlashAttention-2 (Dao, arXiv:2307.08691) over the segments of `tile.py`. Grid: tiles × KV heads of the window.
 """
 
 import triton
@@ -17,6 +17,7 @@ from .tile import (
     online_softmax_update,
     query_offsets,
     store_rows,
+    tile_and_head,
     visible_keys,
 )
 
@@ -31,13 +32,13 @@ def _attend_block(
     kv_len,
     kv_row,
     kv_chunk,
-    T,
+    slot_rows,
     maximum,
     total,
     acc,
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WORLD_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -48,7 +49,7 @@ def _attend_block(
 ):
     """Fold the keys `[start, start + BLOCK_N)` into the running softmax; only `MASKED` blocks look at `limit`."""
     keys = start + tl.arange(0, BLOCK_N)
-    row, rows = key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE, BLOCK_N, ALIGNED)
+    row, rows = key_rows(start, kv_row, kv_chunk, slot_rows, SLOTS, BLOCK_N, ALIGNED)
     k = load_rows(k_ptr + row * STRIDE_KT, rows * STRIDE_KT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + row * STRIDE_VT, rows * STRIDE_VT, keys < kv_len, MASKED, HEAD_DIM, BLOCK_D)
     scores = dot(q, tl.trans(k), None, INTERPRET)  # [BLOCK_M, BLOCK_N]
@@ -58,17 +59,38 @@ def _attend_block(
     return maximum, total, dot(cast(p, v.dtype, INTERPRET), v, acc * rescale[:, None], INTERPRET)
 
 
-@triton.jit(do_not_specialize=["n_segments", "T"])
+@triton.jit
+def _fold(out, lse2, into_out_ptr, into_lse, offsets, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(out, lse in base 2) over these keys and those that the results `into` have seen before."""
+    before = into_lse * LOG2_E
+    maximum = tl.maximum(lse2, before)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    now, then = tl.math.exp2(lse2 - maximum), tl.math.exp2(before - maximum)
+    total = now + then
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
+    into_out = load_rows(into_out_ptr, offsets, inside, True, HEAD_DIM, BLOCK_D)
+    out = out * (now / total)[:, None] + into_out * (then / total)[:, None]
+    return out, tl.where(blind, float("-inf"), maximum + tl.math.log2(total))
+
+
+@triton.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
 def attention_forward(
-    q_ptr,  # [T, heads, HEAD_DIM]
-    k_ptr,  # [WORLD_SIZE * T, kv_heads, HEAD_DIM]
+    q_ptr,  # [T, HEADS, HEAD_DIM]
+    k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
     segments_ptr,
+    into_out_ptr,  # as out and lse, and the same memory
+    into_lse_ptr,
     n_segments,
     T,
-    out_ptr,  # [T, heads, HEAD_DIM]
-    lse_ptr,  # [heads, T] float32
-    WORLD_SIZE: tl.constexpr,
+    slot_rows,
+    first_kv_head,
+    out_ptr,  # [T, HEADS, HEAD_DIM]
+    lse_ptr,  # [HEADS, T] float32
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -82,24 +104,30 @@ def attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """Write out and lse of the window's query heads; `ACCUMULATE` folds them into what is there, and rows that see no
+    key are left as they are."""
+    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
     row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
-        segments_ptr, n_segments, tl.program_id(0), T, CAUSAL, GROUP, BLOCK_M
+        segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
     )
     if row >= q_len * GROUP:
         return
-    kv_head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
+    if ACCUMULATE and kv_len == 0:
+        return
+    kv_head = (first_kv_head + window_head).to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
     inside = rows < q_len * GROUP
     head = kv_head * GROUP + rows % GROUP
     q_start, q_offsets, tokens = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
     q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + q_start, q_offsets, inside, True, HEAD_DIM, BLOCK_D)
-    k_ptr += kv_head * STRIDE_KH
-    v_ptr += kv_head * STRIDE_VH
+    k_ptr += window_head.to(tl.int64) * STRIDE_KH
+    v_ptr += window_head.to(tl.int64) * STRIDE_VH
     limit, aligned_end, seen_by_all, seen_by_any = visible_keys(
-        row, tokens, q_len, diagonal, kv_len, kv_chunk, WORLD_SIZE, GROUP, BLOCK_M, BLOCK_N
+        row, tokens, q_len, diagonal, kv_len, kv_chunk, SLOTS, GROUP, BLOCK_M, BLOCK_N
     )
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -107,28 +135,34 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, aligned_end, BLOCK_N):
         maximum, total, acc = _attend_block(
-            start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, maximum, total, acc, False, True,
-            WORLD_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
+            start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, maximum, total, acc, False, True,
+            SLOTS, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
         )  # fmt: skip
-    if WORLD_SIZE > 1:
+    if SLOTS > 1:
         for start in range(aligned_end, seen_by_all, BLOCK_N):
             maximum, total, acc = _attend_block(
-                start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, maximum, total, acc, False, False,
-                WORLD_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
+                start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, maximum, total, acc, False, False,
+                SLOTS, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
             )  # fmt: skip
     for start in range(seen_by_all, seen_by_any, BLOCK_N):
         maximum, total, acc = _attend_block(
-            start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, T, maximum, total, acc, True, False,
-            WORLD_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
+            start, q, k_ptr, v_ptr, limit, kv_len, kv_row, kv_chunk, slot_rows, maximum, total, acc, True, False,
+            SLOTS, HEAD_DIM, BLOCK_N, BLOCK_D, SOFTMAX_SCALE * LOG2_E, STRIDE_KT, STRIDE_VT, INTERPRET,
         )  # fmt: skip
 
     blind = total == 0.0  # rows that see no key
     total = tl.where(blind, 1.0, total)
-    lse = tl.where(blind, float("-inf"), (maximum + tl.math.log2(total)) * LN_2)
+    lse2 = tl.where(blind, float("-inf"), maximum + tl.math.log2(total))
     out = acc / total[:, None]
+    statistics = head * T + q_row + tokens
+    out_start, out_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
+    out_start += kv_head * GROUP * HEAD_DIM
+    if ACCUMULATE:
+        into_lse = tl.load(into_lse_ptr + statistics, mask=inside, other=0.0)
+        out, lse2 = _fold(out, lse2, into_out_ptr + out_start, into_lse, out_offsets, inside, HEAD_DIM, BLOCK_D)
+    lse = lse2 * LN_2
     if kv_len < 0:
         lse = tl.full([BLOCK_M], float("nan"), tl.float32)
         out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
-    tl.store(lse_ptr + head * T + q_row + tokens, lse, mask=inside)
-    out_start, out_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, heads * HEAD_DIM, HEAD_DIM)
-    store_rows(out_ptr + kv_head * GROUP * HEAD_DIM + out_start, out_offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    tl.store(lse_ptr + statistics, lse, mask=inside)
+    store_rows(out_ptr + out_start, out_offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)

@@ -1,23 +1,28 @@
 """From a `Problem` to the launches that solve it, framework-free: kernels, grids, arguments, outputs and their order.
 
-A front end supplies `run(launch, *arrays) -> tuple of arrays`, its only launch site, and calls `forward`, `backward`
-and `segment_tables` here, so that both frameworks launch the same kernels with the same constants in the same order.
+A front end supplies `run(launch, *arrays) -> tuple of arrays`, its only launch site, and calls `segment_tables`,
+`forward` and `backward` here, so that both frameworks launch the same kernels, with the same constants, in the same
+order.
+
+Across ranks attention comes in parts. A *window* is K/V of a few KV heads: its results are written `into` arrays of all
+heads. A *ring step* has the keys of one rank: its results are folded into float32 ones. `backward` is then its three
+pieces, with communication between them.
 """
 
 import functools
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
 
 from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
-from .config import block_d, choose_config
+from .config import Config, block_d, choose_config
 from .forward import attention_forward
-from .problem import Problem, check_strides, check_target, segment_table_shapes
+from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
 Run = Callable[..., tuple]
@@ -39,7 +44,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`."""
+    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
+
+    An output named in `in_place` shares the memory of that input, unless the array given there is None: then it begins
+    empty, like any other. The kernel leaves parts of such an output as they are.
+    """
 
     kernel: Any
     target: str
@@ -48,6 +57,7 @@ class Launch:
     scalars: dict[str, int]
     outputs: tuple[Output, ...]
     constexprs: dict[str, Any]
+    in_place: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
 
@@ -67,27 +77,50 @@ def interpreting() -> bool:
     return not isinstance(attention_forward, triton.JITFunction)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of an attention a call computes, and how it leaves its results."""
+
+    first_kv_head: int = 0  # of the window of KV heads that k and v are
+    accumulate: bool = False  # fold into, or add to, what there is
+    dtype: str | None = None  # of the results; that of q if None
+
+
+WHOLE = Part()
+
+
 @functools.lru_cache(maxsize=_CACHED)
-def _segments_launch(sequences: int, world_size: int, target: str) -> Launch:
+def _segments_launch(sequences: int, world_size: int, kv_layout: str, target: str) -> Launch:
     check_target(target)
-    segments_shape, sequences_shape = segment_table_shapes(sequences)
+    steps = world_size if kv_layout == PEER else 1
+    segments_shape, sequences_shape = segment_table_shapes(sequences, steps)
     return Launch(
         kernel=build_segments,
         target=target,
-        grid=(-(-segments_shape[0] // _TABLE_BLOCK), 1, 1),
+        grid=(-(-segments_shape[-2] // _TABLE_BLOCK), steps, 1),
         inputs=("cu_seqlens", "rank"),
         scalars={"n_sequences": sequences},
         outputs=(
             Output("segments", segments_shape, "int32"),
             Output("sequences", sequences_shape, "int32"),
         ),
-        constexprs={"WORLD_SIZE": world_size, "BLOCK": _TABLE_BLOCK},
+        constexprs={
+            "WORLD_SIZE": world_size,
+            "PEER": kv_layout == PEER,
+            "CONTIGUOUS": kv_layout == CONTIGUOUS,
+            "BLOCK": _TABLE_BLOCK,
+        },
     )
 
 
-def _common(problem: Problem) -> dict[str, Any]:
+def _scalars(problem: Problem, part: Part) -> dict[str, int]:
+    return {"T": problem.tokens, "slot_rows": problem.slot_rows, "first_kv_head": part.first_kv_head}
+
+
+def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
     return {
-        "WORLD_SIZE": problem.world_size,
+        "SLOTS": problem.slots,
+        "KV_HEADS": problem.window,
         "GROUP": problem.group,
         "HEAD_DIM": problem.head_dim,
         "CAUSAL": problem.causal,
@@ -98,48 +131,49 @@ def _common(problem: Problem) -> dict[str, Any]:
         "STRIDE_KH": problem.k_strides[1],
         "STRIDE_VT": problem.v_strides[0],
         "STRIDE_VH": problem.v_strides[1],
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
         "BLOCK_D": block_d(problem.head_dim),
+        "HEADS_FIRST": config.heads_first,
+        "ACCUMULATE": part.accumulate,
         "INTERPRET": problem.target == INTERPRET,
     }
 
 
-def _query_tiles(problem: Problem, block_m: int) -> tuple[int, int, int]:
-    """Upper bound of the query tiles from static shapes alone: see `tile.locate`."""
+def _query_tiles(problem: Problem, block_m: int) -> int:
+    """Upper bound of the query tiles of one head from static shapes alone: see `tile.locate`."""
     segments, _ = segment_table_shapes(problem.sequences)
-    return problem.tokens * problem.group // block_m + segments[0], problem.kv_heads, 1
+    return problem.tokens * problem.group // block_m + segments[0]
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _forward_launch(problem: Problem) -> Launch:
+def _forward_launch(problem: Problem, part: Part) -> Launch:
     check_target(problem.target)
     (segments, _), _ = segment_table_shapes(problem.sequences)
     config = choose_config("forward", problem.head_dim, problem.dtype, problem.target)
     return Launch(
         kernel=attention_forward,
         target=problem.target,
-        grid=_query_tiles(problem, config.BLOCK_M),
-        inputs=("q", "k", "v", "segments"),
-        scalars={"n_segments": segments, "T": problem.tokens},
+        grid=(_query_tiles(problem, config.BLOCK_M) * problem.window, 1, 1),
+        inputs=("q", "k", "v", "segments", "into_out", "into_lse"),
+        scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(
-            Output("out", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),
+            Output("out", (problem.tokens, problem.heads, problem.head_dim), part.dtype or problem.dtype),
             Output("lse", (problem.heads, problem.tokens), "float32"),
         ),
-        constexprs=_common(problem) | {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
+        in_place={"out": "into_out", "lse": "into_lse"},
+        constexprs=_constexprs(problem, config, part) | {"HEADS": problem.heads},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _backward_launches(
-    problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, kv_dtype: str
-) -> tuple[Launch, Launch, Launch]:
+def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool) -> Launch:
     check_target(problem.target)
     check_strides("dout", dout_strides, problem.group)
-    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
     rows = problem.tokens * problem.group
-    dout = {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}
-    delta = Launch(
+    return Launch(
         kernel=backward_delta,
         target=problem.target,
         grid=(max(1, -(-rows // _DELTA_ROWS)), problem.kv_heads, 1),
@@ -149,72 +183,135 @@ def _backward_launches(
             Output("delta", (problem.kv_heads, rows), "float32"),
             Output("lse2", (problem.kv_heads, rows), "float32"),
         ),
-        constexprs=dout
-        | {
+        constexprs={
             "GROUP": problem.group,
             "HEAD_DIM": problem.head_dim,
             "HAS_DLSE": has_dlse,
+            "STRIDE_DOT": dout_strides[0],
+            "STRIDE_DOH": dout_strides[1],
             "BLOCK_M": _DELTA_ROWS,
             "BLOCK_D": block_d(problem.head_dim),
         },
     )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
+    _, (sequences, _) = segment_table_shapes(problem.sequences)
     config = choose_config("backward_dkdv", problem.head_dim, problem.dtype, problem.target)
-    kv_shape = (problem.kv_tokens, problem.kv_heads, problem.head_dim)
-    dkdv = Launch(
+    shape, dtype = (problem.kv_tokens, problem.window, problem.head_dim), part.dtype or problem.dtype
+    return Launch(
         kernel=backward_dkdv,
         target=problem.target,
-        grid=(problem.kv_tokens // config.BLOCK_N + sequences, problem.kv_heads, 1),
-        inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences"),
-        scalars={"n_sequences": sequences, "T": problem.tokens},
-        outputs=(Output("dk", kv_shape, kv_dtype), Output("dv", kv_shape, kv_dtype)),
-        constexprs=_common(problem) | dout | {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
+        grid=((problem.kv_tokens // config.BLOCK_N + sequences) * problem.window, 1, 1),
+        inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
+        scalars={"n_sequences": sequences} | _scalars(problem, part),
+        outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
+        in_place={"dk": "into_dk", "dv": "into_dv"},
+        constexprs=_constexprs(problem, config, part) | _strides(dout_strides),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
+    (segments, _), _ = segment_table_shapes(problem.sequences)
     config = choose_config("backward_dq", problem.head_dim, problem.dtype, problem.target)
-    dq = Launch(
+    return Launch(
         kernel=backward_dq,
         target=problem.target,
-        grid=_query_tiles(problem, config.BLOCK_M),
-        inputs=("q", "k", "v", "dout", "delta", "lse2", "segments"),
-        scalars={"n_segments": segments, "T": problem.tokens},
-        outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),),
-        constexprs=_common(problem) | dout | {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
+        grid=(_query_tiles(problem, config.BLOCK_M) * problem.window, 1, 1),
+        inputs=("q", "k", "v", "dout", "delta", "lse2", "segments", "into_dq"),
+        scalars={"n_segments": segments} | _scalars(problem, part),
+        outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), part.dtype or problem.dtype),),
+        in_place={"dq": "into_dq"},
+        constexprs=_constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return delta, dkdv, dq
 
 
-def segment_tables(run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str) -> tuple:
-    """(segments, sequences): the device tables of one batch on one rank, for all its layers."""
-    return run(_segments_launch(sequences, world_size, target), cu_seqlens, rank)
+def _strides(dout_strides: tuple[int, int]) -> dict[str, int]:
+    return {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}
 
 
-def forward(run: Run, problem: Problem, q, k, v, segments) -> tuple:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log)."""
-    return run(_forward_launch(problem), q, k, v, segments)
+def segment_tables(
+    run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str, kv_layout: str = GATHERED
+) -> tuple:
+    """(segments, sequences): the device tables of one batch on one rank, for all its layers.
+
+    Of the "peer" layout there is one table a ring step: step `s` has the keys of rank `(rank - s) % world_size`.
+    """
+    return run(_segments_launch(sequences, world_size, kv_layout, target), cu_seqlens, rank)
 
 
-def backward(
+def forward(
     run: Run,
     problem: Problem,
     q,
     k,
     v,
-    out,
-    lse,
-    dout,
-    dlse,
     segments,
+    *,
+    part: Part = WHOLE,
+    into: tuple = (None, None),
+) -> tuple:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log).
+
+    They are new arrays, or those of `into`, in which what is not of this `part` stays as it is.
+    """
+    launch = _forward_launch(problem, part)
+    return run(launch, q, k, v, segments, *into)
+
+
+def backward_rows(run: Run, problem: Problem, out, lse, dout, dlse, *, dout_strides: tuple[int, int]) -> tuple:
+    """(delta, lse2): what both of the following need of every query row. `dlse` may be None."""
+    launch = _delta_launch(problem, dout_strides, dlse is not None)
+    return run(launch, out, dout, lse, lse if dlse is None else dlse)
+
+
+def backward_keys(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    dout,
+    rows: tuple,
     sequences,
     *,
     dout_strides: tuple[int, int],
-    kv_dtype: str,
+    part: Part = WHOLE,
+    into: tuple = (None, None),
 ) -> tuple:
-    """(dq, dk, dv); dk and dv in the layout of k and v, as `kv_dtype`. `dlse` may be None."""
-    delta_launch, dkdv_launch, dq_launch = _backward_launches(problem, dout_strides, dlse is not None, kv_dtype)
-    delta, lse2 = run(delta_launch, out, dout, lse, lse if dlse is None else dlse)
-    dk, dv = run(dkdv_launch, q, k, v, dout, delta, lse2, sequences)
-    (dq,) = run(dq_launch, q, k, v, dout, delta, lse2, segments)
-    return dq, dk, dv
+    """(dk, dv) in the layout of k and v; `rows` are from `backward_rows`, the rest as in `forward`."""
+    launch = _dkdv_launch(problem, dout_strides, part)
+    return run(launch, q, k, v, dout, *rows, sequences, *into)
+
+
+def backward_queries(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    dout,
+    rows: tuple,
+    segments,
+    *,
+    dout_strides: tuple[int, int],
+    part: Part = WHOLE,
+    into=None,
+):
+    """dq `[T, heads, head_dim]`; arguments as in `backward_keys`."""
+    launch = _dq_launch(problem, dout_strides, part)
+    (dq,) = run(launch, q, k, v, dout, *rows, segments, into)
+    return dq
+
+
+def backward(run: Run, problem: Problem, q, k, v, out, lse, dout, dlse, segments, sequences, *, dout_strides) -> tuple:
+    """(dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None."""
+    rows = backward_rows(run, problem, out, lse, dout, dlse, dout_strides=dout_strides)
+    dk, dv = backward_keys(run, problem, q, k, v, dout, rows, sequences, dout_strides=dout_strides)
+    return backward_queries(run, problem, q, k, v, dout, rows, segments, dout_strides=dout_strides), dk, dv

@@ -16,15 +16,18 @@ MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; those of the til
 MAX_BLOCK = 256
 SEGMENT_FIELDS = 8
 SEQUENCE_FIELDS = 12
+# Where the keys of a sequence are: rank-major in the buffer that an all-gather delivers; those of one rank alone, as
+# they travel around a ring; or all in position order.
+GATHERED, PEER, CONTIGUOUS = KV_LAYOUTS = ("gathered", "peer", "contiguous")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One rank's attention over gathered K/V.
+    """One rank's attention over K/V in one of `KV_LAYOUTS`, or over a window of their heads.
 
-    `q [tokens, heads, head_dim]`, `k, v [world_size * tokens, kv_heads, head_dim]`; `sequences` is N in
-    `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous. `target` is the
-    compute capability, say "9.0", or "interpret".
+    `q [tokens, heads, head_dim]`, `k, v [slots * slot_rows, window, head_dim]`: `window` of the `kv_heads` KV heads.
+    `sequences` is N in `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous.
+    `target` is the compute capability, say "9.0", or "interpret".
     """
 
     tokens: int
@@ -32,6 +35,7 @@ class Problem:
     world_size: int
     heads: int
     kv_heads: int
+    window: int
     head_dim: int
     dtype: str
     causal: bool
@@ -39,6 +43,7 @@ class Problem:
     q_strides: tuple[int, int]
     k_strides: tuple[int, int]
     v_strides: tuple[int, int]
+    kv_layout: str
     target: str
 
     @property
@@ -47,13 +52,24 @@ class Problem:
         return self.heads // self.kv_heads
 
     @property
+    def slots(self) -> int:
+        """Parts of the K/V buffer in which a sequence's keys follow each other by chunk, not by position."""
+        return self.world_size if self.kv_layout == GATHERED else 1
+
+    @property
+    def slot_rows(self) -> int:
+        return self.world_size * self.tokens if self.kv_layout == CONTIGUOUS else self.tokens
+
+    @property
     def kv_tokens(self) -> int:
-        return self.world_size * self.tokens
+        return self.slots * self.slot_rows
 
 
-def segment_table_shapes(sequences: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the segment table (two chunks a sequence, and the padding) and of the sequence table."""
-    return (2 * sequences + 1, SEGMENT_FIELDS), (sequences + 1, SEQUENCE_FIELDS)
+def segment_table_shapes(sequences: int, steps: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the segment table (two chunks a sequence, and the padding) and of the sequence table; with several
+    `steps`, of one table each."""
+    lead = () if steps == 1 else (steps,)
+    return (*lead, 2 * sequences + 1, SEGMENT_FIELDS), (*lead, sequences + 1, SEQUENCE_FIELDS)
 
 
 def check_target(target: str) -> None:
@@ -72,11 +88,13 @@ def make_problem(
     causal: bool,
     softmax_scale: float | None,
     target: str,
+    kv_layout: str = GATHERED,
+    kv_heads: int | None = None,
 ) -> Problem:
     """The `Problem` of arrays given as (shape, dtype name, (token, head) strides).
 
     `ValueError` for shapes, types and numbers that are not one attention problem. `softmax_scale` None is
-    `1 / sqrt(head_dim)`.
+    `1 / sqrt(head_dim)`; `kv_heads` None are those of k: more, if k and v are a window of them.
     """
     arrays = {"q": q, "k": k, "v": v}
     for name, (shape, dtype, _) in arrays.items():
@@ -87,12 +105,14 @@ def make_problem(
         if dtype != q[1]:
             raise ValueError(f"{name}: expected the dtype of q, {q[1]}, got {dtype}")
     check_world_size(world_size)
-    (tokens, heads, head_dim), (kv_tokens, kv_heads, _) = q[0], k[0]
+    (tokens, heads, head_dim), (kv_tokens, window, _) = q[0], k[0]
+    kv_heads = window if kv_heads is None else kv_heads
+    ranks = 1 if kv_layout == PEER else world_size
     if v[0] != k[0]:
         raise ValueError(f"v: expected the shape of k, {k[0]}, got {v[0]}")
-    if kv_tokens != world_size * tokens:
+    if kv_tokens != ranks * tokens:
         raise ValueError(
-            f"k: expected world_size * tokens = {world_size} * {tokens} = {world_size * tokens} rows, got {kv_tokens}"
+            f"k: expected world_size * tokens = {ranks} * {tokens} = {ranks * tokens} rows, got {kv_tokens}"
         )
     if k[0][2] != head_dim:
         raise ValueError(f"k: expected the head_dim of q, {head_dim}, got {k[0][2]}")
@@ -117,6 +137,7 @@ def make_problem(
         world_size=world_size,
         heads=heads,
         kv_heads=kv_heads,
+        window=window,
         head_dim=head_dim,
         dtype=q[1],
         causal=causal,
@@ -124,6 +145,7 @@ def make_problem(
         q_strides=q[2],
         k_strides=k[2],
         v_strides=v[2],
+        kv_layout=kv_layout,
         target=target,
     )
 

@@ -9,6 +9,9 @@ Words used here and in the other kernel files (`layout.py` has the layout itself
 - *key*: an index into the keys of one sequence, in position order. Row `r` of a segment sees the keys
   `[0, min(kv_len, diagonal + token + 1))`; without a causal mask `diagonal` is `kv_len`, which hides nothing.
   In a segment with `kv_len > 0` every row sees key 0, so a running maximum is finite after the first block.
+- *slot*: a K/V buffer is `SLOTS` slots of `slot_rows` rows. Gathered K/V have one slot a rank, each with its early and
+  its late chunks; in the other layouts all keys of a sequence follow each other, in one slot.
+- *window*: K/V of a few KV heads at a time, those from `first_kv_head` on; queries and results have all heads.
 """
 
 import triton
@@ -16,9 +19,10 @@ import triton.language as tl
 
 from . import problem
 
-# An entry of the segment table: row_start, q_row, q_len, position, kv_len, kv_row, kv_chunk, unused.
+# An entry of the segment table: row_start, q_row, q_len, position, kv_len, kv_row, kv_chunk, keys. Under a causal mask
+# the first `kv_len` keys count, without one all `keys`: one table serves both.
 SEGMENT_FIELDS = tl.constexpr(problem.SEGMENT_FIELDS)
-# An entry of the sequence table: key_start, kv_row, kv_chunk, kv_len, then twice q_row, q_len, position, kv_len.
+# An entry of the sequence table: key_start, kv_row, kv_chunk, keys, then twice q_row, q_len, position, kv_len.
 SEQUENCE_FIELDS = tl.constexpr(problem.SEQUENCE_FIELDS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -43,6 +47,18 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
+def tile_and_head(KV_HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr):
+    """(tile, KV head of the window) of this program; `HEADS_FIRST`: the heads of one tile are neighbours, else the
+    tiles of one head."""
+    program = tl.program_id(0)
+    if HEADS_FIRST:
+        return program // KV_HEADS, program % KV_HEADS
+    else:
+        tiles = tl.num_programs(0) // KV_HEADS
+        return program % tiles, program // tiles
+
+
+@triton.jit
 def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """(first row of this tile, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk) of query tile `tile`.
 
@@ -60,20 +76,20 @@ def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP:
     entry_ptr = segments_ptr + segment * SEGMENT_FIELDS
     q_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
     q_len = tl.where(padding, T - q_row, tl.load(entry_ptr + 2))
-    kv_len = tl.where(overfull, -1, tl.load(entry_ptr + 4))
+    kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (4 if CAUSAL else 7)))
     diagonal = tl.load(entry_ptr + 3) if CAUSAL else kv_len
     return block * BLOCK_M, q_row, q_len, diagonal, kv_len, tl.load(entry_ptr + 5), tl.load(entry_ptr + 6)
 
 
 @triton.jit
-def chunk_row(chunk, kv_chunk, T, WORLD_SIZE: tl.constexpr):
+def chunk_row(chunk, kv_chunk, slot_rows, SLOTS: tl.constexpr):
     """First row of chunk number `chunk` of a sequence, behind the sequence's first row in the gathered buffer."""
-    return tl.where(chunk < WORLD_SIZE, chunk * T, (2 * WORLD_SIZE - 1 - chunk) * T + kv_chunk)
+    return tl.where(chunk < SLOTS, chunk * slot_rows, (2 * SLOTS - 1 - chunk) * slot_rows + kv_chunk)
 
 
 @triton.jit
-def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the keys `[start, start + BLOCK_N)` of one sequence are in the gathered K/V buffer:
+def key_rows(start, kv_row, kv_chunk, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the keys `[start, start + BLOCK_N)` of one sequence are in the K/V buffer:
     (int64 row, `[BLOCK_N]` rows behind it).
 
     `ALIGNED`: chunks are whole blocks, so that no block crosses a chunk border and what is behind does not change from
@@ -81,18 +97,18 @@ def key_rows(start, kv_row, kv_chunk, T, WORLD_SIZE: tl.constexpr, BLOCK_N: tl.c
     division is done in float32, exact because BLOCK_N is small.
     """
     offsets = tl.arange(0, BLOCK_N)
-    if WORLD_SIZE == 1:
+    if SLOTS == 1:
         return (kv_row + start).to(tl.int64), offsets
     elif ALIGNED:
         chunk = start // kv_chunk
-        row = kv_row + chunk_row(chunk, kv_chunk, T, WORLD_SIZE) + start - chunk * kv_chunk
+        row = kv_row + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return row.to(tl.int64), offsets
     else:
         first = start // kv_chunk
         left = (first + 1) * kv_chunk - start
         crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
         chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))
-        rows = offsets + chunk_row(chunk, kv_chunk, T, WORLD_SIZE) + start - chunk * kv_chunk
+        rows = offsets + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return kv_row.to(tl.int64), rows.to(tl.int64)
 
 
@@ -119,7 +135,7 @@ def visible_keys(
     diagonal,
     kv_len,
     kv_chunk,
-    WORLD_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -134,7 +150,7 @@ def visible_keys(
     last_token = tl.minimum(row + BLOCK_M - 1, q_len * GROUP - 1) // GROUP
     seen_by_all = tl.minimum(diagonal + row // GROUP + 1, kv_len) // BLOCK_N * BLOCK_N
     seen_by_any = tl.minimum(diagonal + last_token + 1, kv_len)
-    aligned_end = seen_by_all if WORLD_SIZE == 1 else tl.where(kv_chunk % BLOCK_N == 0, seen_by_all, 0)
+    aligned_end = seen_by_all if SLOTS == 1 else tl.where(kv_chunk % BLOCK_N == 0, seen_by_all, 0)
     return tl.minimum(diagonal + tokens + 1, kv_len), aligned_end, seen_by_all, seen_by_any
 
 

@@ -37,19 +37,28 @@ def allocate(output: "Output", device: torch.device) -> torch.Tensor:
     return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
 
 
-def run(launch: "Launch", *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Execute `launch` on the device of `arrays`, asynchronously; returns its outputs, freshly allocated."""
+def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Execute `launch` on the device of its arrays, asynchronously; returns its outputs: those to be written in place
+    are the arrays given for them, all others new."""
     from zigzag_kernels import plan
 
-    outputs = tuple(allocate(output, arrays[0].device) for output in launch.outputs)
+    inputs = dict(zip(launch.inputs, (first, *others), strict=True))
+    outputs = []
+    for output in launch.outputs:
+        place = launch.in_place.get(output.name)
+        given = inputs[place] if place else None
+        x = allocate(output, first.device) if given is None else given
+        if place:
+            inputs[place] = x
+        outputs.append(x)
     turn = plan.INTERPRETER if launch.target == backends.INTERPRET else contextlib.nullcontext()
-    with turn, torch.cuda.device_of(arrays[0]):
+    with turn, torch.cuda.device_of(first):
         launch.kernel[launch.grid](
-            *arrays,
+            *inputs.values(),
             *launch.scalars.values(),
             *outputs,
             **launch.constexprs,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-    return outputs
+    return tuple(outputs)

@@ -106,7 +106,6 @@ def attention_backward(
         segments,
         sequences,
         dout_strides=(dout.stride(0), dout.stride(1)),
-        kv_dtype=problem.dtype,
     )
 
 
