@@ -14,6 +14,8 @@ MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
 MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
 MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; those of the tile itself are int64
 MAX_BLOCK = 256
+METHODS = ("allgather", "ring")
+FILLING_ROWS = 2**16  # 512 tiles of 128 rows: several for each multiprocessor of any GPU so far
 SEGMENT_FIELDS = 8
 SEQUENCE_FIELDS = 12
 # Where the keys of a sequence are: rank-major in the buffer that an all-gather delivers; those of one rank alone, as
@@ -224,3 +226,23 @@ def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = No
             )
     if total is not None and cu_seqlens[-1] > total:
         raise ValueError(f"cu_seqlens: expected to end at or before the {total} rows there are, got {cu_seqlens[-1]}")
+
+
+def check_method(method: str) -> None:
+    """`ValueError` unless `method` is a way of moving K/V between ranks."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected {' or '.join(map(repr, METHODS))}, got {method!r}")
+
+
+def choose_heads_k_stride(stride: int | None, *, tokens: int, heads: int, kv_heads: int) -> int:
+    """KV heads that one all-gather brings: `stride`, or if None the fewest whose query rows still fill a GPU.
+
+    Few heads at a time mean small buffers, and that only the first of several transfers is waited for. `ValueError`
+    unless `stride` divides `kv_heads`.
+    """
+    if stride is None:
+        divisors = (s for s in range(1, kv_heads + 1) if kv_heads % s == 0)
+        return next((s for s in divisors if tokens * heads // kv_heads * s >= FILLING_ROWS), kv_heads)
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or kv_heads % stride:
+        raise ValueError(f"heads_k_stride: expected a divisor of the {kv_heads} KV heads, got {stride!r}")
+    return stride
