@@ -1,5 +1,6 @@
 """The framework-free plan: tile tables within their budgets, overrides, one launch for both frameworks, compilation."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -37,13 +38,25 @@ def launches(problem, part=plan.WHOLE):
     ]
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("kernel", config.KERNELS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 128, 256])
-def test_every_table_entry_fits_its_budget(arch, kernel, dtype, head_dim):
+ENTRIES = [
+    (arch, {"16-bit": "bfloat16", "32-bit": "float32"}[width], kernel, head_dim)
+    for arch, widths in config._TABLES.items()
+    for width, kernels in widths.items()
+    for kernel, entries in kernels.items()
+    for head_dim in entries
+]
+
+
+def test_every_architecture_has_every_portable_kernel():
+    kernels = set(config.KERNELS) - set(config.HOPPER_KERNELS)
+    assert set(itertools.product(TARGETS, ("bfloat16", "float32"), kernels, config.HEAD_DIMS)) <= set(ENTRIES)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "kernel", "head_dim"), ENTRIES)
+def test_every_table_entry_fits_its_budget(arch, dtype, kernel, head_dim):
     chosen = config.choose_config(kernel, head_dim, dtype, TARGETS[arch])
     assert config.fits(kernel, chosen, head_dim, dtype, TARGETS[arch]) is None
+    assert config.choose_config(kernel, head_dim - 8, dtype, TARGETS[arch]) == chosen
 
 
 def test_what_does_not_fit_is_named():

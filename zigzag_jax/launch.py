@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import jax
@@ -75,18 +76,25 @@ def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
 
 def _compile(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
     jax_triton = _import_jax_triton()
-    renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # since 0.4
-    return jax_triton.triton_call(
-        *arrays,
-        *launch.scalars.values(),
-        kernel=launch.kernel,
-        grid=launch.grid,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        input_output_aliases=aliases,
-        **{"out_type" if renamed else "out_shape": outputs},
-        **launch.constexprs,
-    )
+    arguments: tuple = (*arrays, *launch.scalars.values())
+    since_04 = "out_type" in inspect.signature(jax_triton.triton_call).parameters
+    if since_04 and aliases:  # there the kernel gets what is written in place once, here behind the scalars
+        places = tuple(arrays[i] for i in aliases)
+        unused = {i: jnp.zeros(1, arrays[i].dtype) for i in aliases}
+        arguments = (*(unused.get(i, x) for i, x in enumerate(arrays)), *launch.scalars.values(), *places)
+        aliases = {len(arguments) - len(places) + i: output for i, output in enumerate(aliases.values())}
+    with warnings.catch_warnings():  # 0.4 would have a mutable reference for each result that is written in place
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+        return jax_triton.triton_call(
+            *arguments,
+            kernel=launch.kernel,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            input_output_aliases=aliases,
+            **{"out_type" if since_04 else "out_shape": outputs},
+            **launch.constexprs,
+        )
 
 
 def _import_jax_triton():

@@ -128,7 +128,7 @@ def backward_dkdv(
     delta_ptr,  # [kv_heads, T * GROUP] float32
     lse2_ptr,
     sequences_ptr,
-    into_dk_ptr,  # as dk and dv, and the same memory
+    into_dk_ptr,  # dk and dv themselves, or unused
     into_dv_ptr,
     n_sequences,
     T,
@@ -153,12 +153,12 @@ def backward_dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
+    TILES_TOGETHER: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Write dK and dV of the window's KV heads; `ACCUMULATE` adds them to what is there."""
-    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     # The padding entry and impossible tables: as in load_segment.
     used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
     sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
@@ -224,8 +224,8 @@ def backward_dkdv(
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
     destination = (rows * KV_HEADS + window_head) * HEAD_DIM
     if ACCUMULATE:
-        dk += load_rows(into_dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
-        dv += load_rows(into_dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        dk += load_rows(dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        dv += load_rows(dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
     store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
     store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)
 
@@ -278,7 +278,7 @@ def backward_dq(
     delta_ptr,  # [kv_heads, T * GROUP] float32
     lse2_ptr,
     segments_ptr,
-    into_dq_ptr,  # as dq, and the same memory
+    into_dq_ptr,  # dq itself, or unused
     n_segments,
     T,
     slot_rows,
@@ -302,12 +302,12 @@ def backward_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
+    TILES_TOGETHER: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Write dQ of the window's query heads; `ACCUMULATE` adds it to what is there."""
-    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
         segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
     )
@@ -357,5 +357,5 @@ def backward_dq(
     dq_start, dq_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
     dq_start += kv_head * GROUP * HEAD_DIM
     if ACCUMULATE:
-        dq += load_rows(into_dq_ptr + dq_start, dq_offsets, inside, True, HEAD_DIM, BLOCK_D)
+        dq += load_rows(dq_ptr + dq_start, dq_offsets, inside, True, HEAD_DIM, BLOCK_D)
     store_rows(dq_ptr + dq_start, dq_offsets, dq, inside, HEAD_DIM, BLOCK_D, INTERPRET)

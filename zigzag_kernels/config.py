@@ -2,7 +2,8 @@
 
 Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for 8.6, 8.9 and 12.x, sm_80 for the rest.
 The 16-bit entries of sm_90 for head_dim up to 64 and up to 128 were measured on an H100 (`docs/kernels.md`). All others
-are chosen by budget and not measured.
+are chosen by budget and not measured. The "hopper_" kernels are those of `hopper/`: their BLOCK_M rows are shared by
+warpgroups of 64, and num_warps counts one of these.
 
 `ZIGZAG_KERNEL_CONFIG=file.json`, read when a problem is first seen, replaces entries, in the shape of `_TABLES` with
 `Config` fields as objects:
@@ -18,7 +19,8 @@ from .backend import INTERPRET
 from .problem import DTYPE_BYTES, MAX_BLOCK
 
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
-KERNELS = ("forward", "backward_dkdv", "backward_dq")
+HOPPER_KERNELS = ("hopper_forward", "hopper_forward_few", "hopper_forward_short")
+KERNELS = ("forward", "backward_dkdv", "backward_dq", *HOPPER_KERNELS)
 WIDTHS = {2: "16-bit", 4: "32-bit"}
 HEAD_DIMS = (64, 128, 256)  # an entry serves every head_dim up to its own, above the one before
 # Largest dynamic shared memory of one block, in bytes (CUDA programming guide, technical specifications).
@@ -29,20 +31,18 @@ REGISTERS_PER_THREAD = 255
 @dataclass(frozen=True)
 class Config:
     """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth, and
-    whether the programs of one tile's heads or of one head's tiles are neighbours."""
+    how many tiles of one head run side by side before those of the next head (0: all)."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    heads_first: bool = False
+    tiles_together: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.heads_first, bool):
-            raise ValueError(f"heads_first: expected true or false, got {self.heads_first!r}")
-        for field in fields(self)[:4]:
+        for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < (field.name != "tiles_together"):
                 raise ValueError(f"{field.name}: expected a positive int, got {value!r}")
         for name in ("BLOCK_M", "BLOCK_N"):
             value = getattr(self, name)
@@ -53,8 +53,8 @@ class Config:
 
 
 def _up_to(*rows: tuple) -> dict[int, Config]:
-    """`HEAD_DIMS` with the fields of their `Config`."""
-    return {head_dim: Config(*row) for head_dim, row in zip(HEAD_DIMS, rows, strict=True)}
+    """`HEAD_DIMS`, as far as there are rows, with the fields of their `Config`."""
+    return {head_dim: Config(*row) for head_dim, row in zip(HEAD_DIMS, rows, strict=False)}
 
 
 _FLOAT32 = {
@@ -65,9 +65,12 @@ _FLOAT32 = {
 _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
     "sm_90": {
         "16-bit": {
-            "forward": _up_to((128, 64, 4, 3, True), (128, 128, 8, 3), (128, 64, 8, 2)),
+            "forward": _up_to((128, 64, 4, 3, 1), (128, 128, 8, 3), (128, 64, 8, 2)),
             "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
             "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+            "hopper_forward": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2)),
+            "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
+            "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4)),
         },
         "32-bit": _FLOAT32,
     },
@@ -90,7 +93,7 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
 }
 # Small, so that short sequences fill several; not square, so that mixing them up shows.
 _INTERPRET = {
-    "forward": Config(32, 16, 1, 1, heads_first=True),
+    "forward": Config(32, 16, 1, 1, tiles_together=2),
     "backward_dkdv": Config(16, 32, 1, 1),
     "backward_dq": Config(32, 16, 1, 1),
 }
@@ -117,6 +120,8 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
+    if kernel in HOPPER_KERNELS:  # Q, what passes by, the results on their way out, and barriers
+        return (2 * config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
     scores = 0
     if arch != "sm_90" or size == 4:
         scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
@@ -145,6 +150,9 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     need, limit = shared_memory(kernel, config, head_dim, dtype, arch), SHARED_MEMORY[arch]
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
+    if kernel in HOPPER_KERNELS:  # each warpgroup has 64 rows and the registers that the kernel assigns
+        good = config.BLOCK_M in (128, 256) and config.num_warps == 4
+        return None if good else "BLOCK_M 128 or 256 and num_warps 4"
     need = registers(kernel, config, head_dim)
     if need > REGISTERS_PER_THREAD:
         return f"{need} registers a thread, the GPU has {REGISTERS_PER_THREAD}"

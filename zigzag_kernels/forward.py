@@ -60,17 +60,17 @@ def _attend_block(
 
 
 @triton.jit
-def _fold(out, lse2, into_out_ptr, into_lse, offsets, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(out, lse in base 2) over these keys and those that the results `into` have seen before."""
-    before = into_lse * LOG2_E
+def _fold(out, lse2, out_ptr, lse_ptr, offsets, statistics, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(out, lse in base 2) over these keys and those that the results so far have seen."""
+    before = tl.load(lse_ptr + statistics, mask=inside, other=0.0) * LOG2_E
     maximum = tl.maximum(lse2, before)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     now, then = tl.math.exp2(lse2 - maximum), tl.math.exp2(before - maximum)
     total = now + then
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
-    into_out = load_rows(into_out_ptr, offsets, inside, True, HEAD_DIM, BLOCK_D)
-    out = out * (now / total)[:, None] + into_out * (then / total)[:, None]
+    so_far = load_rows(out_ptr, offsets, inside, True, HEAD_DIM, BLOCK_D)
+    out = out * (now / total)[:, None] + so_far * (then / total)[:, None]
     return out, tl.where(blind, float("-inf"), maximum + tl.math.log2(total))
 
 
@@ -80,7 +80,7 @@ def attention_forward(
     k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
     segments_ptr,
-    into_out_ptr,  # as out and lse, and the same memory
+    into_out_ptr,  # out and lse themselves, or unused: jax-triton 0.3 passes results that are written in place twice
     into_lse_ptr,
     n_segments,
     T,
@@ -104,13 +104,13 @@ def attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
+    TILES_TOGETHER: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Write out and lse of the window's query heads; `ACCUMULATE` folds them into what is there, and rows that see no
     key are left as they are."""
-    tile, window_head = tile_and_head(KV_HEADS, HEADS_FIRST)
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
         segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
     )
@@ -158,8 +158,7 @@ def attention_forward(
     out_start, out_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
     out_start += kv_head * GROUP * HEAD_DIM
     if ACCUMULATE:
-        into_lse = tl.load(into_lse_ptr + statistics, mask=inside, other=0.0)
-        out, lse2 = _fold(out, lse2, into_out_ptr + out_start, into_lse, out_offsets, inside, HEAD_DIM, BLOCK_D)
+        out, lse2 = _fold(out, lse2, out_ptr + out_start, lse_ptr, out_offsets, statistics, inside, HEAD_DIM, BLOCK_D)
     lse = lse2 * LN_2
     if kv_len < 0:
         lse = tl.full([BLOCK_M], float("nan"), tl.float32)

@@ -22,6 +22,7 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import Config, block_d, choose_config
 from .forward import attention_forward
+from .hopper import forward_kernel
 from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
@@ -60,6 +61,7 @@ class Launch:
     in_place: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    scratch: bool = False  # the kernel makes descriptors for the copy engine, in memory that the launch has to provide
 
     def __post_init__(self):
         # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.
@@ -134,27 +136,35 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_D": block_d(problem.head_dim),
-        "HEADS_FIRST": config.heads_first,
+        "TILES_TOGETHER": config.tiles_together,
         "ACCUMULATE": part.accumulate,
         "INTERPRET": problem.target == INTERPRET,
     }
 
 
-def _query_tiles(problem: Problem, block_m: int) -> int:
-    """Upper bound of the query tiles of one head from static shapes alone: see `tile.locate`."""
-    segments, _ = segment_table_shapes(problem.sequences)
-    return problem.tokens * problem.group // block_m + segments[0]
+def _grid(problem: Problem, rows: int, block: int, entries: int, config: Config) -> tuple[int, int, int]:
+    """Programs for all tiles and heads, an upper bound from static shapes alone: see `tile.locate`, `tile_and_head`."""
+    tiles, together = rows // block + entries, config.tiles_together or 1
+    return -(-tiles // together) * together * problem.window, 1, 1
 
 
 @functools.lru_cache(maxsize=_CACHED)
 def _forward_launch(problem: Problem, part: Part) -> Launch:
     check_target(problem.target)
     (segments, _), _ = segment_table_shapes(problem.sequences)
-    config = choose_config("forward", problem.head_dim, problem.dtype, problem.target)
+    name = forward_kernel(problem)
+    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
+    constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
+    kernel, hopper = attention_forward, name != "forward"
+    if hopper:
+        from .hopper.forward import attention_forward_hopper as kernel
+
+        del constexprs["INTERPRET"]
+        constexprs["STAGES"] = config.num_stages
     return Launch(
-        kernel=attention_forward,
+        kernel=kernel,
         target=problem.target,
-        grid=(_query_tiles(problem, config.BLOCK_M) * problem.window, 1, 1),
+        grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "segments", "into_out", "into_lse"),
         scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(
@@ -162,9 +172,10 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
             Output("lse", (problem.heads, problem.tokens), "float32"),
         ),
         in_place={"out": "into_out", "lse": "into_lse"},
-        constexprs=_constexprs(problem, config, part) | {"HEADS": problem.heads},
+        constexprs=constexprs,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=1 if hopper else config.num_stages,
+        scratch=hopper,
     )
 
 
@@ -203,7 +214,7 @@ def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) ->
     return Launch(
         kernel=backward_dkdv,
         target=problem.target,
-        grid=((problem.kv_tokens // config.BLOCK_N + sequences) * problem.window, 1, 1),
+        grid=_grid(problem, problem.kv_tokens, config.BLOCK_N, sequences, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
         scalars={"n_sequences": sequences} | _scalars(problem, part),
         outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
@@ -221,7 +232,7 @@ def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> L
     return Launch(
         kernel=backward_dq,
         target=problem.target,
-        grid=(_query_tiles(problem, config.BLOCK_M) * problem.window, 1, 1),
+        grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "segments", "into_dq"),
         scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), part.dtype or problem.dtype),),

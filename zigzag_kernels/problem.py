@@ -29,7 +29,8 @@ class Problem:
 
     `q [tokens, heads, head_dim]`, `k, v [slots * slot_rows, window, head_dim]`: `window` of the `kv_heads` KV heads.
     `sequences` is N in `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous.
-    `target` is the compute capability, say "9.0", or "interpret".
+    `target` is the compute capability, say "9.0", or "interpret"; `gluon` says that the front end can launch Gluon
+    kernels on these arrays, which then begin at multiples of 16 bytes.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class Problem:
     v_strides: tuple[int, int]
     kv_layout: str
     target: str
+    gluon: bool
 
     @property
     def group(self) -> int:
@@ -92,6 +94,7 @@ def make_problem(
     target: str,
     kv_layout: str = GATHERED,
     kv_heads: int | None = None,
+    gluon: bool = False,
 ) -> Problem:
     """The `Problem` of arrays given as (shape, dtype name, (token, head) strides).
 
@@ -149,6 +152,7 @@ def make_problem(
         v_strides=v[2],
         kv_layout=kv_layout,
         target=target,
+        gluon=gluon,
     )
 
 

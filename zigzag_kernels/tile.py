@@ -47,15 +47,16 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def tile_and_head(KV_HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr):
-    """(tile, KV head of the window) of this program; `HEADS_FIRST`: the heads of one tile are neighbours, else the
-    tiles of one head."""
+def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
+    """(tile, KV head of the window) of this program: `TILES_TOGETHER` tiles of one head (0: all of them) come before
+    those of the next head."""
     program = tl.program_id(0)
-    if HEADS_FIRST:
-        return program // KV_HEADS, program % KV_HEADS
-    else:
+    if TILES_TOGETHER == 0:
         tiles = tl.num_programs(0) // KV_HEADS
         return program % tiles, program // tiles
+    else:
+        head = program // TILES_TOGETHER
+        return head // KV_HEADS * TILES_TOGETHER + program % TILES_TOGETHER, head % KV_HEADS
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The only place in this package that launches a kernel, and the choice of the backend that does it."""
 
 import contextlib
+import contextvars
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,11 @@ def target(backend: str, device: torch.device) -> str:
         return backend
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
+
+
+def can_launch_gluon(backend: str, *arrays: torch.Tensor) -> bool:
+    """What `Problem.gluon` says: Triton compiles, and the copy engine can read `arrays` where they begin."""
+    return backend == "triton" and all(x.data_ptr() % 16 == 0 for x in arrays)
 
 
 # What torch.compiler.assume_constant_result does, which imports triton, and that must wait until a kernel is asked for:
@@ -51,14 +57,20 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
         if place:
             inputs[place] = x
         outputs.append(x)
+    arguments = *inputs.values(), *launch.scalars.values(), *outputs
+    options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = launch.kernel[launch.grid]
     turn = plan.INTERPRETER if launch.target == backends.INTERPRET else contextlib.nullcontext()
     with turn, torch.cuda.device_of(first):
-        launch.kernel[launch.grid](
-            *inputs.values(),
-            *launch.scalars.values(),
-            *outputs,
-            **launch.constexprs,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+        if launch.scratch:  # in a context of its own, so that the allocator that the user has set stays
+            contextvars.copy_context().run(_with_scratch, kernel, arguments, options)
+        else:
+            kernel(*arguments, **options)
     return tuple(outputs)
+
+
+def _with_scratch(kernel, arguments: tuple, options: dict) -> None:
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    kernel(*arguments, **options)

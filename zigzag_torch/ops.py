@@ -22,6 +22,7 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend) -> 
         causal=causal,
         softmax_scale=softmax_scale,
         target=launch.target(backend, q.device),
+        gluon=launch.can_launch_gluon(backend, k, v),
     )
 
 

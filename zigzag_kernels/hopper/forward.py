@@ -1,0 +1,302 @@
+"""The forward kernel for Hopper: a producer warp streams K/V blocks by TMA, consumer warpgroups of 64 rows multiply.
+
+FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the products of the one before.
+Rows, segments, windows and in-place results are those of `zigzag_kernels.forward`; keys are walked downwards from the
+last one that the tile sees, block by block, and a block ends with its chunk (`_walk_down`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..tile import LN_2, LOG2_E, chunk_row, load_segment, tile_and_head
+
+# A score that no key has: finite, so that a row whose first blocks are all hidden gives no NaN; the first key it sees
+# wipes out what these added.
+HIDDEN = gl.constexpr(-1e30)
+
+
+@gluon.jit
+def _top_block(seen, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(chunk, start, number of this block and all below) for the block that ends with key `seen - 1`.
+
+    In one slot there are no chunks: keys follow each other.
+    """
+    if SLOTS == 1:
+        blocks = (seen + BLOCK_N - 1) // BLOCK_N
+        chunk = blocks * 0
+        start = (blocks - 1) * BLOCK_N
+    else:
+        chunk = gl.maximum(seen - 1, 0) // gl.maximum(kv_chunk, 1)
+        inner = (seen - chunk * kv_chunk + BLOCK_N - 1) // BLOCK_N
+        blocks = chunk * ((kv_chunk + BLOCK_N - 1) // BLOCK_N) + inner
+        start = chunk * kv_chunk + (inner - 1) * BLOCK_N
+    return chunk, start, blocks
+
+
+@gluon.jit
+def _walk_down(chunk, start, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(chunk, start) of the block below."""
+    below = start - BLOCK_N
+    if SLOTS > 1:
+        crossed = below < chunk * kv_chunk
+        chunk = gl.where(crossed, chunk - 1, chunk)
+        below = gl.where(crossed, chunk * kv_chunk + (kv_chunk - 1) // BLOCK_N * BLOCK_N, below)
+    return chunk, below
+
+
+@gluon.jit
+def _load_block(desc, row, full, empty, buffers, i, STAGES: gl.constexpr, BYTES: gl.constexpr):
+    stage = i % STAGES
+    hopper.mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+    hopper.mbarrier.expect(full.index(stage), BYTES)
+    hopper.tma.async_copy_global_to_shared(desc, [row, 0], full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def _producer(
+    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    chunk, start, blocks = _top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    v_row = 0
+    for i in range(blocks):
+        row = kv_row + start
+        if SLOTS > 1:
+            row += chunk_row(chunk, kv_chunk, slot_rows, SLOTS) - chunk * kv_chunk
+        _load_block(k_desc, row, k_full, k_empty, k_smem, i, STAGES, BYTES)
+        if i > 0:  # V runs one block behind K, in the order of use
+            _load_block(v_desc, v_row, v_full, v_empty, v_smem, i - 1, STAGES, BYTES)
+        v_row = row
+        chunk, start = _walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+    if blocks > 0:
+        _load_block(v_desc, v_row, v_full, v_empty, v_smem, blocks - 1, STAGES, BYTES)
+
+
+@gluon.jit
+def _hide(scores, columns, limit, chunk, start, seen_by_all, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Scores of keys that a row does not see, or behind the chunk's end, become HIDDEN."""
+    end = seen_by_all
+    if SLOTS > 1:
+        end = gl.minimum(end, (chunk + 1) * kv_chunk)
+    if start + BLOCK_N > end:
+        if SLOTS > 1:
+            limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
+        scores = gl.where((start + columns)[None, :] < limit[:, None], scores, HIDDEN)
+    return scores
+
+
+@gluon.jit
+def _consumer(
+    warpgroup: gl.constexpr, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem,
+    k_full, k_empty, v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T,
+    SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SCALE_LOG2: gl.constexpr,
+    STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    IO_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    last_row = q_len * GROUP
+    first = row + warpgroup * 64
+
+    # Queries: read once, by plain loads, whatever their strides and the number of heads in a group are.
+    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, IO_LAYOUT))
+    io_rows = first + gl.arange(0, 64, gl.SliceLayout(1, IO_LAYOUT))
+    io_mask = (io_rows < last_row)[:, None] & (dims < HEAD_DIM)[None, :]
+    tokens = (q_row + io_rows // GROUP).to(gl.int64)
+    heads = kv_head * GROUP + io_rows % GROUP
+    q = gl.load(q_ptr + (tokens * STRIDE_QT + heads * STRIDE_QH)[:, None] + dims[None, :], mask=io_mask, other=0.0)
+    q_buffer = q_smem.index(warpgroup)
+    q_buffer.store(q)
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+    limit = gl.minimum(diagonal + rows // GROUP + 1, kv_len)
+    seen_by_all = gl.minimum(diagonal + first // GROUP + 1, kv_len)
+    zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    maximum = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    acc = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
+
+    chunk, start, blocks = _top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    if blocks > 0:
+        hopper.mbarrier.wait(k_full.index(0), 0)
+        scores = hopper.warpgroup_mma(q_buffer, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = hopper.warpgroup_mma_wait(0, [scores])
+        hopper.mbarrier.arrive(k_empty.index(0), count=1)
+        scores = _hide(scores, columns, limit, chunk, start, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
+        maximum = gl.max(scores, 1) * SCALE_LOG2
+        p = gl.exp2(scores * SCALE_LOG2 - maximum[:, None])
+        total = gl.sum(p, 1)
+        p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
+        for i in range(1, blocks):
+            chunk, start = _walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            k_stage = i % STAGES
+            v_stage = (i - 1) % STAGES
+            v_phase = ((i - 1) // STAGES) & 1
+            hopper.mbarrier.wait(k_full.index(k_stage), (i // STAGES) & 1)
+            s_token = hopper.warpgroup_mma(
+                q_buffer, k_smem.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            hopper.mbarrier.wait(v_full.index(v_stage), v_phase)
+            acc_token = hopper.warpgroup_mma(p_operand, v_smem.index(v_stage), acc, is_async=True)
+            scores = hopper.warpgroup_mma_wait(1, [s_token])
+            hopper.mbarrier.arrive(k_empty.index(k_stage), count=1)
+            scores = _hide(scores, columns, limit, chunk, start, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
+            new_maximum = gl.maximum(maximum, gl.max(scores, 1) * SCALE_LOG2)
+            rescale = gl.exp2(maximum - new_maximum)
+            p = gl.exp2(scores * SCALE_LOG2 - new_maximum[:, None])
+            total = total * rescale + gl.sum(p, 1)
+            maximum = new_maximum
+            # Already complete: a branch that keeps the assembler from hoisting the next wait above the softmax.
+            hopper.mbarrier.wait(v_full.index(v_stage), v_phase)
+            acc = hopper.warpgroup_mma_wait(0, [acc_token])
+            hopper.mbarrier.arrive(v_empty.index(v_stage), count=1)
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
+        v_stage = (blocks - 1) % STAGES
+        hopper.mbarrier.wait(v_full.index(v_stage), ((blocks - 1) // STAGES) & 1)
+        acc = hopper.warpgroup_mma(p_operand, v_smem.index(v_stage), acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(0, [acc])
+        hopper.mbarrier.arrive(v_empty.index(v_stage), count=1)
+
+    # In base 2; HIDDEN is the maximum of rows that see no key.
+    blind = maximum < HIDDEN * SCALE_LOG2 * 0.5
+    lse2 = gl.where(blind, float("-inf"), maximum + gl.log2(total))
+    factor = gl.where(blind, 0.0, 1.0 / total)
+    statistics = (kv_head * GROUP + rows % GROUP) * T + q_row + rows // GROUP
+    inside = rows < last_row
+    places = (tokens * (HEADS * HEAD_DIM) + heads * HEAD_DIM)[:, None] + dims[None, :]
+    out = gl.convert_layout(acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None], IO_LAYOUT)
+    if ACCUMULATE:
+        before = gl.load(lse_ptr + statistics, mask=inside, other=0.0) * LOG2_E
+        largest = gl.maximum(lse2, before)
+        largest = gl.where(largest == float("-inf"), 0.0, largest)
+        now, then = gl.exp2(lse2 - largest), gl.exp2(before - largest)
+        sums = now + then
+        none = sums == 0.0
+        sums = gl.where(none, 1.0, sums)
+        lse2 = gl.where(none, float("-inf"), largest + gl.log2(sums))
+        so_far = gl.load(out_ptr + places, mask=io_mask, other=0.0)
+        now = gl.convert_layout(now / sums, gl.SliceLayout(1, IO_LAYOUT))
+        then = gl.convert_layout(then / sums, gl.SliceLayout(1, IO_LAYOUT))
+        out = out * now[:, None] + so_far * then[:, None]
+    lse = lse2 * LN_2
+    if kv_len < 0:
+        lse = gl.full([64], float("nan"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        out = gl.full([64, BLOCK_D], float("nan"), gl.float32, IO_LAYOUT)
+    gl.store(lse_ptr + statistics, lse, mask=inside)
+    gl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=io_mask)
+
+
+@gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
+def attention_forward_hopper(
+    q_ptr, k_ptr, v_ptr, segments_ptr, into_out_ptr, into_lse_ptr, n_segments, T, slot_rows, first_kv_head,
+    out_ptr, lse_ptr,
+    SLOTS: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
+        segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
+    )
+    if row >= q_len * GROUP:
+        return
+    if ACCUMULATE and kv_len == 0:
+        return
+    last_token = gl.minimum(row + BLOCK_M - 1, q_len * GROUP - 1) // GROUP
+    seen = gl.maximum(gl.minimum(diagonal + last_token + 1, kv_len), 0)
+    kv_head = (first_kv_head + window_head).to(gl.int64)
+    dtype: gl.constexpr = k_ptr.dtype.element_ty
+    WARPGROUPS: gl.constexpr = BLOCK_M // 64
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
+    SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
+    Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    KV_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    head = window_head.to(gl.int64)
+    k_desc = hopper.tma.make_tensor_descriptor(
+        k_ptr + head * STRIDE_KH, [SLOTS * slot_rows, HEAD_DIM], [STRIDE_KT, 1], [BLOCK_N, BLOCK_D], KV_SMEM
+    )
+    v_desc = hopper.tma.make_tensor_descriptor(
+        v_ptr + head * STRIDE_VH, [SLOTS * slot_rows, HEAD_DIM], [STRIDE_VT, 1], [BLOCK_N, BLOCK_D], KV_SMEM
+    )
+    q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV_SMEM)
+    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(k_full.index(i), 1)
+        hopper.mbarrier.init(v_full.index(i), 1)
+        hopper.mbarrier.init(k_empty.index(i), WARPGROUPS)
+        hopper.mbarrier.init(v_empty.index(i), WARPGROUPS)
+    hopper.fence_async_shared()
+    # The argument tuples stay inline: a tuple bound to a name turns its constexprs into tensors.
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+                    SLOTS, BLOCK_N, STAGES, BYTES,
+                )),
+            ],
+            [4, 4],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(WARPGROUPS == 4)
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    2, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    3, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
+                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
+                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+                    SLOTS, BLOCK_N, STAGES, BYTES,
+                )),
+            ],
+            [4, 4, 4, 4],
+            [112, 112, 112, 24],
+        )  # fmt: skip
