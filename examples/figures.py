@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from zigzag_kernels.cost import causal_scores, unmasked_scores
 from zigzag_kernels.layout import chunk_length, row_position
 
 # Okabe and Ito's colours, which the colour-blind tell apart; ranks take the first four.
@@ -60,12 +61,9 @@ def draw_work(axes: Axes) -> None:
     """Unmasked scores of every rank as a share of all: zigzag, and sequences cut into one piece a rank."""
     work = {"one contiguous piece a rank": [], "zigzag": []}
     for rank in range(WORLD_SIZE):
-        offsets = [(np.arange(length // WORLD_SIZE), length) for length in LENGTHS]
-        # The query at position p sees p + 1 keys.
-        zigzag = sum((row_position(rows, length, rank, WORLD_SIZE) + 1).sum() for rows, length in offsets)
-        contiguous = sum((rank * length // WORLD_SIZE + rows + 1).sum() for rows, length in offsets)
-        work["one contiguous piece a rank"].append(contiguous)
-        work["zigzag"].append(zigzag)
+        pieces = [length // WORLD_SIZE for length in LENGTHS]
+        work["one contiguous piece a rank"].append(sum(causal_scores(rank * rows, rows) for rows in pieces))
+        work["zigzag"].append(unmasked_scores(LENGTHS, rank, WORLD_SIZE))
     everything = sum(length * (length + 1) / 2 for length in LENGTHS)
     ranks = np.arange(WORLD_SIZE)
     styles = ({"color": "white", "edgecolor": INK, "hatch": "////"}, {"color": RANK_COLOURS, "edgecolor": INK})

@@ -1,0 +1,275 @@
+"""What a step costs a rank, from sizes alone: work, bytes, memory, and how long it takes at given speeds.
+
+Counts follow from what `method="allgather"` and `method="ring"` do. Times are predictions: a `Machine` holds the speeds
+they rest on, and says which were measured. Needs the standard library alone, so that a laptop can plan a cluster.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from .layout import chunk_length, row_position
+from .problem import (
+    DTYPE_BYTES,
+    check_lengths,
+    check_method,
+    check_rank,
+    check_world_size,
+    choose_heads_k_stride,
+)
+
+FLOAT32_BYTES = DTYPE_BYTES["float32"]
+
+
+def causal_scores(position: int, rows: int) -> int:
+    """Scores of `rows` queries at consecutive positions from `position` on, each seeing all keys up to its own."""
+    return rows * position + rows * (rows + 1) // 2
+
+
+def unmasked_scores(lengths: tuple[int, ...], rank: int, world_size: int, causal: bool = True) -> int:
+    """Scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global."""
+    check_lengths([*accumulate(lengths, initial=0)], world_size)
+    check_rank(rank, world_size, False)
+    if not causal:
+        return sum(length // world_size * length for length in lengths)
+    scores = 0
+    for length in lengths:
+        rows = chunk_length(length, world_size)
+        for offset in range(0, length // world_size, rows or 1):
+            scores += causal_scores(row_position(offset, length, rank, world_size), rows)
+    return scores
+
+
+def forward_flops(scores: int, heads: int, head_dim: int) -> int:
+    """Floating point operations of two products for each of `scores` and `heads`."""
+    return 4 * head_dim * heads * scores
+
+
+def backward_flops(scores: int, heads: int, head_dim: int) -> int:
+    """Those of the five products that gradients need; the two kernels, which keep no scores, make seven."""
+    return 10 * head_dim * heads * scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One attention layer, forward and backward, over a packed batch that `world_size` zigzag ranks share.
+
+    `lengths` are global; `padding` are local rows behind the last sequence. `ValueError` for what no call would accept.
+    """
+
+    lengths: tuple[int, ...]
+    world_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    causal: bool = True
+    method: str = "allgather"
+    heads_k_stride: int | None = None
+    grad_reduce_dtype: str = "float32"
+    padding: int = 0
+
+    def __post_init__(self):
+        check_world_size(self.world_size)
+        check_method(self.method)
+        check_lengths([*accumulate(self.lengths, initial=0)], self.world_size)
+        for name in ("dtype", "grad_reduce_dtype"):
+            if getattr(self, name) not in DTYPE_BYTES:
+                raise ValueError(f"{name}: expected {', '.join(DTYPE_BYTES)}, got {getattr(self, name)}")
+        for name, least in (("kv_heads", 1), ("heads", 1), ("head_dim", 1), ("padding", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads: expected a multiple of the {self.kv_heads} KV heads, got {self.heads}")
+        if self.method == "ring" and self.heads_k_stride is not None:
+            raise ValueError(f"heads_k_stride: expected None with method 'ring', got {self.heads_k_stride}")
+        choose_heads_k_stride(self.heads_k_stride, tokens=self.tokens, heads=self.heads, kv_heads=self.kv_heads)
+
+    @property
+    def tokens(self) -> int:
+        """Local rows T."""
+        return sum(self.lengths) // self.world_size + self.padding
+
+    @property
+    def window(self) -> int:
+        """KV heads that one all-gather brings: all that there are, where there is nothing to gather."""
+        if self.method == "ring" or self.world_size == 1:
+            return self.kv_heads
+        return choose_heads_k_stride(self.heads_k_stride, tokens=self.tokens, heads=self.heads, kv_heads=self.kv_heads)
+
+    @property
+    def ring(self) -> bool:
+        return self.method == "ring" and self.world_size > 1
+
+    @property
+    def parts(self) -> int:
+        """Pieces of one pass, each computed while K/V of the next one move: steps of the ring, or windows of heads."""
+        return self.world_size if self.ring else self.kv_heads // self.window
+
+    def arrays(self) -> "Arrays":
+        size, sum_size = DTYPE_BYTES[self.dtype], DTYPE_BYTES[self.grad_reduce_dtype]
+        q, kv = self.tokens * self.heads * self.head_dim, 2 * self.tokens * self.kv_heads * self.head_dim
+        rows = self.tokens * self.heads
+        return Arrays(q * size, kv * size, rows * FLOAT32_BYTES, q * FLOAT32_BYTES, kv * sum_size)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Bytes of the arrays of one rank."""
+
+    q: int  # also out, dout, dq
+    kv: int  # K and V of the local tokens, all heads
+    rows: int  # one float32 a query row and head: lse, and what the backward pass keeps of a row
+    q_sum: int  # out or dq in float32
+    kv_sum: int  # dK and dV as ranks add them up: in float32, unless asked otherwise
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one direction costs one rank."""
+
+    flops: int
+    hbm_bytes: int  # the arrays of each launch, read or written once, and what arrives: caches cannot do with less
+    moved_bytes: int  # received from other ranks; as many are sent
+    launches: int  # of attention kernels; the tables of a batch are built once for all layers
+    transfers: int  # collectives, or hops of the ring; K and V (or dK and dV) move together
+
+
+def forward(step: Step, rank: int = 0) -> Pass:
+    """The forward pass of `rank`."""
+    x, ranks = step.arrays(), step.world_size
+    moved = (ranks - 1) * x.kv
+    if step.ring:
+        # All steps but the first read what they add to; the sum is cast in the end.
+        hbm = ranks * (x.q + x.kv) + (2 * ranks - 1) * (x.q_sum + x.rows) + (x.q_sum + x.q)
+        transfers = ranks - 1
+    else:
+        hbm = x.q + ranks * x.kv + (x.q + x.rows)
+        transfers = step.parts if ranks > 1 else 0
+    scores = unmasked_scores(step.lengths, rank, ranks, step.causal)
+    return Pass(forward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, step.parts, transfers)
+
+
+def backward(step: Step, rank: int = 0) -> Pass:
+    """The backward pass of `rank`: delta once, then dK/dV and dQ for each part."""
+    x, ranks = step.arrays(), step.world_size
+    delta, reads = 2 * x.q + 3 * x.rows, 2 * x.q + 2 * x.rows  # of delta; of each of the others, besides K/V
+    if step.ring:
+        sums = (2 * ranks - 1) * (x.q_sum + x.kv_sum) + (x.q_sum + x.q + x.kv_sum + x.kv)
+        hbm = delta + 2 * ranks * (reads + x.kv) + sums
+        moved = (ranks - 1) * x.kv + ranks * x.kv_sum  # the sums go all the way round, home
+        transfers = 2 * ranks - 1
+    else:
+        moved = (ranks - 1) * (x.kv + x.kv_sum)
+        hbm = delta + 2 * (reads + ranks * x.kv) + x.q
+        hbm += ranks * x.kv_sum + x.kv_sum + x.kv if ranks > 1 else x.kv
+        transfers = 2 * step.parts if ranks > 1 else 0
+    scores = unmasked_scores(step.lengths, rank, ranks, step.causal)
+    return Pass(backward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, 1 + 2 * step.parts, transfers)
+
+
+def extra_memory(step: Step) -> dict[str, int]:
+    """Bytes by use at the peak, the backward pass, beyond inputs, out, lse and gradients."""
+    x, ranks = step.arrays(), step.world_size
+    memory = {"delta, lse in base 2": 2 * x.rows}
+    if step.ring:
+        memory |= {"two K/V buffers": 2 * x.kv, "float32 dQ": x.q_sum, "two dK/dV buffers": 2 * x.kv_sum}
+    elif ranks > 1:
+        buffers = min(2, step.parts)
+        memory["K/V of all ranks"] = buffers * ranks * x.kv // step.parts
+        memory["dK/dV for all ranks"] = ranks * x.kv_sum // step.parts
+        memory["local K/V to send, dK/dV received"] = (buffers * x.kv + x.kv_sum) // step.parts
+    return memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Speeds, in SI units a GPU and direction; the defaults are an H100 cluster with nodes of eight.
+
+    Measured on an H100 at head_dim 128 (README, docs/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`; `hbm`
+    is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what collectives may
+    be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings.
+    """
+
+    forward_rate: float = 513e12
+    backward_rate: float = 385e12
+    dkdv_share: float = 0.6  # of the backward time: 4 products at 525 TFLOP/s, 3 of dQ at 597
+    hbm: float = 3.0e12
+    memory: float = 80e9
+    node: int = 8  # ranks of the group that NVLink joins
+    nvlink: float = 330e9
+    network: float = 45e9
+    call_latency: float = 8.4e-6
+    nvlink_latency: float = 3.4e-6  # a hop
+    network_latency: float = 14e-6
+
+    def _nodes(self, world_size: int) -> int:
+        if world_size > self.node and world_size % self.node:
+            raise ValueError(f"world_size: expected whole nodes of {self.node} ranks, got {world_size}")
+        return -(-world_size // self.node)
+
+    def collective(self, world_size: int, share: float) -> float:
+        """Seconds in which every rank gets `share` bytes of every other: all-gather, and reduce-scatter likewise.
+
+        Everything passes the NVLink of each GPU; what comes from other nodes is spread over the adapters of all GPUs of
+        the node and passes each adapter once. Both go on at the same time, in rings through all ranks.
+        """
+        nodes = self._nodes(world_size)
+        if world_size == 1:
+            return 0.0
+        hops = (world_size - nodes) * self.nvlink_latency + (nodes - 1) * self.network_latency
+        wire = max((world_size - 1) * share / self.nvlink, (nodes - 1) * share / self.network)
+        return self.call_latency + hops + wire
+
+    def hop(self, world_size: int, size: float) -> float:
+        """Seconds in which every rank passes `size` bytes on: the ring waits for its slowest link, one adapter."""
+        if world_size == 1:
+            return 0.0
+        if self._nodes(world_size) == 1:
+            return self.call_latency + self.nvlink_latency + size / self.nvlink
+        return self.call_latency + self.network_latency + size / self.network
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one layer on one rank; `efficiency` compares with one GPU that does a share of 1 / W alone."""
+
+    forward: float
+    backward: float
+    ideal: float
+
+    @property
+    def efficiency(self) -> float:
+        return self.ideal / (self.forward + self.backward)
+
+
+def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
+    """How long `step` takes if nothing but compute and links takes time.
+
+    That leaves out the host, and the multiprocessors that communication takes from the attention while both run: a
+    prediction is a bound, and every part of an attention is taken to run at the rate of the whole.
+    """
+    x, ranks, parts = step.arrays(), step.world_size, step.parts
+    ahead, back = forward(step, rank), backward(step, rank)
+    compute = max(ahead.flops / machine.forward_rate, ahead.hbm_bytes / machine.hbm) / parts
+    gradients = max(back.flops / machine.backward_rate, back.hbm_bytes / machine.hbm) / parts
+    keys, queries = machine.dkdv_share * gradients, (1 - machine.dkdv_share) * gradients
+    if step.ring:
+        first, arriving, leaving = 0.0, machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
+    else:
+        first = arriving = machine.collective(ranks, x.kv / parts)
+        leaving = machine.collective(ranks, x.kv_sum / parts)
+    return Prediction(
+        forward=first + _overlapped(parts, compute, 0.0, arriving, 0.0),
+        backward=first + _overlapped(parts, keys, queries, arriving, leaving),
+        ideal=ahead.flops / machine.forward_rate + back.flops / machine.backward_rate,
+    )
+
+
+def _overlapped(parts: int, before: float, after: float, arriving: float, leaving: float) -> float:
+    """Seconds of `parts` equal parts in turn, each `before` and then `after` seconds of compute.
+
+    One link carries what the next part needs (`arriving`) from the start of a part on, and then what `before` has made
+    (`leaving`); the next part begins when all of it is there.
+    """
+    last = before + max(after, leaving)
+    return (parts - 1) * max(before + after, max(before, arriving) + leaving) + last
