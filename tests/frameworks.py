@@ -25,12 +25,13 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend):
     cotangents = torch.tensor(dout, dtype=dtype, device=device), torch.tensor(dlse, device=device)
     gradients = torch.autograd.grad((out, lse), (q, k, v), cotangents)
     results = (out, lse, *gradients)
-    return {
-        name: x.detach().cpu().view(torch.int16).numpy().view(jnp.bfloat16)
-        if x.dtype == torch.bfloat16
-        else x.detach().cpu().numpy()
-        for name, x in zip(RESULTS, results, strict=True)
-    }
+    return {name: torch_numpy(x) for name, x in zip(RESULTS, results, strict=True)}
+
+
+def torch_numpy(x):
+    """A tensor as an array of its own type, which torch does not do for bfloat16."""
+    x = x.detach().cpu()
+    return x.view(torch.int16).numpy().view("bfloat16") if x.dtype == torch.bfloat16 else x.numpy()
 
 
 @functools.cache
