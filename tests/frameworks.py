@@ -9,8 +9,8 @@ import torch
 
 import zigzag_jax
 import zigzag_torch
-
-RESULTS = ("out", "lse", "dq", "dk", "dv")
+from cases import RESULTS
+from processes import torch_numpy
 
 
 def attend_torch(case, q, k, v, dout, dlse, rank, backend):
@@ -26,12 +26,6 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend):
     gradients = torch.autograd.grad((out, lse), (q, k, v), cotangents)
     results = (out, lse, *gradients)
     return {name: torch_numpy(x) for name, x in zip(RESULTS, results, strict=True)}
-
-
-def torch_numpy(x):
-    """A tensor as an array of its own type, which torch does not do for bfloat16."""
-    x = x.detach().cpu()
-    return x.view(torch.int16).numpy().view("bfloat16") if x.dtype == torch.bfloat16 else x.numpy()
 
 
 @functools.cache

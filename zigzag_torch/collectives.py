@@ -5,6 +5,10 @@ import torch.distributed as dist
 
 from .agreement import agree, resolve
 
+# Their names from torch 2.13 on; the old ones warn.
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
     """Start to send to the rank `hops` behind this one on the ring, and to receive from the one `hops` before it.
@@ -49,7 +53,7 @@ def _(cu_seqlens, group_name):
 def all_gather(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
     """`[world_size * T, ...]`: `x [T, ...]` of all ranks, in their order; differentiable."""
     gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=resolve(group_name))
+    gather_into(gathered, x.contiguous(), group=resolve(group_name))
     return gathered
 
 
@@ -62,7 +66,7 @@ def _(x, world_size, group_name):
 def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
     """`[T, ...]`: this rank's part of the sum of all ranks' `x [world_size * T, ...]`."""
     scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(scattered, x.contiguous(), group=resolve(group_name))
+    reduce_into(scattered, x.contiguous(), group=resolve(group_name))
     return scattered
 
 

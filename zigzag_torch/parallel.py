@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
 
 from . import launch
 from .agreement import agree, resolve
-from .collectives import exchange, wait
+from .collectives import exchange, gather_into, reduce_into, wait
 from .ops import describe, last_dim_contiguous
 
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
@@ -54,7 +53,7 @@ def _windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, t
     def gather(index) -> tuple[torch.Tensor, Any]:
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
         packed = torch.cat((k[:, heads], v[:, heads]), 1)
-        return packed, dist.all_gather_into_tensor(buffers[index % 2], packed, group=group, async_op=True)
+        return packed, gather_into(buffers[index % 2], packed, group=group, async_op=True)
 
     _packed, work = gather(0)  # what is sent lives until it was waited for
     for index, first_head in enumerate(first_heads):
@@ -122,10 +121,7 @@ def _backward_allgather(
             launch.run, problem, q, k_window, v_window, dout, rows, sequences,
             dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
         )  # fmt: skip
-        works = [
-            dist.reduce_scatter_tensor(x, y, group=group, async_op=True)
-            for x, y in zip(total, contribution, strict=True)
-        ]
+        works = [reduce_into(x, y, group=group, async_op=True) for x, y in zip(total, contribution, strict=True)]
         under_way = first_head, works
         dq = plan.backward_queries(
             launch.run, problem, q, k_window, v_window, dout, rows, segments,
