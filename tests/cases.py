@@ -10,6 +10,7 @@ from itertools import accumulate
 import ml_dtypes  # noqa: F401  (its import makes "bfloat16" a NumPy dtype)
 import numpy as np
 
+RESULTS = ("out", "lse", "dq", "dk", "dv")
 INTERPRET, GPU, BENCH = frozenset({"interpret"}), frozenset({"gpu"}), frozenset({"bench"})
 
 

@@ -9,8 +9,8 @@ import torch
 
 import zigzag_jax
 import zigzag_torch
-
-RESULTS = ("out", "lse", "dq", "dk", "dv")
+from cases import RESULTS
+from processes import torch_numpy
 
 
 def attend_torch(case, q, k, v, dout, dlse, rank, backend):
@@ -25,12 +25,7 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend):
     cotangents = torch.tensor(dout, dtype=dtype, device=device), torch.tensor(dlse, device=device)
     gradients = torch.autograd.grad((out, lse), (q, k, v), cotangents)
     results = (out, lse, *gradients)
-    return {
-        name: x.detach().cpu().view(torch.int16).numpy().view(jnp.bfloat16)
-        if x.dtype == torch.bfloat16
-        else x.detach().cpu().numpy()
-        for name, x in zip(RESULTS, results, strict=True)
-    }
+    return {name: torch_numpy(x) for name, x in zip(RESULTS, results, strict=True)}
 
 
 @functools.cache

@@ -120,14 +120,28 @@ def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
         framework.package.zigzag_attention(framework.array(()), k, k)
 
 
-def test_what_is_not_supported_says_so(framework):
-    q = framework.array((8, 2, 16))
-    parallel = "group" if framework is Torch else "axis_name"
-    with pytest.raises(NotImplementedError, match=parallel):
-        framework.package.zigzag_attention(q, q, q, **{parallel: "cp"})
+def test_what_is_not_supported_says_so():
+    q = Jax.array((8, 2, 16))
+    with pytest.raises(NotImplementedError, match="axis_name"):
+        zigzag_jax.zigzag_attention(q, q, q, axis_name="cp")
     for option in ({"method": "ring"}, {"heads_k_stride": 1}):
         with pytest.raises(NotImplementedError, match="method, heads_k_stride"):
-            framework.package.zigzag_attention(q, q, q, **option)
+            zigzag_jax.zigzag_attention(q, q, q, **option)
+
+
+def test_options_between_ranks_are_checked_on_one_device_too():
+    q = Torch.array((8, 2, 16))
+    for option, message in {
+        "method": "method: expected 'allgather' or 'ring', got 'x'",
+        "heads_k_stride": "heads_k_stride: expected a divisor of the 2 KV heads, got 'x'",
+        "grad_reduce_dtype": "grad_reduce_dtype: expected None, torch.float32 or torch.float32, got 'x'",
+        "group": "group: expected a torch.distributed process group that this process is in, .* got str 'x'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            zigzag_torch.zigzag_attention(q, q, q, **{option: "x"})
+    batch = zigzag_torch.prepare_batch(Torch.ints([0, 16]), 0, 2, method="ring", backend="reference")
+    with pytest.raises(ValueError, match="method: expected that of the prepared batch, 'ring', got 'allgather'"):
+        zigzag_torch.zigzag_attention_gathered(q, *[Torch.array((16, 2, 16))] * 2, batch, 0, 2)
 
 
 def test_a_prepared_batch_is_of_one_world_size(framework):

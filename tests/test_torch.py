@@ -70,9 +70,10 @@ def test_compiles_for_any_length(kernel_backend):
 def test_operators_are_registered_as_torch_wants_them(kernel_backend):
     q, k, v, dout, cu_seqlens = tensors()
     rank = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    tables = torch.ops.zigzag.segment_tables(cu_seqlens, rank, 2, kernel_backend)
+    table_arguments = cu_seqlens, rank, 2, "gathered", kernel_backend
+    tables = torch.ops.zigzag.segment_tables(*table_arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.zigzag.segment_tables, (cu_seqlens, rank, 2, kernel_backend), test_utils=tests)
+    torch.library.opcheck(torch.ops.zigzag.segment_tables, table_arguments, test_utils=tests)
     constants = (2, True, 0.25, kernel_backend)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.zigzag.attention_forward, (*leaves, *tables, *constants), test_utils=tests)

@@ -1,11 +1,13 @@
 """Zigzag attention for PyTorch: context-parallel attention over packed batches in one fused Triton launch."""
 
 from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
+from .reference import merge_partials
 from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
 
 __all__ = [
     "Batch",
     "local_cu_seqlens",
+    "merge_partials",
     "pad_to_zigzag",
     "position_ids",
     "prepare_batch",

@@ -1,42 +1,100 @@
 """The public calls: `zigzag_attention`, `zigzag_attention_gathered`, and `prepare_batch` for what layers share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from zigzag_kernels.problem import batch_shape, make_problem
+from zigzag_kernels.problem import (
+    GATHERED,
+    METHODS,
+    PEER,
+    Problem,
+    batch_shape,
+    check_method,
+    choose_heads_k_stride,
+    make_problem,
+)
 
-from . import ops, reference
+from . import ops, parallel, reference
+from .agreement import describe_group, refuse, resolve
+from .collectives import common_rank
 from .launch import choose_backend, target
 from .shard import as_rank, check_batch, check_tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What all layers of a step share: made by `prepare_batch`, accepted wherever `cu_seqlens` is."""
+    """What all layers of a step share: made by `prepare_batch`, accepted wherever `cu_seqlens` is.
+
+    `segments` and `sequences` are the tables for `method`, or None for the backend "reference". `group_name` is None
+    unless the ranks of that group have compared their `cu_seqlens`.
+    """
 
     cu_seqlens: torch.Tensor
     rank: torch.Tensor
     world_size: int
     segments: torch.Tensor | None
     sequences: torch.Tensor | None
+    method: str = METHODS[0]
+    group_name: str | None = None
 
 
 def prepare_batch(
-    cu_seqlens: torch.Tensor, rank: int | torch.Tensor = 0, world_size: int = 1, *, backend: str | None = None
+    cu_seqlens: torch.Tensor,
+    rank: int | torch.Tensor | None = None,
+    world_size: int | None = None,
+    *,
+    method: str = "allgather",
+    group=None,
+    backend: str | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and directions.
 
-    `cu_seqlens [N + 1]` int32, global; `rank` an int or one integer on the same device. Raises as
-    `zigzag_attention_gathered`. Nothing is copied to the host.
+    Args:
+        cu_seqlens: `[N + 1]` int32, global.
+        rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int; 0 and 1 if None, or those of
+            the `group`.
+        method: of the attention calls that the batch is for.
+        group: of those calls. With it every rank of the group makes this call, and they compare their `cu_seqlens`, on
+            the device: where they are not the same, attention becomes NaN on all ranks, and `validate` says why.
+
+    Raises as `zigzag_attention`. The host does not wait for the device.
     """
-    check_batch(cu_seqlens, rank, world_size)
-    backend = choose_backend(backend, cu_seqlens.device)
-    rank = as_rank(rank, cu_seqlens.device)
-    tables = (None, None)
-    if backend != "reference":
-        tables = ops.segment_tables(cu_seqlens.contiguous(), rank, world_size, backend)
-    return Batch(cu_seqlens, rank, world_size, *tables)
+    if group is None:
+        rank, world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
+        check_method(method)
+        check_batch(cu_seqlens, rank, world_size)
+        backend = choose_backend(backend, cu_seqlens.device)
+        rank = as_rank(rank, cu_seqlens.device)
+        return _with_tables(Batch(cu_seqlens, rank, world_size, None, None, method), backend)
+    name, group_rank, group_size = describe_group(group)
+    try:
+        check_method(method)
+        check_batch(cu_seqlens, rank, group_size)
+        if rank is not None and (isinstance(rank, torch.Tensor) or rank != group_rank):
+            raise ValueError(f"rank: expected None or that in the group, {group_rank}, got {rank}")
+        if world_size not in (None, group_size):
+            raise ValueError(f"world_size: expected None or the size of the group, {group_size}, got {world_size}")
+        backend = choose_backend(backend, cu_seqlens.device)
+    except (ValueError, RuntimeError) as error:
+        _refuse(name, error)
+        raise
+    return _with_tables(Batch(cu_seqlens, common_rank(cu_seqlens, name), group_size, None, None, method, name), backend)
+
+
+def _with_tables(batch: Batch, backend: str) -> Batch:
+    """`batch` with its tables, if `backend` needs any and they are not there yet."""
+    if backend == "reference" or batch.segments is not None:
+        return batch
+    layout, cu_seqlens = parallel.KV_LAYOUT[batch.method], batch.cu_seqlens.contiguous()
+    segments, sequences = ops.segment_tables(cu_seqlens, batch.rank, batch.world_size, layout, backend)
+    return replace(batch, segments=segments, sequences=sequences)
+
+
+def _refuse(group_name: str, error: Exception) -> None:
+    """Tell the other ranks of an error; not while `torch.compile` traces: then they hear nothing, and time out."""
+    if not torch.compiler.is_compiling():
+        refuse(resolve(group_name), error)
 
 
 def zigzag_attention_gathered(
@@ -74,6 +132,26 @@ def zigzag_attention_gathered(
         ValueError: shapes, types, devices or numbers that do not fit, before anything is launched.
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
+    backend, batch, problem = _check(
+        q, k, v, cu_seqlens, rank, world_size, METHODS[0], GATHERED, causal, softmax_scale, backend
+    )
+    if backend == "reference":
+        out, lse = reference.attention(
+            q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
+        )
+    else:
+        batch = _with_tables(batch, backend)
+        q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
+        out, lse = ops.attention_forward(
+            q, k, v, batch.segments, batch.sequences, world_size, problem.causal, problem.softmax_scale, backend
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q, k, v, cu_seqlens, rank, world_size: int, method: str, kv_layout: str, causal, softmax_scale, backend
+) -> tuple[str, Batch, Problem]:
+    """(backend, batch, problem) of a call, if there is nothing to say against it; a new batch has no tables yet."""
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_tensor(name, x)
         if x.device != q.device:
@@ -83,9 +161,11 @@ def zigzag_attention_gathered(
         batch = cu_seqlens
         if batch.world_size != world_size:
             raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
+        if batch.method != method and world_size > 1:
+            raise ValueError(f"method: expected that of the prepared batch, {batch.method!r}, got {method!r}")
     else:
         check_batch(cu_seqlens, rank, world_size)
-        batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None)
+        batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None, method)
     if batch.cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {batch.cu_seqlens.device}")
     problem = make_problem(
@@ -97,20 +177,9 @@ def zigzag_attention_gathered(
         causal=causal,
         softmax_scale=softmax_scale,
         target=target(backend, q.device),
+        kv_layout=kv_layout,
     )
-    if backend == "reference":
-        out, lse = reference.attention(
-            q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
-        )
-    else:
-        segments, sequences = batch.segments, batch.sequences
-        if segments is None or sequences is None:
-            segments, sequences = ops.segment_tables(batch.cu_seqlens.contiguous(), batch.rank, world_size, backend)
-        q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-        out, lse = ops.attention_forward(
-            q, k, v, segments, sequences, world_size, problem.causal, problem.softmax_scale, backend
-        )
-    return (out, lse) if return_lse else out
+    return backend, batch, problem
 
 
 def zigzag_attention(
@@ -126,34 +195,87 @@ def zigzag_attention(
     heads_k_stride: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    grad_reduce_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention over a packed batch on one device.
+    """Attention over a packed batch, on one device or dealt out to the ranks of a group in zigzag order.
 
     Args:
-        q, k, v: `[T, heads, head_dim]` with `cu_seqlens [N + 1]` int32 (one sequence if None), or
-            `[batch, T, heads, head_dim]` with `cu_seqlens=None` for sequences of equal length.
-        group: only None (one device) so far: `NotImplementedError` otherwise, as for a `method` other than
-            "allgather" and any `heads_k_stride`, which have a meaning between ranks alone.
+        q, k, v: `[T, heads, head_dim]`, `[T, kv_heads, head_dim]`: the zigzag rows of this rank (see `shard`), with
+            `cu_seqlens [N + 1]` int32, global (one sequence if None); or `[batch, T, ...]` with `cu_seqlens=None` for
+            sequences of equal length, of which each rank has T rows. Types and head_dim as in
+            `zigzag_attention_gathered`.
+        cu_seqlens: or the result of `prepare_batch`, for the same method. Best prepared with the same group: what was
+            not is compared between the ranks, and gets its tables, in every call.
+        group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: one
+            device that holds everything, to which method, heads_k_stride and grad_reduce_dtype mean nothing.
+        method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
+            holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
+            with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
+        heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
+        grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
 
-    Returns and raises as `zigzag_attention_gathered`; with `[batch, T, ...]` inputs, out has their shape and lse is
-    `[batch, heads, T]`.
+    Returns:
+        out in the shape of q; with `return_lse`, (out, lse `[heads, T]` or `[batch, heads, T]` float32). Gradients of
+        k and v are sums over all ranks.
+
+    Raises:
+        ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks agree on all that the host knows
+            the first time that they see it: if they differ, or one of them finds a fault, every rank raises the same
+            ValueError. `RuntimeError` if another rank makes no such call in time (ZIGZAG_AGREEMENT_TIMEOUT, seconds).
+            Values of `cu_seqlens` that differ, which the host does not look at, give NaN on every rank.
     """
-    if group is not None:
-        raise NotImplementedError("group: only None, one device, is supported so far")
-    if method != "allgather" or heads_k_stride is not None:
-        raise NotImplementedError("method, heads_k_stride: these need a group, which is not supported so far")
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        check_tensor(name, x)
-    batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
+    name, rank, world_size = (None, 0, 1) if group is None else describe_group(group)
+    try:
+        for argument, x in {"q": q, "k": k, "v": v}.items():
+            check_tensor(argument, x)
+        batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
+        if batched:
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        size, tokens = batched or (1, q.shape[0])
+        if cu_seqlens is None:
+            if world_size > 1 and tokens % 2:
+                raise ValueError(f"q: expected an even number of local rows of each sequence, got {tokens}")
+            cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * (world_size * tokens)
+            cu_seqlens = Batch(cu_seqlens, as_rank(rank, q.device), world_size, None, None, method, name)
+        check_method(method)
+        backend, batch, problem = _check(
+            q, k, v, cu_seqlens, rank, world_size, method, PEER, causal, softmax_scale, backend
+        )
+        stride = choose_heads_k_stride(
+            heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads
+        )
+        reduce_dtype = torch.float32 if grad_reduce_dtype is None else grad_reduce_dtype
+        if reduce_dtype not in (torch.float32, q.dtype):
+            raise ValueError(f"grad_reduce_dtype: expected None, torch.float32 or {q.dtype}, got {grad_reduce_dtype!r}")
+    except (ValueError, RuntimeError) as error:
+        if name is not None:
+            _refuse(name, error)
+        raise
+    if name is None or world_size == 1:
+        out, lse = zigzag_attention_gathered(
+            q, k, v, batch, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
+        )
+    else:
+        out, lse = _between_ranks(q, k, v, batch, problem, name, method, stride, reduce_dtype, backend)
     if batched:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    size, length = batched or (1, q.shape[0])
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * length
-    out, lse = zigzag_attention_gathered(
-        q, k, v, cu_seqlens, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
-    )
-    if batched:
-        out = out.unflatten(0, (size, length))
-        lse = lse.unflatten(1, (size, length)).transpose(0, 1)
+        out = out.unflatten(0, batched)
+        lse = lse.unflatten(1, batched).transpose(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, method, stride, reduce_dtype, backend):
+    """(out, lse) of one rank of several, in the group called `name`."""
+    if batch.group_name != name:  # tables made before the ranks compared do not count
+        rank = common_rank(batch.cu_seqlens, name)
+        batch = Batch(batch.cu_seqlens, rank, batch.world_size, None, None, method, name)
+    reduce_name = str(reduce_dtype).removeprefix("torch.")
+    constants = name, method, stride, problem.causal, problem.softmax_scale, reduce_name
+    if backend == "reference":
+        detached = (x.detach() for x in (q, k, v))
+        rank = parallel.agreed_rank(batch.rank, *detached, problem.sequences, *constants)
+        return reference.parallel_attention(
+            q, k, v, batch.cu_seqlens, rank, batch.world_size, *constants[:-1], reduce_dtype
+        )
+    batch = _with_tables(batch, backend)
+    q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
+    return parallel.parallel_forward(q, k, v, batch.segments, batch.sequences, *constants, backend)

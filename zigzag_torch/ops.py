@@ -2,7 +2,7 @@
 
 import torch
 
-from zigzag_kernels.problem import Problem, make_problem, segment_table_shapes
+from zigzag_kernels.problem import PEER, Problem, make_problem, segment_table_shapes
 
 from . import launch
 
@@ -28,9 +28,9 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend) -> 
 
 @torch.library.custom_op("zigzag::segment_tables", mutates_args=())
 def segment_tables(
-    cu_seqlens: torch.Tensor, rank: torch.Tensor, world_size: int, backend: str
+    cu_seqlens: torch.Tensor, rank: torch.Tensor, world_size: int, kv_layout: str, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The device tables of one batch: see `zigzag_kernels.segments`."""
+    """The device tables of one batch: see `zigzag_kernels.plan.segment_tables`."""
     from zigzag_kernels import plan
 
     return plan.segment_tables(
@@ -40,12 +40,14 @@ def segment_tables(
         sequences=cu_seqlens.shape[0] - 1,
         world_size=world_size,
         target=launch.target(backend, cu_seqlens.device),
+        kv_layout=kv_layout,
     )
 
 
 @segment_tables.register_fake
-def _(cu_seqlens, rank, world_size, backend):
-    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1)
+def _(cu_seqlens, rank, world_size, kv_layout, backend):
+    steps = world_size if kv_layout == PEER else 1
+    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 
 

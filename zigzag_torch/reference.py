@@ -7,6 +7,7 @@ import torch
 
 from zigzag_kernels.layout import impossible, row_position
 
+from .collectives import all_gather, shift
 from .shard import sequence_of_rows
 
 
@@ -19,15 +20,20 @@ def attention(
     world_size: int,
     causal: bool,
     softmax_scale: float,
+    peer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'."""
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'.
+
+    k and v are those of all ranks, or, given a `peer`, of that rank alone: rows that see none of them have out 0, lse
+    -inf.
+    """
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     q_position = row_position(offset, length, rank, world_size)
-    slots = torch.arange(world_size, device=q.device)[:, None]
-    k_position = row_position(offset, length, slots, world_size).expand(world_size, tokens).reshape(-1)
-    k_sequence = sequence.repeat(world_size)
+    slots = torch.arange(world_size, device=q.device) if peer is None else peer
+    k_position = row_position(offset, length, slots[:, None], world_size).expand(len(slots), tokens).reshape(-1)
+    k_sequence = sequence.repeat(len(slots))
 
     # A factor of the results, and of the inputs for the sake of the gradients.
     poison = torch.where(impossible(cu_seqlens, rank, world_size, tokens), float("nan"), 1.0)
@@ -36,7 +42,7 @@ def attention(
     visible = (sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
     if causal:
         visible &= q_position[:, None] >= k_position[None, :]
-    alone = ~visible.any(1)  # padding: any finite score will do, the result is replaced
+    alone = ~visible.any(1)  # any finite score will do, the result is replaced
 
     grouped = qf.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("tkgd,skd->kgts", grouped, kf) * softmax_scale
@@ -47,3 +53,57 @@ def attention(
     out = out.masked_fill(alone[:, None, None], 0.0)
 
     return (out * poison).to(q.dtype), lse * poison
+
+
+def parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    rank: torch.Tensor,
+    world_size: int,
+    group_name: str,
+    method: str,
+    heads_k_stride: int,
+    causal: bool,
+    softmax_scale: float,
+    reduce_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of a rank that holds only its own rows of k and v: K/V move as `method` says."""
+
+    def attend(q, k, v, peer=None):
+        return attention(q, k, v, cu_seqlens, rank, world_size, causal, softmax_scale, peer)
+
+    group = q.shape[1] // k.shape[1]
+    k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the type that they do
+    if method == "ring":
+        kv, partials = torch.cat((k, v), 1), []
+        for step in range(world_size):
+            peer = (rank - step) % world_size
+            partials.append(attend(q.float(), *kv.chunk(2, 1), peer=peer))
+            if step + 1 < world_size:
+                kv = shift(kv, 1, group_name)
+        out, lse = merge_partials(*(torch.stack(x) for x in zip(*partials, strict=True)))
+        return out.to(q.dtype), lse
+    windows = []
+    for first in range(0, k.shape[1], heads_k_stride):
+        end = first + heads_k_stride
+        kv = all_gather(torch.cat((k[:, first:end], v[:, first:end]), 1), world_size, group_name)
+        windows.append(attend(q[:, first * group : end * group], *kv.chunk(2, 1)))
+    outs, lses = zip(*windows, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses)
+
+
+def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to all keys out of attention to `n` disjoint parts of them; differentiable.
+
+    `out [n, T, heads, head_dim]`, `lse [n, heads, T]` (natural logarithm) -> out `[T, heads, head_dim]` in the dtype of
+    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any finite out.
+    """
+    lse = lse.float()
+    blind = torch.isneginf(lse).all(0)
+    lse = lse.masked_fill(blind, 0.0)  # any finite value: -inf has no gradient
+    total = torch.logsumexp(lse, 0)
+    weights = torch.exp(lse - total).masked_fill(blind, 0.0)
+    merged = torch.einsum("nht,nthd->thd", weights, out.float())
+    return merged.to(out.dtype), total.masked_fill(blind, float("-inf"))

@@ -1,0 +1,163 @@
+"""The ranks of a group, and how they agree on a call before any data moves.
+
+A collective whose ranks were called differently hangs, or mixes up numbers. So the first time that a rank sees a
+combination of what its host knows (shapes, types, options) on a group, it reports it to rank 0 through the group's
+store, and all ranks go on together or raise the same error. After that the combination costs a look into a set.
+"""
+
+import json
+import os
+import weakref
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Ranks reach their first call at different times: they compile, read data. NCCL's own timeout is twice as long.
+TIMEOUT_SECONDS = 300.0
+_NAMED_RANKS = 8
+
+
+@dataclass
+class _History:
+    """What a group has agreed upon, and how many times it was asked."""
+
+    seen: set = field(default_factory=set)
+    exchanges: int = 0
+
+
+_histories: "weakref.WeakKeyDictionary[ProcessGroup, _History]" = weakref.WeakKeyDictionary()
+
+
+def describe_group(group) -> tuple[str, int, int]:
+    """(name, rank, size) of a process group or a 1-D DeviceMesh; `ValueError` for anything else."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names
+            slices = f"a slice of it, such as mesh[{names[-1]!r}]" if names else "a mesh of one dimension"
+            raise ValueError(
+                f"group: expected a 1-D DeviceMesh, got {group.ndim} dimensions, named {names}: pass {slices}"
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group: expected a torch.distributed process group that this process is in, or a 1-D DeviceMesh, "
+            f"got {type(group).__name__} {group!r}"
+        )
+    return group.group_name, group.rank(), group.size()
+
+
+def resolve(group_name: str) -> "ProcessGroup":
+    """The process group of a name: what operators are given, as `torch.compile` has no type for groups."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore
+
+    return _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType]
+
+
+def agree(group: "ProcessGroup", **facts) -> None:
+    """Return if all ranks of `group` call with equal `facts` (hashable), or did so before.
+
+    `ValueError`, the same on every rank, names what differs, or the error that a rank reported in place of its facts.
+    `RuntimeError` if some rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 300).
+    """
+    history = _histories.setdefault(group, _History())
+    key = tuple(facts.items())
+    if key not in history.seen:
+        compare(group, {name: str(value) for name, value in facts.items()})
+        history.seen.add(key)
+
+
+def refuse(group: "ProcessGroup", error: Exception) -> NoReturn:
+    """Raise what is wrong with this rank's call, on the ranks that wait in `agree` too."""
+    try:
+        compare(group, {"error": str(error)})
+    except ValueError as joint:
+        if isinstance(error, ValueError):
+            raise joint from None
+    except RuntimeError as alone:
+        error.add_note(f"The other ranks could not be told: {alone}")
+    raise error
+
+
+def compare(group: "ProcessGroup", report: dict[str, str]) -> None:
+    """`agree` that always asks: every rank reports, rank 0 compares, and all hear its verdict."""
+    history = _histories.setdefault(group, _History())
+    store, rank, size = group.get_group_store(), group.rank(), group.size()
+    prefix = f"zigzag/{history.exchanges}"
+    history.exchanges += 1
+    timeout = float(os.environ.get("ZIGZAG_AGREEMENT_TIMEOUT", TIMEOUT_SECONDS))
+    report_keys = [f"{prefix}/{peer}" for peer in range(size)]
+    verdict_key, readers_key = f"{prefix}/verdict", f"{prefix}/readers"
+    store.set(report_keys[rank], json.dumps(report))
+    if rank == 0:
+        absent = _absent(store, report_keys, timeout)
+        if absent:
+            verdict = {"timeout": _absence(absent, timeout)}
+        else:
+            verdict = {"difference": _difference([json.loads(text) for text in store.multi_get(report_keys)])}
+        store.set(verdict_key, json.dumps(verdict))
+    elif _absent(store, [verdict_key], timeout + 10):
+        raise RuntimeError(_absence([0], timeout + 10))
+    verdict = json.loads(store.get(verdict_key))
+    if store.add(readers_key, 1) == size:  # a group made later may have the same store
+        for key in (*report_keys, verdict_key, readers_key):
+            store.delete_key(key)
+    if verdict.get("timeout"):
+        raise RuntimeError(verdict["timeout"])
+    if verdict["difference"]:
+        raise ValueError(verdict["difference"])
+
+
+def _absent(store, keys: list[str], timeout: float) -> list[int]:
+    """Indices of the keys that do not appear in time."""
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError:
+        return [index for index, key in enumerate(keys) if not store.check([key])]
+    return []
+
+
+def _absence(ranks: list[int], timeout: float) -> str:
+    return (
+        f"{_ranks(ranks)} did not make this call within {timeout:g} s (ZIGZAG_AGREEMENT_TIMEOUT): it failed elsewhere, "
+        f"is still busy, or made another call, one that all ranks agreed upon before, and waits for data"
+    )
+
+
+def _difference(reports: list[dict[str, str]]) -> str:
+    """What is wrong with the reports of ranks 0, 1, ...; empty if they are equal."""
+    errors = _ranks_by([report.get("error") for report in reports])
+    if list(errors) != [None]:
+        if len(errors) == 1:
+            return next(iter(errors))
+        return "; ".join(f"{_ranks(ranks)}: {error}" for error, ranks in errors.items() if error is not None)
+    differences = []
+    for name in dict.fromkeys(name for report in reports for name in report):
+        values = _ranks_by([report.get(name, "nothing") for report in reports])
+        if len(values) > 1:
+            held = (f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {x}" for x, ranks in values.items())
+            differences.append(f"{name}: {', '.join(held)}")
+            if name == "call":
+                break  # another call has other facts
+    return f"expected the same call on every rank of the group, got {'; '.join(differences)}" if differences else ""
+
+
+def _ranks_by(values: list) -> dict:
+    """{value: ranks that have it}"""
+    result = {}
+    for rank, value in enumerate(values):
+        result.setdefault(value, []).append(rank)
+    return result
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
+    return f"ranks {', '.join(map(str, ranks[:_NAMED_RANKS]))}{more}"

@@ -1,0 +1,106 @@
+"""Collectives as operators, which `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
+
+import torch
+import torch.distributed as dist
+
+from .agreement import agree, resolve
+
+# Their names from torch 2.13 on; the old ones warn.
+gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
+    """Start to send to the rank `hops` behind this one on the ring, and to receive from the one `hops` before it.
+
+    Returns what to `wait` for before `receive` is read and before `send` is written. Messages that are under way at
+    the same time have different tags.
+    """
+    rank, size = group.rank(), group.size()
+    return dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, send, group=group, group_peer=(rank + hops) % size, tag=tag),
+            dist.P2POp(dist.irecv, receive, group=group, group_peer=(rank - hops) % size, tag=tag),
+        ]
+    )
+
+
+def wait(works: list) -> None:
+    for work in works:
+        work.wait()
+
+
+@torch.library.custom_op("zigzag::common_rank", mutates_args=())
+def common_rank(cu_seqlens: torch.Tensor, group_name: str) -> torch.Tensor:
+    """`[1]` int32: this process's rank, or -1 on every rank if `cu_seqlens` is not the same on all of them.
+
+    The host does not wait for the values. No table can be made for rank -1, so attention becomes NaN everywhere.
+    """
+    group = resolve(group_name)
+    agree(group, call="prepare_batch", cu_seqlens=tuple(cu_seqlens.shape))
+    extremes = torch.stack((cu_seqlens, ~cu_seqlens))  # the largest of ~x is ~ of the smallest x
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    same = (extremes[0] == ~extremes[1]).all()
+    return torch.where(same, group.rank(), -1).to(torch.int32).reshape(1)
+
+
+@common_rank.register_fake
+def _(cu_seqlens, group_name):
+    return cu_seqlens.new_empty(1)
+
+
+@torch.library.custom_op("zigzag::all_gather", mutates_args=())
+def all_gather(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
+    """`[world_size * T, ...]`: `x [T, ...]` of all ranks, in their order; differentiable."""
+    gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
+    gather_into(gathered, x.contiguous(), group=resolve(group_name))
+    return gathered
+
+
+@all_gather.register_fake
+def _(x, world_size, group_name):
+    return x.new_empty((world_size * x.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("zigzag::reduce_scatter", mutates_args=())
+def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
+    """`[T, ...]`: this rank's part of the sum of all ranks' `x [world_size * T, ...]`."""
+    scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
+    reduce_into(scattered, x.contiguous(), group=resolve(group_name))
+    return scattered
+
+
+@reduce_scatter.register_fake
+def _(x, world_size, group_name):
+    return x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
+
+
+@torch.library.custom_op("zigzag::shift", mutates_args=())
+def shift(x: torch.Tensor, hops: int, group_name: str) -> torch.Tensor:
+    """`x` of the rank `hops` before this one on the ring; differentiable."""
+    received = x.new_empty(x.shape)
+    sent = x.contiguous()
+    wait(exchange(sent, received, resolve(group_name), hops))
+    return received
+
+
+@shift.register_fake
+def _(x, hops, group_name):
+    return x.new_empty(x.shape)
+
+
+def _save_constants(ctx, inputs, output) -> None:
+    _, *ctx.constants = inputs
+
+
+def _differentiate_all_gather(ctx, gradient):
+    return reduce_scatter(gradient, *ctx.constants), None, None
+
+
+def _differentiate_shift(ctx, gradient):
+    hops, group_name = ctx.constants
+    return shift(gradient, -hops, group_name), None, None
+
+
+all_gather.register_autograd(_differentiate_all_gather, setup_context=_save_constants)
+shift.register_autograd(_differentiate_shift, setup_context=_save_constants)

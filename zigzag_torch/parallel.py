@@ -1,0 +1,292 @@
+"""Attention between ranks: how K/V, and in the backward pass dK/dV, move while the kernels compute.
+
+Each direction is one operator, so that `torch.compile` keeps the order of launches and transfers that is written here.
+`wait()` of a transfer lets the device's current stream wait, not the host.
+
+"allgather" brings a window of KV heads from all ranks at a time, into one of two buffers, while the window before it is
+attended. "ring" passes K/V of all heads from rank to rank: at step `s` a rank holds those of rank `(rank - s) % W`. No
+step is left out: under a causal mask too, the late chunk of an earlier rank sees keys of every later one, and what
+cannot contribute costs programs that leave at once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
+
+from . import launch
+from .agreement import agree, resolve
+from .collectives import exchange, gather_into, reduce_into, wait
+from .ops import describe, last_dim_contiguous
+
+KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
+
+
+def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softmax_scale, backend) -> Problem:
+    """Of K/V as `_windows` or `_ring` deliver them."""
+    tokens, kv_heads, head_dim = k.shape
+    ranks, window = (world_size, heads_k_stride) if method == "allgather" else (1, kv_heads)
+    kv = (ranks * tokens, window, head_dim), describe(k)[1], (2 * window * head_dim, head_dim)
+    return make_problem(
+        describe(q),
+        kv,
+        kv,
+        sequences=sequences.shape[-2] - 1,
+        world_size=world_size,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target=launch.target(backend, q.device),
+        kv_layout=KV_LAYOUT[method],
+        kv_heads=kv_heads,
+    )
+
+
+def _windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way."""
+    tokens, kv_heads, head_dim = k.shape
+    first_heads = range(0, kv_heads, heads_k_stride)
+    shape = group.size() * tokens, 2 * heads_k_stride, head_dim
+    buffers = [k.new_empty(shape) for _ in first_heads[:2]]
+
+    def gather(index) -> tuple[torch.Tensor, Any]:
+        heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
+        packed = torch.cat((k[:, heads], v[:, heads]), 1)
+        return packed, gather_into(buffers[index % 2], packed, group=group, async_op=True)
+
+    _packed, work = gather(0)  # what is sent lives until it was waited for
+    for index, first_head in enumerate(first_heads):
+        work.wait()
+        if index + 1 < len(first_heads):
+            # Starts when what was launched so far is done, and the last of that read this buffer.
+            _packed, work = gather(index + 1)
+        k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
+        yield first_head, k_window, v_window
+
+
+def _ring(k, v, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(step, k, v `[T, kv_heads, head_dim]`) of rank `(rank - step) % W`; the next step's are then on their way."""
+    here = torch.cat((k, v), 1)
+    there = torch.empty_like(here)
+    for step in range(group.size()):
+        works = exchange(here, there, group) if step + 1 < group.size() else []
+        k_peer, v_peer = here.split(k.shape[1], 1)
+        yield step, k_peer, v_peer
+        wait(works)
+        here, there = there, here
+
+
+def _forward_allgather(problem: Problem, q, k, v, segments, heads_k_stride, group) -> tuple:
+    from zigzag_kernels import plan
+
+    results = (None, None)
+    for first_head, k_window, v_window in _windows(k, v, heads_k_stride, group):
+        part = plan.Part(first_head)
+        results = plan.forward(launch.run, problem, q, k_window, v_window, segments, part=part, into=results)
+    return results
+
+
+def _forward_ring(problem: Problem, q, k, v, segments, group) -> tuple:
+    from zigzag_kernels import plan
+
+    out, lse = None, None
+    for step, k_peer, v_peer in _ring(k, v, group):
+        part = plan.Part(accumulate=step > 0, dtype="float32")
+        out, lse = plan.forward(launch.run, problem, q, k_peer, v_peer, segments[step], part=part, into=(out, lse))
+    assert out is not None
+    return out.to(q.dtype), lse
+
+
+def _backward_allgather(
+    problem: Problem, q, k, v, dout, rows, segments, sequences, heads_k_stride, reduce_dtype, group, dout_strides
+) -> tuple:
+    from zigzag_kernels import plan
+
+    tokens, kv_heads, head_dim = k.shape
+    dtype = getattr(torch, reduce_dtype)
+    dk, dv = contribution = k.new_empty((2, group.size() * tokens, heads_k_stride, head_dim), dtype=dtype)
+    total = k.new_empty((2, tokens, heads_k_stride, head_dim), dtype=dtype)
+    dq, dkv = None, k.new_empty((2, tokens, kv_heads, head_dim))
+
+    def finish(first_head, works):
+        wait(works)
+        dkv[:, :, first_head : first_head + heads_k_stride] = total
+
+    under_way = None
+    for first_head, k_window, v_window in _windows(k, v, heads_k_stride, group):
+        if under_way:
+            finish(*under_way)  # before the buffers are written again
+        plan.backward_keys(
+            launch.run, problem, q, k_window, v_window, dout, rows, sequences,
+            dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
+        )  # fmt: skip
+        works = [reduce_into(x, y, group=group, async_op=True) for x, y in zip(total, contribution, strict=True)]
+        under_way = first_head, works
+        dq = plan.backward_queries(
+            launch.run, problem, q, k_window, v_window, dout, rows, segments,
+            dout_strides=dout_strides, part=plan.Part(first_head), into=dq,
+        )  # fmt: skip
+    assert under_way
+    finish(*under_way)
+    return dq, dkv
+
+
+def _backward_ring(
+    problem: Problem, q, k, v, dout, rows, segments, sequences, reduce_dtype, group, dout_strides
+) -> tuple:
+    """dK/dV of a rank follow its K/V one hop behind: the last step's hop brings them home."""
+    from zigzag_kernels import plan
+
+    dkv = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
+    arriving = torch.empty_like(dkv)
+    dq, works = None, []
+    for step, k_peer, v_peer in _ring(k, v, group):
+        wait(works)
+        if step > 0:
+            dkv, arriving = arriving, dkv
+        dk, dv = dkv
+        plan.backward_keys(
+            launch.run, problem, q, k_peer, v_peer, dout, rows, sequences[step],
+            dout_strides=dout_strides, part=plan.Part(accumulate=step > 0, dtype=reduce_dtype), into=(dk, dv),
+        )  # fmt: skip
+        works = exchange(dkv, arriving, group, tag=1)
+        dq = plan.backward_queries(
+            launch.run, problem, q, k_peer, v_peer, dout, rows, segments[step],
+            dout_strides=dout_strides, part=plan.Part(accumulate=step > 0, dtype="float32"), into=dq,
+        )  # fmt: skip
+    wait(works)
+    assert dq is not None
+    return dq.to(q.dtype), arriving.to(k.dtype)
+
+
+@torch.library.custom_op("zigzag::parallel_forward", mutates_args=())
+def parallel_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: torch.Tensor,
+    sequences: torch.Tensor,
+    group_name: str,
+    method: str,
+    heads_k_stride: int,
+    causal: bool,
+    softmax_scale: float,
+    reduce_dtype: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32) of this rank; all arrays are local."""
+    group = resolve(group_name)
+    problem = _problem(q, k, sequences, group.size(), method, heads_k_stride, causal, softmax_scale, backend)
+    agree_on_call(
+        group, q, k, v, problem.sequences, method, heads_k_stride, causal, softmax_scale, reduce_dtype, backend
+    )
+    if method == "ring":
+        return _forward_ring(problem, q, k, v, segments, group)
+    return _forward_allgather(problem, q, k, v, segments, heads_k_stride, group)
+
+
+@parallel_forward.register_fake
+def _(q, k, v, segments, sequences, *constants):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("zigzag::parallel_backward", mutates_args=())
+def parallel_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    segments: torch.Tensor,
+    sequences: torch.Tensor,
+    group_name: str,
+    method: str,
+    heads_k_stride: int,
+    causal: bool,
+    softmax_scale: float,
+    reduce_dtype: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, summed over the queries of all ranks."""
+    from zigzag_kernels import plan
+
+    group = resolve(group_name)
+    problem = _problem(q, k, sequences, group.size(), method, heads_k_stride, causal, softmax_scale, backend)
+    dout = last_dim_contiguous(dout)
+    dout_strides = dout.stride(0), dout.stride(1)
+    dlse = None if dlse is None else dlse.contiguous()
+    rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, dout_strides=dout_strides)
+    arguments = problem, q, k, v, dout, rows, segments, sequences
+    if method == "ring":
+        return _backward_ring(*arguments, reduce_dtype, group, dout_strides)
+    return _backward_allgather(*arguments, heads_k_stride, reduce_dtype, group, dout_strides)
+
+
+@parallel_backward.register_fake
+def _(q, k, v, *others):
+    return q.new_empty(q.shape), k.new_empty((2, *k.shape))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, segments, sequences, *ctx.constants = inputs
+    ctx.save_for_backward(q, k, v, *output, segments, sequences)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse):
+    q, k, v, out, lse, segments, sequences = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dkv = parallel_backward(q, k, v, out, lse, dout, dlse, segments, sequences, *ctx.constants)
+    return dq, *dkv, *(None,) * 9
+
+
+parallel_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("zigzag::agreed_rank", mutates_args=())
+def agreed_rank(
+    rank: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: int,
+    group_name: str,
+    method: str,
+    heads_k_stride: int,
+    causal: bool,
+    softmax_scale: float,
+    reduce_dtype: str,
+) -> torch.Tensor:
+    """`rank`, once the ranks have agreed: the first thing that the reference asks for."""
+    constants = method, heads_k_stride, causal, softmax_scale, reduce_dtype, "reference"
+    agree_on_call(resolve(group_name), q, k, v, sequences, *constants)
+    return rank.clone()
+
+
+@agreed_rank.register_fake
+def _(rank, *others):
+    return rank.new_empty(rank.shape)
+
+
+def agree_on_call(
+    group, q, k, v, sequences, method, heads_k_stride, causal, softmax_scale, reduce_dtype, backend
+) -> None:
+    """`agree` on everything that decides which messages a call sends, and what they mean."""
+    agree(
+        group,
+        call="zigzag_attention",
+        q=describe(q)[:2],
+        k=describe(k)[:2],
+        v=describe(v)[:2],
+        sequences=sequences,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        method=method,
+        heads_k_stride=heads_k_stride,
+        grad_reduce_dtype=reduce_dtype,
+        backend=backend,
+    )
