@@ -260,9 +260,10 @@ def agreed_rank(
     causal: bool,
     softmax_scale: float,
     reduce_dtype: str,
+    backend: str,
 ) -> torch.Tensor:
-    """`rank`, once the ranks have agreed: the first thing that the reference asks for."""
-    constants = method, heads_k_stride, causal, softmax_scale, reduce_dtype, "reference"
+    """`rank`, once the ranks have agreed: for calls that move other data before `parallel_forward`, or without it."""
+    constants = method, heads_k_stride, causal, softmax_scale, reduce_dtype, backend
     agree_on_call(resolve(group_name), q, k, v, sequences, *constants)
     return rank.clone()
 
