@@ -273,12 +273,12 @@ def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, rank: int, met
     constants = name, method, stride, problem.causal, problem.softmax_scale, reduce_name
     compared = batch.group_name == name
     if backend == "reference" or not compared:
-        rank = batch.rank if compared else as_rank(rank, q.device)
+        own_rank = batch.rank if compared else as_rank(rank, q.device)
         detached = (x.detach() for x in (q, k, v))
-        rank = parallel.agreed_rank(rank, *detached, problem.sequences, *constants, backend)
+        own_rank = parallel.agreed_rank(own_rank, *detached, problem.sequences, *constants, backend)
         if not compared:
-            rank = common_rank(batch.cu_seqlens, rank, name)
-        batch = replace(batch, rank=rank, segments=None, sequences=None)
+            own_rank = common_rank(batch.cu_seqlens, own_rank, name)
+        batch = replace(batch, rank=own_rank, segments=None, sequences=None)
     if backend == "reference":
         return reference.parallel_attention(
             q, k, v, batch.cu_seqlens, batch.rank, batch.world_size, *constants[:-1], reduce_dtype
