@@ -1,6 +1,8 @@
 """Attention between ranks inside what PyTorch users wrap around it: compile, checkpointing, DDP, FSDP2, meshes."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,7 @@ def check_transformations(rank, world_size):
                 assert_same(results(checkpointed, *tensors), expected)
     check_registration(tensors, rank, world_size, group)
     check_shapes(rank, world_size, group)
+    check_documentation(rank, world_size, group)
 
 
 def check_registration(tensors, rank, world_size, group):
@@ -90,6 +93,24 @@ def check_registration(tensors, rank, world_size, group):
     torch.library.opcheck(ops.all_gather, (leaves[0], world_size, name), test_utils=tests)
     torch.library.opcheck(ops.reduce_scatter, (q, world_size, name), test_utils=tests)
     torch.library.opcheck(ops.shift, (leaves[0], 1, name), test_utils=tests)
+
+
+def check_documentation(rank, world_size, group):
+    """What docs/parallel.md prints, as printed."""
+    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(block, names)
+    q, k, v, _ = whole_batch()
+    lengths = torch.tensor([0, 5, 24], dtype=torch.int32)
+    for method in METHODS:
+        out, positions = names["attention_of_a_step"](q, k, v, lengths, 1, method)
+        padded = torch.tensor([0, 8, 28], dtype=torch.int32)
+        assert positions.tolist() == zigzag_torch.position_ids(padded, rank, world_size).tolist()
+        gathered = torch.empty(28, HEADS, HEAD_DIM)
+        dist.all_gather(list(gathered.chunk(world_size)), out, group=group)
+        whole = zigzag_torch.unpad(zigzag_torch.unshard(gathered, padded, world_size), lengths, world_size)
+        torch.testing.assert_close(whole, zigzag_torch.zigzag_attention(q, k, v, lengths))
 
 
 def check_shapes(rank, world_size, group):
