@@ -6,20 +6,23 @@ store, and all ranks go on together or raise the same error. After that the comb
 """
 
 import json
+import math
 import os
 import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Ranks reach their first call at different times: they compile, read data. NCCL's own timeout is twice as long.
-TIMEOUT_SECONDS = 300.0
-_NAMED_RANKS = 8
+# Ranks reach their first call at different times: they compile, read data.
+TIMEOUT_SECONDS = 120.0
+# For a rank that has found a fault: what it reported stays there for those who come later.
+REFUSAL_SECONDS = 10.0
+_NAMED_RANKS, _NAMED_DIFFERENCES = 8, 3
 
 
 @dataclass
@@ -64,19 +67,19 @@ def agree(group: "ProcessGroup", **facts) -> None:
     """Return if all ranks of `group` call with equal `facts` (hashable), or did so before.
 
     `ValueError`, the same on every rank, names what differs, or the error that a rank reported in place of its facts.
-    `RuntimeError` if some rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 300).
+    `RuntimeError` if some rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 120).
     """
     history = _histories.setdefault(group, _History())
     key = tuple(facts.items())
     if key not in history.seen:
-        compare(group, {name: str(value) for name, value in facts.items()})
+        compare(group, facts)
         history.seen.add(key)
 
 
 def refuse(group: "ProcessGroup", error: Exception) -> NoReturn:
     """Raise what is wrong with this rank's call, on the ranks that wait in `agree` too."""
     try:
-        compare(group, {"error": str(error)})
+        compare(group, {"error": str(error)}, REFUSAL_SECONDS)
     except ValueError as joint:
         if isinstance(error, ValueError):
             raise joint from None
@@ -85,33 +88,33 @@ def refuse(group: "ProcessGroup", error: Exception) -> NoReturn:
     raise error
 
 
-def compare(group: "ProcessGroup", report: dict[str, str]) -> None:
-    """`agree` that always asks: every rank reports, rank 0 compares, and all hear its verdict."""
+def compare(group: "ProcessGroup", report: dict[str, Any], patience: float = math.inf) -> None:
+    """`agree` that always asks: every rank reports, rank 0 compares, and all hear its verdict.
+
+    A rank waits for the others no longer than `patience` seconds.
+    """
     history = _histories.setdefault(group, _History())
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     prefix = f"zigzag/{history.exchanges}"
     history.exchanges += 1
     timeout = float(os.environ.get("ZIGZAG_AGREEMENT_TIMEOUT", TIMEOUT_SECONDS))
+    timeout = min(timeout, patience)
     report_keys = [f"{prefix}/{peer}" for peer in range(size)]
     verdict_key, readers_key = f"{prefix}/verdict", f"{prefix}/readers"
-    store.set(report_keys[rank], json.dumps(report))
+    store.set(report_keys[rank], json.dumps({name: str(value) for name, value in report.items()}))
     if rank == 0:
         absent = _absent(store, report_keys, timeout)
-        if absent:
-            verdict = {"timeout": _absence(absent, timeout)}
-        else:
-            verdict = {"difference": _difference([json.loads(text) for text in store.multi_get(report_keys)])}
-        store.set(verdict_key, json.dumps(verdict))
-    elif _absent(store, [verdict_key], timeout + 10):
-        raise RuntimeError(_absence([0], timeout + 10))
-    verdict = json.loads(store.get(verdict_key))
+        reports = {peer: json.loads(store.get(report_keys[peer])) for peer in range(size) if peer not in absent}
+        store.set(verdict_key, json.dumps(_verdict(reports, absent, timeout)))
+    elif _absent(store, [verdict_key], timeout + 1):
+        absent = _absent(store, report_keys, 0.01)
+        raise RuntimeError(_absence(absent or [0], timeout))
+    kind, message = json.loads(store.get(verdict_key))
     if store.add(readers_key, 1) == size:  # a group made later may have the same store
         for key in (*report_keys, verdict_key, readers_key):
             store.delete_key(key)
-    if verdict.get("timeout"):
-        raise RuntimeError(verdict["timeout"])
-    if verdict["difference"]:
-        raise ValueError(verdict["difference"])
+    if message:
+        raise {"difference": ValueError, "absence": RuntimeError}[kind](message)
 
 
 def _absent(store, keys: list[str], timeout: float) -> list[int]:
@@ -130,28 +133,31 @@ def _absence(ranks: list[int], timeout: float) -> str:
     )
 
 
-def _difference(reports: list[dict[str, str]]) -> str:
-    """What is wrong with the reports of ranks 0, 1, ...; empty if they are equal."""
-    errors = _ranks_by([report.get("error") for report in reports])
+def _verdict(reports: dict[int, dict[str, str]], absent: list[int], timeout: float) -> tuple[str, str]:
+    """("difference" or "absence", what is wrong with the reports by rank): an empty text if all are there and equal."""
+    errors = _ranks_by({rank: report.get("error") for rank, report in reports.items()})
     if list(errors) != [None]:
-        if len(errors) == 1:
-            return next(iter(errors))
-        return "; ".join(f"{_ranks(ranks)}: {error}" for error, ranks in errors.items() if error is not None)
+        if len(errors) == 1 and not absent:
+            return "difference", next(iter(errors))
+        return "difference", "; ".join(f"{_ranks(ranks)}: {error}" for error, ranks in errors.items() if error)
+    if absent:
+        return "absence", _absence(absent, timeout)
     differences = []
-    for name in dict.fromkeys(name for report in reports for name in report):
-        values = _ranks_by([report.get(name, "nothing") for report in reports])
+    for name in dict.fromkeys(name for report in reports.values() for name in report):
+        values = _ranks_by({rank: report.get(name, "nothing") for rank, report in reports.items()})
         if len(values) > 1:
             held = (f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {x}" for x, ranks in values.items())
             differences.append(f"{name}: {', '.join(held)}")
-            if name == "call":
+            if name == "call" or len(differences) == _NAMED_DIFFERENCES:
                 break  # another call has other facts
-    return f"expected the same call on every rank of the group, got {'; '.join(differences)}" if differences else ""
+    message = f"expected the same call on every rank of the group, got {'; '.join(differences)}"
+    return "difference", message if differences else ""
 
 
-def _ranks_by(values: list) -> dict:
+def _ranks_by(values: dict[int, Any]) -> dict[Any, list[int]]:
     """{value: ranks that have it}"""
     result = {}
-    for rank, value in enumerate(values):
+    for rank, value in values.items():
         result.setdefault(value, []).append(rank)
     return result
 

@@ -79,7 +79,8 @@ def prepare_batch(
     except (ValueError, RuntimeError) as error:
         _refuse(name, error)
         raise
-    return _with_tables(Batch(cu_seqlens, common_rank(cu_seqlens, name), group_size, None, None, method, name), backend)
+    common = common_rank(cu_seqlens, as_rank(group_rank, cu_seqlens.device), name)
+    return _with_tables(Batch(cu_seqlens, common, group_size, None, None, method, name), backend)
 
 
 def _with_tables(batch: Batch, backend: str) -> Batch:
@@ -246,7 +247,10 @@ def zigzag_attention(
         )
         reduce_dtype = torch.float32 if grad_reduce_dtype is None else grad_reduce_dtype
         if reduce_dtype not in (torch.float32, q.dtype):
-            raise ValueError(f"grad_reduce_dtype: expected None, torch.float32 or {q.dtype}, got {grad_reduce_dtype!r}")
+            raise ValueError(
+                f"grad_reduce_dtype: expected None, torch.float32 or the dtype of q, {q.dtype}, "
+                f"got {grad_reduce_dtype!r}"
+            )
     except (ValueError, RuntimeError) as error:
         if name is not None:
             _refuse(name, error)
@@ -256,25 +260,28 @@ def zigzag_attention(
             q, k, v, batch, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
         )
     else:
-        out, lse = _between_ranks(q, k, v, batch, problem, name, method, stride, reduce_dtype, backend)
+        out, lse = _between_ranks(q, k, v, batch, problem, name, rank, method, stride, reduce_dtype, backend)
     if batched:
         out = out.unflatten(0, batched)
         lse = lse.unflatten(1, batched).transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
-def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, method, stride, reduce_dtype, backend):
+def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, rank: int, method, stride, reduce_dtype, backend):
     """(out, lse) of one rank of several, in the group called `name`."""
-    if batch.group_name != name:  # tables made before the ranks compared do not count
-        rank = common_rank(batch.cu_seqlens, name)
-        batch = Batch(batch.cu_seqlens, rank, batch.world_size, None, None, method, name)
     reduce_name = str(reduce_dtype).removeprefix("torch.")
     constants = name, method, stride, problem.causal, problem.softmax_scale, reduce_name
-    if backend == "reference":
+    compared = batch.group_name == name
+    if backend == "reference" or not compared:
+        own_rank = batch.rank if compared else as_rank(rank, q.device)
         detached = (x.detach() for x in (q, k, v))
-        rank = parallel.agreed_rank(batch.rank, *detached, problem.sequences, *constants)
+        own_rank = parallel.agreed_rank(own_rank, *detached, problem.sequences, *constants, backend)
+        if not compared:
+            own_rank = common_rank(batch.cu_seqlens, own_rank, name)
+        batch = replace(batch, rank=own_rank, segments=None, sequences=None)
+    if backend == "reference":
         return reference.parallel_attention(
-            q, k, v, batch.cu_seqlens, rank, batch.world_size, *constants[:-1], reduce_dtype
+            q, k, v, batch.cu_seqlens, batch.rank, batch.world_size, *constants[:-1], reduce_dtype
         )
     batch = _with_tables(batch, backend)
     q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))

@@ -31,8 +31,8 @@ def wait(works: list) -> None:
 
 
 @torch.library.custom_op("zigzag::common_rank", mutates_args=())
-def common_rank(cu_seqlens: torch.Tensor, group_name: str) -> torch.Tensor:
-    """`[1]` int32: this process's rank, or -1 on every rank if `cu_seqlens` is not the same on all of them.
+def common_rank(cu_seqlens: torch.Tensor, rank: torch.Tensor, group_name: str) -> torch.Tensor:
+    """`rank`, or -1 on every rank if `cu_seqlens` is not the same on all of them.
 
     The host does not wait for the values. No table can be made for rank -1, so attention becomes NaN everywhere.
     """
@@ -41,12 +41,12 @@ def common_rank(cu_seqlens: torch.Tensor, group_name: str) -> torch.Tensor:
     extremes = torch.stack((cu_seqlens, ~cu_seqlens))  # the largest of ~x is ~ of the smallest x
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     same = (extremes[0] == ~extremes[1]).all()
-    return torch.where(same, group.rank(), -1).to(torch.int32).reshape(1)
+    return torch.where(same, rank, -1)
 
 
 @common_rank.register_fake
-def _(cu_seqlens, group_name):
-    return cu_seqlens.new_empty(1)
+def _(cu_seqlens, rank, group_name):
+    return rank.new_empty(rank.shape)
 
 
 @torch.library.custom_op("zigzag::all_gather", mutates_args=())

@@ -49,18 +49,19 @@ def _windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, t
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
+    packed = k.new_empty((tokens, 2 * heads_k_stride, head_dim))
 
-    def gather(index) -> tuple[torch.Tensor, Any]:
+    def gather(index) -> Any:
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
-        packed = torch.cat((k[:, heads], v[:, heads]), 1)
-        return packed, gather_into(buffers[index % 2], packed, group=group, async_op=True)
+        torch.cat((k[:, heads], v[:, heads]), 1, out=packed)
+        return gather_into(buffers[index % 2], packed, group=group, async_op=True)
 
-    _packed, work = gather(0)  # what is sent lives until it was waited for
+    work = gather(0)
     for index, first_head in enumerate(first_heads):
         work.wait()
         if index + 1 < len(first_heads):
             # Starts when what was launched so far is done, and the last of that read this buffer.
-            _packed, work = gather(index + 1)
+            work = gather(index + 1)
         k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
         yield first_head, k_window, v_window
 
@@ -260,9 +261,10 @@ def agreed_rank(
     causal: bool,
     softmax_scale: float,
     reduce_dtype: str,
+    backend: str,
 ) -> torch.Tensor:
-    """`rank`, once the ranks have agreed: the first thing that the reference asks for."""
-    constants = method, heads_k_stride, causal, softmax_scale, reduce_dtype, "reference"
+    """`rank`, once the ranks have agreed: for calls that move other data before `parallel_forward`, or without it."""
+    constants = method, heads_k_stride, causal, softmax_scale, reduce_dtype, backend
     agree_on_call(resolve(group_name), q, k, v, sequences, *constants)
     return rank.clone()
 

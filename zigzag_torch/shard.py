@@ -7,6 +7,8 @@ import torch
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
 from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
 
+from .agreement import compare, describe_group, refuse, resolve
+
 
 def check_tensor(name: str, x) -> None:
     """`ValueError` unless `x` is a tensor."""
@@ -157,11 +159,25 @@ def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) ->
     return torch.cat([empty, *rows]), starts.int()
 
 
-def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None) -> None:
+def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None, *, group=None) -> None:
     """`ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; reads it on the host, so call it once.
 
     `total` is the number of rows of the unsharded batch. The attention itself does not wait for the device to look:
-    it answers impossible lengths with NaN.
+    it answers impossible lengths with NaN. With a `group` (as `zigzag_attention` takes it) every rank of it makes this
+    call, and if they differ in anything, or one of them finds a fault, all raise the same error.
     """
-    check_batch(cu_seqlens, None, world_size)
-    check_lengths(cu_seqlens.tolist(), world_size, total)
+    if group is None:
+        check_batch(cu_seqlens, None, world_size)
+        check_lengths(cu_seqlens.tolist(), world_size, total)
+        return
+    name, _, group_size = describe_group(group)
+    try:
+        if world_size != group_size:
+            raise ValueError(f"world_size: expected the size of the group, {group_size}, got {world_size}")
+        check_batch(cu_seqlens, None, world_size)
+        values = cu_seqlens.tolist()
+        check_lengths(values, world_size, total)
+    except ValueError as error:
+        refuse(resolve(name), error)
+    report = {"call": "validate", "total": total, "sequences": len(values) - 1}
+    compare(resolve(name), report | {f"cu_seqlens[{index}]": value for index, value in enumerate(values)})
