@@ -321,12 +321,12 @@ def forward_launch():
 
 
 def forward_arrays():
-    return *(jnp.ones((8, 1, 16)),) * 3, jnp.zeros((3, 8), jnp.int32)
+    return *(jnp.ones((8, 1, 16)),) * 3, jnp.zeros((3, 8), jnp.int32), None, None
 
 
 def test_a_name_that_the_kernel_does_not_have_is_an_error():
     for change in (
-        {"inputs": ("q", "v", "k", "segments")},
+        {"inputs": ("q", "v", "k", *forward_launch().inputs[3:])},
         {"constexprs": forward_launch().constexprs | {"CASUAL": True}},
         {"scalars": ()},
         {"outputs": forward_launch().outputs[::-1]},

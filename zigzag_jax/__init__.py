@@ -2,12 +2,14 @@
 
 from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
 from .launch import export_disabled_checks
+from .reference import merge_partials
 from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
 
 __all__ = [
     "Batch",
     "export_disabled_checks",
     "local_cu_seqlens",
+    "merge_partials",
     "pad_to_zigzag",
     "position_ids",
     "prepare_batch",
