@@ -38,9 +38,14 @@ def prepare_batch(
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and directions.
 
-    `cu_seqlens [N + 1]` int32, global; `rank` an int or an array of one. Both may be traced. Inside `shard_map` an
-    `axis_name` says rank and world_size, and `method` must be that of the attention. Raises as
-    `zigzag_attention_gathered`.
+    Args:
+        cu_seqlens: `[N + 1]` int32, global; may be traced.
+        rank: an int or an array of one integer, which may be traced.
+        axis_name: of the attention calls, inside `shard_map`; it says rank and world_size. The ranks compare their
+            `cu_seqlens`: where these differ, attention becomes NaN on all of them.
+        method: of the attention calls.
+
+    Raises as `zigzag_attention_gathered`.
     """
     check_method(method)
     if axis_name is not None:
@@ -48,6 +53,8 @@ def prepare_batch(
     backend = launch.choose_backend(backend)
     batch = _as_batch(cu_seqlens, rank, world_size, method)
     _check_varying(batch, axis_name)
+    if axis_name is not None:
+        batch = dataclasses.replace(batch, cu_seqlens=parallel.agreed(batch.cu_seqlens, axis_name))
     if backend == "reference":
         return batch
     segments, sequences = _tables(batch, backend)

@@ -31,6 +31,13 @@ def axis_names(axis_name: AxisName | None) -> tuple[str, ...]:
     return () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
+def agreed(cu_seqlens: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`cu_seqlens` if it is the same on all ranks, else -1 everywhere, which is impossible and gives NaN."""
+    # The types of shard_map can promise it, but between processes or without check_vma nothing keeps the promise.
+    same = jax.lax.pmax(cu_seqlens, axis_name) == jax.lax.pmin(cu_seqlens, axis_name)
+    return jnp.where(same.all(), cu_seqlens, -1)
+
+
 @dataclass(frozen=True)
 class Local:
     """All keys are here."""
@@ -85,6 +92,7 @@ class AllGather:
         """As `Local.backward`; dk and dv are those of this rank's k and v, summed over the ranks."""
         from zigzag_kernels import plan
 
+        k, v, dout = _again(k, v, dout)
         problem, strides = self.problem, {"dout_strides": _dout_strides(self.problem)}
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
         dq: Any = None
@@ -154,6 +162,7 @@ class Ring:
         """As `Local.backward`; dk and dv are those of this rank's k and v, summed over the ranks."""
         from zigzag_kernels import plan
 
+        k, v, dout = _again(k, v, dout)
         strides = {"dout_strides": _dout_strides(self.problem)}
         rows = plan.backward_rows(launch.run, self.problem, out, lse, dout, dlse, **strides)
 
@@ -182,7 +191,8 @@ class Ring:
             return jax.tree.map(lambda table: table[steps], tables)
 
         carry, _ = hop((k, v, None), select(0))
-        carry, _ = jax.lax.scan(hop, carry, select(slice(1, -1)))
+        # Keys alternate between two buffers, which two hops a trip leave as they found them: else XLA copies them back.
+        carry, _ = jax.lax.scan(hop, carry, select(slice(1, -1)), unroll=2)
         (_, _, result), _ = hop(carry, select(-1), last=True)
         return result
 
@@ -191,6 +201,12 @@ class Ring:
         world_size = self.problem.world_size
         following = [(rank, (rank + 1) % world_size) for rank in range(world_size)]
         return jax.lax.ppermute(arrays, self.axis_name, following)
+
+
+def _again(k: jax.Array, v: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, but XLA must not merge the collectives of the backward into those of the forward: it would keep what
+    they brought all the while."""
+    return optimization_barrier((k, v, dout))
 
 
 def _dout_strides(problem: Problem) -> tuple[int, int]:
