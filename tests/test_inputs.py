@@ -120,15 +120,6 @@ def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
         framework.package.zigzag_attention(framework.array(()), k, k)
 
 
-def test_what_is_not_supported_says_so():
-    q = Jax.array((8, 2, 16))
-    with pytest.raises(NotImplementedError, match="axis_name"):
-        zigzag_jax.zigzag_attention(q, q, q, axis_name="cp")
-    for option in ({"method": "ring"}, {"heads_k_stride": 1}):
-        with pytest.raises(NotImplementedError, match="method, heads_k_stride"):
-            zigzag_jax.zigzag_attention(q, q, q, **option)
-
-
 def test_options_between_ranks_are_checked_on_one_device_too():
     q = Torch.array((8, 2, 16))
     for option, message in {

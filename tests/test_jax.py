@@ -321,12 +321,12 @@ def forward_launch():
 
 
 def forward_arrays():
-    return *(jnp.ones((8, 1, 16)),) * 3, jnp.zeros((3, 8), jnp.int32)
+    return *(jnp.ones((8, 1, 16)),) * 3, jnp.zeros((3, 8), jnp.int32), None, None
 
 
 def test_a_name_that_the_kernel_does_not_have_is_an_error():
     for change in (
-        {"inputs": ("q", "v", "k", "segments")},
+        {"inputs": ("q", "v", "k", *forward_launch().inputs[3:])},
         {"constexprs": forward_launch().constexprs | {"CASUAL": True}},
         {"scalars": ()},
         {"outputs": forward_launch().outputs[::-1]},
@@ -359,16 +359,17 @@ except RuntimeError as error: print(error)
     assert "needs TRITON_INTERPRET=1" in run_python(code)
 
 
-LOWER = """
+LOWERING = """
 import functools, os, jax
-from zigzag_jax import launch, prepare_batch, zigzag_attention_gathered
+from zigzag_jax import launch, prepare_batch, zigzag_attention, zigzag_attention_gathered
 
 jax_triton = launch._import_jax_triton()
 assert os.environ["TRITON_CACHE_DIR"] == "/nowhere"
 # There is no GPU here to ask.
 jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capability=90)
 launch.choose_backend, launch.target = lambda backend: "triton", lambda backend: "9.0"
-
+"""
+LOWER_GATHERED = """
 def step(q, k, v, cu_seqlens, rank):
     batch = prepare_batch(cu_seqlens, rank, 2)
     results, pullback = jax.vjp(
@@ -388,6 +389,11 @@ for sequences in (0, 1, 3):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin, not a GPU")
+NEEDS_PLUGIN = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin, not a GPU"
+)
+
+
+@NEEDS_PLUGIN
 def test_all_kernels_compile_to_ptx_without_a_gpu():
-    assert run_python(LOWER, TRITON_CACHE_DIR="/nowhere").split() == ["5", "5", "5"]
+    assert run_python(LOWERING + LOWER_GATHERED, TRITON_CACHE_DIR="/nowhere").split() == ["5", "5", "5"]

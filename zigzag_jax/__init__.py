@@ -2,12 +2,26 @@
 
 from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
 from .launch import export_disabled_checks
-from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
+from .mesh import make_zigzag_attention
+from .reference import merge_partials
+from .shard import (
+    cu_seqlens_from_segment_ids,
+    local_cu_seqlens,
+    pad_to_zigzag,
+    position_ids,
+    shard,
+    unpad,
+    unshard,
+    validate,
+)
 
 __all__ = [
     "Batch",
+    "cu_seqlens_from_segment_ids",
     "export_disabled_checks",
     "local_cu_seqlens",
+    "make_zigzag_attention",
+    "merge_partials",
     "pad_to_zigzag",
     "position_ids",
     "prepare_batch",

@@ -1,14 +1,16 @@
 """The public calls: `zigzag_attention`, `zigzag_attention_gathered`, and `prepare_batch` for what layers share."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.problem import batch_shape, make_problem
+from zigzag_kernels.problem import GATHERED, PEER, Problem, batch_shape, check_method, make_problem
 
-from . import launch, reference, vjp
+from . import launch, parallel, reference, vjp
+from .parallel import AxisName
 from .shard import Array, as_rank, check_array, check_batch
 
 
@@ -20,23 +22,43 @@ class Batch:
     cu_seqlens: jax.Array
     rank: jax.Array
     world_size: int = field(metadata={"static": True})
+    method: str = field(metadata={"static": True})
     segments: jax.Array | None
     sequences: jax.Array | None
 
 
 def prepare_batch(
-    cu_seqlens: Array, rank: int | Array = 0, world_size: int = 1, *, backend: str | None = None
+    cu_seqlens: Array,
+    rank: int | Array = 0,
+    world_size: int = 1,
+    *,
+    axis_name: AxisName | None = None,
+    method: str = "allgather",
+    backend: str | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and directions.
 
-    `cu_seqlens [N + 1]` int32, global; `rank` an int or an array of one, say `jax.lax.axis_index(...)` in `shard_map`.
-    Both may be traced. Raises as `zigzag_attention_gathered`.
+    Args:
+        cu_seqlens: `[N + 1]` int32, global; may be traced.
+        rank: an int or an array of one integer, which may be traced.
+        axis_name: of the attention calls, inside `shard_map`; it says rank and world_size. The ranks compare their
+            `cu_seqlens`: where these differ, attention becomes NaN on all of them.
+        method: of the attention calls.
+
+    Raises as `zigzag_attention_gathered`.
     """
-    check_batch(cu_seqlens, rank, world_size)
+    check_method(method)
+    if axis_name is not None:
+        rank, world_size = parallel.place_on(axis_name)
     backend = launch.choose_backend(backend)
-    cu_seqlens, rank = jnp.asarray(cu_seqlens), as_rank(rank)
-    tables = (None, None) if backend == "reference" else vjp.segment_tables(cu_seqlens, rank, world_size, backend)
-    return Batch(cu_seqlens, rank, world_size, *tables)
+    batch = _as_batch(cu_seqlens, rank, world_size, method)
+    _check_varying(batch, axis_name)
+    if axis_name is not None:
+        batch = dataclasses.replace(batch, cu_seqlens=parallel.agreed(batch.cu_seqlens, axis_name))
+    if backend == "reference":
+        return batch
+    segments, sequences = _tables(batch, backend)
+    return dataclasses.replace(batch, segments=segments, sequences=sequences)
 
 
 def zigzag_attention_gathered(
@@ -77,33 +99,10 @@ def zigzag_attention_gathered(
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
     backend = launch.choose_backend(backend)
-    if isinstance(cu_seqlens, Batch):
-        batch = cu_seqlens
-        if batch.world_size != world_size:
-            raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
-    else:
-        check_batch(cu_seqlens, rank, world_size)
-        batch = Batch(jnp.asarray(cu_seqlens), as_rank(rank), world_size, None, None)
-    problem = make_problem(
-        _describe(q),
-        _describe(k),
-        _describe(v),
-        sequences=batch.cu_seqlens.shape[0] - 1,
-        world_size=world_size,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        target=launch.target(backend),
-    )
+    batch = _as_batch(cu_seqlens, rank, world_size, "allgather")
+    problem = _problem(q, k, v, batch, GATHERED, causal, softmax_scale, backend)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    if backend == "reference":
-        out, lse = reference.attention(
-            q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
-        )
-    else:
-        segments, sequences = batch.segments, batch.sequences
-        if segments is None or sequences is None:
-            segments, sequences = vjp.segment_tables(batch.cu_seqlens, batch.rank, world_size, backend)
-        out, lse = vjp.attention(problem, q, k, v, segments, sequences)
+    out, lse = _attend(parallel.Local(problem), q, k, v, batch, backend)
     return (out, lse) if return_lse else out
 
 
@@ -113,44 +112,108 @@ def zigzag_attention(
     v: Array,
     cu_seqlens: Array | Batch | None = None,
     *,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     method: str = "allgather",
     heads_k_stride: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    grad_reduce_dtype: jnp.dtype | str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention over a packed batch on one device.
+    """Attention over a packed batch, on one device or, inside `shard_map`, spread over those of a mesh axis.
 
     Args:
-        q, k, v: `[T, heads, head_dim]` with `cu_seqlens [N + 1]` int32 (one sequence if None), or
-            `[batch, T, heads, head_dim]` with `cu_seqlens=None` for sequences of equal length.
-        axis_name: only None (one device) so far: `NotImplementedError` otherwise, as for a `method` other than
-            "allgather" and any `heads_k_stride`, which have a meaning between ranks alone.
+        q, k, v: this shard's zigzag rows, `[T, heads, head_dim]`, with `cu_seqlens [N + 1]` int32, global (one sequence
+            if None), or `[batch, T, heads, head_dim]` with `cu_seqlens=None` for sequences of equal length.
+        cu_seqlens: the same on every shard: its `in_specs` is `P()`. Or the result of `prepare_batch`.
+        axis_name: the mesh axis, or axes, over which the sequences are spread; None: one device.
+        method: "allgather" brings K/V of all ranks here, `heads_k_stride` KV heads at a time; "ring" passes K/V from
+            rank to rank. With one rank there is nothing to move and both are the same.
+        heads_k_stride: a divisor of kv_heads; None: the fewest that fill a GPU. The ring moves all heads.
+        grad_reduce_dtype: in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
+            moves half as many bytes.
 
-    Returns and raises as `zigzag_attention_gathered`; with `[batch, T, ...]` inputs, out has their shape and lse is
-    `[batch, heads, T]`.
+    Returns and raises as `zigzag_attention_gathered`, but gradients of k and v are this shard's, summed over all ranks;
+    with `[batch, T, ...]` inputs, out has their shape and lse is `[batch, heads, T]`.
     """
-    if axis_name is not None:
-        raise NotImplementedError("axis_name: only None, one device, is supported so far")
-    if method != "allgather" or heads_k_stride is not None:
-        raise NotImplementedError("method, heads_k_stride: these need an axis_name, which is not supported so far")
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
+    check_method(method)
+    backend = launch.choose_backend(backend)
+    rank, world_size = (0, 1) if axis_name is None else parallel.place_on(axis_name)
     batched = batch_shape(q.shape, k.shape, v.shape, cu_seqlens is not None)
     if batched:
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
     size, length = batched or (1, q.shape[0])
     if cu_seqlens is None:
-        cu_seqlens = np.array([i * length for i in range(size + 1)], np.int32)
-    out, lse = zigzag_attention_gathered(
-        q, k, v, cu_seqlens, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
-    )
+        if world_size > 1 and length % 2:
+            raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
+        cu_seqlens = np.array([i * length * world_size for i in range(size + 1)], np.int32)
+    batch = _as_batch(cu_seqlens, rank, world_size, method)
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    _check_varying(batch, axis_name, q, k, v)
+    problem = _problem(q, k, v, batch, PEER, causal, softmax_scale, backend)
+    way = parallel.choose_way(problem, axis_name, method, heads_k_stride, grad_reduce_dtype)
+    out, lse = _attend(way, q, k, v, batch, backend)
     if batched:
         out = out.reshape(size, length, *out.shape[1:])
         lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _as_batch(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str) -> Batch:
+    """`cu_seqlens` as a batch, without tables if it is not one yet; `ValueError` if it is one for something else."""
+    if not isinstance(cu_seqlens, Batch):
+        check_batch(cu_seqlens, rank, world_size)
+        return Batch(jnp.asarray(cu_seqlens), as_rank(rank), world_size, method, None, None)
+    for name, wanted in {"world_size": world_size, "method": method}.items():
+        prepared = getattr(cu_seqlens, name)
+        if prepared != wanted:
+            raise ValueError(f"{name}: expected that of the prepared batch, {prepared!r}, got {wanted!r}")
+    return cu_seqlens
+
+
+def _check_varying(batch: Batch, axis_name: AxisName | None, *arrays: jax.Array) -> None:
+    """`ValueError` if the types of `shard_map` say that ranks differ in their lengths, or not in their number."""
+    for axis in parallel.axis_names(axis_name):
+        if axis in launch.varying_axes(batch.cu_seqlens):
+            raise ValueError(
+                f"cu_seqlens: expected the same on every rank of the mesh axis {axis!r}, got an array that varies "
+                "along it; give the global one with P() in in_specs"
+            )
+        if axis in launch.varying_axes(*arrays) and axis not in launch.varying_axes(batch.rank):
+            raise ValueError(
+                f"rank: expected a batch prepared for the mesh axis {axis!r}, got the same rank everywhere along it; "
+                "prepare_batch takes the axis_name"
+            )
+
+
+def _tables(batch: Batch, backend: str) -> tuple[jax.Array, jax.Array]:
+    """(segments, sequences) of a batch; one prepared for the reference has none yet."""
+    if batch.segments is not None and batch.sequences is not None:
+        return batch.segments, batch.sequences
+    return vjp.segment_tables(batch.cu_seqlens, batch.rank, batch.world_size, batch.method, backend)
+
+
+def _problem(q, k, v, batch: Batch, kv_layout: str, causal, softmax_scale, backend: str) -> Problem:
+    return make_problem(
+        _describe(q),
+        _describe(k),
+        _describe(v),
+        sequences=batch.cu_seqlens.shape[0] - 1,
+        world_size=batch.world_size,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target=launch.target(backend),
+        kv_layout=kv_layout,
+    )
+
+
+def _attend(way: parallel.Way, q, k, v, batch: Batch, backend: str) -> tuple[jax.Array, jax.Array]:
+    if backend == "reference":
+        return reference.attention(way, q, k, v, batch.cu_seqlens, batch.rank)
+    return vjp.attention(way, q, k, v, *_tables(batch, backend))
 
 
 def _describe(x: Array) -> tuple[tuple[int, ...], str, tuple[int, int]]:

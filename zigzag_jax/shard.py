@@ -151,6 +151,34 @@ def validate(cu_seqlens: Array, world_size: int, total: int | None = None) -> No
     check_lengths(_on_host(cu_seqlens), world_size, total)
 
 
+def cu_seqlens_from_segment_ids(segment_ids: Array, max_sequences: int, positions: Array | None = None) -> jax.Array:
+    """`cu_seqlens [max_sequences + 1]` int32 of a batch packed by `segment_ids [total]`, in order; may be traced.
+
+    The tokens of a sequence are neighbours with the same id, and 0 is padding. A sequence begins where the id changes,
+    whatever the ids are; with `positions [total]` also where the position is 0, for packings that give neighbours the
+    same id. Padding behind the last sequence belongs to none, padding between two is a sequence of its own, and counts.
+    The last value is repeated up to `max_sequences`; where there are more, it is -1, which `validate` refuses and
+    attention answers with NaN. For `[batch, total]` use `jax.vmap`.
+    """
+    given = {"segment_ids": segment_ids} if positions is None else {"segment_ids": segment_ids, "positions": positions}
+    for name, x in given.items():
+        check_array(name, x)
+        if x.ndim != 1 or x.shape != segment_ids.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name}: expected integers [total], got shape {x.shape} {x.dtype}")
+    if isinstance(max_sequences, bool) or not isinstance(max_sequences, int) or max_sequences < 1:
+        raise ValueError(f"max_sequences: expected a positive int, got {max_sequences!r}")
+    ids = jnp.asarray(segment_ids)
+    rows = jnp.arange(len(ids), dtype=jnp.int32)
+    end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)
+    begins = (rows == 0) | (ids != jnp.roll(ids, 1))
+    if positions is not None:
+        begins |= (ids != 0) & (jnp.asarray(positions) == 0)
+    begins &= rows < end
+    (starts,) = jnp.nonzero(begins, size=max_sequences, fill_value=end)
+    last = jnp.where(begins.sum() > max_sequences, -1, end)
+    return jnp.append(starts, last).astype(jnp.int32)
+
+
 def _check_rows(x: Array, world_size: int) -> None:
     if x.shape[0] % world_size:
         raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {x.shape[0]}")

@@ -5,13 +5,14 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from zigzag_kernels.problem import Problem
+from zigzag_kernels.problem import GATHERED, PEER
 
 from . import launch
+from .parallel import Way
 
 
 def segment_tables(
-    cu_seqlens: jax.Array, rank: jax.Array, world_size: int, backend: str
+    cu_seqlens: jax.Array, rank: jax.Array, world_size: int, method: str, backend: str
 ) -> tuple[jax.Array, jax.Array]:
     """(segments, sequences) of `cu_seqlens [N + 1]` and `rank [1]`, int32: see `zigzag_kernels.segments`."""
     from zigzag_kernels import plan
@@ -23,12 +24,13 @@ def segment_tables(
         sequences=cu_seqlens.shape[0] - 1,
         world_size=world_size,
         target=launch.target(backend),
+        kv_layout=PEER if method == "ring" else GATHERED,
     )
     return segments, sequences
 
 
 def attention(
-    problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sequences: jax.Array
+    way: Way, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sequences: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(out `[T, heads, head_dim]`, lse `[heads, T]` float32).
 
@@ -36,42 +38,25 @@ def attention(
     """
     # A custom rule sees one rank. Cast before it, autodiff sums over the ranks the gradient of what they share.
     axes = launch.varying_axes(q, k, v, segments, sequences)
-    return _attention(problem, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
+    return _attention(way, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem, q, k, v, segments, sequences):
-    return _forward(problem, q, k, v, segments, sequences)[0]
+def _attention(way, q, k, v, segments, sequences):
+    return _forward(way, q, k, v, segments, sequences)[0]
 
 
-def _forward(problem, q, k, v, segments, sequences):
-    from zigzag_kernels import plan
-
-    out, lse = plan.forward(launch.run, problem, q, k, v, segments)
+def _forward(way, q, k, v, segments, sequences):
+    # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward repeats them.
+    out, lse = way.forward(q, k, v, segments)
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
     return (out, lse), (q, k, v, out, lse, segments, sequences)
 
 
-def _backward(problem, residuals, cotangents):
-    from zigzag_kernels import plan
-
+def _backward(way, residuals, cotangents):
     q, k, v, out, lse, segments, sequences = residuals
-    dout, dlse = cotangents
-    gradients = plan.backward(
-        launch.run,
-        problem,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dout,
-        dlse,
-        segments,
-        sequences,
-        dout_strides=(problem.heads * problem.head_dim, problem.head_dim),
-    )
-    return *gradients, None, None
+    dq, dk, dv = way.backward(q, k, v, out, lse, *cotangents, segments, sequences)
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)
