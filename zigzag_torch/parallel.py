@@ -40,6 +40,7 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
         target=launch.target(backend, q.device),
         kv_layout=KV_LAYOUT[method],
         kv_heads=kv_heads,
+        gluon=launch.can_launch_gluon(backend),  # the buffers are ours, and aligned
     )
 
 
