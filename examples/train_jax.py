@@ -1,0 +1,84 @@
+"""Trains the byte-level model of `model.py` in JAX, its documents dealt out to all devices.
+
+    python examples/train_jax.py
+    python examples/train_jax.py --devices 4 --method ring     # a CPU that acts as four devices
+
+On several machines, or in several processes on one, start it in each of them with the address of the first one:
+
+    python examples/train_jax.py --coordinator HOST:29500 --processes 2 --process 0
+    python examples/train_jax.py --coordinator HOST:29500 --processes 2 --process 1
+
+However many devices there are, the losses are those of one device but for rounding.
+"""
+
+import argparse
+import itertools
+import json
+import os
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+import model_jax
+from model import Sizes, initial_weights
+from text import batches
+
+TOKENS, DOCUMENTS, CONTEXT, LEARNING_RATE = 512, 8, 256, 3e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
+    parser.add_argument("--method", choices=("allgather", "ring"), default="allgather", help="how K/V move")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text (default 0)")
+    parser.add_argument("--json", type=Path, help='write {"losses": [...]} to this file')
+    parser.add_argument("--devices", type=int, help="act as so many devices, in each process, on the CPU")
+    parser.add_argument("--coordinator", help="host:port of the first process, for all others to find it")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which of them this is, from 0")
+    arguments = parser.parse_args()
+    for name in ("steps", "devices"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+
+    start_jax(arguments)
+    losses = train(arguments)
+    if jax.process_index() == 0:
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"losses": losses}))
+        for step in sorted({*range(0, len(losses), -(-len(losses) // 10)), len(losses) - 1}):
+            print(f"step {step + 1:>4}: {losses[step]:.6f} nats a byte")
+
+
+def start_jax(arguments: argparse.Namespace) -> None:
+    """What JAX must know before its first use of a device."""
+    os.environ.setdefault("NPROC", "16")  # with two threads, jax 0.10 can wait for ever for another device of a CPU
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if arguments.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    if arguments.coordinator:
+        # Seconds until all others end when one process dies, and when one raises an error.
+        timeouts = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process, **timeouts)
+
+
+def train(arguments: argparse.Namespace) -> list[float]:
+    """The loss before each step, in nats a byte of the whole batch."""
+    mesh = jax.make_mesh((jax.device_count(),), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = initial_weights(Sizes(), arguments.seed)  # all processes begin alike, and stay so
+    step = model_jax.trainer(weights, Sizes(), LEARNING_RATE, mesh, arguments.method)
+    text = itertools.islice(batches(TOKENS, DOCUMENTS, CONTEXT, arguments.seed), arguments.steps)
+    quiet = True if jax.process_index() > 0 else None  # None: no bar where it would fill a log
+    losses = []
+    with tqdm(text, total=arguments.steps, unit="step", disable=quiet) as progress:
+        for batch in progress:
+            losses.append(step(batch))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

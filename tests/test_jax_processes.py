@@ -1,0 +1,109 @@
+"""JAX in several real processes: the example trains as in one, and one that fails does not leave the others waiting."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import CHOSEN, GPU
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(GPU, reason="processes of a CPU")
+
+
+def start(*command):
+    """As from a shell: without what conftest.py says to this process."""
+    env = {name: value for name, value in os.environ.items() if name not in CHOSEN} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+    )
+
+
+def finish(*processes, timeout=120):
+    """(exit code, lines of output without Gloo's own, errors) of each; none outlives the test."""
+    try:
+        results = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
+        return [
+            (code, [line for line in output.splitlines() if not line.startswith("[Gloo]")], errors)
+            for output, errors, code in results
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train(path, *options, processes=1):
+    """The losses of a few steps of the example."""
+    command = "examples/train_jax.py", "--steps", "4", "--seed", "1", "--json", str(path), *options
+    places = [()]
+    if processes > 1:
+        shared = "--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"
+        places = [(*shared, str(process)) for process in range(processes)]
+    results = finish(*(start(*command, *place) for place in places))
+    assert [code for code, *_ in results] == [0] * processes, results
+    assert any(line.startswith("step    4:") for line in results[0][1])
+    return json.loads(path.read_text())["losses"]
+
+
+def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_path):
+    one = train(tmp_path / "one.json", "--devices", "1")
+    assert len(one) == 4
+    assert one[0] > one[-1]
+    four = {
+        method: train(tmp_path / f"{method}.json", "--devices", "4", "--method", method)
+        for method in ("allgather", "ring")
+    }
+    four["two processes"] = train(tmp_path / "two.json", "--devices", "2", "--method", "ring", processes=2)
+    for where, losses in four.items():
+        np.testing.assert_allclose(losses, one, rtol=0, atol=2e-5, err_msg=where)
+
+
+FAILING = """
+import os, sys
+import jax, numpy as np, zigzag_jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+process, port, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(
+    f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=5, shutdown_timeout_seconds=5
+)
+mesh = jax.make_mesh((2,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+x = np.ones((16, 2, 16), np.float32)
+x = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("cp")), lambda index: x[index])
+
+def attend(**options):
+    out = jax.jit(zigzag_jax.make_zigzag_attention(mesh, method="ring", **options))(x, x, x)
+    return np.asarray(out.addressable_shards[0].data)
+
+assert (attend() == 1).all()
+print("once", flush=True)
+if process == 1 and how == "dies":
+    os._exit(3)
+attend(heads_k_stride=3 if process == 1 else None)
+print("twice", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_a_process_that_fails_ends_the_others(how):
+    port = str(free_port())
+    waiting, failing = finish(*(start("-c", FAILING, str(process), port, how) for process in range(2)))
+    assert waiting[1] == failing[1] == ["once"]
+    assert waiting[0] != 0
+    assert failing[0] != 0
+    if how == "raises":
+        assert "heads_k_stride: expected a divisor of the 2 KV heads, got 3" in failing[2]
