@@ -8,6 +8,7 @@ from .llama3 import (
     zigzag_llama3_flash_attn_varlen_qkvpacked_func,
 )
 from .pairs import fused_zigzag_llama3_flash_attn_forward_v2
+from .patch import patch_ring_flash_attn
 from .profiling import profile_report
 from .reference import merge_partials
 from .settings import ZigzagConfig
@@ -28,6 +29,7 @@ __all__ = [
     "local_cu_seqlens",
     "merge_partials",
     "pad_to_zigzag",
+    "patch_ring_flash_attn",
     "position_ids",
     "prepare_batch",
     "profile_report",
