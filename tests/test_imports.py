@@ -7,6 +7,7 @@ import pytest
 
 FORBIDDEN = {
     "zigzag_kernels": ("torch", "jax", "jax_triton", "numpy", "triton"),
+    "zigzag_kernels.doctor": ("torch", "jax", "jax_triton", "numpy", "triton", "zigzag_torch", "zigzag_jax"),
     "zigzag_torch": ("jax", "jax_triton", "triton"),
     "zigzag_jax": ("torch", "jax_triton", "triton"),
     "zigzag_kernels.plan": ("torch", "jax", "jax_triton", "zigzag_torch", "zigzag_jax"),

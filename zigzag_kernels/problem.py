@@ -47,6 +47,7 @@ class Problem:
     k_strides: tuple[int, int]
     v_strides: tuple[int, int]
     kv_layout: str
+    slot_rows: int
     target: str
     gluon: bool
 
@@ -59,10 +60,6 @@ class Problem:
     def slots(self) -> int:
         """Parts of the K/V buffer in which a sequence's keys follow each other by chunk, not by position."""
         return self.world_size if self.kv_layout == GATHERED else 1
-
-    @property
-    def slot_rows(self) -> int:
-        return self.world_size * self.tokens if self.kv_layout == CONTIGUOUS else self.tokens
 
     @property
     def kv_tokens(self) -> int:
@@ -95,11 +92,13 @@ def make_problem(
     kv_layout: str = GATHERED,
     kv_heads: int | None = None,
     gluon: bool = False,
+    kv_rows: int | None = None,
 ) -> Problem:
     """The `Problem` of arrays given as (shape, dtype name, (token, head) strides).
 
     `ValueError` for shapes, types and numbers that are not one attention problem. `softmax_scale` None is
-    `1 / sqrt(head_dim)`; `kv_heads` None are those of k: more, if k and v are a window of them.
+    `1 / sqrt(head_dim)`; `kv_heads` None are those of k: more, if k and v are a window of them. `kv_rows` None are the
+    rows of `world_size` ranks; tables that know of another number of rows may have it in the "contiguous" layout.
     """
     arrays = {"q": q, "k": k, "v": v}
     for name, (shape, dtype, _) in arrays.items():
@@ -113,12 +112,11 @@ def make_problem(
     (tokens, heads, head_dim), (kv_tokens, window, _) = q[0], k[0]
     kv_heads = window if kv_heads is None else kv_heads
     ranks = 1 if kv_layout == PEER else world_size
+    kv_rows = ranks * tokens if kv_rows is None else kv_rows
     if v[0] != k[0]:
         raise ValueError(f"v: expected the shape of k, {k[0]}, got {v[0]}")
-    if kv_tokens != ranks * tokens:
-        raise ValueError(
-            f"k: expected world_size * tokens = {ranks} * {tokens} = {ranks * tokens} rows, got {kv_tokens}"
-        )
+    if kv_tokens != kv_rows:
+        raise ValueError(f"k: expected world_size * tokens = {ranks} * {tokens} = {kv_rows} rows, got {kv_tokens}")
     if k[0][2] != head_dim:
         raise ValueError(f"k: expected the head_dim of q, {head_dim}, got {k[0][2]}")
     if not (MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0):
@@ -151,6 +149,7 @@ def make_problem(
         k_strides=k[2],
         v_strides=v[2],
         kv_layout=kv_layout,
+        slot_rows=kv_tokens if kv_layout == CONTIGUOUS else tokens,
         target=target,
         gluon=gluon,
     )

@@ -1,20 +1,48 @@
 """Zigzag attention for PyTorch: context-parallel attention over packed batches in one fused Triton launch."""
 
 from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
+from .llama3 import (
+    replace_grouped_attention_with_fused_triton_v2,
+    zigzag_llama3_flash_attn_varlen_func,
+    zigzag_llama3_flash_attn_varlen_kvpacked_func,
+    zigzag_llama3_flash_attn_varlen_qkvpacked_func,
+)
+from .pairs import fused_zigzag_llama3_flash_attn_forward_v2
+from .patch import patch_ring_flash_attn
+from .profiling import profile_report
 from .reference import merge_partials
+from .settings import ZigzagConfig
 from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
+from .unfused import (
+    compute_kv_slices_for_groups,
+    execute_grouped_attention,
+    rearrange_kv_from_zigzag_to_contiguous,
+    split_q_by_zigzag_chunk_index,
+)
 
 __all__ = [
     "Batch",
+    "ZigzagConfig",
+    "compute_kv_slices_for_groups",
+    "execute_grouped_attention",
+    "fused_zigzag_llama3_flash_attn_forward_v2",
     "local_cu_seqlens",
     "merge_partials",
     "pad_to_zigzag",
+    "patch_ring_flash_attn",
     "position_ids",
     "prepare_batch",
+    "profile_report",
+    "rearrange_kv_from_zigzag_to_contiguous",
+    "replace_grouped_attention_with_fused_triton_v2",
     "shard",
+    "split_q_by_zigzag_chunk_index",
     "unpad",
     "unshard",
     "validate",
     "zigzag_attention",
     "zigzag_attention_gathered",
+    "zigzag_llama3_flash_attn_varlen_func",
+    "zigzag_llama3_flash_attn_varlen_kvpacked_func",
+    "zigzag_llama3_flash_attn_varlen_qkvpacked_func",
 ]

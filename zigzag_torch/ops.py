@@ -2,7 +2,7 @@
 
 import torch
 
-from zigzag_kernels.problem import PEER, Problem, make_problem, segment_table_shapes
+from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, Problem, make_problem, segment_table_shapes
 
 from . import launch
 
@@ -12,7 +12,7 @@ def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     return tuple(x.shape), str(x.dtype).removeprefix("torch."), (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, 0)
 
 
-def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend) -> Problem:
+def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout) -> Problem:
     return make_problem(
         describe(q),
         describe(k),
@@ -23,6 +23,8 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend) -> 
         softmax_scale=softmax_scale,
         target=launch.target(backend, q.device),
         gluon=launch.can_launch_gluon(backend, k, v),
+        kv_layout=kv_layout,
+        kv_rows=k.shape[0] if kv_layout == CONTIGUOUS else None,
     )
 
 
@@ -62,16 +64,17 @@ def attention_forward(
     causal: bool,
     softmax_scale: float,
     backend: str,
+    kv_layout: str = GATHERED,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[T, heads, head_dim]`, lse `[heads, T]` float32)."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend)
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout)
     return plan.forward(launch.run, problem, q, k, v, segments)
 
 
 @attention_forward.register_fake
-def _(q, k, v, segments, sequences, world_size, causal, softmax_scale, backend):
+def _(q, k, v, segments, sequences, world_size, causal, softmax_scale, backend, kv_layout=GATHERED):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -90,11 +93,12 @@ def attention_backward(
     causal: bool,
     softmax_scale: float,
     backend: str,
+    kv_layout: str = GATHERED,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) in the layouts and the dtype of q, k, v."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend)
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout)
     dout = last_dim_contiguous(dout)
     return plan.backward(
         launch.run,
@@ -113,7 +117,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(q, k, v, out, lse, dout, dlse, segments, sequences, world_size, causal, softmax_scale, backend):
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -128,7 +132,7 @@ def _differentiate(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     gradients = attention_backward(q, k, v, out, lse, dout, dlse, segments, sequences, *ctx.constants)
-    return *gradients, *(None,) * 6
+    return *gradients, *(None,) * (2 + len(ctx.constants))
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -25,7 +25,7 @@ KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method
 
 
 def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softmax_scale, backend) -> Problem:
-    """Of K/V as `_windows` or `_ring` deliver them."""
+    """Of K/V as `windows` or `_ring` deliver them."""
     tokens, kv_heads, head_dim = k.shape
     ranks, window = (world_size, heads_k_stride) if method == "allgather" else (1, kv_heads)
     kv = (ranks * tokens, window, head_dim), describe(k)[1], (2 * window * head_dim, head_dim)
@@ -44,7 +44,7 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
     )
 
 
-def _windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way."""
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
@@ -83,7 +83,7 @@ def _forward_allgather(problem: Problem, q, k, v, segments, heads_k_stride, grou
     from zigzag_kernels import plan
 
     results = (None, None)
-    for first_head, k_window, v_window in _windows(k, v, heads_k_stride, group):
+    for first_head, k_window, v_window in windows(k, v, heads_k_stride, group):
         part = plan.Part(first_head)
         results = plan.forward(launch.run, problem, q, k_window, v_window, segments, part=part, into=results)
     return results
@@ -116,7 +116,7 @@ def _backward_allgather(
         dkv[:, :, first_head : first_head + heads_k_stride] = total
 
     under_way = None
-    for first_head, k_window, v_window in _windows(k, v, heads_k_stride, group):
+    for first_head, k_window, v_window in windows(k, v, heads_k_stride, group):
         if under_way:
             finish(*under_way)  # before the buffers are written again
         plan.backward_keys(

@@ -27,8 +27,7 @@ def attention(
     k and v are those of all ranks, or, given a `peer`, of that rank alone: rows that see none of them have out 0, lse
     -inf.
     """
-    tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
+    tokens = q.shape[0]
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     q_position = row_position(offset, length, rank, world_size)
     slots = torch.arange(world_size, device=q.device) if peer is None else peer
@@ -37,22 +36,66 @@ def attention(
 
     # A factor of the results, and of the inputs for the sake of the gradients.
     poison = torch.where(impossible(cu_seqlens, rank, world_size, tokens), float("nan"), 1.0)
-    qf, kf, vf = (x.float() * poison for x in (q, k, v))
+    out, lse = _dense(
+        q.float() * poison,
+        k.float() * poison,
+        v.float() * poison,
+        (sequence, q_position),
+        (k_sequence, k_position),
+        causal,
+        softmax_scale,
+    )
+    return (out * poison).to(q.dtype), lse * poison
 
-    visible = (sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    causal: bool,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[rows, heads, head_dim]`, lse `[heads, rows]` float32), sequence by sequence, keys in position order.
+
+    The causal mask is aligned to the last row and the last key of each sequence, as FlashAttention-2's.
+    """
+    q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
+    k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
+    k_length = cu_seqlens_k.diff()[q_sequence.clamp(min=0)] if len(cu_seqlens_k) > 1 else 0
+    out, lse = _dense(
+        q.float(),
+        k.float(),
+        v.float(),
+        (q_sequence, q_position + k_length - q_length),
+        (k_sequence, k_position),
+        causal,
+        softmax_scale,
+    )
+    return out.to(q.dtype), lse
+
+
+def _dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 (out, lse) where `rows` and `keys` are (sequence, position) of each; sequence -1 is padding.
+
+    Rows that see no key have out 0 and lse -inf.
+    """
+    (q_sequence, q_position), (k_sequence, k_position) = rows, keys
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    visible = (q_sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
     if causal:
         visible &= q_position[:, None] >= k_position[None, :]
     alone = ~visible.any(1)  # any finite score will do, the result is replaced
 
-    grouped = qf.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("tkgd,skd->kgts", grouped, kf) * softmax_scale
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("tkgd,skd->kgts", grouped, k) * softmax_scale
     scores = scores.masked_fill(~(visible | alone[:, None]), float("-inf"))
     lse = torch.logsumexp(scores, -1)
-    out = torch.einsum("kgts,skd->tkgd", torch.exp(scores - lse[..., None]), vf).reshape(tokens, heads, head_dim)
+    out = torch.einsum("kgts,skd->tkgd", torch.exp(scores - lse[..., None]), v).reshape(tokens, heads, head_dim)
     lse = lse.reshape(heads, tokens).masked_fill(alone, float("-inf"))
-    out = out.masked_fill(alone[:, None, None], 0.0)
-
-    return (out * poison).to(q.dtype), lse * poison
+    return out.masked_fill(alone[:, None, None], 0.0), lse
 
 
 def parallel_attention(

@@ -100,17 +100,25 @@ def shard(x: torch.Tensor, cu_seqlens: torch.Tensor, rank: int | torch.Tensor, w
 def unshard(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
     """The unsharded batch `[total, ...]` out of the rank-major rows `x [W * T, ...]` of all ranks: undoes `shard`."""
     check_batch(cu_seqlens, None, world_size)
-    if x.shape[0] % world_size:
-        raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {x.shape[0]}")
-    total, tokens = x.shape[0], x.shape[0] // world_size
+    return x[position_order(cu_seqlens, world_size, x.shape[0])]
+
+
+def position_order(cu_seqlens: torch.Tensor, world_size: int, total: int) -> torch.Tensor:
+    """`[total]`: row of the gathered, rank-major buffer that holds each row of the unsharded batch.
+
+    `ValueError` if `total` is not a multiple of `world_size`.
+    """
+    if total % world_size:
+        raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {total}")
+    tokens = total // world_size
     sequence, position, length = sequence_of_rows(cu_seqlens, 1, total)
     start = cu_seqlens[sequence.clamp(min=0)].long()
     used = cu_seqlens[-1].long()
     local_used = used // world_size
-    behind = torch.arange(total, device=x.device) - used
+    behind = torch.arange(total, device=cu_seqlens.device) - used
     room = (tokens - local_used).clamp(min=1)
     padding = behind // room * tokens + local_used + behind % room
-    return x[torch.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)]
+    return torch.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
 
 
 def pad_to_zigzag(

@@ -1,0 +1,100 @@
+"""The flags, what they switch, and what the profile says."""
+
+import pytest
+import torch
+
+from conftest import GPU
+from zigzag_torch import ZigzagConfig, profile_report, profiling, settings, verify
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_flags_from_outside(monkeypatch):
+    for variable in settings._DEFAULTS:
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_flags_are_read_at_call_time(monkeypatch):
+    assert ZigzagConfig() == ZigzagConfig(use_fused_triton_v2=True, verify_correctness=False, profile_kernels=False)
+    for name, variable in settings._VARIABLES.items():
+        for value in ("1", "0"):
+            monkeypatch.setenv(variable, value)
+            assert settings.enabled(name) is (value == "1")
+        monkeypatch.setenv(variable, "yes")
+        with pytest.raises(ValueError, match=f"{variable}: expected 0 or 1, got 'yes'"):
+            settings.enabled(name)
+
+
+def test_a_config_wins_over_the_environment_while_it_is_in_force(monkeypatch):
+    monkeypatch.setenv("ZIGZAG_VERIFY_CORRECTNESS", "1")
+    config = ZigzagConfig(use_fused_triton_v2=False)
+    with config:
+        assert not settings.enabled("use_fused_triton_v2")
+        assert settings.enabled("verify_correctness")
+        with ZigzagConfig(verify_correctness=False), config:
+            assert settings.enabled("verify_correctness")
+        assert settings.enabled("verify_correctness")
+    assert settings.enabled("use_fused_triton_v2")
+    with pytest.raises(ValueError, match="profile_kernels: expected True or False, got 1"):
+        ZigzagConfig(profile_kernels=1)
+
+
+def double(x):
+    return x * 2, x.sum()
+
+
+def slightly_more(x):
+    return x * 2.1, x.sum()
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout * 2.1
+
+
+def test_verification_compares_both_directions():
+    x = torch.rand(3, 4, device=DEVICE) + 1
+    x.requires_grad_()
+    with ZigzagConfig(verify_correctness=True):
+        out, total = verify.choose_path(double, double, x)
+        (dx,) = torch.autograd.grad((out, total), x, (torch.ones_like(out), torch.ones_like(total)))
+        assert torch.equal(dx, torch.full_like(x, 3))
+        with pytest.raises(AssertionError, match=r"results\[0\] of the fused and the unfused path differ"):
+            verify.choose_path(double, slightly_more, x)
+        out, _ = verify.choose_path(double, lambda x: (WrongBackward.apply(x), x.sum()), x)
+        with pytest.raises(AssertionError, match=r"gradients\[0\] .*\n.*\n.*\n.*\nGreatest absolute difference: 0\.09"):
+            out.sum().backward()
+    assert torch.equal(verify.choose_path(double, slightly_more, x)[0], x * 2)
+    with ZigzagConfig(use_fused_triton_v2=False, verify_correctness=True):
+        assert torch.equal(verify.choose_path(double, slightly_more, x)[0], x * 2.1)
+
+
+def test_the_profile_names_and_times_launches(capsys):
+    def launch(name):
+        with profiling.region(name, DEVICE):
+            torch.ones(8, device=DEVICE).cumsum(0)
+
+    profile_report(reset=True)
+    capsys.readouterr()
+    launch("unseen")
+    with ZigzagConfig(profile_kernels=True), torch.profiler.profile() as profile:
+        for name in ("attention_forward", "attention_forward", "backward_dq"):
+            launch(name)
+    assert {"zigzag::attention_forward": 2, "zigzag::backward_dq": 1}.items() <= {
+        event.key: event.count for event in profile.key_averages()
+    }.items()
+    profile_report(reset=True)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["kernel", "calls", "total", "ms", "median", "ms"]
+    calls = {name: (int(calls), float(total), float(median)) for name, calls, total, median in map(str.split, rows)}
+    assert calls.keys() == {"attention_forward", "backward_dq"}
+    assert calls["attention_forward"][0] == 2
+    assert 0 < calls["attention_forward"][2] < calls["attention_forward"][1]
+    profile_report()
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -1,0 +1,186 @@
+"""`zigzag-doctor`: what is installed, whether it goes together, which backend would run, and what mends what is wrong.
+
+It imports no framework: each front end is tried in a process of its own (`zigzag_torch.selftest`,
+`zigzag_jax.selftest`). The exit status is 0 if all is well, 1 if something is to be mended.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import NamedTuple
+
+FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPUs
+    "PyTorch": ("torch", "zigzag_torch", "pip install --force-reinstall torch"),
+    "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10,<0.12'"),
+}
+PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
+FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
+
+
+class Finding(NamedTuple):
+    """Something that is wrong and what mends it; a `note` concerns only who asks for what it names."""
+
+    text: str
+    command: str
+    note: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the rules look at. `reports` are of the self-tests, by front end; a missing package has no version."""
+
+    versions: dict[str, str]
+    gpus: list[tuple[str, str]] = field(default_factory=list)  # name and compute capability
+    reports: dict[str, dict] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    processors: int = 64
+
+    def has(self, package: str, at_least: str = "0", below: str = "999999") -> bool:
+        """Whether `package` is there in a version of that range."""
+        version = self.versions.get(package)
+        return version is not None and _release(at_least) <= _release(version) < _release(below)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version without what follows them: (2, 13, 0) of "2.13.0+cu130"."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def examine(directory: str | None = None) -> Machine:
+    """This machine; the self-tests run in `directory`."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    reports = {
+        name: _self_test(module, directory) for name, (package, module, _) in FRONT_ENDS.items() if package in versions
+    }
+    return Machine(versions, _gpus(), reports, dict(os.environ), os.cpu_count() or 1)
+
+
+def _gpus() -> list[tuple[str, str]]:
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = (line.rsplit(",", 1) for line in result.stdout.splitlines())
+    return [(name.strip(), capability.strip()) for name, capability in lines]
+
+
+def _self_test(module: str, directory: str | None) -> dict:
+    command = [sys.executable, "-m", f"{module}.selftest"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=directory, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": "the self-test did not end within ten minutes"}
+    if result.returncode:
+        return {"error": (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def diagnose(machine: Machine) -> Iterator[Finding]:
+    """All that is wrong with `machine`."""
+    has, versions, gpu = machine.has, machine.versions, bool(machine.gpus)
+    if has("python", below="3.11"):
+        yield Finding(f"Python {versions['python']} is too old", "python3.11 -m venv .venv")
+    if not has("torch") and not has("jax"):
+        yield Finding("Neither PyTorch nor JAX is installed", "pip install 'torch>=2.11'")
+    if has("torch", below="2.11"):
+        yield Finding(f"PyTorch {versions['torch']} is too old", "pip install --upgrade 'torch>=2.11'")
+    if not has("triton"):
+        yield Finding(
+            "Triton, which the kernels are written in, is not installed", "pip install 'triton>=3.6'", not gpu
+        )
+    if has("triton", below="3.6"):
+        yield Finding(f"Triton {versions['triton']} is too old", "pip install --upgrade 'triton>=3.6'")
+    if has("jax"):
+        yield from _diagnose_jax(machine)
+    for name, capability in machine.gpus:
+        if _release(capability) < (8, 0):
+            text = f"{name} has compute capability {capability}, and the kernels need 8.0 or newer"
+            yield Finding(text, "export CUDA_VISIBLE_DEVICES=")
+    if gpu and machine.environment.get("TRITON_INTERPRET", "0") != "0":
+        yield Finding("TRITON_INTERPRET is set, so that nothing is compiled for the GPU", "unset TRITON_INTERPRET")
+    for flag in FLAGS:
+        value = machine.environment.get(flag, "0")
+        if value not in ("0", "1"):
+            yield Finding(f"{flag} is {value!r}, neither 0 nor 1", f"unset {flag}")
+    for name, report in machine.reports.items():
+        _, module, install = FRONT_ENDS[name]
+        if report.get("amd"):
+            yield Finding(f"This {name} is for AMD GPUs, which the kernels do not support", install)
+        elif gpu and report.get("gpu") is False:
+            yield Finding(f"{name} does not see the GPU", install)
+        if error := report.get("error"):
+            yield Finding(f"The self-test of {name} failed: {error}", f"python -m {module}.selftest")
+
+
+def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
+    """Versions of JAX, jax-triton, Triton and what they use that do not work with each other."""
+    has, versions, gpu = machine.has, machine.versions, bool(machine.gpus)
+    supported = "pip install 'jax>=0.10,<0.12' 'jax-triton>=0.3.1'"
+    if has("jax", below="0.10"):
+        yield Finding(f"JAX {versions['jax']} is too old", supported)
+    if has("jax", "0.12"):
+        text = f"JAX {versions['jax']} is newer than what is supported"
+        if has("jax-triton", "0.4"):
+            text = f"With JAX {versions['jax']}, jax-triton {versions['jax-triton']} fails to trace any kernel"
+        yield Finding(text, supported)
+    if gpu and not has("jax-triton", "0.3.1"):
+        yield Finding("jax-triton 0.3.1 or newer, which launches the kernels, is not installed", supported)
+    if gpu and has("jax-triton", "0.4") and has("triton", below="3.7"):
+        text = (
+            f"jax-triton {versions['jax-triton']} does not work with Triton {versions['triton']}, and does not say so"
+        )
+        yield Finding(text, "pip install 'jax-triton==0.3.1'")
+    if gpu and has("triton", "3.9") and has("nvidia-cuda-nvcc", below="13.1"):
+        text = f"The assembler of CUDA {versions['nvidia-cuda-nvcc']} rejects what Triton {versions['triton']} emits"
+        yield Finding(text, "pip install 'triton>=3.6,<3.9'")
+    if not gpu and has("numpy", "2.4") and has("triton", below="3.7.1"):
+        text = f"backend='interpret': Triton {versions['triton']} fails with NumPy {versions['numpy']}"
+        yield Finding(text, "pip install 'numpy<2.4'", note=True)
+    if not gpu and has("jax", below="0.11") and machine.processors <= 2 and "NPROC" not in machine.environment:
+        text = f"backend='interpret': JAX {versions['jax']} can wait for ever in a callback on two cores"
+        yield Finding(text, "export NPROC=16", note=True)
+
+
+def describe(machine: Machine) -> list[str]:
+    """What is there, line by line."""
+    lines = [f"{package:<17} {version}" for package, version in machine.versions.items()]
+    if cuda := machine.reports.get("PyTorch", {}).get("cuda"):
+        lines.append(f"{'CUDA of PyTorch':<17} {cuda}")
+    lines += [f"{'GPU':<17} {name}, compute capability {capability}" for name, capability in machine.gpus]
+    if not machine.gpus:
+        lines.append(f"{'GPU':<17} none")
+    for name, report in machine.reports.items():
+        test = "failed" if "error" in report else f"passed in {report['seconds']:.1f} s"
+        lines.append(f"{name:<17} backend {report.get('backend', 'none')}, self-test {test}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="zigzag-doctor", description=__doc__)
+    parser.parse_args()
+    machine = examine()
+    print("\n".join(describe(machine)))
+    findings = list(diagnose(machine))
+    for finding in sorted(findings, key=lambda finding: finding.note):
+        print(f"\n{'Note' if finding.note else 'Problem'}: {finding.text}.\n    {finding.command}")
+    wrong = any(not finding.note for finding in findings)
+    print("\nSomething is to be mended." if wrong else "\nAll is well.")
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The names of the published zigzag llama3 functions, fused by default: see `settings` for the flags.
+
+Rows are zigzag rows: of every sequence's 2W chunks rank r holds chunk r, then chunk 2W - 1 - r.
+"""
+
+import torch
+import torch.distributed as dist
+
+from zigzag_kernels.problem import choose_heads_k_stride, make_problem
+
+from . import unfused
+from .agreement import agree, describe_group, resolve
+from .api import zigzag_attention, zigzag_attention_gathered
+from .ops import describe
+from .shard import check_batch, check_tensor
+from .verify import choose_path
+
+
+def zigzag_llama3_flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    heads_k_stride: int,
+    local_k_slice: slice,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    group: dist.ProcessGroup | None = None,
+    n_chunks: int = 2,
+):
+    """Attention of this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
+
+    Args:
+        q: `[T, heads, head_dim]`; k, v: `[T, kv_heads, head_dim]`, all of this rank.
+        cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q. `cu_seqlens_k` is global, W times that.
+        max_seqlen_q, max_seqlen_k, local_k_slice: not needed, as they follow from the others; any value will do.
+        heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
+        deterministic: repeat the backward pass bit for bit, which the fused kernels always do.
+        return_attn_probs: return (out, lse, None).
+        group: None is the default process group, or this one device if there is none.
+        n_chunks: into how many groups the unfused path sorts the chunks; the result is the same.
+
+    Returns:
+        out `[T, heads, head_dim]`, or (out, lse `[heads, T]` float32, None). If `cu_seqlens_q` and `cu_seqlens_k`
+        contradict each other, the fused path gives NaN, as for all that only the device knows; the unfused one raises.
+
+    Raises:
+        NotImplementedError: `dropout_p`, `window_size` or `alibi_slopes` other than the defaults.
+        ValueError: as `zigzag_attention_gathered`.
+    """
+    unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    group = default_group(group)
+    world_size = group_size(group)
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        check_tensor(name, x)
+    check_batch(cu_seqlens_q, None, world_size)
+    check_batch(cu_seqlens_k, None, world_size)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k: expected the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
+            f"got {tuple(cu_seqlens_k.shape)}"
+        )
+    problem = make_problem(
+        describe(q),
+        describe(k),
+        describe(v),
+        sequences=len(cu_seqlens_q) - 1,
+        world_size=1,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target="reference",
+    )
+    choose_heads_k_stride(heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads)
+    unfused.check_n_chunks(n_chunks, world_size)
+
+    def fused_path(q, k, v):
+        out, lse = zigzag_attention(
+            q,
+            k,
+            v,
+            agreed_cu_seqlens(cu_seqlens_q, cu_seqlens_k, world_size),
+            group=group,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            heads_k_stride=heads_k_stride,
+            return_lse=True,
+        )
+        return out, lse
+
+    def unfused_path(q, k, v):
+        expected = [world_size * bound for bound in cu_seqlens_q.tolist()]
+        if cu_seqlens_k.tolist() != expected:
+            raise ValueError(
+                f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
+            )
+        if group is not None:
+            agree(group, call="unfused", problem=problem, heads_k_stride=heads_k_stride, n_chunks=n_chunks)
+        return unfused.varlen_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            group,
+            heads_k_stride=heads_k_stride,
+            causal=causal,
+            softmax_scale=problem.softmax_scale,
+            deterministic=deterministic,
+            n_chunks=n_chunks,
+        )
+
+    out, lse = choose_path(fused_path, unfused_path, q, k, v)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def default_group(group) -> dist.ProcessGroup | None:
+    """The process group of `group`, the default one if it is None, or None if there is neither."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return None if group is None else resolve(describe_group(group)[0])
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def agreed_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The global `cu_seqlens_k`, or impossible ones, which give NaN, if the local `cu_seqlens_q` contradict them."""
+    return torch.where((cu_seqlens_q * world_size == cu_seqlens_k).all(), cu_seqlens_k, -1)
+
+
+def zigzag_llama3_flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    heads_k_stride: int,
+    local_k_slice: slice,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    group: dist.ProcessGroup | None = None,
+    n_chunks: int = 2,
+):
+    """`zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`."""
+    k, v = kv.unbind(1)
+    return zigzag_llama3_flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        heads_k_stride,
+        local_k_slice,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        group,
+        n_chunks,
+    )
+
+
+def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    heads_k_stride: int,
+    local_k_slice: slice,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    group: dist.ProcessGroup | None = None,
+    n_chunks: int = 2,
+):
+    """`zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`."""
+    q, k, v = qkv.unbind(1)
+    return zigzag_llama3_flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        heads_k_stride,
+        local_k_slice,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        group,
+        n_chunks,
+    )
+
+
+def replace_grouped_attention_with_fused_triton_v2(
+    chunk_q_list: list[torch.Tensor],
+    chunk_cu_seqlens_q_list: list[torch.Tensor],
+    chunk_indices_list: list[torch.Tensor],
+    kv_buffer: torch.Tensor,
+    kv_slices: list[unfused.KVSlice],
+    nheads: int,
+    head_dim: int,
+    softmax_scale: float | None,
+    dropout_p: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    alibi_slopes: torch.Tensor | None,
+    deterministic: bool,
+    world_size: int,
+    cu_seqlens_k: torch.Tensor,
+    chunk_idx_0: int,
+    chunk_idx_1: int,
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """`execute_grouped_attention` in one launch that reads `kv_buffer` in place.
+
+    `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's.
+    """
+    unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    if chunk_idx_1 != 2 * world_size - 1 - chunk_idx_0:
+        raise ValueError(
+            f"chunk_idx_1: expected 2 * world_size - 1 - chunk_idx_0 = {2 * world_size - 1 - chunk_idx_0}, "
+            f"got {chunk_idx_1}"
+        )
+    unfused.check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+
+    def fused_path(kv_buffer, *chunk_q):
+        k, v = kv_buffer
+        rows = torch.cat(chunk_indices_list)
+        local = kv_buffer.new_zeros((kv_buffer.shape[1] // world_size, nheads, head_dim))
+        out, lse = zigzag_attention_gathered(
+            local.index_copy(0, rows, torch.cat(chunk_q)),
+            k,
+            v,
+            cu_seqlens_k * world_size,
+            chunk_idx_0,
+            world_size,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            return_lse=True,
+        )
+        return out[: len(rows)], lse[:, : len(rows)]
+
+    def unfused_path(kv_buffer, *chunk_q):
+        out, lse, _ = unfused.execute_grouped_attention(
+            list(chunk_q),
+            chunk_cu_seqlens_q_list,
+            chunk_indices_list,
+            kv_buffer,
+            kv_slices,
+            nheads,
+            head_dim,
+            softmax_scale,
+            dropout_p,
+            causal,
+            window_size,
+            alibi_slopes,
+            deterministic,
+            world_size,
+            cu_seqlens_k,
+        )
+        return out, lse
+
+    out, lse = choose_path(fused_path, unfused_path, kv_buffer, *chunk_q_list)
+    return out, lse, unfused.chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)

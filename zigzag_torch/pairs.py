@@ -1,0 +1,176 @@
+"""Two runs of rows of every sequence, anywhere in it, against keys in position order: the published fused forward."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from zigzag_kernels.problem import CONTIGUOUS, check_lengths, make_problem
+
+from . import ops, unfused
+from .launch import choose_backend, target
+from .shard import check_batch, check_tensor
+from .verify import choose_path
+
+
+def fused_zigzag_llama3_flash_attn_forward_v2(
+    q0: torch.Tensor,
+    q1: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q0: torch.Tensor,
+    cu_seqlens_q1: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    chunk_idx_0: int,
+    chunk_idx_1: int,
+    total_chunks: int,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of two groups of rows in one launch; differentiable, also through lse.
+
+    Args:
+        q0, q1: `[rows, heads, head_dim]`. In group g the rows of sequence i begin at position
+            `chunk_idx_g * length // total_chunks` of its `length` keys, and end at or before its end.
+        k, v: `[keys, kv_heads, head_dim]`, every sequence in position order.
+        cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: `[N + 1]` int32, where the sequences start in q0, in q1, and in k.
+        causal: a row sees the keys up to its own position; all of its sequence if False.
+
+    Returns:
+        out0, out1 in the shapes of q0 and q1; lse0, lse1 `[heads, rows]` float32, natural logarithm. Rows behind the
+        last sequence have out 0 and lse -inf. Lengths that cannot be, or rows that reach beyond their sequence, give
+        NaN everywhere; the unfused path raises.
+
+    Raises: as `zigzag_attention_gathered`.
+    """
+    for name, x in {"q0": q0, "q1": q1, "k": k, "v": v}.items():
+        check_tensor(name, x)
+    if q1.ndim != q0.ndim or q1.shape[1:] != q0.shape[1:] or q1.dtype != q0.dtype:
+        raise ValueError(f"q1: expected heads, head_dim and dtype of q0, {tuple(q0.shape)}, got {tuple(q1.shape)}")
+    offsets = {"cu_seqlens_q0": cu_seqlens_q0, "cu_seqlens_q1": cu_seqlens_q1, "cu_seqlens_k": cu_seqlens_k}
+    for name, cu_seqlens in offsets.items():
+        check_batch(cu_seqlens, None, 1)
+        if cu_seqlens.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                f"{name}: expected the shape of cu_seqlens_k, {tuple(cu_seqlens_k.shape)}, "
+                f"got {tuple(cu_seqlens.shape)}"
+            )
+    for name, chunk in {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}.items():
+        if not 0 <= chunk < total_chunks:
+            raise ValueError(f"{name}: expected 0 to total_chunks - 1 = {total_chunks - 1}, got {chunk}")
+    backend = choose_backend(None, q0.device)
+    _, dtype, strides = ops.describe(q0)
+    problem = make_problem(
+        ((len(q0) + len(q1), *q0.shape[1:]), dtype, strides),
+        ops.describe(k),
+        ops.describe(v),
+        sequences=len(cu_seqlens_k),
+        world_size=1,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target=target(backend, q0.device),
+        kv_layout=CONTIGUOUS,
+        kv_rows=len(k),
+    )
+    pair = _Pair(
+        (cu_seqlens_q0, cu_seqlens_q1),
+        (len(q0), len(q1)),
+        cu_seqlens_k,
+        len(k),
+        (chunk_idx_0, chunk_idx_1),
+        total_chunks,
+    )
+
+    def fused_path(q0, q1, k, v):
+        if backend == "reference":
+            return unfused_path(q0, q1, k, v)
+        q, k, v = (ops.last_dim_contiguous(x) for x in (torch.cat([q0, q1]), k, v))
+        scale = problem.softmax_scale
+        out, lse = ops.attention_forward(q, k, v, *_tables(pair), 1, causal, scale, backend, kv_layout=CONTIGUOUS)
+        return _split(out, lse, pair)
+
+    def unfused_path(q0, q1, k, v):
+        calls = _calls(pair, causal)
+        grouping = unfused.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.softmax_scale, False)
+        groups = [q[: len(call.rows)] for q, call in zip((q0, q1), calls, strict=True)]
+        out, lse = unfused.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
+        return _split(out, lse, pair)
+
+    out0, out1, lse0, lse1 = choose_path(fused_path, unfused_path, q0, q1, k, v)
+    return out0, out1, lse0, lse1
+
+
+class _Pair(NamedTuple):
+    """Where two groups of rows are, and the keys of their sequences."""
+
+    cu_seqlens_q: tuple[torch.Tensor, torch.Tensor]
+    rows: tuple[int, int]
+    cu_seqlens_k: torch.Tensor
+    keys: int
+    chunks: tuple[int, int]
+    total_chunks: int
+
+
+def _split(out: torch.Tensor, lse: torch.Tensor, pair: _Pair) -> tuple[torch.Tensor, ...]:
+    """(out0, out1, lse0, lse1) of the rows of both groups, one behind the other."""
+    return *out.split(pair.rows), *lse.split(pair.rows, 1)
+
+
+def _calls(pair: _Pair, causal: bool) -> list[unfused.Call]:
+    """One attention call a group, whose keys end where its rows do; `ValueError` for impossible lengths."""
+    bounds = pair.cu_seqlens_k.tolist()
+    check_lengths(bounds, 1, pair.keys)
+    indices, slices, first = [], [], 0
+    for cu_seqlens, rows, chunk in zip(pair.cu_seqlens_q, pair.rows, pair.chunks, strict=True):
+        q_bounds = cu_seqlens.tolist()
+        check_lengths(q_bounds, 1, rows)
+        ranges = []
+        for (start, end), (q_start, q_end) in zip(pairwise(bounds), pairwise(q_bounds), strict=True):
+            last = start + chunk * (end - start) // pair.total_chunks + q_end - q_start
+            if last > end:
+                raise ValueError(
+                    f"cu_seqlens_q: expected rows up to the end of their sequence of {end - start} keys, "
+                    f"got {q_end - q_start} of chunk {chunk} of {pair.total_chunks}"
+                )
+            ranges.append((start, last))
+        slices.append((ranges, unfused.offsets(ranges, pair.cu_seqlens_k)))
+        indices.append(torch.arange(first, first + q_bounds[-1], device=cu_seqlens.device))
+        first += rows
+    return unfused.make_calls(list(pair.cu_seqlens_q), indices, slices, list(pairwise(bounds)), causal)
+
+
+def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """(segments, sequences) as the kernels read them (`zigzag_kernels.tile`), heaviest entry first.
+
+    Rows behind the last sequence of a group are one more sequence, without keys. Where anything is impossible the last
+    entry, that of the padding, claims more rows than there are, and all becomes NaN.
+    """
+    cu_seqlens_k, tokens = pair.cu_seqlens_k, sum(pair.rows)
+    nothing = torch.zeros_like(cu_seqlens_k[:1])
+    length = torch.cat([cu_seqlens_k.diff(), nothing])  # [N + 1], as all that follows
+    valid = (length >= 0).all() & (cu_seqlens_k[0] == 0) & (cu_seqlens_k[-1] <= pair.keys)
+    groups, first = [], 0
+    for cu_seqlens, rows, chunk in zip(pair.cu_seqlens_q, pair.rows, pair.chunks, strict=True):
+        bounds = torch.cat([cu_seqlens, nothing + rows])
+        q_len, position = bounds.diff(), (chunk * length.long() // pair.total_chunks).int()
+        valid &= (cu_seqlens[0] == 0) & (q_len >= 0).all() & (position + q_len <= length)[:-1].all()
+        groups.append((bounds[:-1] + first, q_len, position, length))
+        first += rows
+
+    zero = torch.zeros_like(length)
+    segments = [torch.stack([zero, *group, cu_seqlens_k, zero, length], 1) for group in groups]
+    weight = torch.cat([torch.minimum(position + q_len, length) for _, q_len, position, _ in groups])
+    sequences = torch.stack([zero, cu_seqlens_k, zero, length, *groups[1], *groups[0]], 1)
+    used_rows, used_keys = nothing + tokens, cu_seqlens_k[-1:]
+    return (
+        _ordered(torch.cat(segments), weight, 2, used_rows, torch.where(valid, used_rows, tokens + 1)),
+        _ordered(sequences, length, 3, used_keys, torch.where(valid, used_keys, pair.keys + 1)),
+    )
+
+
+def _ordered(entries: torch.Tensor, weight: torch.Tensor, size: int, before: torch.Tensor, row: torch.Tensor):
+    """`entries` by weight, each with what column `size` sums to before it, and the padding behind them."""
+    entries = entries[weight.argsort(descending=True, stable=True)]
+    entries[:, 0] = entries[:, size].cumsum(0) - entries[:, size]
+    padding = torch.cat([before, row, torch.zeros_like(entries[0, 2:])])
+    return torch.cat([entries, padding[None]])

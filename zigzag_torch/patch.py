@@ -1,0 +1,129 @@
+"""The fused path behind the names of the published ring_flash_attn package, whose version 0.1.8 this is written for.
+
+Its functions hand their arguments to three autograd functions, which are what is replaced: also for callers that have
+imported the functions before. Which layouts agree:
+
+- `zigzag_ring_flash_attn_varlen_*`: rank r holds chunks r and 2W - 1 - r of every sequence, as here. `cu_seqlens` is
+  local.
+- `zigzag_ring_flash_attn_*`: the same for `[batch, T, heads, head_dim]`.
+- `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the whole batch, which is the same on one rank
+  only. With more ranks the package's own function stays in charge.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+
+from .api import zigzag_attention
+from .llama3 import agreed_cu_seqlens, default_group, group_size
+from .unfused import refuse_unsupported
+from .verify import choose_path
+
+_OPTIONS = "dropout_p softmax_scale causal window_size alibi_slopes deterministic return_softmax group"
+_REPLACED = {  # module: autograd function, the parameters of its forward
+    "zigzag_ring_flash_attn_varlen": ("ZigZagRingFlashAttnVarlenFunc", f"ctx q k v cu_seqlens max_seqlen {_OPTIONS}"),
+    "zigzag_ring_flash_attn": ("ZigZagRingFlashAttnFunc", f"ctx q k v {_OPTIONS}"),
+    "llama3_flash_attn_varlen": (
+        "Llama3FlashAttnVarlenFunc",
+        f"ctx q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k heads_k_stride local_k_slice {_OPTIONS}",
+    ),
+}
+
+
+def patch_ring_flash_attn() -> "Patch":
+    """Put the fused path behind the functions of ring_flash_attn whose layout agrees with ours.
+
+    Undo it with `.undo()`, or use it as a context manager. The flags work here too: ZIGZAG_USE_FUSED_TRITON_V2=0 takes
+    the package's own function, ZIGZAG_VERIFY_CORRECTNESS=1 compares with it.
+
+    Raises:
+        ImportError: the package, or something that it needs, cannot be imported.
+        RuntimeError: its functions are not those of version 0.1.8, or are patched already. Nothing is replaced then.
+    """
+    found = {}
+    for name, (function_name, parameters) in _REPLACED.items():
+        try:
+            module = importlib.import_module(f"ring_flash_attn.{name}")
+        except ImportError as error:
+            raise ImportError(
+                f"patch_ring_flash_attn: expected ring_flash_attn 0.1.8, which failed: {error}"
+            ) from error
+        function = getattr(module, function_name, None)
+        if isinstance(function, _Fused):
+            raise RuntimeError("patch_ring_flash_attn: ring_flash_attn is patched already; undo that first")
+        got = " ".join(inspect.signature(function.forward).parameters) if function else "no such function"
+        if got != parameters:
+            raise RuntimeError(
+                f"patch_ring_flash_attn: expected {name}.{function_name}.forward({parameters}) as in ring_flash_attn "
+                f"0.1.8, got {got}"
+            )
+        found[name] = module, function_name, function
+    return Patch(list(found.values()))
+
+
+class Patch:
+    """A replacement in force: see `patch_ring_flash_attn`."""
+
+    def __init__(self, replaced: list):
+        self._replaced = replaced
+        for module, name, function in replaced:
+            setattr(module, name, _Fused(function))
+
+    def undo(self) -> None:
+        """Give the package its own functions back; a second time does nothing."""
+        while self._replaced:
+            module, name, function = self._replaced.pop()
+            setattr(module, name, function)
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+
+class _Fused:
+    """Stands in for an autograd function of the package: what its public functions call is `apply`."""
+
+    def __init__(self, original: Any):
+        self.original = original
+        self.parameters = list(inspect.signature(original.forward).parameters)[1:]
+
+    def apply(self, *args):
+        call = dict(zip(self.parameters, args, strict=True))
+        group = default_group(call["group"])
+        if "local_k_slice" in call and group_size(group) > 1:
+            return self.original.apply(*args)
+        refuse_unsupported(call["dropout_p"], call["window_size"], call["alibi_slopes"])
+
+        def fused_path(q, k, v):
+            out, lse = zigzag_attention(
+                q,
+                k,
+                v,
+                _global_cu_seqlens(call, group_size(group)),
+                group=group,
+                causal=call["causal"],
+                softmax_scale=call["softmax_scale"],
+                return_lse=True,
+            )
+            return out, lse
+
+        def own_path(q, k, v):
+            arguments = call | {"q": q, "k": k, "v": v, "return_softmax": True}
+            out, lse, _ = self.original.apply(*arguments.values())
+            return out, lse
+
+        out, lse = choose_path(fused_path, own_path, call["q"], call["k"], call["v"])
+        return (out, lse, None) if call["return_softmax"] else out
+
+
+def _global_cu_seqlens(call: dict[str, Any], world_size: int) -> torch.Tensor | None:
+    """`[N + 1]` int32 of what `call` says of the lengths; None if they are those of a batch dimension."""
+    if "cu_seqlens" in call:
+        return call["cu_seqlens"] * world_size
+    if "cu_seqlens_q" in call:
+        return agreed_cu_seqlens(call["cu_seqlens_q"], call["cu_seqlens_k"], world_size)
+    return None

@@ -1,0 +1,72 @@
+"""Named ranges around launches, for torch's profiler and for nsys, and the times that `profile_report` prints."""
+
+import contextlib
+import statistics
+import threading
+import time
+from collections import defaultdict, deque
+
+import torch
+
+from .settings import enabled
+
+_lock = threading.Lock()  # the backward pass runs in threads of its own
+_milliseconds: dict[str, list[float]] = defaultdict(list)
+_pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+_OFF = contextlib.nullcontext()
+
+
+def region(name: str, device: torch.device):
+    """A context around the launch of `name` on `device`; does nothing unless the flag `profile_kernels` is set."""
+    return _recorded(name, device) if enabled("profile_kernels") else _OFF
+
+
+@contextlib.contextmanager
+def _recorded(name: str, device: torch.device):
+    label = f"zigzag::{name}"
+    if device.type != "cuda":
+        with torch.profiler.record_function(label):
+            start = time.perf_counter()
+            yield
+            elapsed = (time.perf_counter() - start) * 1e3
+        with _lock:
+            _milliseconds[name].append(elapsed)
+        return
+    with torch.profiler.record_function(label), torch.cuda.nvtx.range(label):
+        if torch.cuda.is_current_stream_capturing():  # events of a captured graph have no times
+            yield
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+    with _lock:
+        _pending.append((name, start, end))
+        _collect()
+
+
+def _collect() -> None:
+    """Turn the events that are over into times, so that their number does not grow."""
+    while _pending and _pending[0][2].query():
+        name, start, end = _pending.popleft()
+        _milliseconds[name].append(start.elapsed_time(end))
+
+
+def profile_report(reset: bool = False) -> None:
+    """Print calls, total and median time of every kernel launched under ZIGZAG_PROFILE_KERNELS=1, in milliseconds.
+
+    Waits for the launches to end; `reset` forgets them afterwards. Times on a GPU are between two events around the
+    launch, so that a GPU that has caught up with the host counts the time it waits for the launch. Launches in a
+    captured CUDA graph have names but no times.
+    """
+    with _lock:
+        for _, _, end in _pending:
+            end.synchronize()
+        _collect()
+        rows = sorted(_milliseconds.items(), key=lambda row: -sum(row[1]))
+        width = max((len(name) for name in _milliseconds), default=6)
+        print(f"{'kernel':<{width}} {'calls':>8} {'total ms':>12} {'median ms':>12}")
+        for name, times in rows:
+            print(f"{name:<{width}} {len(times):>8} {sum(times):>12.3f} {statistics.median(times):>12.3f}")
+        if reset:
+            _milliseconds.clear()

@@ -1,0 +1,54 @@
+"""The three flags, read when they are needed: from the innermost `ZigzagConfig` in force, else from the environment."""
+
+import os
+from dataclasses import dataclass, field, fields
+
+_DEFAULTS = {"ZIGZAG_USE_FUSED_TRITON_V2": "1", "ZIGZAG_VERIFY_CORRECTNESS": "0", "ZIGZAG_PROFILE_KERNELS": "0"}
+
+
+def _from_environment(variable: str) -> bool:
+    value = os.environ.get(variable, _DEFAULTS[variable])
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def _flag(variable: str):
+    return field(default_factory=lambda: _from_environment(variable), metadata={"variable": variable})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZigzagConfig:
+    """The flags as an object: what is not given is what the environment says now.
+
+    `with ZigzagConfig(use_fused_triton_v2=False): ...` puts it in force for the whole process, as the environment is:
+    the backward pass runs in threads of its own.
+    """
+
+    use_fused_triton_v2: bool = _flag("ZIGZAG_USE_FUSED_TRITON_V2")
+    """Take the fused kernels; False takes the unfused path."""
+    verify_correctness: bool = _flag("ZIGZAG_VERIFY_CORRECTNESS")
+    """Compute both ways, forward and backward, and raise if they differ."""
+    profile_kernels: bool = _flag("ZIGZAG_PROFILE_KERNELS")
+    """Name every launch for the profilers and record its time for `profile_report`."""
+
+    def __post_init__(self):
+        for name in _VARIABLES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    def __enter__(self):
+        _in_force.append(self)
+        return self
+
+    def __exit__(self, *_):
+        _in_force.pop()
+
+
+_VARIABLES = {field.name: field.metadata["variable"] for field in fields(ZigzagConfig)}
+_in_force: list[ZigzagConfig] = []
+
+
+def enabled(name: str) -> bool:
+    """The flag `name`, a field of `ZigzagConfig`, as it is now."""
+    return getattr(_in_force[-1], name) if _in_force else _from_environment(_VARIABLES[name])

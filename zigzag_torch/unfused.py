@@ -1,0 +1,378 @@
+"""The unfused path: keys copied into position order and sliced, then one attention call per group of chunks.
+
+It is the baseline to beat and the check to compare with. The names and their meaning are those of the published zigzag
+llama3 functions. Lengths are read on the host, which waits for the device.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from zigzag_kernels.problem import check_lengths, make_problem
+
+from . import varlen
+from .collectives import reduce_into
+from .ops import describe
+from .parallel import windows
+from .profiling import region
+from .shard import check_batch, check_tensor, position_order
+
+KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
+
+
+def split_q_by_zigzag_chunk_index(
+    q: torch.Tensor, cu_seqlens_q: torch.Tensor, world_size: int, rank: int, n_chunks: int = 2
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Sort the local rows of `rank` into `n_chunks` groups by the index of their chunk, early chunks first.
+
+    `q [T, heads, head_dim]`; `cu_seqlens_q [N + 1]` int32, local. The 2W chunks of a sequence are divided among
+    the groups: with two, the early chunk of every sequence is in the first and the late one in the second.
+
+    Returns:
+        For each group its rows `[rows, heads, head_dim]` (differentiable), their `cu_seqlens` (one entry per chunk,
+        `[N + 1]` with two groups) and their local rows `[rows]` int64. Rows of padding are in none.
+    """
+    check_batch(cu_seqlens_q, rank, world_size)
+    bounds = cu_seqlens_q.tolist()
+    check_lengths([world_size * bound for bound in bounds], world_size, world_size * q.shape[0])
+    q_list, cu_seqlens_list, indices_list = [], [], []
+    for group in _groups((rank, 2 * world_size - 1 - rank), world_size, n_chunks):
+        pieces = []
+        for start, end in pairwise(bounds):
+            middle = start + (end - start) // 2
+            pieces += [((start, middle), (middle, end))[late] for late in group]
+        indices = torch.cat([torch.arange(*piece) for piece in [(0, 0), *pieces]]).to(q.device)
+        q_list.append(q.index_select(0, indices))
+        cu_seqlens_list.append(offsets(pieces, cu_seqlens_q))
+        indices_list.append(indices)
+    return q_list, cu_seqlens_list, indices_list
+
+
+def rearrange_kv_from_zigzag_to_contiguous(
+    kv_buffer: torch.Tensor, world_size: int, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Gathered, rank-major `kv_buffer [2, W * T, kv_heads, head_dim]` with every sequence in position order.
+
+    `cu_seqlens [N + 1]` int32 is local; offsets that end with W * T are taken for global ones. Rows of padding come
+    last. Differentiable.
+    """
+    check_batch(cu_seqlens, None, world_size)
+    bounds = cu_seqlens.tolist()
+    if bounds[-1] != kv_buffer.shape[1]:
+        bounds = [world_size * bound for bound in bounds]
+    check_lengths(bounds, world_size, kv_buffer.shape[1])
+    return kv_buffer[:, position_order(cu_seqlens.new_tensor(bounds), world_size, kv_buffer.shape[1])]
+
+
+def compute_kv_slices_for_groups(
+    cu_seqlens_k: torch.Tensor,
+    chunk_idx_0: int,
+    chunk_idx_1: int,
+    world_size: int,
+    chunk_cu_seqlens_q_list: list[torch.Tensor],
+    n_chunks: int = 2,
+) -> list[KVSlice]:
+    """The keys that each group sees under a causal mask: from the start of a sequence to the end of its chunk.
+
+    `cu_seqlens_k [N + 1]` int32 is local; `chunk_idx_0, chunk_idx_1` are the chunks of the rank, its early one first.
+
+    Returns:
+        For each group a list of (start, end) rows in the position-ordered buffer, one per entry of its
+        `chunk_cu_seqlens_q_list`, and the `cu_seqlens` of these slices laid end to end.
+    """
+    check_batch(cu_seqlens_k, None, world_size)
+    bounds = [world_size * bound for bound in cu_seqlens_k.tolist()]
+    check_lengths(bounds, world_size)
+    chunks = chunk_idx_0, chunk_idx_1
+    slices = []
+    for group, cu_seqlens_q in zip(_groups(chunks, world_size, n_chunks), chunk_cu_seqlens_q_list, strict=True):
+        ranges = [
+            (start, start + (chunks[i] + 1) * (end - start) // (2 * world_size))
+            for start, end in pairwise(bounds)
+            for i in group
+        ]
+        if len(cu_seqlens_q) != len(ranges) + 1:
+            raise ValueError(
+                f"chunk_cu_seqlens_q_list: expected {len(ranges) + 1} offsets for the {len(bounds) - 1} sequences of "
+                f"cu_seqlens_k, got {len(cu_seqlens_q)}"
+            )
+        slices.append((ranges, offsets(ranges, cu_seqlens_k)))
+    return slices
+
+
+def execute_grouped_attention(
+    chunk_q_list: list[torch.Tensor],
+    chunk_cu_seqlens_q_list: list[torch.Tensor],
+    chunk_indices_list: list[torch.Tensor],
+    kv_buffer: torch.Tensor,
+    kv_slices: list[KVSlice],
+    nheads: int,
+    head_dim: int,
+    softmax_scale: float | None,
+    dropout_p: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    alibi_slopes: torch.Tensor | None,
+    deterministic: bool,
+    world_size: int,
+    cu_seqlens_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """One attention call per group, put together again in local order; differentiable, also through lse.
+
+    The lists are those of `split_q_by_zigzag_chunk_index` and `compute_kv_slices_for_groups`; `kv_buffer
+    [2, W * T, kv_heads, head_dim]` is gathered and rank-major, `cu_seqlens_k [N + 1]` local. Without `causal` every
+    row sees its whole sequence, whatever `kv_slices` says. `deterministic` makes the backward pass repeat bit for bit.
+
+    Returns:
+        out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict of the
+        three lists.
+    """
+    refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    _, dtype, strides = describe(chunk_q_list[0])
+    problem = make_problem(
+        ((kv_buffer.shape[1] // world_size, nheads, head_dim), dtype, strides),
+        describe(kv_buffer[0]),
+        describe(kv_buffer[1]),
+        sequences=len(cu_seqlens_k) - 1,
+        world_size=world_size,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        target="reference",
+    )
+    sequences = _sequences(cu_seqlens_k, world_size)
+    calls = make_calls(chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, sequences, causal)
+    rows = sum(len(call.rows) for call in calls)
+    grouping = Grouping(calls, rows, cu_seqlens_k, world_size, causal, problem.softmax_scale, deterministic)
+    k, v = kv_buffer
+    out, lse = GroupedAttention.apply(grouping, None, k.shape[1], k, v, *chunk_q_list)
+    return out, lse, chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    heads_k_stride: int,
+    causal: bool,
+    softmax_scale: float,
+    deterministic: bool,
+    n_chunks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]`) of this rank's zigzag rows, `heads_k_stride` KV heads at a time.
+
+    `cu_seqlens [N + 1]` is local; K/V are gathered over `group`, in the backward pass again, and None is one device.
+    """
+    rank, world_size = (0, 1) if group is None else (group.rank(), group.size())
+    chunks = split_q_by_zigzag_chunk_index(q, cu_seqlens, world_size, rank, n_chunks)
+    of_rank = rank, 2 * world_size - 1 - rank
+    kv_slices = compute_kv_slices_for_groups(cu_seqlens, *of_rank, world_size, chunks[1], n_chunks)
+    calls = make_calls(*chunks[1:], kv_slices, _sequences(cu_seqlens, world_size), causal)
+    grouping = Grouping(calls, q.shape[0], cu_seqlens, world_size, causal, softmax_scale, deterministic)
+    return GroupedAttention.apply(grouping, group, heads_k_stride, k, v, *chunks[0])
+
+
+def chunk_info(chunk_indices_list: list, chunk_cu_seqlens_q_list: list, kv_slices: list) -> dict[str, list]:
+    """The third result of `execute_grouped_attention`."""
+    return {
+        "chunk_indices_list": chunk_indices_list,
+        "chunk_cu_seqlens_q_list": chunk_cu_seqlens_q_list,
+        "kv_slices": kv_slices,
+    }
+
+
+def check_grouped(
+    chunk_q_list: list[torch.Tensor],
+    chunk_indices_list: list[torch.Tensor],
+    kv_buffer: torch.Tensor,
+    nheads: int,
+    head_dim: int,
+) -> None:
+    """`ValueError` unless the shapes belong together."""
+    check_tensor("kv_buffer", kv_buffer)
+    if kv_buffer.ndim != 4 or kv_buffer.shape[0] != 2:
+        raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
+    for q, indices in zip(chunk_q_list, chunk_indices_list, strict=True):
+        if q.shape != (len(indices), nheads, head_dim):
+            raise ValueError(
+                f"chunk_q_list: expected shape {(len(indices), nheads, head_dim)} as in chunk_indices_list, nheads "
+                f"and head_dim, got {tuple(q.shape)}"
+            )
+
+
+def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> None:
+    """`NotImplementedError` for what neither path computes."""
+    if dropout_p != 0:
+        raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
+    if tuple(window_size) != (-1, -1):
+        raise NotImplementedError(f"window_size: only (-1, -1), no window, is supported, got {window_size}")
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes: only None is supported")
+
+
+def check_n_chunks(n_chunks: int, world_size: int) -> None:
+    if not 1 <= n_chunks <= 2 * world_size:
+        raise ValueError(f"n_chunks: expected 1 to 2 * world_size = {2 * world_size}, got {n_chunks}")
+
+
+class Call(NamedTuple):
+    """One attention call: its local rows `[rows]`, and the ranges of position-ordered keys that its sequences see."""
+
+    rows: torch.Tensor
+    ranges: list[tuple[int, int]]
+    lengths: varlen.Lengths
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The calls of one rank on one batch, for all heads and both directions; `tokens` rows of results."""
+
+    calls: list[Call]
+    tokens: int
+    cu_seqlens: torch.Tensor
+    world_size: int
+    causal: bool
+    softmax_scale: float
+    deterministic: bool
+
+
+def make_calls(
+    chunk_cu_seqlens_q_list: list[torch.Tensor],
+    chunk_indices_list: list[torch.Tensor],
+    kv_slices: list[KVSlice],
+    sequences: list[tuple[int, int]],
+    causal: bool,
+) -> list[Call]:
+    """A call for each group of the lists that `execute_grouped_attention` takes; `sequences` are ranges of keys."""
+    calls = []
+    for cu_seqlens_q, rows, (ranges, cu_seqlens_k) in zip(
+        chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, strict=True
+    ):
+        lengths = cu_seqlens_q.diff().tolist()
+        if len(lengths) != len(ranges) or sum(lengths) != len(rows):
+            raise ValueError(
+                f"chunk_cu_seqlens_q_list: expected {len(ranges)} chunks of {len(rows)} rows in all, as in kv_slices "
+                f"and chunk_indices_list, got {len(lengths)} of {sum(lengths)}"
+            )
+        if ranges and not causal:
+            per_sequence = len(ranges) // len(sequences)
+            ranges = [sequence for sequence in sequences for _ in range(per_sequence)]
+            cu_seqlens_k = offsets(ranges, cu_seqlens_k)
+        longest = max(lengths, default=0), max((end - start for start, end in ranges), default=0)
+        calls.append(Call(rows, ranges, varlen.Lengths(cu_seqlens_q, cu_seqlens_k, *longest)))
+    return calls
+
+
+class GroupedAttention(torch.autograd.Function):
+    """`apply(grouping, group, heads_k_stride, k, v, *chunk_q)` -> (out, lse) of `grouping.tokens` rows.
+
+    `k, v [T, kv_heads, head_dim]` are this rank's and gathered over `group`, in both directions, a few heads at a time;
+    or they are gathered already, and `group` is None. dK/dV are summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, grouping: Grouping, group: dist.ProcessGroup | None, heads_k_stride: int, k, v, *chunk_q):
+        _, heads, head_dim = chunk_q[0].shape
+        out = k.new_zeros((grouping.tokens, heads, head_dim))
+        lse = k.new_full((heads, grouping.tokens), float("-inf"), dtype=torch.float32)
+        for first, *keys in _gathered(group, heads_k_stride, k, v):
+            mine = _query_heads(first, keys[0].shape[1], heads // k.shape[1])
+            keys = _in_position_order(grouping, *keys)
+            for call, q in zip(grouping.calls, chunk_q, strict=True):
+                if not len(q):
+                    continue
+                with region("unfused_forward", q.device):
+                    k_slice, v_slice = (_slice(x, call) for x in keys)
+                    options = call.lengths, grouping.causal, grouping.softmax_scale
+                    results = varlen.forward(q[:, mine], k_slice, v_slice, *options)
+                out[call.rows, mine], lse[mine, call.rows] = results
+        ctx.save_for_backward(k, v, out, lse, *chunk_q)
+        ctx.constants = grouping, group, heads_k_stride
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        k, v, out, lse, *chunk_q = ctx.saved_tensors
+        grouping, group, heads_k_stride = ctx.constants
+        dout = torch.zeros_like(out) if dout is None else dout
+        dchunk_q, dk, dv = [torch.zeros_like(q) for q in chunk_q], torch.empty_like(k), torch.empty_like(v)
+        for first, *keys in _gathered(group, heads_k_stride, k, v):
+            mine = _query_heads(first, keys[0].shape[1], out.shape[1] // k.shape[1])
+            keys = _in_position_order(grouping, *keys)
+            dkeys = [torch.zeros_like(x, dtype=torch.float32) for x in keys]
+            for call, q, dq in zip(grouping.calls, chunk_q, dchunk_q, strict=True):
+                if not len(q):
+                    continue
+                dlse_rows = None if dlse is None else dlse[mine, call.rows]
+                results = out[call.rows, mine], lse[mine, call.rows]
+                options = call.lengths, grouping.causal, grouping.softmax_scale, grouping.deterministic
+                with region("unfused_backward", q.device):
+                    k_slice, v_slice = (_slice(x, call) for x in keys)
+                    qkv = q[:, mine], k_slice, v_slice
+                    gradients = varlen.backward(dout[call.rows, mine], dlse_rows, *qkv, *results, *options)
+                dq[:, mine], *dslices = gradients
+                _add_slices(dkeys, dslices, call)
+            for into, dx in zip((dk, dv), dkeys, strict=True):
+                buffer = torch.empty_like(dx)
+                buffer[_order(grouping, len(dx))] = dx
+                local = buffer if group is None else buffer.new_empty((len(k), *buffer.shape[1:]))
+                if group is not None:
+                    reduce_into(local, buffer, group=group)
+                into[:, first : first + local.shape[1]] = local
+        return None, None, None, dk, dv, *dchunk_q
+
+
+def _gathered(group: dist.ProcessGroup | None, heads_k_stride: int, k: torch.Tensor, v: torch.Tensor):
+    """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, window by window."""
+    return [(0, k, v)] if group is None else windows(k, v, heads_k_stride, group)
+
+
+def _query_heads(first: int, kv_heads: int, shared: int) -> slice:
+    """The query heads of the KV heads from `first` on."""
+    return slice(first * shared, (first + kv_heads) * shared)
+
+
+def _order(grouping: Grouping, total: int) -> torch.Tensor:
+    return position_order(grouping.cu_seqlens * grouping.world_size, grouping.world_size, total)
+
+
+def _in_position_order(grouping: Grouping, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return keys if grouping.world_size == 1 else tuple(x[_order(grouping, len(x))] for x in keys)
+
+
+def _slice(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """The keys or values of one call, `[keys, kv_heads, head_dim]`."""
+    return torch.cat([x[start:end] for start, end in call.ranges])
+
+
+def _add_slices(totals: list[torch.Tensor], slices: list[torch.Tensor], call: Call) -> None:
+    """The transpose of `_slice`, added to `totals`."""
+    lengths = [end - start for start, end in call.ranges]
+    for total, x in zip(totals, slices, strict=True):
+        for (start, end), part in zip(call.ranges, x.split(lengths), strict=True):
+            total[start:end] += part
+
+
+def _groups(chunks: tuple[int, int], world_size: int, n_chunks: int) -> list[list[int]]:
+    """For each of `n_chunks` groups, which of a rank's two `chunks` (0: early, 1: late) belong to it."""
+    check_n_chunks(n_chunks, world_size)
+    per_group = 2 * world_size // n_chunks
+    of_chunk = [min(chunk // per_group, n_chunks - 1) for chunk in chunks]
+    return [[i for i in (0, 1) if of_chunk[i] == group] for group in range(n_chunks)]
+
+
+def _sequences(cu_seqlens: torch.Tensor, world_size: int) -> list[tuple[int, int]]:
+    """(start, end) of every sequence in the position-ordered keys; `cu_seqlens` is local."""
+    return list(pairwise(world_size * bound for bound in cu_seqlens.tolist()))
+
+
+def offsets(ranges: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """`cu_seqlens` of `ranges` laid end to end, on the device of `like`."""
+    return like.new_tensor(list(accumulate((end - start for start, end in ranges), initial=0)))

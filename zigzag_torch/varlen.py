@@ -1,0 +1,95 @@
+"""One packed attention call and its gradients, by what PyTorch brings: FlashAttention-2 on a GPU, else `reference`.
+
+FlashAttention-2 (Dao, 2023) serves 16-bit tensors; its causal mask is aligned to the last row and the last key of each
+sequence, and so is that of the dense one.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from . import reference
+
+
+class Lengths(NamedTuple):
+    """`cu_seqlens [N + 1]` int32 of rows and keys, and upper bounds of the lengths."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def _is_flash(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
+    if not _is_flash(q):
+        return reference.varlen_attention(q, k, v, *lengths[:2], causal, softmax_scale)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *_bounded(lengths), 0.0, causal, False, scale=softmax_scale
+    )
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: Lengths,
+    causal: bool,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) of `forward` for the cotangents of its results; `dlse` may be None."""
+    if not _is_flash(q):
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            results = forward(q, k, v, lengths, causal, softmax_scale)
+        dq, dk, dv = torch.autograd.grad(results, (q, k, v), (dout, torch.zeros_like(lse) if dlse is None else dlse))
+        return dq, dk, dv
+    with _deterministic(deterministic):
+        dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, lengths, causal, softmax_scale)
+        if dlse is None:
+            return dq, dk, dv
+        # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). For q it is scale * (mean key), and for k
+        # what an attention with the keys for values hands back to those if its cotangent is scale * q.
+        weights = softmax_scale * dlse.T[..., None]
+        mean_key, _ = forward(q, k, k, lengths, causal, softmax_scale)
+        dout = (weights * q).to(q.dtype)
+        _, _, dk_of_lse = _flash_backward(dout, q, k, k, mean_key, lse, lengths, causal, softmax_scale)
+        return (dq + weights * mean_key).to(q.dtype), dk + dk_of_lse, dv
+
+
+def _flash_backward(dout, q, k, v, out, lse, lengths: Lengths, causal: bool, softmax_scale: float):
+    random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
+    unused = torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, *_bounded(lengths), 0.0, causal, random_state, unused, scale=softmax_scale
+    )
+
+
+def _bounded(lengths: Lengths) -> Lengths:
+    """With a bound of one row per sequence the operator would expect exactly one."""
+    return lengths._replace(max_seqlen_q=max(lengths.max_seqlen_q, 2))
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool):
+    """FlashAttention-2 inside PyTorch sums dQ in a fixed order only if all of PyTorch is to be deterministic."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
