@@ -69,7 +69,8 @@ def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
     def launch_once(*arrays):
         # Neither a callback nor jax-triton says that its results vary where its operands do.
         axes = varying_axes(*arrays)
-        return tuple(vary(x, axes) for x in execute(launch, outputs, arrays, aliases))
+        with jax.named_scope(f"zigzag::{launch.kernel.fn.__name__}"):  # for profilers
+            return tuple(vary(x, axes) for x in execute(launch, outputs, arrays, aliases))
 
     return launch_once(*arrays)
 

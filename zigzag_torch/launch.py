@@ -8,6 +8,8 @@ import torch
 
 from zigzag_kernels import backend as backends
 
+from . import profiling
+
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch, Output
 
@@ -61,7 +63,7 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
     options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = launch.kernel[launch.grid]
     turn = plan.INTERPRETER if launch.target == backends.INTERPRET else contextlib.nullcontext()
-    with turn, torch.cuda.device_of(first):
+    with turn, torch.cuda.device_of(first), profiling.region(launch.kernel.fn.__name__, first.device):
         if launch.scratch:  # in a context of its own, so that the allocator that the user has set stays
             contextvars.copy_context().run(_with_scratch, kernel, arguments, options)
         else:
