@@ -121,7 +121,7 @@ def _(q, k, v, out, lse, dout, dlse, segments, sequences, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def save_for_backward(ctx, inputs, output) -> None:
     q, k, v, segments, sequences, *ctx.constants = inputs
     ctx.save_for_backward(q, k, v, *output, segments, sequences)
     ctx.set_materialize_grads(False)
@@ -135,7 +135,7 @@ def _differentiate(ctx, dout, dlse):
     return *gradients, *(None,) * (2 + len(ctx.constants))
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+attention_forward.register_autograd(_differentiate, setup_context=save_for_backward)
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
 from . import launch
 from .agreement import agree, resolve
 from .collectives import exchange, gather_into, reduce_into, wait
-from .ops import describe, last_dim_contiguous
+from .ops import describe, last_dim_contiguous, save_for_backward
 
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
 
@@ -232,12 +232,6 @@ def _(q, k, v, *others):
     return q.new_empty(q.shape), k.new_empty((2, *k.shape))
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, segments, sequences, *ctx.constants = inputs
-    ctx.save_for_backward(q, k, v, *output, segments, sequences)
-    ctx.set_materialize_grads(False)
-
-
 def _differentiate(ctx, dout, dlse):
     q, k, v, out, lse, segments, sequences = ctx.saved_tensors
     if dout is None:
@@ -246,7 +240,7 @@ def _differentiate(ctx, dout, dlse):
     return dq, *dkv, *(None,) * 9
 
 
-parallel_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+parallel_forward.register_autograd(_differentiate, setup_context=save_for_backward)
 
 
 @torch.library.custom_op("zigzag::agreed_rank", mutates_args=())
