@@ -25,6 +25,7 @@ from test_jax import (
     run_python,
     value_and_gradients,
 )
+from test_parts import FRAMEWORKS, Rank
 
 METHODS = ("allgather", "ring")
 RESULTS = oracle.RankResult._fields
@@ -96,6 +97,20 @@ def test_all_ranks_give_the_results_of_the_whole_batch(case, method, backend):
     results = spread(case, method=method, backend=backend)(*global_arrays(case), offsets(case))
     assert [str(x.dtype) for x in results] == [case.dtype, "float32", *[case.dtype] * 3]
     assert_right(case, results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bits_are_those_of_the_launches_in_torch(method):
+    """Windows in turn, keys of the ring in the order of the steps: out, lse and dq, whose sums are of one rank."""
+    case = Case(name="w3", world_size=3, lengths=(30,), kv_heads=2, dtype="bfloat16")
+    results = spread(case, method=method, heads_k_stride=1, backend=KERNELS)(*global_arrays(case), offsets(case))
+    for rank in range(case.world_size):
+        player = Rank(case, make_inputs(case), rank, FRAMEWORKS["torch"])
+        wanted = player.ring() if method == "ring" else player.windows(rows_of(case))
+        rows = slice(rank * case.tokens, (rank + 1) * case.tokens)
+        for name, result in zip(RESULTS[:3], results[:3], strict=True):
+            ours = result[:, rows] if name == "lse" else result[rows]
+            np.testing.assert_array_equal(ours, wanted[name].astype(ours.dtype), f"rank {rank}: {name}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -191,7 +191,7 @@ class Ring:
             return jax.tree.map(lambda table: table[steps], tables)
 
         carry, _ = hop((k, v, None), select(0))
-        # Keys alternate between two buffers, which two hops a trip leave as they found them: else XLA copies them back.
+        # Keys alternate between two buffers. XLA copies them back to where a trip begins: so only every other hop.
         carry, _ = jax.lax.scan(hop, carry, select(slice(1, -1)), unroll=2)
         (_, _, result), _ = hop(carry, select(-1), last=True)
         return result
