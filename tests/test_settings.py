@@ -86,9 +86,9 @@ def test_the_profile_names_and_times_launches(capsys):
     with ZigzagConfig(profile_kernels=True), torch.profiler.profile() as profile:
         for name in ("attention_forward", "attention_forward", "backward_dq"):
             launch(name)
-    assert {"zigzag::attention_forward": 2, "zigzag::backward_dq": 1}.items() <= {
-        event.key: event.count for event in profile.key_averages()
-    }.items()
+    counts = {event.key: event.count for event in profile.key_averages()}  # a GPU has its own entry for each range
+    assert counts["zigzag::attention_forward"] == 2 * counts["zigzag::backward_dq"] > 0
+    assert "zigzag::unseen" not in counts
     profile_report(reset=True)
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["kernel", "calls", "total", "ms", "median", "ms"]

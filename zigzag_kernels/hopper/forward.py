@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from ..tile import LN_2, LOG2_E, chunk_row, load_segment, tile_and_head
 
 # A score that no key has: finite, so that a row whose first blocks are all hidden gives no NaN; the first key it sees
-# wipes out what these added.
-HIDDEN = gl.constexpr(-1e30)
+# wipes out what these added. A power of two, so that scaled it is exact: a fused multiplication and subtraction of the
+# maximum would leave a rounding error otherwise, and a huge one.
+HIDDEN = gl.constexpr(-(2.0**100))
 
 
 @gluon.jit
