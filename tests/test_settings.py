@@ -1,10 +1,12 @@
 """The flags, what they switch, and what the profile says."""
 
+import jax
 import pytest
 import torch
 
+import zigzag_jax
 from conftest import GPU
-from zigzag_torch import ZigzagConfig, profile_report, profiling, settings, verify
+from zigzag_torch import ZigzagConfig, profile_report, profiling, settings, verify, zigzag_attention
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -98,3 +100,28 @@ def test_the_profile_names_and_times_launches(capsys):
     assert 0 < calls["attention_forward"][2] < calls["attention_forward"][1]
     profile_report()
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+KERNELS = {"build_segments", "attention_forward", "backward_delta", "backward_dkdv", "backward_dq"}
+
+
+def test_every_launch_has_a_name_and_a_time(kernel_backend, capsys):
+    q, k, v = (torch.randn(8, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    profile_report(reset=True)
+    capsys.readouterr()
+    with ZigzagConfig(profile_kernels=True), torch.profiler.profile() as profile:
+        zigzag_attention(q, k, v, backend=kernel_backend).sum().backward()
+    seen = {event.key.removeprefix("zigzag::") for event in profile.key_averages()}
+    assert seen >= KERNELS
+    profile_report(reset=True)
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == KERNELS
+
+
+def test_every_launch_has_a_name_in_jax(kernel_backend):
+    """In the program itself, which is what JAX's profiler and nsys read names from."""
+
+    def loss(q):
+        return zigzag_jax.zigzag_attention(q, q, q, backend=kernel_backend).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(jax.numpy.ones((8, 1, 16))).as_text(debug_info=True)
+    assert all(f"zigzag::{kernel}" in text for kernel in KERNELS)

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from zigzag_kernels.problem import choose_heads_k_stride, make_problem
 
 from . import unfused
-from .agreement import agree, describe_group, resolve
+from .agreement import describe_group, refuse, resolve
 from .api import zigzag_attention, zigzag_attention_gathered
 from .ops import describe
+from .parallel import agree_on_call
 from .shard import check_batch, check_tensor
 from .verify import choose_path
 
@@ -56,30 +57,35 @@ def zigzag_llama3_flash_attn_varlen_func(
         NotImplementedError: `dropout_p`, `window_size` or `alibi_slopes` other than the defaults.
         ValueError: as `zigzag_attention_gathered`.
     """
-    unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
     group = default_group(group)
     world_size = group_size(group)
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        check_tensor(name, x)
-    check_batch(cu_seqlens_q, None, world_size)
-    check_batch(cu_seqlens_k, None, world_size)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
-            f"got {tuple(cu_seqlens_k.shape)}"
+    try:
+        unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+        for name, x in {"q": q, "k": k, "v": v}.items():
+            check_tensor(name, x)
+        check_batch(cu_seqlens_q, None, world_size)
+        check_batch(cu_seqlens_k, None, world_size)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"cu_seqlens_k: expected the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
+                f"got {tuple(cu_seqlens_k.shape)}"
+            )
+        problem = make_problem(
+            describe(q),
+            describe(k),
+            describe(v),
+            sequences=len(cu_seqlens_q) - 1,
+            world_size=1,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            target="reference",
         )
-    problem = make_problem(
-        describe(q),
-        describe(k),
-        describe(v),
-        sequences=len(cu_seqlens_q) - 1,
-        world_size=1,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        target="reference",
-    )
-    choose_heads_k_stride(heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads)
-    unfused.check_n_chunks(n_chunks, world_size)
+        choose_heads_k_stride(heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads)
+        unfused.check_n_chunks(n_chunks, world_size)
+    except (ValueError, NotImplementedError) as error:
+        if group is not None:
+            refuse(group, error)
+        raise
 
     def fused_path(q, k, v):
         out, lse = zigzag_attention(
@@ -102,7 +108,8 @@ def zigzag_llama3_flash_attn_varlen_func(
                 f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
             )
         if group is not None:
-            agree(group, call="unfused", problem=problem, heads_k_stride=heads_k_stride, n_chunks=n_chunks)
+            options = "unfused", heads_k_stride, causal, problem.softmax_scale, "float32", "unfused"
+            agree_on_call(group, q, k, v, problem.sequences, *options)
         return unfused.varlen_attention(
             q,
             k,
