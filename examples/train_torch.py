@@ -42,6 +42,7 @@ def main() -> None:
         for step in sorted({*range(0, len(losses), -(-len(losses) // 10)), len(losses) - 1}):
             print(f"step {step + 1:>4}: {losses[step]:.6f} nats a byte")
     if group:
+        dist.barrier()  # so that no thread of gloo is busy when Python ends
         dist.destroy_process_group()
 
 

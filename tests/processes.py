@@ -33,6 +33,7 @@ def _rank(rank, world_size, directory, function, arguments):
         timeout=timedelta(seconds=60),
     )
     function(rank, world_size, *arguments)
+    dist.barrier()  # so that no thread of gloo is busy when Python ends
     dist.destroy_process_group()
 
 
