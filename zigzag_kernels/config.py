@@ -120,8 +120,8 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
-    if kernel in HOPPER_KERNELS:  # Q, what passes by, the results on their way out, and barriers
-        return (2 * config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
+    if kernel in HOPPER_KERNELS:  # Q, what passes by, and barriers
+        return (config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
     scores = 0
     if arch != "sm_90" or size == 4:
         scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)

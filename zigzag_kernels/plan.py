@@ -22,7 +22,7 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import Config, block_d, choose_config
 from .forward import attention_forward
-from .hopper import forward_kernel
+from .hopper import DESCRIPTOR_BYTES, forward_kernel
 from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
@@ -61,7 +61,7 @@ class Launch:
     in_place: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
-    scratch: bool = False  # the kernel makes descriptors for the copy engine, in memory that the launch has to provide
+    scratch: int = 0  # bytes of global memory for each program, aligned to 128, that the launch has to provide
 
     def __post_init__(self):
         # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.
@@ -175,7 +175,7 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=1 if hopper else config.num_stages,
-        scratch=hopper,
+        scratch=2 * DESCRIPTOR_BYTES if hopper else 0,
     )
 
 

@@ -15,6 +15,7 @@ VARIABLE = "ZIGZAG_HOPPER"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
 TRITON = "3.6."  # Gluon changes from release to release: with 3.9 the kernels here do not compile
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
+DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 FEW_ROWS = 2**17  # packed query rows of all heads: 1024 tiles, about eight for each multiprocessor
 
 

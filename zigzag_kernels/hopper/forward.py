@@ -2,14 +2,25 @@
 
 FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the products of the one before.
 Rows, segments, windows and in-place results are those of `zigzag_kernels.forward`; keys are walked downwards from the
-last one that the tile sees, block by block, and a block ends with its chunk (`_walk_down`).
+last one that the tile sees, block by block, and a block ends with its chunk (`pipeline.py`).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..tile import LN_2, LOG2_E, chunk_row, load_segment, tile_and_head
+from ..tile import LN_2, LOG2_E, load_segment, tile_and_head
+from .pipeline import (
+    block_of,
+    block_place,
+    key_descriptor,
+    load_block,
+    make_stages,
+    row_places,
+    top_block,
+    wait_block,
+    walk_down,
+)
 
 # A score that no key has: finite, so that a row whose first blocks are all hidden gives no NaN; the first key it sees
 # wipes out what these added. A power of two, so that scaled it is exact: a fused multiplication and subtraction of the
@@ -18,60 +29,28 @@ HIDDEN = gl.constexpr(-(2.0**100))
 
 
 @gluon.jit
-def _top_block(seen, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(chunk, start, number of this block and all below) for the block that ends with key `seen - 1`.
-
-    In one slot there are no chunks: keys follow each other.
-    """
-    if SLOTS == 1:
-        blocks = (seen + BLOCK_N - 1) // BLOCK_N
-        chunk = blocks * 0
-        start = (blocks - 1) * BLOCK_N
-    else:
-        chunk = gl.maximum(seen - 1, 0) // gl.maximum(kv_chunk, 1)
-        inner = (seen - chunk * kv_chunk + BLOCK_N - 1) // BLOCK_N
-        blocks = chunk * ((kv_chunk + BLOCK_N - 1) // BLOCK_N) + inner
-        start = chunk * kv_chunk + (inner - 1) * BLOCK_N
-    return chunk, start, blocks
-
-
-@gluon.jit
-def _walk_down(chunk, start, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(chunk, start) of the block below."""
-    below = start - BLOCK_N
-    if SLOTS > 1:
-        crossed = below < chunk * kv_chunk
-        chunk = gl.where(crossed, chunk - 1, chunk)
-        below = gl.where(crossed, chunk * kv_chunk + (kv_chunk - 1) // BLOCK_N * BLOCK_N, below)
-    return chunk, below
-
-
-@gluon.jit
-def _load_block(desc, row, full, empty, buffers, i, STAGES: gl.constexpr, BYTES: gl.constexpr):
-    stage = i % STAGES
-    hopper.mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-    hopper.mbarrier.expect(full.index(stage), BYTES)
-    hopper.tma.async_copy_global_to_shared(desc, [row, 0], full.index(stage), buffers.index(stage))
-
-
-@gluon.jit
 def _producer(
-    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
-    chunk, start, blocks = _top_block(seen, kv_chunk, SLOTS, BLOCK_N)
-    v_row = 0
+    chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    v_slot, v_row = 0, 0
     for i in range(blocks):
-        row = kv_row + start
-        if SLOTS > 1:
-            row += chunk_row(chunk, kv_chunk, slot_rows, SLOTS) - chunk * kv_chunk
-        _load_block(k_desc, row, k_full, k_empty, k_smem, i, STAGES, BYTES)
+        slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
+        load_block(k_desc, [slot, row, 0], k_full, k_empty, k_smem, i, STAGES, BYTES)
         if i > 0:  # V runs one block behind K, in the order of use
-            _load_block(v_desc, v_row, v_full, v_empty, v_smem, i - 1, STAGES, BYTES)
-        v_row = row
-        chunk, start = _walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            load_block(v_desc, [v_slot, v_row, 0], v_full, v_empty, v_smem, i - 1, STAGES, BYTES)
+        v_slot, v_row = slot, row
+        chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
-        _load_block(v_desc, v_row, v_full, v_empty, v_smem, blocks - 1, STAGES, BYTES)
+        load_block(v_desc, [v_slot, v_row, 0], v_full, v_empty, v_smem, blocks - 1, STAGES, BYTES)
+
+
+@gluon.jit
+def _scores(q, k_smem, k_full, i, zero, STAGES: gl.constexpr):
+    """Issue the scores of block `i`."""
+    wait_block(k_full, i, STAGES)
+    return hopper.warpgroup_mma(q, block_of(k_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -128,10 +107,9 @@ def _consumer(
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     acc = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
 
-    chunk, start, blocks = _top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
-        hopper.mbarrier.wait(k_full.index(0), 0)
-        scores = hopper.warpgroup_mma(q_buffer, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = _scores(q_buffer, k_smem, k_full, 0, zero, STAGES)
         scores = hopper.warpgroup_mma_wait(0, [scores])
         hopper.mbarrier.arrive(k_empty.index(0), count=1)
         scores = _hide(scores, columns, limit, chunk, start, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
@@ -140,18 +118,12 @@ def _consumer(
         total = gl.sum(p, 1)
         p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
         for i in range(1, blocks):
-            chunk, start = _walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
-            k_stage = i % STAGES
-            v_stage = (i - 1) % STAGES
-            v_phase = ((i - 1) // STAGES) & 1
-            hopper.mbarrier.wait(k_full.index(k_stage), (i // STAGES) & 1)
-            s_token = hopper.warpgroup_mma(
-                q_buffer, k_smem.index(k_stage).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
-            hopper.mbarrier.wait(v_full.index(v_stage), v_phase)
-            acc_token = hopper.warpgroup_mma(p_operand, v_smem.index(v_stage), acc, is_async=True)
+            chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            s_token = _scores(q_buffer, k_smem, k_full, i, zero, STAGES)
+            wait_block(v_full, i - 1, STAGES)
+            acc_token = hopper.warpgroup_mma(p_operand, block_of(v_smem, i - 1, STAGES), acc, is_async=True)
             scores = hopper.warpgroup_mma_wait(1, [s_token])
-            hopper.mbarrier.arrive(k_empty.index(k_stage), count=1)
+            hopper.mbarrier.arrive(k_empty.index(i % STAGES), count=1)
             scores = _hide(scores, columns, limit, chunk, start, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
             new_maximum = gl.maximum(maximum, gl.max(scores, 1) * SCALE_LOG2)
             rescale = gl.exp2(maximum - new_maximum)
@@ -159,25 +131,29 @@ def _consumer(
             total = total * rescale + gl.sum(p, 1)
             maximum = new_maximum
             # Already complete: a branch that keeps the assembler from hoisting the next wait above the softmax.
-            hopper.mbarrier.wait(v_full.index(v_stage), v_phase)
+            wait_block(v_full, i - 1, STAGES)
             acc = hopper.warpgroup_mma_wait(0, [acc_token])
-            hopper.mbarrier.arrive(v_empty.index(v_stage), count=1)
+            hopper.mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
             p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
-        v_stage = (blocks - 1) % STAGES
-        hopper.mbarrier.wait(v_full.index(v_stage), ((blocks - 1) // STAGES) & 1)
-        acc = hopper.warpgroup_mma(p_operand, v_smem.index(v_stage), acc, is_async=True)
+        wait_block(v_full, blocks - 1, STAGES)
+        acc = hopper.warpgroup_mma(p_operand, block_of(v_smem, blocks - 1, STAGES), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        hopper.mbarrier.arrive(v_empty.index(v_stage), count=1)
+        hopper.mbarrier.arrive(v_empty.index((blocks - 1) % STAGES), count=1)
 
     # In base 2; HIDDEN is the maximum of rows that see no key.
     blind = maximum < HIDDEN * SCALE_LOG2 * 0.5
     lse2 = gl.where(blind, float("-inf"), maximum + gl.log2(total))
     factor = gl.where(blind, 0.0, 1.0 / total)
+    if kv_len < 0:  # impossible tables poison
+        lse2 = lse2 + float("nan")
+        factor = factor + float("nan")
     statistics = (kv_head * GROUP + rows % GROUP) * T + q_row + rows // GROUP
     inside = rows < last_row
-    places = (tokens * (HEADS * HEAD_DIM) + heads * HEAD_DIM)[:, None] + dims[None, :]
-    out = gl.convert_layout(acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None], IO_LAYOUT)
+    out_rows, places = row_places(first, q_row, kv_head, HEADS, GROUP, HEAD_DIM, O_LAYOUT)
+    out_dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, O_LAYOUT))
+    out_mask = (out_rows < last_row)[:, None] & (out_dims < HEAD_DIM)[None, :]
+    out_ptrs = out_ptr + places[:, None] + out_dims[None, :]
     if ACCUMULATE:
         before = gl.load(lse_ptr + statistics, mask=inside, other=0.0) * LOG2_E
         largest = gl.maximum(lse2, before)
@@ -187,16 +163,13 @@ def _consumer(
         none = sums == 0.0
         sums = gl.where(none, 1.0, sums)
         lse2 = gl.where(none, float("-inf"), largest + gl.log2(sums))
-        so_far = gl.load(out_ptr + places, mask=io_mask, other=0.0)
-        now = gl.convert_layout(now / sums, gl.SliceLayout(1, IO_LAYOUT))
-        then = gl.convert_layout(then / sums, gl.SliceLayout(1, IO_LAYOUT))
-        out = out * now[:, None] + so_far * then[:, None]
-    lse = lse2 * LN_2
-    if kv_len < 0:
-        lse = gl.full([64], float("nan"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        out = gl.full([64, BLOCK_D], float("nan"), gl.float32, IO_LAYOUT)
-    gl.store(lse_ptr + statistics, lse, mask=inside)
-    gl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=io_mask)
+        factor = factor * (now / sums)
+        then = gl.convert_layout(then / sums, gl.SliceLayout(1, O_LAYOUT))
+    out = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    if ACCUMULATE:
+        out += gl.load(out_ptrs, mask=out_mask, other=0.0) * then[:, None]
+    gl.store(lse_ptr + statistics, lse2 * LN_2, mask=inside)
+    gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 @gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
@@ -225,27 +198,16 @@ def attention_forward_hopper(
     BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    KV_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     head = window_head.to(gl.int64)
-    k_desc = hopper.tma.make_tensor_descriptor(
-        k_ptr + head * STRIDE_KH, [SLOTS * slot_rows, HEAD_DIM], [STRIDE_KT, 1], [BLOCK_N, BLOCK_D], KV_SMEM
+    k_desc = key_descriptor(
+        k_ptr + head * STRIDE_KH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D
     )
-    v_desc = hopper.tma.make_tensor_descriptor(
-        v_ptr + head * STRIDE_VH, [SLOTS * slot_rows, HEAD_DIM], [STRIDE_VT, 1], [BLOCK_N, BLOCK_D], KV_SMEM
+    v_desc = key_descriptor(
+        v_ptr + head * STRIDE_VH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D
     )
     q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV_SMEM)
-    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for i in gl.static_range(STAGES):
-        hopper.mbarrier.init(k_full.index(i), 1)
-        hopper.mbarrier.init(v_full.index(i), 1)
-        hopper.mbarrier.init(k_empty.index(i), WARPGROUPS)
-        hopper.mbarrier.init(v_empty.index(i), WARPGROUPS)
+    k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
+    v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
     hopper.fence_async_shared()
     # The argument tuples stay inline: a tuple bound to a name turns its constexprs into tensors.
     if WARPGROUPS == 2:
@@ -262,7 +224,7 @@ def attention_forward_hopper(
                     STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
                 )),
                 (_producer, (
-                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
                     SLOTS, BLOCK_N, STAGES, BYTES,
                 )),
             ],
@@ -294,7 +256,7 @@ def attention_forward_hopper(
                     STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
                 )),
                 (_producer, (
-                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, slot_rows,
+                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
                     SLOTS, BLOCK_N, STAGES, BYTES,
                 )),
             ],

@@ -1,0 +1,119 @@
+"""What the kernels for Hopper share: the walk over a sequence's keys block by block, and the copies that bring them.
+
+Keys are walked downwards from the last one that a tile sees, and a block ends with its chunk. Blocks come by the copy
+engine (TMA) into *stages*, buffers that are used in turn, each with one barrier that says that it is full and one that
+says that it is empty: block `i` uses stage `i % STAGES`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..tile import chunk_row
+
+
+@gluon.jit
+def top_block(seen, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(chunk, start, number of this block and all below) for the block that ends with key `seen - 1`.
+
+    In one slot there are no chunks: keys follow each other.
+    """
+    if SLOTS == 1:
+        blocks = (seen + BLOCK_N - 1) // BLOCK_N
+        chunk = blocks * 0
+        start = (blocks - 1) * BLOCK_N
+    else:
+        chunk = gl.maximum(seen - 1, 0) // gl.maximum(kv_chunk, 1)
+        inner = (seen - chunk * kv_chunk + BLOCK_N - 1) // BLOCK_N
+        blocks = chunk * ((kv_chunk + BLOCK_N - 1) // BLOCK_N) + inner
+        start = chunk * kv_chunk + (inner - 1) * BLOCK_N
+    return chunk, start, blocks
+
+
+@gluon.jit
+def walk_down(chunk, start, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(chunk, start) of the block below."""
+    below = start - BLOCK_N
+    if SLOTS > 1:
+        crossed = below < chunk * kv_chunk
+        chunk = gl.where(crossed, chunk - 1, chunk)
+        below = gl.where(crossed, chunk * kv_chunk + (kv_chunk - 1) // BLOCK_N * BLOCK_N, below)
+    return chunk, below
+
+
+@gluon.jit
+def block_place(chunk, start, kv_row, kv_chunk, SLOTS: gl.constexpr):
+    """(slot, row in it) of the block of keys that begins at `start`, for `key_descriptor`."""
+    if SLOTS == 1:
+        return start * 0, kv_row + start
+    else:
+        row = kv_row + chunk_row(chunk, kv_chunk, 0, SLOTS) + start - chunk * kv_chunk
+        return chunk_row(chunk, 0, 1, SLOTS), row
+
+
+@gluon.jit
+def key_descriptor(
+    ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_T: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """Descriptor of the keys of one sequence and head, [slot, row, head_dim], for boxes [1, BLOCK_N, BLOCK_D].
+
+    Rows end with the sequence in every slot, in one slot with the keys that are seen: what a box has behind them is
+    zero, never another sequence's or padding, which may be NaN.
+    """
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, BLOCK_D], ptr.dtype.element_ty)
+    end = kv_row + (seen if SLOTS == 1 else 2 * kv_chunk)
+    return hopper.tma.make_tensor_descriptor(
+        ptr, [SLOTS, end, HEAD_DIM], [slot_rows.to(gl.int64) * STRIDE_T, STRIDE_T, 1], [1, BLOCK_N, BLOCK_D], LAYOUT
+    )
+
+
+@gluon.jit
+def make_stages(shape: gl.constexpr, dtype: gl.constexpr, fills: gl.constexpr, leaves: gl.constexpr):
+    """(buffers, full, empty) of `shape[0]` stages; `fills` arrivals make one full, `leaves` make it empty."""
+    STAGES: gl.constexpr = shape[0]
+    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    buffers = gl.allocate_shared_memory(dtype, shape, gl.NVMMASharedLayout.get_default_for(shape[1:], dtype))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(i), fills)
+        hopper.mbarrier.init(empty.index(i), leaves)
+    return buffers, full, empty
+
+
+@gluon.jit
+def wait_turn(empty, i, STAGES: gl.constexpr):
+    """Wait until the consumers have left what was in the stage of block `i`; the first round does not wait."""
+    hopper.mbarrier.wait(empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def wait_block(full, i, STAGES: gl.constexpr):
+    """Wait for block `i`."""
+    hopper.mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
+
+
+@gluon.jit
+def block_of(buffers, i, STAGES: gl.constexpr):
+    """The stage of block `i` of keys, `[BLOCK_N, BLOCK_D]`."""
+    SHAPE: gl.constexpr = [buffers.shape[2], buffers.shape[3]]
+    return buffers.index(i % STAGES).reshape(SHAPE)
+
+
+@gluon.jit
+def load_block(desc, place, full, empty, buffers, i, STAGES: gl.constexpr, BYTES: gl.constexpr):
+    """Bring block `i` from `place` into its stage when that is empty."""
+    stage = i % STAGES
+    wait_turn(empty, i, STAGES)
+    hopper.mbarrier.expect(full.index(stage), BYTES)
+    hopper.tma.async_copy_global_to_shared(desc, place, full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def row_places(
+    row, q_row, kv_head, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """`[64]` rows of a segment from `row` on, and where each begins in `[T, HEADS, HEAD_DIM]` (int64)."""
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    return rows, ((q_row + rows // GROUP).to(gl.int64) * HEADS + kv_head * GROUP + rows % GROUP) * HEAD_DIM
