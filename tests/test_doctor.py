@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conftest import GPU
-from zigzag_kernels import doctor
+from zigzag_jax import launch
+from zigzag_kernels import doctor, hopper
 from zigzag_kernels.doctor import Machine, describe, diagnose
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +73,7 @@ SICK = {
 @pytest.mark.parametrize("case", SICK)
 def test_one_problem_and_what_mends_it(case):
     machine, text, command = SICK[case]
-    (finding,) = diagnose(machine)
-    assert not finding.note
+    (finding,) = (finding for finding in diagnose(machine) if not finding.note)
     assert re.search(text, finding.text)
     assert re.search(command, finding.command)
 
@@ -86,7 +86,7 @@ def test_one_problem_and_what_mends_it(case):
         changed(HOPPER, jax=None, jaxlib=None, jax_triton=None),
         changed(HOPPER, torch=None),
         changed(LAPTOP, jax_triton=None),
-        changed(HOPPER, jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
+        changed(HOPPER, gpus=[("NVIDIA A100", "8.0")], jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
         changed(HOPPER, environment={"TRITON_INTERPRET": "0", "ZIGZAG_USE_FUSED_TRITON_V2": "0"}),
     ],
 )
@@ -94,11 +94,14 @@ def test_nothing_is_wrong(machine):
     assert not list(diagnose(machine))
 
 
-def test_what_concerns_the_interpreter_alone_is_a_note():
+def test_what_does_not_concern_everyone_is_a_note():
     for machine, command in (
         (changed(LAPTOP, triton=None), "triton>=3.6"),
         (changed(LAPTOP, numpy="2.4.0"), "numpy<2.4"),
         (changed(LAPTOP, jax="0.10.2", processors=2), "NPROC=16"),
+        (changed(HOPPER, jax=None, torch="2.13.0", triton="3.9.0"), "'triton==3.6.*' 'torch==2.11.*'"),
+        (changed(HOPPER, torch=None, triton="3.8.0", jax_triton="0.4.1"), "'triton==3.6.*' 'jax-triton==0.3.1'"),
+        (changed(HOPPER, jax="0.10.0"), "jax>=0.10.1"),
     ):
         (finding,) = diagnose(machine)
         assert finding.note
@@ -127,6 +130,11 @@ def test_the_packages_ask_for_what_the_doctor_asks_for():
     assert extras["cuda"][0] in doctor.FRONT_ENDS["JAX"][2]
     module, function = project["scripts"]["zigzag-doctor"].split(":")
     assert getattr(sys.modules[module], function) is doctor.main
+
+
+def test_the_doctor_knows_what_the_kernels_for_hopper_need():
+    assert hopper.TRITON == "3.6."
+    assert launch.GLUON_JAX == (0, 10, 1)
 
 
 def run_doctor(**environment):

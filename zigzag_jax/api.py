@@ -206,6 +206,7 @@ def _problem(q, k, v, batch: Batch, kv_layout: str, causal, softmax_scale, backe
         causal=causal,
         softmax_scale=softmax_scale,
         target=launch.target(backend),
+        gluon=launch.can_launch_gluon(backend),
         kv_layout=kv_layout,
     )
 

@@ -15,6 +15,8 @@ from zigzag_kernels import backend as backends
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch
 
+GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `gluon.py` uses
+
 
 def choose_backend(backend: str | None) -> str:
     """The backend on JAX's default platform: see `zigzag_kernels.backend.choose_backend`."""
@@ -32,6 +34,11 @@ def target(backend: str) -> str:
     if backend != "triton":
         return backend
     return jax.devices()[0].compute_capability
+
+
+def can_launch_gluon(backend: str) -> bool:
+    """What `Problem.gluon` says: Triton compiles, and jaxlib has the custom call. All arrays of XLA are aligned."""
+    return backend == "triton" and jax.__version_info__ >= GLUON_JAX
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -67,8 +74,9 @@ def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
 
     @jax.custom_batching.sequential_vmap
     def launch_once(*arrays):
-        # Neither a callback nor jax-triton says that its results vary where its operands do.
+        # Not every kind of call says that its results vary where its operands do, or takes operands that differ in it.
         axes = varying_axes(*arrays)
+        arrays = tuple(vary(x, axes) for x in arrays)
         with jax.named_scope(f"zigzag::{launch.kernel.fn.__name__}"):  # for profilers
             return tuple(vary(x, axes) for x in execute(launch, outputs, arrays, aliases))
 
@@ -76,6 +84,10 @@ def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
 
 
 def _compile(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
+    if launch.scratch:
+        from . import gluon
+
+        return gluon.call(launch, outputs, arrays, aliases)
     jax_triton = _import_jax_triton()
     arguments: tuple = (*arrays, *launch.scalars.values())
     since_04 = "out_type" in inspect.signature(jax_triton.triton_call).parameters

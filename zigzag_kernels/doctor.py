@@ -21,11 +21,11 @@ FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPU
     "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10,<0.12'"),
 }
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
-FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
+FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS", "ZIGZAG_HOPPER")
 
 
 class Finding(NamedTuple):
-    """Something that is wrong and what mends it; a `note` concerns only who asks for what it names."""
+    """Something that is wrong and what mends it; a `note` concerns only who wants what it names."""
 
     text: str
     command: str
@@ -110,6 +110,8 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
         if _release(capability) < (8, 0):
             text = f"{name} has compute capability {capability}, and the kernels need 8.0 or newer"
             yield Finding(text, "export CUDA_VISIBLE_DEVICES=")
+    if any(capability == "9.0" for _, capability in machine.gpus) and has("triton", "3.6"):
+        yield from _diagnose_hopper(machine)
     if gpu and machine.environment.get("TRITON_INTERPRET", "0") != "0":
         yield Finding("TRITON_INTERPRET is set, so that nothing is compiled for the GPU", "unset TRITON_INTERPRET")
     for flag in FLAGS:
@@ -153,6 +155,19 @@ def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
     if not gpu and has("jax", below="0.11") and machine.processors <= 2 and "NPROC" not in machine.environment:
         text = f"backend='interpret': JAX {versions['jax']} can wait for ever in a callback on two cores"
         yield Finding(text, "export NPROC=16", note=True)
+
+
+def _diagnose_hopper(machine: Machine) -> Iterator[Finding]:
+    """What keeps the kernels written for Hopper from being taken: the portable ones then run, more slowly."""
+    has, versions = machine.has, machine.versions
+    if has("triton", "3.7"):
+        text = f"The kernels for Hopper are written for Triton 3.6, not {versions['triton']}: the portable ones run"
+        command = "pip install 'triton==3.6.*'"
+        command += " 'torch==2.11.*'" * has("torch") + " 'jax-triton==0.3.1'" * has("jax-triton", "0.4")
+        yield Finding(text, command, note=True)
+    if has("jax", "0.10", "0.10.1"):
+        text = f"JAX {versions['jax']} cannot launch the kernels for Hopper, and takes the portable ones"
+        yield Finding(text, "pip install 'jax>=0.10.1,<0.12'", note=True)
 
 
 def describe(machine: Machine) -> list[str]:

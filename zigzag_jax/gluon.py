@@ -1,0 +1,79 @@
+"""Gluon kernels from JAX: Triton itself compiles them, and the custom call of jaxlib for Triton kernels runs them.
+
+jax-triton, which launches all others, cannot; each of these is seen in its releases and can be reported there:
+
+- 0.3 compiles any kernel as plain Triton, and gives none the global memory in which it could make descriptors for the
+  copy engine. 0.4 takes Triton 3.6 for one without an NVIDIA backend, for want of `TMA_TF32` in its driver.
+- 0.4 sends Gluon modules through the passes of plain Triton (`make_ttir`, `make_ttgir` instead of `gluon_to_ttgir`),
+  which wait for every matrix instruction where it is issued.
+- 0.4 starts `num_warps` warps, where a warp-specialised kernel needs those of all its partitions: the `num_warps` that
+  compilation leaves in the metadata.
+- From 0.11.1 on jaxlib allocates that memory at each launch, which fails in a CUDA graph, and XLA makes one of
+  five kernels in a row (CUDA_ERROR_NOT_SUPPORTED).
+
+So that memory is one more result here, for XLA to allocate, and jaxlib is not told of it. Behind its own parameters a
+kernel of Triton has two hidden ones, `global_scratch` and `profile_scratch`, for which jaxlib appends null pointers to
+the parameters that it is given. The driver reads as many as the kernel declares: with the workspace given last, that is
+`global_scratch`, and the first null pointer `profile_scratch`.
+"""
+
+import functools
+import math
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+if TYPE_CHECKING:
+    from zigzag_kernels.plan import Launch
+
+CUSTOM_CALL = "triton_kernel_call_ffi"
+_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+_ALIGNED, _SCRATCH_ALIGNED = 16, 128  # what kernels may count on; XLA's buffers begin at larger multiples
+
+
+def call(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
+    """Execute `launch` on `arrays`: see `launch.run`."""
+    results = *outputs, jax.ShapeDtypeStruct((launch.scratch * math.prod(launch.grid),), jnp.int8)
+    execute = jax.ffi.ffi_call(CUSTOM_CALL, results, input_output_aliases=aliases)
+    return tuple(execute(*arrays, opaque=_kernel_call(launch, arrays))[:-1])
+
+
+def _kernel_call(launch: "Launch", arrays: tuple) -> bytes:
+    """What jaxlib's custom call takes: the kernel, its grid and its parameters in order."""
+    from jaxlib import gpu_triton
+
+    inputs, outputs = (tuple(_POINTERS[str(x.dtype)] for x in group) for group in (arrays, launch.outputs))
+    kinds = *inputs, *("i32" for _ in launch.scalars), *outputs
+    kernel = compile_kernel(launch.kernel, launch.target, kinds, tuple(launch.constexprs.items()), launch.num_warps)
+    metadata = kernel.metadata
+    if metadata.global_scratch_size > launch.scratch or metadata.global_scratch_align > _SCRATCH_ALIGNED:
+        raise RuntimeError(
+            f"{metadata.name}: expected at most {launch.scratch} bytes of scratch memory at multiples of "
+            f"{_SCRATCH_ALIGNED}, got {metadata.global_scratch_size} at {metadata.global_scratch_align}"
+        )
+    parameters = [gpu_triton.create_array_parameter(0, _ALIGNED) for _ in inputs]
+    parameters += [gpu_triton.create_scalar_parameter(value, "i32") for value in launch.scalars.values()]
+    parameters += [gpu_triton.create_array_parameter(0, _ALIGNED) for _ in outputs]
+    parameters += [gpu_triton.create_array_parameter(0, _SCRATCH_ALIGNED)]
+    module = gpu_triton.TritonKernel(
+        metadata.name, metadata.num_warps, 1, metadata.shared, kernel.asm["ptx"], "", _capability(launch.target)
+    )
+    return zlib.compress(gpu_triton.TritonKernelCall(module, *launch.grid, parameters).to_proto(metadata.name, b""))
+
+
+@functools.cache
+def compile_kernel(kernel: Any, target: str, kinds: tuple[str, ...], constexprs: tuple, num_warps: int) -> Any:
+    """The compiled Gluon `kernel` for arguments of `kinds`, as a launch from PyTorch compiles it: aligned pointers."""
+    signature = dict(zip(kernel.arg_names, kinds, strict=False)) | {name: "constexpr" for name, _ in constexprs}
+    aligned = {(i,): [["tt.divisibility", _ALIGNED]] for i, kind in enumerate(kinds) if kind[0] == "*"}
+    source = GluonASTSource(kernel, signature, dict(constexprs), aligned)
+    return triton.compile(source, GPUTarget("cuda", _capability(target), 32), {"num_warps": num_warps})
+
+
+def _capability(target: str) -> int:
+    return int(target.replace(".", ""))
