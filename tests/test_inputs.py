@@ -92,6 +92,22 @@ def test_bad_input_is_refused_before_a_launch(framework, case, kernel_backend):
         framework.package.zigzag_attention_gathered(**arrays, cu_seqlens=cu_seqlens, **options)
 
 
+def test_what_was_accepted_lets_nothing_like_it_in(framework):
+    """1.0 is a softmax_scale and True is not, though they are equal; a list cannot even be looked up."""
+    q, kv, cu_seqlens = framework.array(Q), framework.array(KV), framework.ints([0, 8])
+
+    def attend(**options):
+        framework.package.zigzag_attention_gathered(q, kv, kv, cu_seqlens, 0, 2, backend="reference", **options)
+
+    attend(softmax_scale=1.0)
+    with pytest.raises(ValueError, match="softmax_scale: expected a Python number, got bool"):
+        attend(softmax_scale=True)
+    with pytest.raises(ValueError, match="causal: expected True or False, got 1"):
+        attend(softmax_scale=1.0, causal=1)
+    with pytest.raises(ValueError, match=r"causal: expected True or False, got \[True\]"):
+        attend(causal=[True])
+
+
 @pytest.mark.parametrize("bad", ["q", "k", "v", "cu_seqlens"])
 def test_what_is_no_array_is_refused(framework, bad):
     arguments = {"q": framework.array(Q), "k": framework.array(KV), "v": framework.array(KV)}

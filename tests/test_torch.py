@@ -150,6 +150,19 @@ def test_one_backward_equals_another(attend):
         assert_same(gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout), first)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the operators one by one
+def test_the_operator_and_vmap_give_the_gradients_of_an_eager_call(attend, kernel_backend):
+    q, k, v, dout, cu_seqlens = tensors()
+    expected = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
+    batch = zigzag_torch.prepare_batch(cu_seqlens, 1, 2, backend=kernel_backend)
+    constants = batch.segments, batch.sequences, 2, True, q.shape[-1] ** -0.5, kernel_backend
+    operator = lambda *qkv: torch.ops.zigzag.attention_forward(*qkv, *constants)[0]  # noqa: E731
+    assert_same(gradients(operator, q, k, v, dout), expected)
+    vmapped = torch.func.vmap(lambda *qkv: attend(*qkv, batch))
+    twice = [torch.stack([x, 2 * x]) for x in (q, k, v, dout)]
+    assert_same([x[0] for x in gradients(vmapped, *twice)], expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device(attend, kernel_backend):

@@ -1,5 +1,6 @@
 """The choice of the backend, in one place for both frameworks: nothing is ever swapped for another silently."""
 
+import functools
 import importlib.util
 
 BACKENDS = ("triton", "interpret", "reference")
@@ -21,6 +22,12 @@ def choose_backend(backend: str | None, device: str, packages: tuple[str, ...]) 
         return backend
     if device != _DEVICE[backend]:
         raise ValueError(f"backend: {backend!r} expected arrays on a {_DEVICE[backend]}, got {device}")
+    _check_process(backend, packages)
+    return backend
+
+
+@functools.cache
+def _check_process(backend: str, packages: tuple[str, ...]) -> None:
     for package in packages if backend == "triton" else ("triton",):
         if importlib.util.find_spec(package) is None:
             raise RuntimeError(f"backend: {backend!r} needs the package {package}, which is not installed")
@@ -32,4 +39,3 @@ def choose_backend(backend: str | None, device: str, packages: tuple[str, ...]) 
             if backend == "interpret"
             else "backend: 'triton' cannot compile in a process that imported triton with TRITON_INTERPRET=1"
         )
-    return backend

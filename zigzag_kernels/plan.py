@@ -43,9 +43,11 @@ class Output:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
+    """One kernel launch, equal only to itself: front ends keep what they make of it.
+
+    Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
 
     An output named in `in_place` shares the memory of that input, unless the array given there is None: then it begins
     empty, like any other. The kernel leaves parts of such an output as they are.

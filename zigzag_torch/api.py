@@ -12,7 +12,6 @@ from zigzag_kernels.problem import (
     batch_shape,
     check_method,
     choose_heads_k_stride,
-    make_problem,
 )
 
 from . import ops, parallel, reference
@@ -143,7 +142,7 @@ def zigzag_attention_gathered(
     else:
         batch = _with_tables(batch, backend)
         q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-        out, lse = ops.attention_forward(
+        out, lse = ops.attention(
             q, k, v, batch.segments, batch.sequences, world_size, problem.causal, problem.softmax_scale, backend
         )
     return (out, lse) if return_lse else out
@@ -169,10 +168,10 @@ def _check(
         batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None, method)
     if batch.cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {batch.cu_seqlens.device}")
-    problem = make_problem(
-        ops.describe(q),
-        ops.describe(k),
-        ops.describe(v),
+    problem = ops.problem_of(
+        q,
+        k,
+        v,
         sequences=batch.cu_seqlens.shape[0] - 1,
         world_size=world_size,
         causal=causal,
@@ -285,4 +284,4 @@ def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, rank: int, met
         )
     batch = _with_tables(batch, backend)
     q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-    return parallel.parallel_forward(q, k, v, batch.segments, batch.sequences, *constants, backend)
+    return parallel.attention(q, k, v, batch.segments, batch.sequences, *constants, backend)

@@ -1,7 +1,8 @@
 """The only place in this package that launches a kernel, and the choice of the backend that does it."""
 
-import contextlib
 import contextvars
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,11 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
 
 def target(backend: str, device: torch.device) -> str:
     """What `Problem.target` says of `device` under `backend`."""
-    if backend != "triton":
-        return backend
+    return _capability(device) if backend == "triton" else backend
+
+
+@functools.cache
+def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
 
@@ -48,8 +52,6 @@ def allocate(output: "Output", device: torch.device) -> torch.Tensor:
 def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Execute `launch` on the device of its arrays, asynchronously; returns its outputs: those to be written in place
     are the arrays given for them, all others new."""
-    from zigzag_kernels import plan
-
     inputs = dict(zip(launch.inputs, (first, *others), strict=True))
     outputs = []
     for output in launch.outputs:
@@ -59,20 +61,54 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
         if place:
             inputs[place] = x
         outputs.append(x)
-    arguments = *inputs.values(), *launch.scalars.values(), *outputs
-    options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = launch.kernel[launch.grid]
-    turn = plan.INTERPRETER if launch.target == backends.INTERPRET else contextlib.nullcontext()
-    with turn, torch.cuda.device_of(first), profiling.region(launch.kernel.fn.__name__, first.device):
-        if launch.scratch:  # in a context of its own, so that the allocator that the user has set stays
-            contextvars.copy_context().run(_with_scratch, kernel, arguments, options)
-        else:
-            kernel(*arguments, **options)
+    execute = _interpret if launch.target == backends.INTERPRET else _start
+    with torch.cuda.device_of(first), profiling.region(launch.kernel.fn.__name__, first.device):
+        execute(launch, tuple(inputs.values()), tuple(outputs))
     return tuple(outputs)
 
 
-def _with_scratch(kernel, arguments: tuple, options: dict) -> None:
+def _interpret(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
+    from zigzag_kernels import plan
+
+    with plan.INTERPRETER:
+        launch.kernel[launch.grid](*inputs, *launch.scalars.values(), *outputs, **launch.constexprs)
+
+
+def _start(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
+    """Launch the compiled kernel, which Triton's own call looks up by all arguments and options, in three times the
+    time. It is the same one for arrays of the same types that Triton calls aligned alike, under the same settings."""
+    from triton import knobs
+
+    arguments = *inputs, *launch.scalars.values(), *outputs
+    arrays = *inputs, *outputs
+    settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    key = inputs[0].device, settings, *[x.dtype for x in arrays], *[x.data_ptr() % 16 == 0 for x in arrays]
+    started = _started(launch)
+    if key in started:
+        kernel, constants = started[key]
+        _call(launch, kernel, (*arguments, *constants), {})
+        return
+    options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = _call(launch, launch.kernel[launch.grid], arguments, options)
+    if compiled is not None:
+        constants = tuple(launch.constexprs[name] for name in launch.kernel.arg_names[len(arguments) :])
+        started[key] = compiled[launch.grid], constants
+
+
+@functools.lru_cache(maxsize=4096)
+def _started(launch: "Launch") -> dict:
+    """{what a compiled kernel depends on: (the kernel with its grid, the constants that follow the arguments)}."""
+    return {}
+
+
+def _call(launch: "Launch", kernel: Callable, arguments: tuple, options: dict):
+    if launch.scratch:  # in a context of its own, so that the allocator that the user has set stays
+        return contextvars.copy_context().run(_with_scratch, kernel, arguments, options)
+    return kernel(*arguments, **options)
+
+
+def _with_scratch(kernel: Callable, arguments: tuple, options: dict):
     import triton
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    kernel(*arguments, **options)
+    return kernel(*arguments, **options)

@@ -1,5 +1,8 @@
 """The kernels as `torch.library` operators with fake kernels and autograd, so that `torch.compile` traces them."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, Problem, make_problem, segment_table_shapes
@@ -9,14 +12,29 @@ from . import launch
 
 def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """(shape, dtype name, (token, head) strides): what `make_problem` takes."""
-    return tuple(x.shape), str(x.dtype).removeprefix("torch."), (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, 0)
+    strides = x.stride()
+    return tuple(x.shape), str(x.dtype).removeprefix("torch."), (strides[0], strides[1]) if x.ndim == 3 else (0, 0)
+
+
+_known_problem = functools.lru_cache(maxsize=1024, typed=True)(make_problem)  # typed, as True is 1.0, and refused
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts) -> Problem:
+    """`make_problem` of tensors; the layers and steps of a model ask for the same one again and again."""
+    arrays = describe(q), describe(k), describe(v)
+    if torch.compiler.is_compiling():  # traces it, and warns of caches
+        return make_problem(*arrays, **facts)
+    try:
+        return _known_problem(*arrays, **facts)
+    except TypeError:  # what is not even hashable is refused in words
+        return make_problem(*arrays, **facts)
 
 
 def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout) -> Problem:
-    return make_problem(
-        describe(q),
-        describe(k),
-        describe(v),
+    return problem_of(
+        q,
+        k,
+        v,
         sequences=sequences.shape[0] - 1,
         world_size=world_size,
         causal=causal,
@@ -121,10 +139,35 @@ def _(q, k, v, out, lse, dout, dlse, segments, sequences, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, segments, sequences, *ctx.constants = inputs
-    ctx.save_for_backward(q, k, v, *output, segments, sequences)
-    ctx.set_materialize_grads(False)
+def differentiable(operator, differentiate: Callable) -> Callable:
+    """`operator(q, k, v, segments, sequences, *constants) -> (out, lse)` with its gradient,
+    `differentiate(ctx, dout, dlse)`.
+
+    It is registered, for `torch.compile` and `vmap`. Eager calls go around what is registered, which reads the schema
+    anew in every call: a third of the host's time.
+    """
+
+    def save(ctx, inputs, output) -> None:
+        q, k, v, segments, sequences, *ctx.constants = inputs
+        ctx.save_for_backward(q, k, v, *output, segments, sequences)
+        ctx.set_materialize_grads(False)
+
+    def forward(ctx, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        output = operator(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    operator.register_autograd(differentiate, setup_context=save)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    eager = type(operator._name, (torch.autograd.Function,), methods)
+
+    def call(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if transformed or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs[:3]):
+            return operator(*inputs)
+        return eager.apply(*inputs)
+
+    return call
 
 
 def _differentiate(ctx, dout, dlse):
@@ -135,7 +178,7 @@ def _differentiate(ctx, dout, dlse):
     return *gradients, *(None,) * (2 + len(ctx.constants))
 
 
-attention_forward.register_autograd(_differentiate, setup_context=save_for_backward)
+attention = differentiable(attention_forward, _differentiate)
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
             return unfused_path(q0, q1, k, v)
         q, k, v = (ops.last_dim_contiguous(x) for x in (torch.cat([q0, q1]), k, v))
         scale = problem.softmax_scale
-        out, lse = ops.attention_forward(q, k, v, *_tables(pair), 1, causal, scale, backend, kv_layout=CONTIGUOUS)
+        out, lse = ops.attention(q, k, v, *_tables(pair), 1, causal, scale, backend, CONTIGUOUS)
         return _split(out, lse, pair)
 
     def unfused_path(q0, q1, k, v):

@@ -19,7 +19,7 @@ from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
 from . import launch
 from .agreement import agree, resolve
 from .collectives import exchange, gather_into, reduce_into, wait
-from .ops import describe, last_dim_contiguous, save_for_backward
+from .ops import describe, differentiable, last_dim_contiguous
 
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
 
@@ -240,7 +240,7 @@ def _differentiate(ctx, dout, dlse):
     return dq, *dkv, *(None,) * 9
 
 
-parallel_forward.register_autograd(_differentiate, setup_context=save_for_backward)
+attention = differentiable(parallel_forward, _differentiate)
 
 
 @torch.library.custom_op("zigzag::agreed_rank", mutates_args=())
