@@ -60,26 +60,30 @@ def step(rows, case, implementation, field="ms"):
 
 
 def table(rows):
-    """Markdown: a line for each case and implementation."""
+    """Markdown: a line for each case and implementation that was timed."""
     columns = ["ms", "spread", "TFLOP/s", "of matmul", "host ms", "peak MiB"]
     header = ["case", "implementation", *(f"{direction} {x}" for direction in DIRECTIONS for x in columns)]
     lines = [header, ["---"] * len(header)]
     for case in unique(rows, "case"):
         for implementation in unique(rows, "implementation"):
-            found = find(rows, case, implementation)
-            if found:
-                cells = [cell for direction in DIRECTIONS for cell in _cells(found.get(direction), len(columns))]
+            if found := find(rows, case, implementation):
+                cells = [cell for direction in DIRECTIONS for cell in _cells(found[direction])]
                 lines.append([case, implementation, *cells])
-                continue
-            reasons = {x["status"] for x in rows if (x["case"], x["implementation"]) == (case, implementation)}
-            if reasons:
-                lines.append([case, implementation, "; ".join(sorted(reasons)), *[""] * (len(header) - 3)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _cells(row, count):
-    if row is None:
-        return ["–"] * count
+def missing(rows):
+    """A line for each implementation and reason for which cases were not timed."""
+    cases = {}
+    for row in rows:
+        if row["status"] != OK:
+            cases.setdefault((row["implementation"], row["status"]), {})[row["case"]] = None
+    total = len(unique(rows, "case"))
+    which = {key: "all cases" if len(x) == total else ", ".join(x) for key, x in cases.items()}
+    return [f"{implementation}: {status} ({which[implementation, status]})" for implementation, status in cases]
+
+
+def _cells(row):
     spread = 100 * (row["high_ms"] - row["low_ms"]) / row["ms"]
     peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
     share = f"{100 * row['of_matmul']:.0f} %"
@@ -124,7 +128,7 @@ def save_plots(folder: Path, rows, matmul_tflops):
     gains = {}
     for case, name in dict.fromkeys((row["case"], row["implementation"]) for row in rows):
         ours, theirs = step(rows, case, name), step(rows, case, BASELINE)
-        if ours and theirs:
+        if ours and theirs and name != BASELINE:
             gains[case, name] = theirs / ours
     if gains:
         _draw(
@@ -155,5 +159,5 @@ def _draw(path, rows, panels, title, line):
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     figure.savefig(path)

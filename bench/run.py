@@ -162,23 +162,26 @@ def warm_one(name, case):
 
 
 def warm(cases, names):
-    """Compile PyTorch's kernels in processes side by side, which leave them in Triton's and PyTorch's caches on disk.
-
-    What JAX compiles stays in the process that does it.
-    """
+    """Compile for PyTorch in several processes, which leave it in caches on disk, and meanwhile for JAX in this one."""
     kernels, shapes = {}, {}  # a case for each set of kernels, and for each shape: FlexAttention is compiled for one
     for case in cases:
         sizes = case.heads, case.kv_heads, case.head_dim, case.dtype, case.causal, case.world_size
         kernels.setdefault(sizes, case)
         shapes.setdefault((*sizes, case.tokens), case)
-    torches = [name for name in names if IMPLEMENTATIONS[name].framework == TORCH]
-    tasks = [(name, case) for name in torches if IMPLEMENTATIONS[name].ours for case in kernels.values()]
-    tasks += [(name, case) for name in torches if name == FLEX for case in shapes.values()]
+    tasks = [(name, case) for name in names if IMPLEMENTATIONS[name].ours for case in kernels.values()]
+    tasks += [(name, case) for name in names if name == FLEX for case in shapes.values()]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
-        futures = [pool.submit(warm_one, *task) for task in tasks]
-        for _ in tqdm(concurrent.futures.as_completed(futures), total=len(tasks), desc="compiling", unit="case"):
-            pass
+    with (
+        tqdm(total=len(tasks), desc="compiling", unit="case") as bar,
+        concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool,
+    ):
+        futures = [pool.submit(warm_one, *task) for task in tasks if IMPLEMENTATIONS[task[0]].framework == TORCH]
+        for task in tasks:
+            if IMPLEMENTATIONS[task[0]].framework != TORCH:
+                warm_one(*task)
+                bar.update()
+        for _ in concurrent.futures.as_completed(futures):
+            bar.update()
 
 
 def machine(device):
@@ -230,10 +233,11 @@ def main(arguments=None, device="cuda"):
             clean()
             if options.json:  # after every case, so that a run cut short leaves what it has measured
                 options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1), encoding="utf-8")
-    print(f"\nmatrix product of 8192, bfloat16: {matmul:.0f} TFLOP/s\n\n" + "\n".join(report.table(rows)) + "\n")
+    print(f"\nmatrix product, bfloat16: {matmul:.1f} TFLOP/s\n", *report.table(rows), sep="\n")
+    print("", *report.missing(rows), "", sep="\n")
     ours = [name for name in names if IMPLEMENTATIONS[name].ours]
-    timed = [name for name in ours if any(row["implementation"] == name and row["status"] == report.OK for row in rows)]
-    print("\n".join(report.headlines(rows, timed)))
+    timed = report.unique([row for row in rows if row["status"] == report.OK], "implementation")
+    print(*report.headlines(rows, [name for name in timed if name in ours]), sep="\n")
     if options.plots:
         report.save_plots(options.plots, rows, matmul)
     failed = [row for row in rows if row["implementation"] in ours and row["status"].startswith("failed")]
