@@ -6,11 +6,12 @@ Medians of rounds in which the two take turns. Without a GPU both are plain PyTo
 """
 
 import statistics
+from functools import partial
 
 import torch
 
 from grouped import DEVICE, calls, with_gradients
-from timing import in_turns
+from timing import in_turns, milliseconds
 
 WORLD_SIZE, HEAD_DIM = 4, 128
 SIZES = (  # lengths of the sequences on one rank, heads, KV heads
@@ -31,7 +32,7 @@ def compare(title, calls):
     """Check that both `calls` agree, time them in turns, and print the medians."""
     for ours, theirs in zip(*(call() for call in calls.values()), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
-    times = in_turns({name: (call, wait) for name, call in calls.items()})
+    times = in_turns({name: partial(milliseconds, call, wait) for name, call in calls.items()})
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     print(title)
     for name, median in medians.items():

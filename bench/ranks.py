@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -141,8 +142,9 @@ class Player:
     def check(self, windows, tensors):
         """`AssertionError` unless one launch agrees with float32, windows with it bit for bit, and the ring closely."""
         name = f"{self.case}, rank {self.rank}"
-        (out,), (dq, dk, dv) = (call() for call in self.whole)
-        timing.check_head(self.case, self.rank, self.case.heads - 1, out, dq, *tensors)
+        out, dq, dk, dv = results = self.whole.results()
+        last = self.case.kv_heads - 1
+        timing.check(self.case, self.rank, last, results, timing.exact(self.case, self.rank, last, *tensors))
         in_windows, lse = self.windows_forward(windows)
         dq_in_windows, kept = self.windows_backward(windows, out, lse, lambda *x: torch.stack(x))
         sums = torch.cat(kept, 2)
@@ -161,8 +163,8 @@ class Player:
         """{(way, direction): call}, all of them of results that `check` has seen."""
         out, lse = self.windows_forward(windows)
         return {
-            ("one launch", "forward"): self.whole[0],
-            ("one launch", "backward"): self.whole[1],
+            ("one launch", "forward"): self.whole.forward,
+            ("one launch", "backward"): self.whole.backward,
             ("all-gather", "forward"): lambda: self.windows_forward(windows),
             ("all-gather", "backward"): lambda: self.windows_backward(windows, out, lse, self.local_rows),
             ("ring", "forward"): self.ring_forward,
@@ -243,7 +245,7 @@ def main():
             player.check(windows, tensors)
         sums = players[0].new_sums()
         calls = {
-            (player.rank, *key): (call, lambda _: torch.cuda.synchronize())
+            (player.rank, *key): partial(timing.milliseconds, call, lambda _: torch.cuda.synchronize())
             for player in players
             for key, call in player.calls(windows, sums).items()
         }

@@ -1,99 +1,250 @@
-"""Times one rank's attention in PyTorch and in JAX on the bench cases, after checking what it computes.
+"""Times one rank's attention, this library's and others', on the bench cases, after checking what each computes.
 
-    python bench/run.py [--json FILE]
+    python bench/run.py [--quick] [--cases NAME ...] [--implementations NAME ...] [--json FILE] [--plots FOLDER]
 
-Needs a GPU, both frameworks and jax-triton. Medians of rounds in which the implementations take turns; TFLOP/s count
-4 * head_dim for each unmasked score and query head forward, 2.5 times that backward. K/V buffers exceed the L2 cache.
+Needs a GPU. An implementation that cannot run here, or whose results are wrong, gets a row that says so. Ends with
+status 1 if that is one of this library's. docs/bench.md says how to read the table.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
+import gc
+import importlib.metadata
 import json
+import multiprocessing
 import os
-import statistics
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
-import jax
 import torch
-import triton
 from tqdm import tqdm
 
+import report
 import timing
-import zigzag_jax
-from cases import BENCH, CASES
+from cases import BENCH, CASES, QUICK
+from implementations import IMPLEMENTATIONS, TORCH, Unavailable, prepare
 from zigzag_kernels import cost
 
-RANK = 3
-FLOPS = cost.forward_flops, cost.backward_flops
+PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "nvidia-cudnn-cu13"
+FLOPS = dict(zip(report.DIRECTIONS, (cost.forward_flops, cost.backward_flops), strict=True))
+MOST_SETS = 8
+FLEX = "flex-torch"
+WORKERS = 8  # processes that compile at the same time, each with some GiB of host memory
 
 
-def jax_calls(case, *tensors):
-    """As `timing.torch_calls`, on the same memory."""
-    q, k, v, dout, cu_seqlens = (jax.dlpack.from_dlpack(x) for x in tensors)
-    batch = zigzag_jax.prepare_batch(cu_seqlens, RANK, case.world_size)
-
-    def attend(q, k, v, batch):
-        return zigzag_jax.zigzag_attention_gathered(q, k, v, batch, RANK, case.world_size)
-
-    forward = jax.jit(lambda *x: (attend(*x),))
-    _, pullback = jax.jit(lambda q, k, v: jax.vjp(lambda *x: attend(*x, batch), q, k, v))(q, k, v)
-    backward = jax.jit(lambda pullback, dout: pullback(dout))
-    return lambda: forward(q, k, v, batch), lambda: backward(pullback, dout)
+def rank_of(case):
+    """The rank that is played: neither the first nor the last one of eight."""
+    return 3 * case.world_size // 8
 
 
-def check(case, results, *tensors):
-    """`AssertionError` unless the first and the last query head agree with float32, and JAX with torch bit for bit."""
-    ours, theirs = results
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, torch.from_dlpack(b)), "torch and JAX differ"
-    for head in (0, case.heads - 1):
-        timing.check_head(case, RANK, head, ours[0], ours[1], *tensors)
+def make_sets(case, device):
+    """Inputs several times over, until together they exceed what the L2 cache may keep of one call until the next."""
+    first = timing.inputs(case, device)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+    count = min(MOST_SETS, 1 + 2 * cache // sum(x.nbytes for x in first))
+    return [first, *(timing.inputs(case, device, seed) for seed in range(1, count))]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
-    options = parser.parse_args()
-    versions = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "jax": jax.__version__,
-    }
+def peak_mib(call, framework, device):
+    """MiB that a call needs at its peak, results and temporaries; of JAX what the compiler says."""
+    if framework != TORCH:
+        analysis = call.func.memory_analysis()
+        return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**20 if analysis else None
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def sampler(ready, direction, device):
+    """A call that times one round: as many calls as fill it, in the framework's own way."""
+    calls = [getattr(x, direction) for x in ready.calls]
+    if ready.implementation.framework != TORCH:
+        import jax
+
+        sample = functools.partial(timing.host_sample, wait=jax.block_until_ready)
+    else:
+        sample = timing.cuda_sample if device == "cuda" else functools.partial(timing.host_sample, wait=lambda _: None)
+    with ready.planning:
+        sample(calls, len(calls))  # compiles, and allocates
+        count = timing.calls_per_round(sample(calls, 2).ms)
+
+    def one_round():
+        with ready.planning:
+            return sample(calls, count)
+
+    return one_round
+
+
+def check(case, rank, ready, expected, done):
+    """`AssertionError` unless the results are right, and those of the twin bit for bit; `done` has all that were."""
+    with ready.planning:
+        results = ready.calls[0].results()
+    for kv_head, right in expected.items():
+        timing.check(case, rank, kv_head, results, right)
+    twin = ready.implementation.twin
+    if twin in done:
+        for name, a, b in zip(timing.NAMES, results, done[twin], strict=True):
+            assert torch.equal(a, b), f"{name} is not that of {twin} bit for bit"
+    return results
+
+
+def set_up(case, rank, sets, names, device, tick):
+    """({name: (ready, {direction: sampler}, {direction: MiB})}, {name: why there is none}) of those that work."""
+    expected = {kv_head: timing.exact(case, rank, kv_head, *sets[0]) for kv_head in {0, case.kv_heads - 1}}
+    working, reasons, done = {}, {}, {}
+    for name in names:
+        try:
+            ready = prepare(name, case, rank, sets)
+            results = check(case, rank, ready, expected, done)
+            if IMPLEMENTATIONS[name].ours:
+                done[name] = results
+            with ready.planning:
+                framework, first = ready.implementation.framework, ready.calls[0]
+                memory = {x: peak_mib(getattr(first, x), framework, device) for x in report.DIRECTIONS}
+            working[name] = {x: sampler(ready, x, device) for x in report.DIRECTIONS}, memory
+        except Unavailable as error:
+            reasons[name] = f"not available: {error}"
+        except Exception as error:  # whatever another library raises is a row, not the end of the run
+            reasons[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        tick(f"{case}: {name}")
+    return working, reasons
+
+
+def measure(case, names, device, matmul, tick):
+    """The rows of one case; `tick(what)` is called len(names) + timing.ROUNDS + 1 times."""
+    rank = rank_of(case)
+    working, reasons = set_up(case, rank, make_sets(case, device), names, device, tick)
+    samplers = {(name, x): one_round for name, (rounds, _) in working.items() for x, one_round in rounds.items()}
+    times = timing.in_turns(samplers, functools.partial(tick, f"{case}: timing"))
+    scores = cost.unmasked_scores(case.lengths, rank, case.world_size, case.causal)
     rows = []
-    for case in tqdm([case for case in CASES if case.tags & BENCH], unit="case"):
-        tensors = timing.inputs(case)
-        calls = {"torch": timing.torch_calls(case, RANK, *tensors), "jax": jax_calls(case, *tensors)}
-        check(case, [forward() + tuple(backward()) for forward, backward in calls.values()], *tensors)
-        waits = {"torch": lambda _: torch.cuda.synchronize(), "jax": jax.block_until_ready}
-        times = timing.in_turns(
-            {(name, direction): (calls[name][direction], waits[name]) for direction in (0, 1) for name in calls}
-        )
-        scores = cost.unmasked_scores(case.lengths, RANK, case.world_size, case.causal)
-        for (name, direction), measured in times.items():
-            median = statistics.median(measured)
-            rows.append(
-                {
-                    "case": case.name,
-                    "framework": name,
-                    "direction": ("forward", "backward")[direction],
-                    "ms": round(median, 3),
-                    "spread_ms": round(max(measured) - min(measured), 3),
-                    "tflops": round(FLOPS[direction](scores, case.heads, case.head_dim) / median / 1e9),
-                }
-            )
-        del tensors, calls
+    for name in names:
+        for direction in report.DIRECTIONS:
+            row = {"case": case.name, "implementation": name, "direction": direction}
+            if name in reasons:
+                rows.append(row | {"status": reasons[name]})
+                continue
+            summary = report.summarise(times[name, direction])
+            tflops = FLOPS[direction](scores, case.heads, case.head_dim) / summary["ms"] / 1e9
+            memory = working[name][1][direction]
+            row |= {"status": report.OK, **summary, "tflops": tflops, "of_matmul": tflops / matmul, "peak_mib": memory}
+            rows.append(row)
+    return rows
+
+
+def clean():
+    """Give memory back, so that both frameworks may have it."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    print(", ".join(f"{name} {value}" for name, value in versions.items()))
-    print("| case | framework | direction | ms | spread | TFLOP/s |\n| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        print("| " + " | ".join(str(x) for x in row.values()) + " |")
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1))
+
+
+def warm_one(name, case):
+    """Compile what `name` needs for `case`; what goes wrong here will again, where it is reported."""
+    with contextlib.suppress(Exception):
+        ready = prepare(name, case, rank_of(case), [timing.inputs(case)])
+        with ready.planning:
+            ready.calls[0].results()
+    clean()
+
+
+def warm(cases, names):
+    """Compile for PyTorch in several processes, which leave it in caches on disk, and meanwhile for JAX in this one."""
+    kernels, shapes = {}, {}  # a case for each set of kernels, and for each shape: FlexAttention is compiled for one
+    for case in cases:
+        sizes = case.heads, case.kv_heads, case.head_dim, case.dtype, case.causal, case.world_size
+        kernels.setdefault(sizes, case)
+        shapes.setdefault((*sizes, case.tokens), case)
+    tasks = [(name, case) for name in names if IMPLEMENTATIONS[name].ours for case in kernels.values()]
+    tasks += [(name, case) for name in names if name == FLEX for case in shapes.values()]
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=len(tasks), desc="compiling", unit="case") as bar,
+        concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool,
+    ):
+        futures = [pool.submit(warm_one, *task) for task in tasks if IMPLEMENTATIONS[task[0]].framework == TORCH]
+        for task in tasks:
+            if IMPLEMENTATIONS[task[0]].framework != TORCH:
+                warm_one(*task)
+                bar.update()
+        for _ in concurrent.futures.as_completed(futures):
+            bar.update()
+
+
+def machine(device):
+    """What the numbers depend on: the GPU and the versions of what is installed."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"gpu": torch.cuda.get_device_name() if device == "cuda" else "none", **versions}
+
+
+def chosen(names, patterns):
+    """Those of `names` that match any of the shell `patterns`; `SystemExit` for a pattern that matches none."""
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise SystemExit(f"{pattern!r} matches none of {', '.join(names)}")
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the few cases that matter most: under three minutes")
+    parser.add_argument("--cases", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
+    parser.add_argument("--implementations", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--plots", type=Path, help="draw throughput.png and speedup.png into this folder")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None, device="cuda"):
+    options = parse(arguments)
+    cases = {case.name: case for case in CASES if case.tags & (QUICK if options.quick else BENCH)}
+    cases = [cases[name] for name in chosen(list(cases), options.cases)]
+    names = chosen(list(IMPLEMENTATIONS), options.implementations)
+    about = machine(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    if device == "cuda":
+        warm(cases, names)
+    about["matmul_tflops"] = matmul = timing.matmul_tflops(torch.bfloat16, 8192 if device == "cuda" else 64, device)
+    rows = []
+    with tqdm(total=len(cases) * (len(names) + timing.ROUNDS + 1), unit="step") as bar:
+
+        def tick(what):
+            bar.set_description(what)
+            bar.update()
+
+        for case in cases:
+            rows += measure(case, names, device, matmul, tick)
+            clean()
+            if options.json:  # after every case, so that a run cut short leaves what it has measured
+                options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1), encoding="utf-8")
+    print(f"\nmatrix product, bfloat16: {matmul:.1f} TFLOP/s\n", *report.table(rows), sep="\n")
+    print("", *report.missing(rows), "", sep="\n")
+    ours = [name for name in names if IMPLEMENTATIONS[name].ours]
+    timed = report.unique([row for row in rows if row["status"] == report.OK], "implementation")
+    print(*report.headlines(rows, [name for name in timed if name in ours]), sep="\n")
+    if options.plots:
+        report.save_plots(options.plots, rows, matmul)
+    failed = [row for row in rows if row["implementation"] in ours and row["status"].startswith("failed")]
+    for row in failed:
+        print(f"{row['case']}, {row['implementation']}, {row['direction']}: {row['status']}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,18 +1,41 @@
 """What the benchmarks share: inputs, the check that comes before any time, and rounds in which calls take turns."""
 
+import math
 import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 import zigzag_torch
+from zigzag_kernels.layout import row_position
 from zigzag_torch import reference
+from zigzag_torch.shard import sequence_of_rows
 
 ROUNDS, CALLS = 7, 8
+ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls takes, and how many it may be
+SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
+NAMES = "out", "dq", "dk", "dv"
 
 
-def inputs(case, device="cuda"):
+class Calls(NamedTuple):
+    """An attention that is ready to be timed, and what its calls compute, in the layout of the inputs."""
+
+    forward: Callable[[], object]
+    backward: Callable[[], object]  # of one forward pass, again and again
+    results: Callable[[], tuple[torch.Tensor, ...]]  # out, dq, dk, dv
+
+
+class Sample(NamedTuple):
+    """Milliseconds of one call: on the device, and until it returned to the host."""
+
+    ms: float
+    host_ms: float
+
+
+def inputs(case, device="cuda", seed=0):
     """q, gathered k and v, dout, cu_seqlens of one rank; every row is another draw."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     rows = {"q": case.tokens, "k": case.total, "v": case.total, "dout": case.tokens}
     heads = {"q": case.heads, "k": case.kv_heads, "v": case.kv_heads, "dout": case.heads}
     arrays = [
@@ -22,18 +45,60 @@ def inputs(case, device="cuda"):
     return *arrays, torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
 
 
-def torch_calls(case, rank, q, k, v, dout, cu_seqlens, backend=None):
-    """(forward, backward): calls that return (out,) and (dq, dk, dv) of `rank`."""
-    batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend)
+def autograd_calls(attend, q, k, v, dout):
+    """`Calls` of a differentiable `attend(q, k, v) -> out`, forward with what training keeps for the backward pass."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+
+    def backward():
+        return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    return Calls(lambda: attend(*leaves), backward, lambda: (attend(*leaves).detach(), *backward()))
+
+
+def torch_calls(case, rank, q, k, v, dout, cu_seqlens, backend=None):
+    """`Calls` of this library in PyTorch, for `rank`."""
+    batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend)
 
     def attend(q, k, v):
         return zigzag_torch.zigzag_attention_gathered(
             q, k, v, batch, rank, case.world_size, causal=case.causal, backend=backend
         )
 
-    out = attend(*leaves)
-    return lambda: (attend(q, k, v),), lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    return autograd_calls(attend, q, k, v, dout)
+
+
+def places(case, rank, cu_seqlens):
+    """(sequence, position) of the local rows of `rank`, and of the gathered ones; sequence -1 is padding."""
+    sequence, offset, length = sequence_of_rows(cu_seqlens, case.world_size, case.tokens)
+    slots = torch.arange(case.world_size, device=cu_seqlens.device)[:, None]
+    positions = row_position(offset, length, slots, case.world_size).expand(case.world_size, -1).flatten()
+    return (sequence, row_position(offset, length, rank, case.world_size)), (
+        sequence.repeat(case.world_size),
+        positions,
+    )
+
+
+def exact(case, rank, kv_head, q, k, v, dout, cu_seqlens):
+    """out, dq `[T, group, head_dim]` and dk, dv `[W * T, 1, head_dim]` of one KV head and its query heads, in float32.
+
+    By plain PyTorch, a block of query rows at a time, because all scores of a long sequence would not fit.
+    """
+    rows, keys = places(case, rank, cu_seqlens)
+    group = case.heads // case.kv_heads
+    mine = slice(kv_head * group, (kv_head + 1) * group)
+    k, v = (x[:, kv_head : kv_head + 1].float().requires_grad_() for x in (k, v))
+    outs, dqs, dk, dv = [], [], torch.zeros_like(k), torch.zeros_like(v)
+    block = max(1, SCORES // (group * case.total))
+    for chosen in torch.arange(case.tokens, device=q.device).split(block):
+        one = q[chosen, mine].float().requires_grad_()
+        out, _ = reference.dense(one, k, v, [x[chosen] for x in rows], keys, case.causal, case.head_dim**-0.5)
+        dq, *more = torch.autograd.grad(out, (one, k, v), dout[chosen, mine].float())
+        for total, x in zip((dk, dv), more, strict=True):
+            total += x
+        outs.append(out.detach())
+        dqs.append(dq)
+    return torch.cat(outs), torch.cat(dqs), dk, dv
 
 
 def check_close(name, got, expected):
@@ -42,33 +107,67 @@ def check_close(name, got, expected):
     assert error < 5e-3, f"{name} is off by {error:.1e}"
 
 
-def check_head(case, rank, head, out, dq, q, k, v, dout, cu_seqlens):
-    """`AssertionError` unless one query head of `out` and `dq` agrees with the float32 reference."""
-    kv_head = head // (case.heads // case.kv_heads)
-    one = [x[:, h : h + 1].float() for x, h in ((q, head), (k, kv_head), (v, kv_head))]
-    one[0].requires_grad_()
-    device_rank = torch.tensor([rank], dtype=torch.int32, device=q.device)
-    exact, _ = reference.attention(*one, cu_seqlens, device_rank, case.world_size, case.causal, case.head_dim**-0.5)
-    (exact_dq,) = torch.autograd.grad(exact, one[0], dout[:, head : head + 1].float())
-    for name, expected, got in (("out", exact, out), ("dq", exact_dq, dq)):
-        check_close(f"{case}, rank {rank}: {name} of head {head}", got[:, head : head + 1], expected)
+def check(case, rank, kv_head, results, expected):
+    """`AssertionError` unless `results`, out, dq, dk and dv, agree with those of `exact` in one KV head."""
+    group = case.heads // case.kv_heads
+    for name, got, right in zip(NAMES, results, expected, strict=True):
+        heads = group if name in ("out", "dq") else 1
+        mine = got[:, kv_head * heads : (kv_head + 1) * heads]
+        check_close(f"{case}, rank {rank}: {name} of KV head {kv_head}", mine, right)
 
 
 def milliseconds(call, wait):
     """Time of one of `CALLS` calls that follow each other without waiting."""
+    return host_sample([call], CALLS, wait).ms
+
+
+def host_sample(calls: Sequence[Callable], count: int, wait: Callable) -> Sample:
+    """`count` calls by the clock of the host, `calls` in rotation: what `wait`ing for the last takes is in it."""
     start = time.perf_counter()
-    for _ in range(CALLS):
-        result = call()
+    for i in range(count):
+        result = calls[i % len(calls)]()
+    issued = time.perf_counter()
     wait(result)
-    return (time.perf_counter() - start) * 1e3 / CALLS
+    return Sample((time.perf_counter() - start) * 1e3 / count, (issued - start) * 1e3 / count)
 
 
-def in_turns(calls):
-    """{key: milliseconds of each of `ROUNDS` rounds} for {key: (call, wait)}, after one round that warms up."""
-    times = {key: [] for key in calls}
+def cuda_sample(calls: Sequence[Callable], count: int) -> Sample:
+    """As `host_sample`, by events in the stream that the calls go to."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    start.record()
+    for i in range(count):
+        calls[i % len(calls)]()
+    end.record()
+    issued = time.perf_counter()
+    end.synchronize()
+    return Sample(start.elapsed_time(end) / count, (issued - began) * 1e3 / count)
+
+
+def calls_per_round(ms: float) -> int:
+    """Calls that fill a round if one takes `ms` milliseconds: at least two, so that they follow each other."""
+    return min(MOST_CALLS, max(2, math.ceil(ROUND_MS / ms)))
+
+
+def in_turns(samplers, tick=lambda: None):
+    """{key: results of `ROUNDS` calls} for {key: call}, which take turns, after one round that warms up.
+
+    `tick` is called after each round.
+    """
+    measured = {key: [] for key in samplers}
     for i in range(ROUNDS + 1):
-        for key, (call, wait) in calls.items():
-            elapsed = milliseconds(call, wait)
+        for key, sampler in samplers.items():
+            result = sampler()
             if i:
-                times[key].append(elapsed)
-    return times
+                measured[key].append(result)
+        tick()
+    return measured
+
+
+def matmul_tflops(dtype, size=8192, device="cuda"):
+    """Median TFLOP/s of a product of random square matrices: what the GPU gives in practice, here and now."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    sample = cuda_sample if device == "cuda" else lambda *x: host_sample(*x, wait=lambda _: None)
+    times = sorted(in_turns({"matmul": lambda: sample([lambda: a @ b], CALLS).ms})["matmul"])
+    return 2 * size**3 / times[len(times) // 2] / 1e9

@@ -1,7 +1,7 @@
 """The one table of cases that tests, tuning and benchmarks run.
 
 Tags: "interpret" is small enough for Triton's interpreter on a CPU, "gpu" is for compiled kernels, "bench" is what the
-benchmark times.
+benchmark times, "quick" the part of it that does not take long.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 INTERPRET, GPU, BENCH = frozenset({"interpret"}), frozenset({"gpu"}), frozenset({"bench"})
+QUICK = frozenset({"quick"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,43 @@ def make_inputs(case, seed=0):
 # Chunks of 63 to 129 tokens, one token, and none: around and far below the edges of every tile size in use.
 _EDGES_W1 = (127, 1, 128, 129, 0, 63, 64, 65, 300)
 _EDGES_W2 = tuple(4 * chunk for chunk in (127, 1, 128, 129, 0, 63, 64, 65))
+
+# Sizes of the standard library's modules in tokens of four bytes, drawn at random, cut at 8192 and rounded down to 16:
+# `examples/text.py` has the texts.
+_DOCUMENTS = (5824, 7328, 1728, 6576, 8176, 1536, 8096, 656, 2960, 8128, 2848, 8176, 3504)
+
+
+def _bench(name, lengths=(65536,), tags=BENCH, **changes):
+    """A case that differs from one long sequence of 8192 local tokens in what is given."""
+    base = {"world_size": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    return Case(name=name, lengths=lengths, tags=tags, **base | changes)
+
+
+# What the benchmark times: one long sequence, many short documents, a few medium ones, one short sequence, documents of
+# real lengths; then one change at a time to the long sequence.
+_BENCH_CASES = (
+    _bench("rectangle-d128", tags=BENCH | QUICK),
+    _bench("rectangle-d64", head_dim=64, tags=BENCH | QUICK),
+    _bench("short-d128", (16384,), tags=BENCH | QUICK),
+    _bench("packed16-d128", (4096,) * 16, tags=BENCH | QUICK),
+    _bench("packed64-d128", (1024,) * 64, tags=BENCH | QUICK),
+    _bench("documents-d128", _DOCUMENTS, tags=BENCH | QUICK),
+    _bench("short-d64", (16384,), head_dim=64),
+    _bench("packed16-d64", (4096,) * 16, head_dim=64),
+    _bench("packed64-d64", (1024,) * 64, head_dim=64),
+    _bench("rectangle-d96", head_dim=96),
+    _bench("rectangle-d256", head_dim=256),
+    _bench("rectangle-w1", (8192,), world_size=1),
+    _bench("rectangle-w2", (16384,), world_size=2),
+    _bench("rectangle-w32", (262144,), world_size=32),
+    _bench("rectangle-32/32", kv_heads=32),
+    _bench("rectangle-8/1", heads=8, kv_heads=1),
+    _bench("rectangle-64/8", heads=64),
+    _bench("rectangle-t512", (4096,)),
+    _bench("rectangle-t32k", (262144,)),
+    _bench("rectangle-full", causal=False),
+    _bench("rectangle-fp16", dtype="float16"),
+)
 
 CASES = (
     # One device: plain packed attention, any length.
@@ -165,24 +203,5 @@ CASES = (
     Case(
         name="w8-one-token-chunks", world_size=8, lengths=(16,) * 48, heads=8, head_dim=128, dtype="bfloat16", tags=GPU
     ),
-    # What the benchmark times: one long sequence, many short documents, a few medium ones, one short sequence.
-    *(
-        Case(
-            name=f"{name}-d{head_dim}",
-            world_size=8,
-            lengths=lengths,
-            heads=32,
-            kv_heads=8,
-            head_dim=head_dim,
-            dtype="bfloat16",
-            tags=BENCH,
-        )
-        for head_dim in (128, 64)
-        for name, lengths in (
-            ("rectangle", (65536,)),
-            ("packed64", (1024,) * 64),
-            ("packed16", (4096,) * 16),
-            ("short", (16384,)),
-        )
-    ),
+    *_BENCH_CASES,
 )

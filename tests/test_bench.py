@@ -52,8 +52,9 @@ def test_a_rank_is_checked_before_it_is_timed():
     with pytest.raises(AssertionError, match=r"w3, rank 1: out of windows"):
         player.check(windows[::-1], tensors)
     q, *_ = tensors
-    with pytest.raises(AssertionError, match=r"w3, rank 1: out of head 5 is off"):
-        timing.check_head(PLAYED, 1, 5, q, q, *tensors)
+    expected = timing.exact(PLAYED, 1, 1, *tensors)
+    with pytest.raises(AssertionError, match=r"w3, rank 1: out of KV head 1 is off"):
+        timing.check(PLAYED, 1, 1, (q, q, *tensors[1:3]), expected)
 
 
 def test_played_launches_are_those_of_the_model(monkeypatch):

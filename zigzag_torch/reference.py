@@ -36,7 +36,7 @@ def attention(
 
     # A factor of the results, and of the inputs for the sake of the gradients.
     poison = torch.where(impossible(cu_seqlens, rank, world_size, tokens), float("nan"), 1.0)
-    out, lse = _dense(
+    out, lse = dense(
         q.float() * poison,
         k.float() * poison,
         v.float() * poison,
@@ -64,7 +64,7 @@ def varlen_attention(
     q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
     k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
     k_length = cu_seqlens_k.diff()[q_sequence.clamp(min=0)] if len(cu_seqlens_k) > 1 else 0
-    out, lse = _dense(
+    out, lse = dense(
         q.float(),
         k.float(),
         v.float(),
@@ -76,7 +76,7 @@ def varlen_attention(
     return out.to(q.dtype), lse
 
 
-def _dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
+def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 (out, lse) where `rows` and `keys` are (sequence, position) of each; sequence -1 is padding.
 
     Rows that see no key have out 0 and lse -inf.

@@ -1,0 +1,163 @@
+"""What the benchmark makes of its rows: the table, the lines that sum it up, and the pictures.
+
+A row is a dict: case, implementation, direction ("forward", "backward"), status ("ok", or why there is no time), and,
+if ok, ms (median), low_ms, high_ms, host_ms, tflops, of_matmul (share of the measured matrix product) and peak_mib,
+the memory of one call beyond what its inputs take, or None where it cannot be told.
+"""
+
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from figures import FAINT, INK
+
+DIRECTIONS = "forward", "backward"
+OK = "ok"
+BASELINE = "unfused"
+# The four shapes whose ratios are the point of the library, and the two of uneven or short documents.
+HEADLINES = {
+    "rectangle-d128": "long rectangle",
+    "short-d128": "T=2048",
+    "packed16-d128": "16x512",
+    "packed64-d128": "64x128",
+}
+SMALL = {"packed64-d128": "64x128", "documents-d128": "real lengths"}
+LONG = "rectangle-d128"
+# Okabe and Ito's colours; those of this library in front.
+COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44")
+
+
+def summarise(samples):
+    """The times of a row from its `timing.Sample`s."""
+    times = [x.ms for x in samples]
+    return {
+        "ms": statistics.median(times),
+        "low_ms": min(times),
+        "high_ms": max(times),
+        "host_ms": statistics.median(x.host_ms for x in samples),
+    }
+
+
+def unique(rows, field):
+    """The values of `field` in the order of their first row."""
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def find(rows, case, implementation):
+    """{direction: row} of what was timed."""
+    return {
+        row["direction"]: row
+        for row in rows
+        if (row["case"], row["implementation"], row["status"]) == (case, implementation, OK)
+    }
+
+
+def step(rows, case, implementation, field="ms"):
+    """Forward and backward added up, or None unless both were timed."""
+    found = find(rows, case, implementation)
+    return sum(found[direction][field] for direction in DIRECTIONS) if len(found) == len(DIRECTIONS) else None
+
+
+def table(rows):
+    """Markdown: a line for each case and implementation that was timed."""
+    columns = ["ms", "spread", "TFLOP/s", "of matmul", "host ms", "peak MiB"]
+    header = ["case", "implementation", *(f"{direction} {x}" for direction in DIRECTIONS for x in columns)]
+    lines = [header, ["---"] * len(header)]
+    for case in unique(rows, "case"):
+        for implementation in unique(rows, "implementation"):
+            if found := find(rows, case, implementation):
+                cells = [cell for direction in DIRECTIONS for cell in _cells(found[direction])]
+                lines.append([case, implementation, *cells])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def missing(rows):
+    """A line for each implementation and reason for which cases were not timed."""
+    cases = {}
+    for row in rows:
+        if row["status"] != OK:
+            cases.setdefault((row["implementation"], row["status"]), {})[row["case"]] = None
+    total = len(unique(rows, "case"))
+    which = {key: "all cases" if len(x) == total else ", ".join(x) for key, x in cases.items()}
+    return [f"{implementation}: {status} ({which[implementation, status]})" for implementation, status in cases]
+
+
+def _cells(row):
+    spread = 100 * (row["high_ms"] - row["low_ms"]) / row["ms"]
+    peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+    share = f"{100 * row['of_matmul']:.0f} %"
+    return [f"{row['ms']:.3f}", f"{spread:.1f} %", f"{row['tflops']:.0f}", share, f"{row['host_ms']:.3f}", peak]
+
+
+def headlines(rows, implementations):
+    """For each of `implementations` two lines: what it gains over the unfused path, what short documents cost it."""
+    lines = []
+    for name in implementations:
+        gains = [
+            _ratio(step(rows, x, BASELINE), step(rows, x, name), f"{label} {{:.2f}}x") for x, label in HEADLINES.items()
+        ]
+        costs = [
+            _ratio(_per_flop(rows, x, name), _per_flop(rows, LONG, name), f"{label} {{:.2f}}")
+            for x, label in SMALL.items()
+        ]
+        lines.append(f"{name}: forward + backward against the unfused path: {', '.join(gains)}")
+        lines.append(f"{name}: time per useful FLOP relative to the long rectangle: {', '.join(costs)}")
+    return lines
+
+
+def _per_flop(rows, case, implementation):
+    """Time over work of a step, in units of its own that ratios do not have."""
+    found = find(rows, case, implementation)
+    time = step(rows, case, implementation)
+    return time and time / sum(row["ms"] * row["tflops"] for row in found.values())
+
+
+def _ratio(above, below, text):
+    """`text` with `above / below`, or with what says that one of them was not measured."""
+    if above is None or below is None:
+        return text.replace("{:.2f}x", "not measured").replace("{:.2f}", "not measured")
+    return text.format(above / below)
+
+
+def save_plots(folder: Path, rows, matmul_tflops):
+    """throughput.png and, where there is the unfused path to compare with, speedup.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bars = {direction: {key: x["tflops"] for key, x in _by_bar(rows, direction).items()} for direction in DIRECTIONS}
+    _draw(folder / "throughput.png", rows, bars, "TFLOP/s, {}", (matmul_tflops, "matrix product, same run"))
+    gains = {}
+    for case, name in dict.fromkeys((row["case"], row["implementation"]) for row in rows):
+        ours, theirs = step(rows, case, name), step(rows, case, BASELINE)
+        if ours and theirs and name != BASELINE:
+            gains[case, name] = theirs / ours
+    if gains:
+        _draw(
+            folder / "speedup.png", rows, {"forward + backward": gains}, "times as fast as unfused, {}", (1, "unfused")
+        )
+
+
+def _by_bar(rows, direction):
+    chosen = [row for row in rows if row["direction"] == direction and row["status"] == OK]
+    return {(row["case"], row["implementation"]): row for row in chosen}
+
+
+def _draw(path, rows, panels, title, line):
+    """Bars in groups, one group a case; `panels` {name: {(case, implementation): height}}."""
+    cases, names = unique(rows, "case"), unique(rows, "implementation")
+    timed = [name for name in names if any(name == x for bars in panels.values() for _, x in bars)]
+    width = 0.84 / max(1, len(timed))
+    figure = Figure(figsize=(max(8, 1.6 * len(cases)), 3.6 * len(panels)), dpi=150, layout="constrained")
+    for axes, (panel, bars) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for i, name in enumerate(timed):
+            heights = {cases.index(case): height for (case, x), height in bars.items() if x == name}
+            at = [place + (i - (len(timed) - 1) / 2) * width for place in heights]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axes.bar(at, heights.values(), width, color=colour, edgecolor=INK, linewidth=0.4, label=name)
+        axes.axhline(line[0], color=INK, linestyle="--", linewidth=1, label=line[1])
+        axes.set_title(title.format(panel), fontsize=11)
+        axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right", fontsize=9)
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4, loc="outside lower center")
+    figure.savefig(path)

@@ -1,0 +1,235 @@
+"""Searches tile sizes for one kernel on the GPU at hand, and writes those that won where `ZIGZAG_KERNEL_CONFIG` reads.
+
+    python bench/tune.py --kernel forward --head-dim 128 [--dtype bfloat16] [--output tiles.json]
+
+Every configuration that `fits()` is compiled, checked against float32, and timed in turns with the one in use, because
+clocks move by more than configurations differ. What counts is the geometric mean, over the cases, of the time of the
+whole pass relative to that. `tiles.json` has the best entry, beside those that it had before; `tiles.measured.json` has
+every configuration with what came of it.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+import triton
+from tqdm import tqdm
+
+import timing
+from cases import CASES
+from planning import Planning
+from zigzag_kernels.config import (
+    HEAD_DIMS,
+    HOPPER_KERNELS,
+    KERNELS,
+    OVERRIDE_VARIABLE,
+    WIDTHS,
+    Config,
+    architecture,
+    choose_config,
+    fits,
+)
+from zigzag_kernels.problem import DTYPE_BYTES
+
+NAMES = "rectangle-d128", "short-d128", "packed16-d128", "packed64-d128"  # with the head_dim and type asked for
+RANK = 3
+WORKERS = 8
+GIVE_UP = 1.25  # times the time in use in any case: other cases could not make up for it
+# Which kernel for Hopper serves depends on the shape of a batch: each of these is tuned on the cases that it serves.
+SERVES = {
+    "hopper_forward": ("rectangle-d128", "packed16-d128"),
+    "hopper_forward_few": ("short-d128",),
+    "hopper_forward_short": ("packed64-d128",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A configuration with its time relative to the one in use, by case, or with what was wrong with it."""
+
+    config: Config
+    relative: dict[str, float] | None = None
+    failure: str | None = None
+
+    @property
+    def mean(self) -> float:
+        """Geometric mean; infinite if it failed."""
+        return statistics.geometric_mean(self.relative.values()) if self.relative else math.inf
+
+
+def candidates(kernel, head_dim, dtype, target):
+    """Every configuration of `kernel` worth a try: powers of two that fit, at least 4 warps, up to 4 stages."""
+    blocks, warps = (32, 64, 128, 256), (4,) if kernel in HOPPER_KERNELS else (4, 8)
+    every = itertools.starmap(Config, itertools.product(blocks, blocks[:-1], warps, (1, 2, 3, 4), (0, 1)))
+    return [config for config in every if fits(kernel, config, head_dim, dtype, target) is None]
+
+
+def entry(kernel, head_dim, dtype, target, config):
+    """The override that puts `config` in force: nested names as `zigzag_kernels.config` has them."""
+    up_to = min(dim for dim in HEAD_DIMS if dim >= head_dim)
+    fields = dataclasses.asdict(config)
+    return {architecture(target): {WIDTHS[DTYPE_BYTES[dtype]]: {kernel: {str(up_to): fields}}}}
+
+
+def merged(tables, new):
+    """Nested `tables` with what `new` has in place of theirs."""
+    if not (isinstance(tables, dict) and isinstance(new, dict)):
+        return new
+    return tables | {name: merged(tables[name], x) if name in tables else x for name, x in new.items()}
+
+
+def search(configs, measure, tick=lambda trial: None):
+    """A `Trial` of each of `configs`, best first; `measure(config) -> {case: relative time}`, or it raises."""
+    trials = []
+    for config in configs:
+        try:
+            trials.append(Trial(config, measure(config)))
+        except Exception as error:  # a compiler that gives up, or a wrong result, rules out one configuration
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            trials.append(Trial(config, failure=failure))
+        tick(trials[-1])
+    return sorted(trials, key=lambda trial: trial.mean)
+
+
+class Bench:
+    """The pass that `kernel` is part of, on every case, under any configuration of that kernel."""
+
+    def __init__(self, kernel, cases, device="cuda", backend=None):
+        self.kernel, self.cases, self.device, self.backend = kernel, cases, device, backend
+        self.direction = "backward" if "backward" in kernel else "forward"
+        self.inputs = {case.name: timing.inputs(case, device) for case in cases}
+        self.expected = {case.name: timing.exact(case, RANK, 0, *self.inputs[case.name]) for case in cases}
+        self.in_use = {case.name: self.calls(case, None) for case in cases}
+
+    def calls(self, case, override):
+        """(planning, call) of a pass whose results are right; `override` None is the configuration in use."""
+        planning = Planning(**environment(self.kernel, override))
+        with planning:
+            calls = timing.torch_calls(case, RANK, *self.inputs[case.name], backend=self.backend)
+            timing.check(case, RANK, 0, calls.results(), self.expected[case.name])
+        if planning.takes_hopper_kernels != (self.kernel in HOPPER_KERNELS):
+            raise RuntimeError(f"{case}: another kernel than {self.kernel} serves")
+        return planning, getattr(calls, self.direction)
+
+    def relative(self, override):
+        """{case: time under `override` over that of the configuration in use, medians of rounds in turns}.
+
+        `RuntimeError` if it is hopeless.
+        """
+        result = {}
+        for case in self.cases:
+            both = {"in use": self.in_use[case.name], "tried": self.calls(case, override)}
+            times = timing.in_turns({name: self.sampler(*x) for name, x in both.items()})
+            medians = {name: statistics.median(x) for name, x in times.items()}
+            result[case.name] = medians["tried"] / medians["in use"]
+            if result[case.name] > GIVE_UP:
+                raise RuntimeError(f"{case}: {result[case.name]:.2f} of the time in use")
+        return result
+
+    def sampler(self, planning, call):
+        def sample():
+            with planning:
+                if self.device == "cuda":
+                    return timing.cuda_sample([call], count).ms
+                return timing.host_sample([call], count, lambda _: None).ms
+
+        count = 1
+        count = timing.calls_per_round(sample())
+        return sample
+
+
+def environment(kernel, override):
+    """Variables under which the kind of `kernel` is taken, with the tiles of the file `override`."""
+    tiles = {OVERRIDE_VARIABLE: str(override)} if override else {}
+    return {"ZIGZAG_HOPPER": "1" if kernel in HOPPER_KERNELS else "0", **tiles}
+
+
+def compile_one(kernel, case, override):
+    """Leave the kernels under `override` in Triton's cache; what goes wrong will again, in the search."""
+    with contextlib.suppress(Exception), Planning(**environment(kernel, override)):
+        timing.torch_calls(case, RANK, *timing.inputs(case)).results()
+    torch.cuda.empty_cache()
+
+
+def write_overrides(folder, configs, entry_of):
+    """{config: file with its override}, over the tables that are in force already."""
+    before = os.environ.get(OVERRIDE_VARIABLE)
+    tables = json.loads(Path(before).read_text(encoding="utf-8")) if before else {}
+    paths = {}
+    for i, config in enumerate(configs):
+        paths[config] = Path(folder) / f"{i}.json"
+        paths[config].write_text(json.dumps(merged(tables, entry_of(config))), encoding="utf-8")
+    return paths
+
+
+def save(path, trials, entry_of, about):
+    """Write the best of `trials` into the override `path`, and all of them beside it; the new override's tables."""
+    tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tables = merged(tables, entry_of(trials[0].config))
+    path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    tried = [dataclasses.asdict(trial) for trial in trials]
+    beside = path.with_suffix(".measured.json")
+    beside.write_text(json.dumps({"machine": about, "tried, best first": tried}, indent=1) + "\n", encoding="utf-8")
+    return tables
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernel", choices=KERNELS, required=True)
+    parser.add_argument("--head-dim", type=int, required=True)
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
+    parser.add_argument("--output", type=Path, default=Path("tiles.json"))
+    options = parser.parse_args()
+    target = "{}.{}".format(*torch.cuda.get_device_capability())
+    names = SERVES.get(options.kernel, NAMES)
+    cases = [case for case in CASES if case.name in names]
+    cases = [dataclasses.replace(case, head_dim=options.head_dim, dtype=options.dtype) for case in cases]
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    about |= {"kernel": options.kernel, "head_dim": options.head_dim, "dtype": options.dtype}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+
+    def entry_of(config):
+        return entry(options.kernel, options.head_dim, options.dtype, target, config)
+
+    used = choose_config(options.kernel, options.head_dim, options.dtype, target)
+    configs = candidates(options.kernel, options.head_dim, options.dtype, target)
+    configs = [used, *(config for config in configs if config != used)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_overrides(folder, configs, entry_of)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
+            futures = [pool.submit(compile_one, options.kernel, cases[-1], path) for path in paths.values()]
+            for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="compiling"):
+                pass
+        bench = Bench(options.kernel, cases)
+        with tqdm(total=len(configs), desc="timing") as bar:
+            trials = search(configs, lambda config: bench.relative(paths[config]), lambda _: bar.update())
+    for trial in trials[:10]:
+        by_case = ", ".join(f"{name} {x:.3f}" for name, x in (trial.relative or {}).items())
+        print(f"{trial.mean:.3f} of the time in use: {trial.config} ({trial.failure or by_case})")
+    failures = sum(trial.failure is not None for trial in trials)
+    if failures == len(trials):
+        print("no configuration works", file=sys.stderr)
+        return 1
+    save(options.output, trials, entry_of, about)
+    print(f"{len(trials)} configurations, {failures} of which failed; in use: {used}")
+    print(f"{options.output} has the best one; try it with {OVERRIDE_VARIABLE}={options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

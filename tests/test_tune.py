@@ -1,0 +1,88 @@
+"""The tuner's search with a clock that is made up, the files that it leaves, and its timed pass on a CPU."""
+
+import json
+
+import pytest
+
+import timing
+import tune
+from cases import Case
+from conftest import GPU
+from zigzag_kernels import config
+from zigzag_kernels.config import Config
+
+DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
+TINY = Case(name="tiny", world_size=4, lengths=(16,), head_dim=32, dtype="float16")
+BEST, USED, WRONG = (Config(64, 64, warps, 2) for warps in (4, 8, 16))
+
+
+def measure(tried):
+    if tried == WRONG:
+        raise AssertionError("tiny, rank 3:\nout is off")
+    return {"a": 1.0, "b": 1.0} if tried == USED else {"a": 0.5, "b": 1.28}
+
+
+def entry_of(tried):
+    return tune.entry("backward_dq", 96, "float16", "9.0", tried)
+
+
+def test_the_search_ranks_by_the_mean_and_keeps_what_failed():
+    ticks = []
+    trials = tune.search([USED, WRONG, BEST], measure, ticks.append)
+    assert [trial.config for trial in trials] == [BEST, USED, WRONG]
+    assert [trial.mean for trial in trials[:2]] == pytest.approx([0.8, 1])
+    assert trials[-1].failure == "AssertionError: tiny, rank 3: out is off"
+    assert [trial.config for trial in ticks] == [USED, WRONG, BEST]
+
+
+@pytest.mark.parametrize("kernel", config.KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_candidates_fit_and_have_what_is_shipped(kernel, head_dim):
+    found = tune.candidates(kernel, head_dim, "bfloat16", "9.0")
+    assert len(found) == len(set(found)) < 200
+    assert all(config.fits(kernel, x, head_dim, "bfloat16", "9.0") is None for x in found)
+    assert config.choose_config(kernel, head_dim, "bfloat16", "9.0") in found
+
+
+def test_the_override_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch):
+    """It replaces what was measured, leaves the other entries of the file, and has all trials beside it."""
+    path = tmp_path / "tiles.json"
+    other = tune.entry("forward", 64, "bfloat16", "9.0", USED)
+    path.write_text(json.dumps(tune.merged(other, entry_of(WRONG))))
+    trials = tune.search([USED, WRONG, BEST], measure)
+    tune.save(path, trials, entry_of, {"gpu": "made up"})
+    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(path))
+    assert config.choose_config("backward_dq", 128, "bfloat16", "9.0") == BEST
+    assert config.choose_config("forward", 64, "bfloat16", "9.0") == USED
+    measured = json.loads((tmp_path / "tiles.measured.json").read_text())
+    assert measured["machine"] == {"gpu": "made up"}
+    assert [x["relative"] for x in measured["tried, best first"]] == [{"a": 0.5, "b": 1.28}, {"a": 1.0, "b": 1.0}, None]
+
+
+def test_files_of_candidates_keep_the_override_in_force(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps(tune.entry("forward", 64, "bfloat16", "9.0", USED)))
+    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(path))
+    (written,) = tune.write_overrides(tmp_path, [BEST], entry_of).values()
+    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(written))
+    assert config.choose_config("backward_dq", 128, "bfloat16", "9.0") == BEST
+    assert config.choose_config("forward", 64, "bfloat16", "9.0") == USED
+
+
+def test_a_pass_is_checked_and_timed_beside_the_one_in_use(monkeypatch):
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUND_MS", 0)
+    monkeypatch.setattr(tune, "GIVE_UP", 1e9)
+    bench = tune.Bench("forward", [TINY], DEVICE, BACKEND)
+    assert bench.relative(None)["tiny"] > 0
+    monkeypatch.setattr(tune, "GIVE_UP", 0)
+    with pytest.raises(RuntimeError, match=r"tiny: .* of the time in use"):
+        bench.relative(None)
+    bench.expected["tiny"] = [2 * x for x in bench.expected["tiny"]]
+    with pytest.raises(AssertionError, match="out of KV head 0 is off"):
+        bench.relative(None)
+
+
+def test_a_kernel_that_does_not_serve_is_not_tuned():
+    with pytest.raises(RuntimeError, match="another kernel than hopper_forward serves"):
+        tune.Bench("hopper_forward", [TINY], DEVICE, BACKEND)
