@@ -1,4 +1,4 @@
-"""Attention between real processes against the float64 oracle of the batch that was dealt out: gloo, or NCCL on GPUs."""
+"""Attention between real processes, gloo or NCCL, against the float64 oracle of the batch that was dealt out."""
 
 import numpy as np
 import pytest
