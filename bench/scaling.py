@@ -178,6 +178,11 @@ def trace(ranks, calls: dict[Way, Callable], directory: Path) -> list[dict]:
     return seen
 
 
+def save(file: Path | None, measured: dict) -> None:
+    if file:
+        file.write_text(json.dumps(measured))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("torch", "jax"), required=True)
@@ -197,15 +202,16 @@ def main() -> None:
     ranks = Ranks()
     say = print if ranks.chief else lambda *_, **__: None
     say(", ".join(f"{name} {value}" for name, value in ranks.versions.items()))
+    file = options.json if ranks.chief else None
     measured = {"versions": ranks.versions, "rows": [], "timelines": []}
     for i, workload in enumerate(workloads(ranks.size, options.tokens, options.long_tokens, options.rounds)):
         rows, calls = measure(ranks, workload)
         measured["rows"] += rows
         say("\n".join(["", *table(rows)]), flush=True)
+        save(file, measured)  # after each, as a long run may be cut off
         if options.trace and i == 0:
             measured["timelines"] = trace(ranks, calls, options.trace)
-        if options.json and ranks.chief:  # after each, as a long run may be cut off
-            options.json.write_text(json.dumps(measured))
+            save(file, measured)
     ranks.leave()
 
 

@@ -17,9 +17,10 @@ def _gpus() -> list[str]:
     return numbers if chosen is None else [name for name in chosen.split(",") if name][: len(numbers)]
 
 
-CHOSEN = ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC", "XLA_PYTHON_CLIENT_PREALLOCATE")
 GPUS = _gpus()
 GPU = bool(GPUS)
+# What is set here, and not for the processes that tests start as from a shell.
+CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
 if GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
 else:
