@@ -54,7 +54,10 @@ def join_group() -> tuple[dist.ProcessGroup | None, str]:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return None, device
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device == "cpu":
+        dist.init_process_group("gloo")
+    else:  # with its device NCCL connects here, in the order of the program, not in the first call to need it
+        dist.init_process_group("nccl", device_id=torch.device(device))
     return dist.group.WORLD, device
 
 

@@ -6,15 +6,21 @@ import subprocess
 import pytest
 
 
-def _gpu() -> bool:
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
     except FileNotFoundError:
-        return False
+        return []
+    numbers = [str(i) for i in range(len(found.stdout.splitlines()))] if found.returncode == 0 else []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return numbers if chosen is None else [name for name in chosen.split(",") if name][: len(numbers)]
 
 
-CHOSEN = ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC", "XLA_PYTHON_CLIENT_PREALLOCATE")
-GPU = _gpu()
+GPUS = _gpus()
+GPU = bool(GPUS)
+# What is set here, and not for the processes that tests start as from a shell.
+CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
 if GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
 else:
@@ -29,6 +35,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("multigpu") and len(GPUS) == 1:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs or more, or a machine without any"))
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import cases
 import oracle
 import zigzag_jax
 from cases import Case, make_inputs
 from closeness import assert_close
+from conftest import GPU
 from test_jax import (
     BACKENDS,
     KERNELS,
@@ -36,7 +38,11 @@ CASES = (
     Case(name="w4", world_size=4, lengths=(24, 0, 40), heads=4, kv_heads=2, padding=1, dtype="bfloat16"),
     Case(name="w4-full", world_size=4, lengths=(0, 32, 16), heads=3, kv_heads=1, causal=False),
     Case(name="w8", world_size=8, lengths=(48,)),
+    *(case for case in cases.CASES if GPU and case.name in ("w2-edges", "w4-llama", "w8-64-uneven")),
 )
+SPREAD_CASES = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.multigpu] * (case.world_size > 1)) for case in CASES
+]
 WINDOWS = Case(name="windows", world_size=2, lengths=(28,), heads=4, kv_heads=4, dtype="bfloat16")
 SMALL = Case(name="small", world_size=2, lengths=(8, 20), dtype="bfloat16")
 
@@ -92,13 +98,14 @@ def spread(case, check_vma=True, prepared=False, cu_spec=P(), **options):  # noq
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SPREAD_CASES)
 def test_all_ranks_give_the_results_of_the_whole_batch(case, method, backend):
     results = spread(case, method=method, backend=backend)(*global_arrays(case), offsets(case))
     assert [str(x.dtype) for x in results] == [case.dtype, "float32", *[case.dtype] * 3]
     assert_right(case, results)
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("method", METHODS)
 def test_the_bits_are_those_of_the_launches_in_torch(method):
     """Windows in turn, keys of the ring in the order of the steps: out, lse and dq, whose sums are of one rank."""
@@ -113,6 +120,7 @@ def test_the_bits_are_those_of_the_launches_in_torch(method):
             np.testing.assert_array_equal(ours, wanted[name].astype(ours.dtype), f"rank {rank}: {name}")
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_windows_of_heads_give_the_same_bits(backend):
     arrays = *global_arrays(WINDOWS), offsets(WINDOWS)
@@ -124,6 +132,7 @@ def test_windows_of_heads_give_the_same_bits(backend):
             assert_same(results, whole)
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("method", METHODS)
 def test_types_unchecked_and_tables_prepared_give_the_same_bits(method):
     case = SMALL
@@ -134,6 +143,7 @@ def test_types_unchecked_and_tables_prepared_give_the_same_bits(method):
     assert_same(other, results)
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_sums_over_ranks_in_the_type_of_the_inputs(method, backend):
@@ -146,6 +156,7 @@ def test_sums_over_ranks_in_the_type_of_the_inputs(method, backend):
         assert (ours != theirs).any()
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_impossible_lengths_give_nan_on_every_rank(method, backend):
@@ -155,6 +166,7 @@ def test_impossible_lengths_give_nan_on_every_rank(method, backend):
         assert all(jnp.isnan(result).all() for result in results), lengths
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_that_prepare_different_lengths_get_nan(backend):
     function = spread(SMALL, check_vma=False, prepared=True, cu_spec=P("cp"), backend=backend)
@@ -163,6 +175,7 @@ def test_ranks_that_prepare_different_lengths_get_nan(backend):
         assert all(jnp.isnan(result).all() == (lengths[1] == 12) for result in results)
 
 
+@pytest.mark.multigpu
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_over_checkpointed_layers(method):
     """The backward attends no second time where out and lse are saved, but brings K/V again."""

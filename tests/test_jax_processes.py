@@ -10,21 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import CHOSEN, GPU
+from conftest import CHOSEN, GPU, GPUS
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(GPU, reason="processes of a CPU")
+STEPS = 200 if GPU else 4
 
 
-def start(*command):
+def start(*command, **environment):
     """As from a shell: without what conftest.py says to this process."""
-    env = {name: value for name, value in os.environ.items() if name not in CHOSEN} | {"PYTHONPATH": str(ROOT)}
+    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=env | environment,
     )
 
 
-def finish(*processes, timeout=120):
+def finish(*processes, timeout=240):
     """(exit code, lines of output without Gloo's own, errors) of each; none outlives the test."""
     try:
         results = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
@@ -43,30 +49,40 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def train(path, *options, processes=1):
-    """The losses of a few steps of the example."""
-    command = "examples/train_jax.py", "--steps", "4", "--seed", "1", "--json", str(path), *options
-    places = [()]
+def start_training(path, *options, devices, processes=1):
+    """The example, which takes a few steps on so many devices, shared evenly by the processes: those."""
+    command = "examples/train_jax.py", "--steps", str(STEPS), "--seed", "1", "--json", str(path), *options
     if processes > 1:
-        shared = "--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process"
-        places = [(*shared, str(process)) for process in range(processes)]
-    results = finish(*(start(*command, *place) for place in places))
-    assert [code for code, *_ in results] == [0] * processes, results
-    assert any(line.startswith("step    4:") for line in results[0][1])
-    return json.loads(path.read_text())["losses"]
+        command += "--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)
+    each = devices // processes
+    started = []
+    for process in range(processes):
+        own = ("--process", str(process)) if processes > 1 else ()
+        own, environment = (*own, "--devices", str(each)), {}
+        if GPU:
+            visible = ",".join(GPUS[process * each : (process + 1) * each])
+            own, environment = own[:-2], {"CUDA_VISIBLE_DEVICES": visible, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        started.append(start(*command, *own, **environment))
+    return started
 
 
+@pytest.mark.multigpu
 def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_path):
-    one = train(tmp_path / "one.json", "--devices", "1")
-    assert len(one) == 4
-    assert one[0] > one[-1]
-    four = {
-        method: train(tmp_path / f"{method}.json", "--devices", "4", "--method", method)
-        for method in ("allgather", "ring")
-    }
-    four["two processes"] = train(tmp_path / "two.json", "--devices", "2", "--method", "ring", processes=2)
-    for where, losses in four.items():
-        np.testing.assert_allclose(losses, one, rtol=0, atol=2e-5, err_msg=where)
+    devices, processes = len(GPUS) or 4, len(GPUS) or 2
+    runs = {"alone": {"devices": 1}, "allgather": {"devices": devices}, "ring": {"devices": devices}}
+    runs["processes"] = {"devices": devices, "processes": processes}
+    methods = dict.fromkeys(runs, "ring") | {"allgather": "allgather"}
+    files = {name: tmp_path / f"{name}.json" for name in runs}
+    started = {name: start_training(files[name], "--method", methods[name], **places) for name, places in runs.items()}
+    results = finish(*(process for processes in started.values() for process in processes))
+    assert all(code == 0 for code, *_ in results), results
+    assert all(any(line.startswith(f"step {STEPS:>4}:") for line in results[i][1]) for i in range(len(runs)))
+    losses = {name: json.loads(file.read_text())["losses"] for name, file in files.items()}
+    alone = losses.pop("alone")
+    assert len(alone) == STEPS
+    assert alone[0] > alone[-1]
+    for name, others in losses.items():
+        np.testing.assert_allclose(others, alone, rtol=0, atol=2e-5, err_msg=name)
 
 
 FAILING = """
@@ -98,6 +114,7 @@ print("twice", flush=True)
 """
 
 
+@pytest.mark.skipif(GPU, reason="processes of a CPU")
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_process_that_fails_ends_the_others(how):
     port = str(free_port())

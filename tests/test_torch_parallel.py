@@ -1,4 +1,4 @@
-"""Attention between real processes (gloo, on a CPU) against the float64 oracle of the batch that was dealt out."""
+"""Attention between real processes, gloo or NCCL, against the float64 oracle of the batch that was dealt out."""
 
 import numpy as np
 import pytest
@@ -9,21 +9,44 @@ import oracle
 import zigzag_torch
 from cases import CASES, RESULTS, make_inputs
 from closeness import assert_close
-from conftest import GPU
+from conftest import GPU, GPUS
 from processes import run_ranks, torch_numpy
 
-pytestmark = pytest.mark.skipif(GPU, reason="the ranks share one interpreter's CPU")
+pytestmark = pytest.mark.multigpu
 METHODS = ("allgather", "ring")
-# The interpreter takes about a second for one rank of one case, and the ranks share the cores: how many options are
-# tried with the kernels. The reference tries all.
-KERNEL_OPTIONS = {
-    1: {"w1": 1, "w1-odd-group": 1},
-    2: {"w2-uneven": 3, "w2-full": 2, "w2-padding": 2, "w2-empty-runs": 2, "w2-all-empty": 2, "w2-no-rows": 2},
-    3: {"w3": 3, "w3-full": 2},
-    4: {"w4": 2},
-    5: {"w5": 0},
-    8: {"w8": 2, "w8-short": 0},
-}
+DEVICE, KERNELS = ("cuda", "triton") if GPU else ("cpu", "interpret")
+# How many options are tried with the kernels, and how many with the reference; None: all. The interpreter takes about a
+# second for one rank of one case, and the ranks share the cores. On GPUs every option costs compiling, in seconds.
+if GPU:
+    TRIED = {
+        2: {"w2-uneven": (None, 2), "w2-edges": (3, 0), "w2-padding": (2, 0), "w2-no-rows": (2, 0)},
+        3: {"w3": (2, 0), "w3-d96": (2, 0)},
+        4: {"w4-llama": (3, 2), "w4-d24": (2, 0)},
+        5: {"w5-d40": (2, 0)},
+        8: {"w8": (None, 2), "w8-64-uneven": (3, 0), "w8-one-token-chunks": (2, 0)},
+    }
+else:
+    TRIED = {
+        1: {"w1": (1, None), "w1-odd-group": (1, None)},
+        2: {
+            "w2-uneven": (3, None),
+            "w2-full": (2, None),
+            "w2-padding": (2, None),
+            "w2-empty-runs": (2, None),
+            "w2-all-empty": (2, None),
+            "w2-no-rows": (2, None),
+        },
+        3: {"w3": (3, None), "w3-full": (2, None)},
+        4: {"w4": (2, None)},
+        5: {"w5": (0, None)},
+        8: {"w8": (2, None), "w8-short": (0, None)},
+    }
+# On GPUs compiling is most of the time, so that each case is a test of its own, for pytest-xdist to spread.
+TESTS = [
+    pytest.param(world_size, names, id="-".join((str(world_size), *(names if GPU else ()))))
+    for world_size, cases in TRIED.items()
+    for names in ([[name] for name in cases] if GPU else [list(cases)])
+]
 
 
 def find(name):
@@ -34,9 +57,9 @@ def local(case, inputs, rank):
     """(q, k, v, dout, dlse, cu_seqlens) of a rank as tensors."""
     rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
     dtype = getattr(torch, case.dtype)
-    q, k, v, dout = (torch.tensor(inputs[name][rows]).to(dtype) for name in ("q", "k", "v", "dout"))
-    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32)
-    return q, k, v, dout, torch.tensor(np.ascontiguousarray(inputs["dlse"][:, rows])), cu_seqlens
+    q, k, v, dout = (torch.tensor(inputs[name][rows]).to(DEVICE, dtype) for name in ("q", "k", "v", "dout"))
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
+    return q, k, v, dout, torch.tensor(np.ascontiguousarray(inputs["dlse"][:, rows]), device=DEVICE), cu_seqlens
 
 
 def attend(q, k, v, dout, dlse, cu_seqlens, function=zigzag_torch.zigzag_attention, **options):
@@ -88,7 +111,7 @@ def check_cases(rank, world_size, expected):
         *tensors, cu_seqlens = local(case, make_inputs(case), rank)
         rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
         options = list(options_of(case))
-        for backend, count in ("interpret", KERNEL_OPTIONS[world_size][name]), ("reference", len(options)):
+        for backend, count in zip((KERNELS, "reference"), TRIED[world_size][name], strict=True):
             for chosen in options[:count]:
                 common = {"group": dist.group.WORLD, "backend": backend}
                 batch = zigzag_torch.prepare_batch(cu_seqlens, method=chosen["method"], **common)
@@ -100,12 +123,14 @@ def check_cases(rank, world_size, expected):
                     assert_close(where, torch_numpy(x), exact[result][mine], plain[result][mine])
 
 
-@pytest.mark.parametrize("world_size", KERNEL_OPTIONS)
-def test_ranks_match_the_oracle_of_the_whole_batch(world_size, tmp_path):
+@pytest.mark.parametrize(("world_size", "names"), TESTS)
+def test_ranks_match_the_oracle_of_the_whole_batch(world_size, names, tmp_path):
+    if GPU and world_size > len(GPUS):
+        pytest.skip(f"needs {world_size} GPUs")
     expected = {}
-    for name in KERNEL_OPTIONS[world_size]:
+    for name in names:
         case = find(name)
         inputs = make_inputs(case)
         exact, straightforward = (whole(case, inputs, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype)))
         expected[name] = exact, straightforward, rounded_sums(case, inputs)
-    run_ranks(world_size, tmp_path, check_cases, expected)
+    run_ranks(world_size, tmp_path, check_cases, expected, backend="nccl" if GPU else "gloo")

@@ -1,0 +1,168 @@
+"""The ranks of `scaling.py` in JAX: all GPUs of this process, or the devices of a CPU (JAX_NUM_CPU_DEVICES)."""
+
+import functools
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+# Before JAX starts. XLA's scheduler else need not put attention between the beginning and the end of what is sent.
+FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import zigzag_jax
+from zigzag_jax import Batch, zigzag_attention, zigzag_attention_gathered
+
+MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
+
+
+class Ranks:
+    """All devices, driven by one process: it prints, and what it waits for is the slowest."""
+
+    framework = "jax"
+    chief = True
+
+    def __init__(self):
+        self.size = jax.device_count()
+        self.mesh = jax.make_mesh((self.size,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+        self.first = jax.devices()[0]
+        self.versions = {"ranks": self.size, "gpu": self.first.device_kind, "jax": jax.__version__}
+
+    def load(self, case):
+        """Make the rows of all ranks, each another draw, and what they get if the first device plays them alone."""
+        self.case = case
+        rows = NamedSharding(self.mesh, P("cp"))
+        heads = case.heads, case.kv_heads, case.kv_heads, case.heads
+
+        @functools.partial(jax.jit, out_shardings=rows)
+        def draw():
+            keys = jax.random.split(jax.random.key(0), len(heads))
+            shapes = ((case.total, n, case.head_dim) for n in heads)
+            return [jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+        self.q, self.k, self.v, self.dout = draw()
+        self.cu_seqlens = jnp.asarray(case.cu_seqlens, jnp.int32)
+        self.k_all, self.v_all = (jax.device_put(x, self.first) for x in (self.k, self.v))
+
+        def attend(q, k, v, batch):
+            return zigzag_attention_gathered(q, k, v, batch, batch.rank, self.size)
+
+        functions = jax.jit(attend), jax.jit(with_gradients(attend))
+        self.shares = [self._share(rank, *functions) for rank in range(self.size)]
+        self.alone = [(forward(), *both()) for forward, both in self.shares]
+        if case.tokens * case.total <= MOST_SCORES:
+            self._check_head(0)
+
+    def _rows(self, x, rank):
+        return jax.device_put(x.addressable_shards[rank].data, self.first)
+
+    def _share(self, rank, forward, both):
+        """(forward, forward + backward) of `rank` on K/V of all; they return out, and (dq, dk, dv)."""
+        batch = zigzag_jax.prepare_batch(self.cu_seqlens, jnp.asarray([rank], jnp.int32), self.size)
+        batch = jax.device_put(batch, self.first)
+        arrays, dout = (self._rows(self.q, rank), self.k_all, self.v_all), self._rows(self.dout, rank)
+        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, dout)
+
+    def share_calls(self):
+        """(forward, forward + backward) of all ranks in turn."""
+        shares = self.shares
+        return [lambda i=i: [share[i]() for share in shares] for i in range(2)]
+
+    def calls(self, way):
+        """(forward, forward + backward) of a step between the ranks; they return out, and (dq, dk, dv)."""
+        method, stride = way
+        rows, replicated = P("cp"), P()
+        specs = Batch(replicated, rows, self.size, method, rows, rows)
+
+        def spread(function, in_specs, out_specs):
+            return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs))
+
+        def attend(q, k, v, batch):
+            return zigzag_attention(q, k, v, batch, axis_name="cp", method=method, heads_k_stride=stride)
+
+        prepare = functools.partial(zigzag_jax.prepare_batch, axis_name="cp", method=method)
+        batch = spread(prepare, (replicated,), specs)(self.cu_seqlens)
+        forward = spread(attend, (rows, rows, rows, specs), rows)
+        both = spread(with_gradients(attend), (rows, rows, rows, specs, rows), (rows, rows, rows))
+        arrays = self.q, self.k, self.v
+        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, self.dout)
+
+    def check(self, way, forward, both):
+        """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
+        out, (dq, *gradients) = forward(), both()
+        for rank, (wanted_out, wanted_dq, *_) in enumerate(self.alone):
+            for name, got, wanted in (("out", out, wanted_out), ("dq", dq, wanted_dq)):
+                check_close(f"{self.case}, rank {rank}, {way}: {name}", self._rows(got, rank), wanted)
+        for i, (name, got) in enumerate(zip(("dk", "dv"), gradients, strict=True)):
+            wanted = sum(alone[2 + i].astype(jnp.float32) for alone in self.alone)
+            check_close(f"{self.case}, {way}: {name}", jax.device_put(got, self.first), wanted)
+
+    def _check_head(self, rank):
+        """`AssertionError` unless the last query head of out and dq of `rank` agrees with the float32 reference."""
+        q, dout = self._rows(self.q, rank), self._rows(self.dout, rank)
+        arrays = (x[:, -1:].astype(jnp.float32) for x in (q, self.k_all, self.v_all))
+        attend = functools.partial(zigzag_attention_gathered, backend="reference")
+        out, pullback = jax.vjp(lambda *x: attend(*x, self.cu_seqlens, rank, self.size), *arrays)
+        dq, *_ = pullback(dout[:, -1:].astype(jnp.float32))
+        for name, got, wanted in zip(("out", "dq"), self.alone[rank], (out, dq), strict=False):
+            check_close(f"{self.case}, rank {rank}: {name} of the last head", got[:, -1:], wanted)
+
+    def milliseconds(self, call, steps):
+        """Of one of `steps` calls that follow each other, until all devices have done all of them."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) * 1e3 / steps
+
+    def mean(self, value):
+        """Of the shares of all ranks, which are timed together."""
+        return value / self.size
+
+    def slowest(self, value):
+        return value
+
+    def timeline(self, call, path):
+        """[(name, start, end) in ms] of what the first GPU does in a call; writes `path` + ".json.gz"."""
+        with tempfile.TemporaryDirectory() as directory:
+            with jax.profiler.trace(directory):
+                jax.block_until_ready(call())
+            (events,) = Path(directory).rglob("*.trace.json.gz")
+            shutil.copy(events, f"{path}.json.gz")
+            (planes,) = Path(directory).rglob("*.xplane.pb")
+            planes = ProfileData.from_file(str(planes)).planes
+            streams = [
+                line
+                for plane in planes
+                if plane.name.startswith("/device:GPU:0")
+                for line in plane.lines
+                if line.name.startswith("Stream")
+            ]
+            return [(event.name, event.start_ns / 1e6, event.end_ns / 1e6) for line in streams for event in line.events]
+
+    def leave(self):
+        pass
+
+
+def with_gradients(attend):
+    """`(q, k, v, batch, dout) -> (dq, dk, dv)`."""
+
+    def call(q, k, v, batch, dout):
+        _, pullback = jax.vjp(lambda *x: attend(*x, batch), q, k, v)
+        return pullback(dout)
+
+    return call
+
+
+def check_close(name, got, expected):
+    """`AssertionError` unless `got` is as close to `expected` as bfloat16 arithmetic leaves it."""
+    expected = expected.astype(jnp.float32)
+    error = float(jnp.linalg.norm(got.astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
+    assert error < 5e-3, f"{name} is off by {error:.1e}"

@@ -1,0 +1,88 @@
+"""The benchmark between GPUs: what it makes of times and timelines, and a tiny run of each framework."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scaling
+from cases import Case
+from conftest import CHOSEN, GPU, GPUS
+
+ROOT = Path(__file__).parents[1]
+TINY = "--tokens", "64", "--long-tokens", "128", "--rounds", "1"
+
+
+def test_communication_beside_attention():
+    """1 to 3 is half beside attention that others overlap and touch, 5 to 6 wholly, 8 to 9 not."""
+    kernels = [
+        ("ncclDevKernel_AllGather", 1.0, 3.0),
+        ("attention_forward", 2.0, 4.0),
+        ("backward_dkdv", 3.5, 5.5),
+        ("backward_dq", 5.5, 7.0),
+        ("ncclDevKernel_SendRecv", 5.0, 6.0),
+        ("memset", 7.0, 9.0),
+        ("ncclDevKernel_SendRecv", 8.0, 9.0),
+    ]
+    assert scaling.overlap(kernels) == {
+        "step_ms": 8.0,
+        "attention_ms": 5.0,
+        "communication_ms": 4.0,
+        "beside_attention": 0.5,
+    }
+    assert scaling.overlap(kernels[1:2]) is None
+
+
+def test_documents_fill_the_batch():
+    lengths = scaling.document_lengths(1_000_000, 16)
+    assert sum(lengths) == 1_000_000
+    assert all(length > 0 and length % 16 == 0 for length in lengths)
+    assert len(set(lengths)) > 3
+
+
+@pytest.mark.multigpu
+def test_a_wrong_result_is_not_timed():
+    import scaling_jax
+
+    ranks = scaling_jax.Ranks()
+    ranks.load(Case(name="tiny", world_size=ranks.size, lengths=(16 * ranks.size,), heads=4, kv_heads=2))
+    forward, both = ranks.calls(("ring", None))
+    ranks.check("ring", forward, both)
+    with pytest.raises(AssertionError, match="rank 0, ring: out is off"):
+        ranks.check("ring", lambda: forward()[::-1], both)
+    dq, dk, dv = both()
+    with pytest.raises(AssertionError, match="ring: dk is off"):
+        ranks.check("ring", forward, lambda: (dq, dv, dk))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_tiny_run(framework, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    env |= {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16", "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ranks = len(GPUS) or 2
+    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"
+    launcher = torchrun if framework == "torch" else ()
+    files = "--json", str(tmp_path / "measured.json"), "--trace", str(tmp_path / "traces")
+    command = *launcher, "bench/scaling.py", "--framework", framework, *TINY, *files
+    result = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| one sequence, 64 tokens a GPU | ring |" in result.stdout
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert measured["versions"]["ranks"] == ranks
+    rows = {(row["workload"], row["method"], row["heads_k_stride"], row["direction"]): row for row in measured["rows"]}
+    assert len(rows) == len(measured["rows"]) == 2 * (6 + 3 + 3)
+    for (workload, *_, direction), row in rows.items():
+        alone = rows[workload, *scaling.ALONE, direction]
+        assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
+        assert row["per_second"] == pytest.approx(1e3 / row["ms"])
+    assert len(list((tmp_path / "traces").iterdir())) == 5
+    assert len(measured["timelines"]) == (5 if GPU else 0)
+    for timeline in measured["timelines"]:
+        assert 0 <= timeline["beside_attention"] <= 1
+        assert 0 < timeline["communication_ms"] <= timeline["step_ms"]
