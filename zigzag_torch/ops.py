@@ -30,7 +30,8 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts) -> Pr
         return make_problem(*arrays, **facts)
 
 
-def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout) -> Problem:
+def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, *others) -> Problem:
+    """Of a call whose kernels read `others` too."""
     return problem_of(
         q,
         k,
@@ -40,7 +41,7 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_
         causal=causal,
         softmax_scale=softmax_scale,
         target=launch.target(backend, q.device),
-        gluon=launch.can_launch_gluon(backend, k, v),
+        gluon=launch.can_launch_gluon(backend, k, v, *others),
         kv_layout=kv_layout,
         kv_rows=k.shape[0] if kv_layout == CONTIGUOUS else None,
     )
@@ -116,8 +117,8 @@ def attention_backward(
     """(dq, dk, dv) in the layouts and the dtype of q, k, v."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout)
     dout = last_dim_contiguous(dout)
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, q, dout)
     return plan.backward(
         launch.run,
         problem,
