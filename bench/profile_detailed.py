@@ -18,7 +18,7 @@ def main():
     for call in paths.values():  # compiles
         with_gradients(call, leaves)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
-    with ZigzagConfig(profile_kernels=True), profile(activities=activities) as profiler:
+    with ZigzagConfig(profile_kernels=True), profile(activities=activities, acc_events=True) as profiler:
         for call in paths.values():
             for _ in range(CALLS):
                 with_gradients(call, leaves)

@@ -120,7 +120,7 @@ class Ranks:
         """[(name, start, end) in ms] of what the GPU of the first rank does in a call; writes `path` + ".json"."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.gpu
         dist.barrier()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             call()
             if self.gpu:
                 torch.cuda.synchronize()

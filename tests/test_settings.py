@@ -85,7 +85,7 @@ def test_the_profile_names_and_times_launches(capsys):
     profile_report(reset=True)
     capsys.readouterr()
     launch("unseen")
-    with ZigzagConfig(profile_kernels=True), torch.profiler.profile() as profile:
+    with ZigzagConfig(profile_kernels=True), torch.profiler.profile(acc_events=True) as profile:
         for name in ("attention_forward", "attention_forward", "backward_dq"):
             launch(name)
     counts = {event.key: event.count for event in profile.key_averages()}  # a GPU has its own entry for each range
@@ -109,7 +109,7 @@ def test_every_launch_has_a_name_and_a_time(kernel_backend, capsys):
     q, k, v = (torch.randn(8, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     profile_report(reset=True)
     capsys.readouterr()
-    with ZigzagConfig(profile_kernels=True), torch.profiler.profile() as profile:
+    with ZigzagConfig(profile_kernels=True), torch.profiler.profile(acc_events=True) as profile:
         zigzag_attention(q, k, v, backend=kernel_backend).sum().backward()
     seen = {event.key.removeprefix("zigzag::") for event in profile.key_averages()}
     assert seen >= KERNELS
