@@ -126,6 +126,51 @@ def test_which_jax_can_launch_them(monkeypatch):
         assert not jax_launch.can_launch_gluon("interpret")
 
 
+def in_numpy(function, **others):
+    """A device function as a plain one on NumPy arrays."""
+    language = types.SimpleNamespace(maximum=np.maximum, minimum=np.minimum, where=np.where)
+    names = function.fn.__globals__ | {"gl": language, "tl": language, "HIDDEN": -1} | others
+    return types.FunctionType(function.fn.__code__, names)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
+    """The walk of the producer and the masks of the consumers, on a buffer that says which key each row holds."""
+    from zigzag_kernels.hopper import forward, pipeline
+    from zigzag_kernels.tile import chunk_row
+
+    block_place = in_numpy(pipeline.block_place, chunk_row=in_numpy(chunk_row))
+    top_block, walk_down = in_numpy(pipeline.top_block), in_numpy(pipeline.walk_down)
+    blocks_to_hide, hide = in_numpy(forward._blocks_to_hide), in_numpy(forward._hide)
+    rng = np.random.default_rng(slots)
+    for _ in range(200):
+        block, kv_row, chunk_length = (int(rng.integers(*x)) for x in ((1, 9), (0, 5), (1, 30)))
+        keys = 2 * slots * chunk_length if slots > 1 else chunk_length
+        limits = np.sort(rng.integers(0, keys, 8)) + 1 if rng.integers(2) else np.full(8, keys)
+        seen = int(limits[-1])
+        # Each slot has its early chunk, then its late one; the box reads zeros behind them.
+        end = kv_row + (2 * chunk_length if slots > 1 else seen)
+        held = np.full((slots, end + block), -2)
+        for key in range(keys if slots > 1 else seen):
+            chunk, inner = divmod(key, chunk_length) if slots > 1 else (0, key)
+            slot = min(chunk, 2 * slots - 1 - chunk) if slots > 1 else 0
+            held[slot, kv_row + inner + (chunk_length if slots > 1 and chunk >= slots else 0)] = key
+        chunk, start, blocks = top_block(seen, chunk_length, slots, block)
+        masked, ragged = blocks_to_hide(blocks, int(limits[0]), chunk_length, slots, block)
+        visits = np.zeros((8, keys), int)
+        for i in range(blocks):
+            slot, row = block_place(chunk, start, kv_row, chunk_length, slots)
+            scores = np.broadcast_to(held[slot, row : row + block], (8, block))
+            shown, ragged = hide(
+                scores, np.arange(block), limits, i, blocks, masked, ragged, chunk_length, slots, block
+            )
+            for visit, keys_shown in zip(visits, shown, strict=True):
+                np.add.at(visit, keys_shown[keys_shown >= 0], 1)
+            assert (shown != -2).all()
+            chunk, start = walk_down(chunk, start, chunk_length, slots, block)
+        np.testing.assert_array_equal(visits, np.arange(keys) < limits[:, None])
+
+
 class Recorder(types.SimpleNamespace):
     """Stands for `jaxlib.gpu_triton`: writes down in plain text what a kernel call is made of."""
 
