@@ -63,8 +63,8 @@ def test_memory_of_one_call(alone, method, stride):
     outputs, gradients = q.numel() * DTYPE + lse.numel() * FLOAT32, (q.numel() + 2 * k.numel()) * DTYPE
     if method == "allgather":
         buffers = (2 if stride < KV_HEADS else 1) * WORLD_SIZE * window * DTYPE
-        forward = buffers + window * DTYPE + outputs
-        backward = buffers + WORLD_SIZE * window * FLOAT32 + window * (DTYPE + FLOAT32) + statistics + gradients
+        forward = buffers + outputs
+        backward = buffers + WORLD_SIZE * window * FLOAT32 + statistics + gradients
     else:
         buffers = 2 * window * DTYPE
         forward = buffers + q.numel() * FLOAT32 + outputs

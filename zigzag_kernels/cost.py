@@ -168,7 +168,10 @@ def backward(step: Step, rank: int = 0) -> Pass:
 
 
 def extra_memory(step: Step) -> dict[str, int]:
-    """Bytes by use at the peak, the backward pass, beyond inputs, out, lse and gradients."""
+    """Bytes by use at the peak, the backward pass, beyond inputs, out, lse and gradients.
+
+    Between ranks this is what JAX needs: in PyTorch what is sent and received is part of the buffers of all ranks.
+    """
     x, ranks = step.arrays(), step.world_size
     memory = {"delta, lse in base 2": 2 * x.rows}
     if step.ring:

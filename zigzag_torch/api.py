@@ -135,17 +135,18 @@ def zigzag_attention_gathered(
     backend, batch, problem = _check(
         q, k, v, cu_seqlens, rank, world_size, METHODS[0], GATHERED, causal, softmax_scale, backend
     )
-    if backend == "reference":
-        out, lse = reference.attention(
-            q, k, v, batch.cu_seqlens, batch.rank, world_size, problem.causal, problem.softmax_scale
-        )
-    else:
-        batch = _with_tables(batch, backend)
-        q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-        out, lse = ops.attention(
-            q, k, v, batch.segments, batch.sequences, world_size, problem.causal, problem.softmax_scale, backend
-        )
+    out, lse = _on_this_rank(q, k, v, batch, problem, backend)
     return (out, lse) if return_lse else out
+
+
+def _on_this_rank(q, k, v, batch: Batch, problem: Problem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse); k and v are here."""
+    constants = batch.world_size, problem.causal, problem.softmax_scale
+    if backend == "reference":
+        return reference.attention(q, k, v, batch.cu_seqlens, batch.rank, *constants)
+    batch = _with_tables(batch, backend)
+    q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
+    return ops.attention(q, k, v, batch.segments, batch.sequences, *constants, backend)
 
 
 def _check(
@@ -255,9 +256,7 @@ def zigzag_attention(
             _refuse(name, error)
         raise
     if name is None or world_size == 1:
-        out, lse = zigzag_attention_gathered(
-            q, k, v, batch, 0, 1, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend=backend
-        )
+        out, lse = _on_this_rank(q, k, v, batch, problem, backend)
     else:
         out, lse = _between_ranks(q, k, v, batch, problem, name, rank, method, stride, reduce_dtype, backend)
     if batched:

@@ -261,10 +261,9 @@ def replace_grouped_attention_with_fused_triton_v2(
 
     def fused_path(kv_buffer, *chunk_q):
         k, v = kv_buffer
-        rows = torch.cat(chunk_indices_list)
-        local = kv_buffer.new_zeros((kv_buffer.shape[1] // world_size, nheads, head_dim))
+        rows = sum(map(len, chunk_q))
         out, lse = zigzag_attention_gathered(
-            local.index_copy(0, rows, torch.cat(chunk_q)),
+            _InLocalOrder.apply(kv_buffer.shape[1] // world_size, chunk_indices_list, *chunk_q),
             k,
             v,
             cu_seqlens_k * world_size,
@@ -274,7 +273,7 @@ def replace_grouped_attention_with_fused_triton_v2(
             softmax_scale=softmax_scale,
             return_lse=True,
         )
-        return out[: len(rows)], lse[:, : len(rows)]
+        return out[:rows], lse[:, :rows]
 
     def unfused_path(kv_buffer, *chunk_q):
         out, lse, _ = unfused.execute_grouped_attention(
@@ -298,3 +297,24 @@ def replace_grouped_attention_with_fused_triton_v2(
 
     out, lse = choose_path(fused_path, unfused_path, kv_buffer, *chunk_q_list)
     return out, lse, unfused.chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
+
+
+class _InLocalOrder(torch.autograd.Function):
+    """The rows of all groups `[rows, nheads, head_dim]` as those of this rank, `[tokens, nheads, head_dim]`.
+
+    Each is written once, and read once in the backward pass; rows of no group are padding, and zero.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: int, indices: list[torch.Tensor], *groups: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*indices)
+        shape = tokens, *groups[0].shape[1:]
+        local = groups[0].new_empty(shape) if sum(map(len, groups)) == tokens else groups[0].new_zeros(shape)
+        for rows, group in zip(indices, groups, strict=True):
+            local.index_copy_(0, rows, group)
+        return local
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):
+        (gradient,) = gradients
+        return None, None, *(gradient.index_select(0, rows) for rows in ctx.saved_tensors)

@@ -45,17 +45,20 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
 
 
 def windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way."""
+    """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way.
+
+    What this rank sends is in its own slot of the buffer that it receives into.
+    """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
-    packed = k.new_empty((tokens, 2 * heads_k_stride, head_dim))
 
     def gather(index) -> Any:
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
-        torch.cat((k[:, heads], v[:, heads]), 1, out=packed)
-        return gather_into(buffers[index % 2], packed, group=group, async_op=True)
+        own = own_slot(buffers[index % 2], group)
+        torch.cat((k[:, heads], v[:, heads]), 1, out=own)
+        return gather_into(buffers[index % 2], own, group=group, async_op=True)
 
     work = gather(0)
     for index, first_head in enumerate(first_heads):
@@ -65,6 +68,11 @@ def windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, to
             work = gather(index + 1)
         k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
         yield first_head, k_window, v_window
+
+
+def own_slot(buffer: torch.Tensor, group) -> torch.Tensor:
+    """`[T, ...]`: this rank's rows of `buffer [W * T, ...]`, rank-major."""
+    return buffer.chunk(group.size())[group.rank()]
 
 
 def _ring(k, v, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -108,29 +116,21 @@ def _backward_allgather(
     tokens, kv_heads, head_dim = k.shape
     dtype = getattr(torch, reduce_dtype)
     dk, dv = contribution = k.new_empty((2, group.size() * tokens, heads_k_stride, head_dim), dtype=dtype)
-    total = k.new_empty((2, tokens, heads_k_stride, head_dim), dtype=dtype)
+    totals = [own_slot(x, group) for x in contribution]  # the sums come to where this rank's part of them was
     dq, dkv = None, k.new_empty((2, tokens, kv_heads, head_dim))
-
-    def finish(first_head, works):
-        wait(works)
-        dkv[:, :, first_head : first_head + heads_k_stride] = total
-
-    under_way = None
     for first_head, k_window, v_window in windows(k, v, heads_k_stride, group):
-        if under_way:
-            finish(*under_way)  # before the buffers are written again
         plan.backward_keys(
             launch.run, problem, q, k_window, v_window, dout, rows, sequences,
             dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
         )  # fmt: skip
-        works = [reduce_into(x, y, group=group, async_op=True) for x, y in zip(total, contribution, strict=True)]
-        under_way = first_head, works
+        works = [reduce_into(x, y, group=group, async_op=True) for x, y in zip(totals, contribution, strict=True)]
         dq = plan.backward_queries(
             launch.run, problem, q, k_window, v_window, dout, rows, segments,
             dout_strides=dout_strides, part=plan.Part(first_head), into=dq,
         )  # fmt: skip
-    assert under_way
-    finish(*under_way)
+        wait(works)  # which the next window's transfer, sent off behind them, waits for anyway
+        for x, total in zip(dkv, totals, strict=True):
+            x[:, first_head : first_head + heads_k_stride] = total
     return dq, dkv
 
 
