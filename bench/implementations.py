@@ -130,9 +130,12 @@ def flash2_torch(case, rank, sets):
 
 
 def _check_one_mask(case):
-    """cuDNN's causal mask joins the first row with the first key, which no chunk but the first of a sequence has."""
+    """The causal mask of both interfaces joins the first row with the first key; a late chunk's last ones belong
+    together."""
     if len(case.lengths) != 1 or (case.causal and case.world_size > 1):
-        raise Unavailable("not expressible: its causal mask begins at the first key, and it takes one sequence")
+        raise Unavailable(
+            "not expressible: one sequence, and a causal mask that begins at the first key, is all it has"
+        )
 
 
 def cudnn_torch(case, rank, sets):

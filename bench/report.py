@@ -91,16 +91,17 @@ def _cells(row):
 
 
 def headlines(rows, implementations):
-    """For each of `implementations` two lines: what it gains over the unfused path, what short documents cost it."""
-    lines = []
+    """Two lines for each of `implementations` that was timed: its gain over the unfused path, and what short or uneven
+    documents cost it."""
+    lines, timed = [], {row["implementation"] for row in rows if row["status"] == OK}
     for name in implementations:
+        if name not in timed:
+            continue
         gains = [
-            _ratio(step(rows, x, BASELINE), step(rows, x, name), f"{label} {{:.2f}}x") for x, label in HEADLINES.items()
+            f"{label} {_ratio(step(rows, x, BASELINE), step(rows, x, name), 'x')}" for x, label in HEADLINES.items()
         ]
-        costs = [
-            _ratio(_per_flop(rows, x, name), _per_flop(rows, LONG, name), f"{label} {{:.2f}}")
-            for x, label in SMALL.items()
-        ]
+        long = _per_flop(rows, LONG, name)
+        costs = [f"{label} {_ratio(_per_flop(rows, x, name), long)}" for x, label in SMALL.items()]
         lines.append(f"{name}: forward + backward against the unfused path: {', '.join(gains)}")
         lines.append(f"{name}: time per useful FLOP relative to the long rectangle: {', '.join(costs)}")
     return lines
@@ -113,17 +114,18 @@ def _per_flop(rows, case, implementation):
     return time and time / sum(row["ms"] * row["tflops"] for row in found.values())
 
 
-def _ratio(above, below, text):
-    """`text` with `above / below`, or with what says that one of them was not measured."""
-    if above is None or below is None:
-        return text.replace("{:.2f}x", "not measured").replace("{:.2f}", "not measured")
-    return text.format(above / below)
+def _ratio(above, below, unit=""):
+    """`above / below` in words, one of which may not have been measured."""
+    return "not measured" if above is None or below is None else f"{above / below:.2f}{unit}"
 
 
 def save_plots(folder: Path, rows, matmul_tflops):
     """throughput.png and, where there is the unfused path to compare with, speedup.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    bars = {direction: {key: x["tflops"] for key, x in _by_bar(rows, direction).items()} for direction in DIRECTIONS}
+    bars = {direction: {} for direction in DIRECTIONS}
+    for row in rows:
+        if row["status"] == OK:
+            bars[row["direction"]][row["case"], row["implementation"]] = row["tflops"]
     _draw(folder / "throughput.png", rows, bars, "TFLOP/s, {}", (matmul_tflops, "matrix product, same run"))
     gains = {}
     for case, name in dict.fromkeys((row["case"], row["implementation"]) for row in rows):
@@ -131,14 +133,8 @@ def save_plots(folder: Path, rows, matmul_tflops):
         if ours and theirs and name != BASELINE:
             gains[case, name] = theirs / ours
     if gains:
-        _draw(
-            folder / "speedup.png", rows, {"forward + backward": gains}, "times as fast as unfused, {}", (1, "unfused")
-        )
-
-
-def _by_bar(rows, direction):
-    chosen = [row for row in rows if row["direction"] == direction and row["status"] == OK]
-    return {(row["case"], row["implementation"]): row for row in chosen}
+        panels = {"forward + backward": gains}
+        _draw(folder / "speedup.png", rows, panels, "times as fast as unfused, {}", (1, "unfused"))
 
 
 def _draw(path, rows, panels, title, line):

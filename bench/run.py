@@ -203,7 +203,7 @@ def chosen(names, patterns):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the few cases that matter most: under three minutes")
+    parser.add_argument("--quick", action="store_true", help="only the few cases that matter most")
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
     parser.add_argument("--implementations", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
@@ -216,6 +216,7 @@ def main(arguments=None, device="cuda"):
     cases = {case.name: case for case in CASES if case.tags & (QUICK if options.quick else BENCH)}
     cases = [cases[name] for name in chosen(list(cases), options.cases)]
     names = chosen(list(IMPLEMENTATIONS), options.implementations)
+    ours = [name for name in names if IMPLEMENTATIONS[name].ours]
     about = machine(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     if device == "cuda":
@@ -232,12 +233,11 @@ def main(arguments=None, device="cuda"):
             rows += measure(case, names, device, matmul, tick)
             clean()
             if options.json:  # after every case, so that a run cut short leaves what it has measured
-                options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1), encoding="utf-8")
+                written = {"machine": about, "headlines": report.headlines(rows, ours), "rows": rows}
+                options.json.write_text(json.dumps(written, indent=1), encoding="utf-8")
     print(f"\nmatrix product, bfloat16: {matmul:.1f} TFLOP/s\n", *report.table(rows), sep="\n")
     print("", *report.missing(rows), "", sep="\n")
-    ours = [name for name in names if IMPLEMENTATIONS[name].ours]
-    timed = report.unique([row for row in rows if row["status"] == report.OK], "implementation")
-    print(*report.headlines(rows, [name for name in timed if name in ours]), sep="\n")
+    print(*report.headlines(rows, ours), sep="\n")
     if options.plots:
         report.save_plots(options.plots, rows, matmul)
     failed = [row for row in rows if row["implementation"] in ours and row["status"].startswith("failed")]
