@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 
-# Else what is sent waits for multiprocessors until the last tiles of the attention that runs beside it have started.
+# Before the group is made: what is sent takes the multiprocessors that become free before more tiles of attention do.
 os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 import torch
