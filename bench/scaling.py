@@ -29,6 +29,7 @@ from zigzag_kernels.problem import METHODS, choose_heads_k_stride
 
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 STRIDES = (1, 2, 4, 8)
+LONGEST_DOCUMENT = 4096
 DIRECTIONS = "forward", "forward + backward"
 ALONE = "one GPU's share", None
 OUR_KERNELS = "attention_", "backward_"  # how their names begin
@@ -67,8 +68,8 @@ def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Wo
 
 
 def document_lengths(total: int, multiple: int) -> tuple[int, ...]:
-    """Bytes of the modules of Python's standard library, in random order, each padded, `total` in all."""
-    lengths = [-(-len(text) // multiple) * multiple for text in documents(total)]
+    """Of the documents that the examples train on, in random order, each padded to a `multiple`; `total` in all."""
+    lengths = [-(-len(text) // multiple) * multiple for text in documents(LONGEST_DOCUMENT)]
     draw, chosen = random.Random(0), []
     while total:
         chosen.append(min(draw.choice(lengths), total))

@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 
-# Else what is sent waits for multiprocessors until the last tiles of the attention that runs beside it have started.
+# Before the group is made: what is sent takes the multiprocessors that become free before more tiles of attention do.
 os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 import torch
@@ -112,15 +112,20 @@ class Ranks:
         return max(self._of_all(value))
 
     def _of_all(self, value):
-        values = [None] * self.size
+        values: list[float] = [0.0] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def timeline(self, call, path):
         """[(name, start, end) in ms] of what the GPU of the first rank does in a call; writes `path` + ".json"."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.gpu
+<<<<<<< HEAD
         dist.barrier()
         with profile(activities=activities, acc_events=True) as profiler:
+=======
+        with profile(activities=activities) as profiler:
+            dist.barrier()  # in here, as profilers take their time to begin
+>>>>>>> multigpu
             call()
             if self.gpu:
                 torch.cuda.synchronize()
@@ -129,7 +134,7 @@ class Ranks:
         file = path.with_suffix(".json")
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-        kernels = [event for event in events if event.get("cat") == "kernel"]
+        kernels = [x for x in events if x.get("cat") == "kernel" and "AllReduce" not in x["name"]]  # but the barrier's
         return [(x["name"], x["ts"] / 1e3, (x["ts"] + x["dur"]) / 1e3) for x in kernels]
 
     def leave(self):

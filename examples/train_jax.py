@@ -8,6 +8,8 @@ On several machines, or in several processes on one, start it in each of them wi
     python examples/train_jax.py --coordinator HOST:29500 --processes 2 --process 0
     python examples/train_jax.py --coordinator HOST:29500 --processes 2 --process 1
 
+On one machine with GPUs give each process its own, with CUDA_VISIBLE_DEVICES.
+
 However many devices there are, the losses are those of one device but for rounding.
 """
 

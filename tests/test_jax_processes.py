@@ -49,40 +49,38 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_training(path, *options, devices, processes=1):
-    """The example, which takes a few steps on so many devices, shared evenly by the processes: those."""
+def train(path, *options, devices, processes=1):
+    """The losses of a few steps of the example on so many devices, shared evenly by the processes."""
     command = "examples/train_jax.py", "--steps", str(STEPS), "--seed", "1", "--json", str(path), *options
     if processes > 1:
         command += "--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)
-    each = devices // processes
-    started = []
+    each, started = devices // processes, []
     for process in range(processes):
         own = ("--process", str(process)) if processes > 1 else ()
-        own, environment = (*own, "--devices", str(each)), {}
         if GPU:
             visible = ",".join(GPUS[process * each : (process + 1) * each])
-            own, environment = own[:-2], {"CUDA_VISIBLE_DEVICES": visible, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        started.append(start(*command, *own, **environment))
-    return started
+            environment = {"CUDA_VISIBLE_DEVICES": visible, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            started.append(start(*command, *own, **environment))
+        else:
+            started.append(start(*command, *own, "--devices", str(each)))
+    results = finish(*started)
+    assert [code for code, *_ in results] == [0] * processes, results
+    assert any(line.startswith(f"step {STEPS:>4}:") for line in results[0][1])
+    return json.loads(path.read_text())["losses"]
 
 
 @pytest.mark.multigpu
 def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_path):
     devices, processes = len(GPUS) or 4, len(GPUS) or 2
-    runs = {"alone": {"devices": 1}, "allgather": {"devices": devices}, "ring": {"devices": devices}}
-    runs["processes"] = {"devices": devices, "processes": processes}
-    methods = dict.fromkeys(runs, "ring") | {"allgather": "allgather"}
-    files = {name: tmp_path / f"{name}.json" for name in runs}
-    started = {name: start_training(files[name], "--method", methods[name], **places) for name, places in runs.items()}
-    results = finish(*(process for processes in started.values() for process in processes))
-    assert all(code == 0 for code, *_ in results), results
-    assert all(any(line.startswith(f"step {STEPS:>4}:") for line in results[i][1]) for i in range(len(runs)))
-    losses = {name: json.loads(file.read_text())["losses"] for name, file in files.items()}
-    alone = losses.pop("alone")
-    assert len(alone) == STEPS
-    assert alone[0] > alone[-1]
-    for name, others in losses.items():
-        np.testing.assert_allclose(others, alone, rtol=0, atol=2e-5, err_msg=name)
+    one = train(tmp_path / "one.json", devices=1)
+    assert len(one) == STEPS
+    assert one[0] > one[-1]
+    others = {
+        "devices": train(tmp_path / "devices.json", devices=devices),
+        "processes": train(tmp_path / "processes.json", "--method", "ring", devices=devices, processes=processes),
+    }
+    for where, losses in others.items():
+        np.testing.assert_allclose(losses, one, rtol=0, atol=2e-5, err_msg=where)
 
 
 FAILING = """

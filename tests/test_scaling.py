@@ -37,10 +37,10 @@ def test_communication_beside_attention():
 
 
 def test_documents_fill_the_batch():
-    lengths = scaling.document_lengths(1_000_000, 16)
-    assert sum(lengths) == 1_000_000
+    lengths = scaling.document_lengths(100_000, 16)
+    assert sum(lengths) == 100_000
     assert all(length > 0 and length % 16 == 0 for length in lengths)
-    assert len(set(lengths)) > 3
+    assert len(set(lengths)) > 10
 
 
 @pytest.mark.multigpu

@@ -52,14 +52,14 @@ def test_training_in_torch_is_the_same_on_one_rank_and_on_several(tmp_path):
     script = "examples/train_torch.py", "--steps", str(STEPS), "--seed", "1", "--json"
     torchrun = "-m", "torch.distributed.run"
     ranks = len(GPUS) or 4
-    alone = start(*script, str(files["alone"]))
+    assert_finished(start(*script, str(files["alone"])))
     ring = *script, str(files["ring"]), "--method", "ring"
-    ring = start(*torchrun, "--standalone", f"--nproc_per_node={ranks}", *ring)
+    assert_finished(start(*torchrun, "--standalone", f"--nproc_per_node={ranks}", *ring))
     half = ranks // 2
     place = "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={free_endpoint()}", "--rdzv-id=1"
     machine = *torchrun, *place, f"--nproc_per_node={half}", *script, str(files["allgather"])
     shares = [{"CUDA_VISIBLE_DEVICES": ",".join(x)} for x in (GPUS[:half], GPUS[half : 2 * half])] if GPU else [{}, {}]
-    assert_finished(alone, ring, *(start(*machine, **share) for share in shares))
+    assert_finished(*[start(*machine, **share) for share in shares])
     alone, *dealt_out = (json.loads(file.read_text())["losses"] for file in files.values())
     assert len(alone) == STEPS
     for losses in dealt_out:
