@@ -119,13 +119,8 @@ class Ranks:
     def timeline(self, call, path):
         """[(name, start, end) in ms] of what the GPU of the first rank does in a call; writes `path` + ".json"."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.gpu
-<<<<<<< HEAD
-        dist.barrier()
         with profile(activities=activities, acc_events=True) as profiler:
-=======
-        with profile(activities=activities) as profiler:
             dist.barrier()  # in here, as profilers take their time to begin
->>>>>>> multigpu
             call()
             if self.gpu:
                 torch.cuda.synchronize()
