@@ -272,7 +272,7 @@ for head_dim in (64, 128):
             kinds = [gluon._POINTERS[dtype]] * 3 + ["*i32", *2 * [gluon._POINTERS[launch.outputs[0].dtype]]]
             kinds[5:] = ["*fp32", *["i32"] * len(launch.scalars), kinds[4], "*fp32"]
             constexprs = tuple(launch.constexprs.items())
-            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps)
+            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
             name, ptx = plan.forward_kernel(asked), compiled.asm["ptx"]
             chosen = config.choose_config(name, head_dim, dtype, "9.0")
             bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")

@@ -49,7 +49,8 @@ def _kernel_call(launch: "Launch", arrays: tuple) -> bytes:
 
     inputs, outputs = (tuple(_POINTERS[str(x.dtype)] for x in group) for group in (arrays, launch.outputs))
     kinds = *inputs, *("i32" for _ in launch.scalars), *outputs
-    kernel = compile_kernel(launch.kernel, launch.target, kinds, tuple(launch.constexprs.items()), launch.num_warps)
+    constexprs, options = tuple(launch.constexprs.items()), (launch.num_warps, launch.num_stages)
+    kernel = compile_kernel(launch.kernel, launch.target, kinds, constexprs, *options)
     metadata = kernel.metadata
     if metadata.global_scratch_size > launch.scratch or metadata.global_scratch_align > _SCRATCH_ALIGNED:
         raise RuntimeError(
@@ -67,12 +68,15 @@ def _kernel_call(launch: "Launch", arrays: tuple) -> bytes:
 
 
 @functools.cache
-def compile_kernel(kernel: Any, target: str, kinds: tuple[str, ...], constexprs: tuple, num_warps: int) -> Any:
+def compile_kernel(
+    kernel: Any, target: str, kinds: tuple[str, ...], constexprs: tuple, num_warps: int, num_stages: int
+) -> Any:
     """The compiled Gluon `kernel` for arguments of `kinds`, as a launch from PyTorch compiles it: aligned pointers."""
     signature = dict(zip(kernel.arg_names, kinds, strict=False)) | {name: "constexpr" for name, _ in constexprs}
     aligned = {(i,): [["tt.divisibility", _ALIGNED]] for i, kind in enumerate(kinds) if kind[0] == "*"}
     source = GluonASTSource(kernel, signature, dict(constexprs), aligned)
-    return triton.compile(source, GPUTarget("cuda", _capability(target), 32), {"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, GPUTarget("cuda", _capability(target), 32), options)
 
 
 def _capability(target: str) -> int:

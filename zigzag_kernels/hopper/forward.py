@@ -91,12 +91,12 @@ def _hide(scores, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS: gl
 
 @gluon.jit
 def _consumer(
-    warpgroup: gl.constexpr, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem,
-    k_full, k_empty, v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T,
-    SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SCALE_LOG2: gl.constexpr,
-    STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+    warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SCALE_LOG2: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
+    q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = values[0]
+    row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T = values[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -232,19 +232,21 @@ def attention_forward_hopper(
     k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
     v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
     hopper.fence_async_shared()
-    # The argument tuples stay inline: a tuple bound to a name turns its constexprs into tensors.
+    # A tuple bound to a name turns its constexprs into tensors: those stay outside.
+    values = (
+        (q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty),
+        (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
+    )
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (_consumer, (
-                    0, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_consumer, (
-                    1, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_producer, (
                     k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
@@ -259,24 +261,20 @@ def attention_forward_hopper(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    0, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_consumer, (
-                    1, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_consumer, (
-                    2, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    2, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_consumer, (
-                    3, q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, row, q_row,
-                    q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2,
-                    STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                    3, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
                 )),
                 (_producer, (
                     k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
