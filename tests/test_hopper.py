@@ -43,31 +43,39 @@ UNEVEN = Case(
     padding=70,
 )  # fmt: skip
 PLAIN = replace(UNEVEN, name="hopper-w1", world_size=1, lengths=(503, 1, 600, 0), head_dim=64, dtype="float16")
+PORTABLE = ("backward_dkdv", "backward_dq")
+DOUT_STRIDES = (4096, 128)
+KERNELS = {"attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"}
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton that these kernels are written for")
 needs_hopper = pytest.mark.skipif(not HERE, reason="needs a Hopper GPU too")
 
 
 @pytest.fixture
 def forced(monkeypatch):
-    """They are taken wherever they can serve; the names of the forward kernels that were launched."""
-    names, make_launch = set(), plan._forward_launch.__wrapped__
+    """They are taken wherever they can serve; the names of the attention kernels that were launched."""
+    names = set()
 
-    def noted(*arguments):
-        launch = make_launch(*arguments)
-        names.add(launch.kernel.fn.__name__)
-        return launch
+    def noted(make_launch):
+        def make_and_note(*arguments):
+            launch = make_launch(*arguments)
+            names.add(launch.kernel.fn.__name__)
+            return launch
+
+        return make_and_note
 
     monkeypatch.setenv(hopper.VARIABLE, "1")
-    monkeypatch.setattr(plan, "_forward_launch", noted)
+    for name in ("_forward_launch", "_dkdv_launch", "_dq_launch"):
+        monkeypatch.setattr(plan, name, noted(getattr(plan, name).__wrapped__))
     frameworks._jax_attention.cache_clear()
     yield names
     frameworks._jax_attention.cache_clear()
 
 
 def problem(
-    tokens=8192, head_dim=128, dtype="bfloat16", stride=None, target="9.0", gluon=True, sequences=1, world_size=8
-):
-    q = ((tokens, 32, head_dim), dtype, (32 * head_dim, head_dim))
+    tokens=8192, head_dim=128, dtype="bfloat16", stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
+    world_size=8,
+):  # fmt: skip
+    q = ((tokens, 32, head_dim), dtype, (q_stride or 32 * head_dim, head_dim))
     kv = ((world_size * tokens, 8, head_dim), dtype, (stride or 8 * head_dim, head_dim))
     return make_problem(
         q, kv, kv, sequences=sequences, world_size=world_size, causal=True, softmax_scale=None, target=target,
@@ -75,21 +83,32 @@ def problem(
     )  # fmt: skip
 
 
-def test_the_rule_that_takes_them(monkeypatch):
+def test_the_rules_that_take_them(monkeypatch):
     monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
     for value in (None, "1"):
         if value:
             monkeypatch.setenv(hopper.VARIABLE, value)
         assert hopper.forward_kernel(problem()) == "hopper_forward"
+        assert hopper.backward_kernels(problem(), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq")
         assert hopper.forward_kernel(problem(tokens=2048)) == "hopper_forward_few"
+        assert hopper.backward_kernels(problem(tokens=2048), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_few")
         assert hopper.forward_kernel(problem(sequences=64)) == "hopper_forward_short"
         short = hopper.forward_kernel(problem(sequences=64, head_dim=64))
         assert short == ("hopper_forward_short" if value else "forward")
+        short = hopper.backward_kernels(problem(sequences=64, head_dim=64), DOUT_STRIDES)
+        assert short == (("hopper_dkdv", "hopper_dq_short") if value else PORTABLE)
+        medium = hopper.backward_kernels(problem(sequences=16, head_dim=64), DOUT_STRIDES)
+        assert medium == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq")
+        assert hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_short")
+        # dK/dV alone reads q and dout by the copy engine.
+        assert hopper.backward_kernels(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
+        assert hopper.backward_kernels(problem(q_stride=4100), DOUT_STRIDES) == ("backward_dkdv", "hopper_dq")
         for cannot in (
             {"head_dim": 32}, {"head_dim": 136}, {"dtype": "float32"}, {"target": "8.0"}, {"target": "10.0"},
             {"gluon": False}, {"stride": 1028},
         ):  # fmt: skip
             assert hopper.forward_kernel(problem(**cannot)) == "forward", cannot
+            assert hopper.backward_kernels(problem(**cannot), DOUT_STRIDES) == PORTABLE, cannot
     monkeypatch.setenv(hopper.VARIABLE, "0")
     assert hopper.forward_kernel(problem()) == "forward"
     monkeypatch.setenv(hopper.VARIABLE, "yes")
@@ -316,7 +335,7 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
             where = f"rank {rank} of {case.world_size}: {name}"
             assert_close(where, results[name], exact[name], straightforward[name])
             assert results[name].tobytes() == theirs[name].tobytes(), f"{where}: torch and JAX differ"
-    assert forced == {"attention_forward_hopper"}
+    assert forced == KERNELS
 
 
 @pytest.mark.gpu
@@ -334,9 +353,15 @@ def test_no_other_sequence_and_no_padding_reaches_a_result(case, foul, forced):
         for sequence in {*keys_of}:  # the last is the padding
             spoilt = (np.where((keys_of == sequence)[:, None, None], np.float32(foul), x) for x in (k, v))
             result = frameworks.attend_torch(case, q, *spoilt, dout, dlse, rank, "triton")
-            others = rows_of != sequence
-            np.testing.assert_array_equal(result["out"][others], clean["out"][others])
+            others, other_keys = rows_of != sequence, keys_of != sequence
             np.testing.assert_array_equal(result["lse"][:, others], clean["lse"][:, others])
+            for name, kept in {"out": others, "dq": others, "dk": other_keys, "dv": other_keys}.items():
+                np.testing.assert_array_equal(result[name][kept], clean[name][kept])
+            foul_rows = (np.where((rows_of == sequence)[:, None, None], np.float32(foul), x) for x in (q, dout))
+            spoilt_q, spoilt_dout = foul_rows
+            result = frameworks.attend_torch(case, spoilt_q, k, v, spoilt_dout, dlse, rank, "triton")
+            for name, kept in {"out": others, "dq": others, "dk": other_keys, "dv": other_keys}.items():
+                np.testing.assert_array_equal(result[name][kept], clean[name][kept])
 
 
 @pytest.mark.gpu

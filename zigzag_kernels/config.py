@@ -2,8 +2,8 @@
 
 Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for 8.6, 8.9 and 12.x, sm_80 for the rest.
 The 16-bit entries of sm_90 for head_dim up to 64 and up to 128 were measured on an H100 (`docs/kernels.md`). All others
-are chosen by budget and not measured. The "hopper_" kernels are those of `hopper/`: their BLOCK_M rows are shared by
-warpgroups of 64, and num_warps counts one of these.
+are chosen by budget and not measured. The "hopper_" kernels are those of `hopper/`: the rows that a program owns
+(keys, in dK/dV) are shared by warpgroups of 64, and num_warps counts one of these.
 
 `ZIGZAG_KERNEL_CONFIG=file.json`, read when a problem is first seen, replaces entries, in the shape of `_TABLES` with
 `Config` fields as objects:
@@ -19,7 +19,10 @@ from .backend import INTERPRET
 from .problem import DTYPE_BYTES, MAX_BLOCK
 
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
-HOPPER_KERNELS = ("hopper_forward", "hopper_forward_few", "hopper_forward_short")
+HOPPER_KERNELS = (
+    "hopper_dkdv",
+    *(f"hopper_{name}{size}" for name in ("forward", "dq") for size in ("", "_few", "_short")),
+)
 KERNELS = ("forward", "backward_dkdv", "backward_dq", *HOPPER_KERNELS)
 WIDTHS = {2: "16-bit", 4: "32-bit"}
 HEAD_DIMS = (64, 128, 256)  # an entry serves every head_dim up to its own, above the one before
@@ -71,6 +74,10 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
             "hopper_forward": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2)),
             "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
             "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4)),
+            "hopper_dkdv": _up_to((128, 128, 4, 2), (64, 128, 4, 3)),
+            "hopper_dq": _up_to((128, 128, 4, 3), (128, 128, 4, 2)),
+            "hopper_dq_few": _up_to((128, 128, 4, 3, 1), (128, 128, 4, 2, 1)),
+            "hopper_dq_short": _up_to((128, 64, 4, 4), (128, 64, 4, 4)),
         },
         "32-bit": _FLOAT32,
     },
@@ -120,8 +127,11 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
-    if kernel in HOPPER_KERNELS:  # Q, what passes by, and barriers
-        return (config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
+    if kernel == "hopper_dkdv":  # its own K and V; Q, dO and three numbers a row pass by; barriers
+        return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 12) + 1024
+    if kernel in HOPPER_KERNELS:  # Q, and in dQ dO; what passes by, and barriers
+        own_tiles = 1 if kernel.startswith("hopper_forward") else 2
+        return (own_tiles * config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
     scores = 0
     if arch != "sm_90" or size == 4:
         scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
@@ -151,8 +161,10 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
     if kernel in HOPPER_KERNELS:  # each warpgroup has 64 rows and the registers that the kernel assigns
-        good = config.BLOCK_M in (128, 256) and config.num_warps == 4
-        return None if good else "BLOCK_M 128 or 256 and num_warps 4"
+        own = "BLOCK_N" if kernel == "hopper_dkdv" else "BLOCK_M"
+        sizes = (128, 256) if kernel.startswith("hopper_forward") else (128,)
+        good = getattr(config, own) in sizes and config.num_warps == 4
+        return None if good else f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
     need = registers(kernel, config, head_dim)
     if need > REGISTERS_PER_THREAD:
         return f"{need} registers a thread, the GPU has {REGISTERS_PER_THREAD}"

@@ -22,7 +22,7 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import Config, block_d, choose_config
 from .forward import attention_forward
-from .hopper import DESCRIPTOR_BYTES, forward_kernel
+from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel
 from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
@@ -142,6 +142,19 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
     }
 
 
+def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Fields of the `Launch` of a kernel of `hopper/`, which all make two descriptors, from the portable constexprs."""
+    constexprs = constexprs | {"STAGES": config.num_stages}
+    del constexprs["INTERPRET"]
+    return {"kernel": kernel, "constexprs": constexprs, "num_warps": config.num_warps, "scratch": 2 * DESCRIPTOR_BYTES}
+
+
+def _portable(kernel: Any, constexprs: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The same fields for a portable kernel."""
+    stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {"kernel": kernel, "constexprs": constexprs, **stages}
+
+
 def _grid(problem: Problem, rows: int, block: int, entries: int, config: Config) -> tuple[int, int, int]:
     """Programs for all tiles and heads, an upper bound from static shapes alone: see `tile.locate`, `tile_and_head`."""
     tiles, together = rows // block + entries, config.tiles_together or 1
@@ -155,14 +168,13 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
     name = forward_kernel(problem)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
-    kernel, hopper = attention_forward, name != "forward"
-    if hopper:
-        from .hopper.forward import attention_forward_hopper as kernel
+    if name == "forward":
+        chosen = _portable(attention_forward, constexprs, config)
+    else:
+        from .hopper.forward import attention_forward_hopper
 
-        del constexprs["INTERPRET"]
-        constexprs["STAGES"] = config.num_stages
+        chosen = _hopper(attention_forward_hopper, constexprs, config)
     return Launch(
-        kernel=kernel,
         target=problem.target,
         grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "segments", "into_out", "into_lse"),
@@ -172,10 +184,7 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
             Output("lse", (problem.heads, problem.tokens), "float32"),
         ),
         in_place={"out": "into_out", "lse": "into_lse"},
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=1 if hopper else config.num_stages,
-        scratch=2 * DESCRIPTOR_BYTES if hopper else 0,
+        **chosen,
     )
 
 
@@ -209,37 +218,47 @@ def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: boo
 @functools.lru_cache(maxsize=_CACHED)
 def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
     _, (sequences, _) = segment_table_shapes(problem.sequences)
-    config = choose_config("backward_dkdv", problem.head_dim, problem.dtype, problem.target)
+    name, _ = backward_kernels(problem, dout_strides)
+    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
+    constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
+    if name == "backward_dkdv":
+        chosen = _portable(backward_dkdv, constexprs, config)
+    else:
+        from .hopper.dkdv import backward_dkdv_hopper
+
+        chosen = _hopper(backward_dkdv_hopper, constexprs, config)
     shape, dtype = (problem.kv_tokens, problem.window, problem.head_dim), part.dtype or problem.dtype
     return Launch(
-        kernel=backward_dkdv,
         target=problem.target,
         grid=_grid(problem, problem.kv_tokens, config.BLOCK_N, sequences, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
         scalars={"n_sequences": sequences} | _scalars(problem, part),
         outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
         in_place={"dk": "into_dk", "dv": "into_dv"},
-        constexprs=_constexprs(problem, config, part) | _strides(dout_strides),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **chosen,
     )
 
 
 @functools.lru_cache(maxsize=_CACHED)
 def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
     (segments, _), _ = segment_table_shapes(problem.sequences)
-    config = choose_config("backward_dq", problem.head_dim, problem.dtype, problem.target)
+    _, name = backward_kernels(problem, dout_strides)
+    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
+    constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
+    if name == "backward_dq":
+        chosen = _portable(backward_dq, constexprs, config)
+    else:
+        from .hopper.dq import backward_dq_hopper
+
+        chosen = _hopper(backward_dq_hopper, constexprs, config)
     return Launch(
-        kernel=backward_dq,
         target=problem.target,
         grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "segments", "into_dq"),
         scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), part.dtype or problem.dtype),),
         in_place={"dq": "into_dq"},
-        constexprs=_constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **chosen,
     )
 
 

@@ -12,7 +12,8 @@ def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     return tuple(x.shape), str(x.dtype).removeprefix("torch."), (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, 0)
 
 
-def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout) -> Problem:
+def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, *others) -> Problem:
+    """Of a call whose kernels read `others` too."""
     return make_problem(
         describe(q),
         describe(k),
@@ -22,7 +23,7 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_
         causal=causal,
         softmax_scale=softmax_scale,
         target=launch.target(backend, q.device),
-        gluon=launch.can_launch_gluon(backend, k, v),
+        gluon=launch.can_launch_gluon(backend, k, v, *others),
         kv_layout=kv_layout,
         kv_rows=k.shape[0] if kv_layout == CONTIGUOUS else None,
     )
@@ -98,8 +99,8 @@ def attention_backward(
     """(dq, dk, dv) in the layouts and the dtype of q, k, v."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout)
     dout = last_dim_contiguous(dout)
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, q, dout)
     return plan.backward(
         launch.run,
         problem,

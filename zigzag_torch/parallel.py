@@ -24,8 +24,8 @@ from .ops import describe, last_dim_contiguous, save_for_backward
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
 
 
-def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softmax_scale, backend) -> Problem:
-    """Of K/V as `windows` or `_ring` deliver them."""
+def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softmax_scale, backend, *others) -> Problem:
+    """Of K/V as `windows` or `_ring` deliver them; the kernels read `others` too."""
     tokens, kv_heads, head_dim = k.shape
     ranks, window = (world_size, heads_k_stride) if method == "allgather" else (1, kv_heads)
     kv = (ranks * tokens, window, head_dim), describe(k)[1], (2 * window * head_dim, head_dim)
@@ -40,7 +40,7 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
         target=launch.target(backend, q.device),
         kv_layout=KV_LAYOUT[method],
         kv_heads=kv_heads,
-        gluon=launch.can_launch_gluon(backend),  # the buffers are ours, and aligned
+        gluon=launch.can_launch_gluon(backend, *others),  # the buffers are ours, and aligned
     )
 
 
@@ -216,8 +216,10 @@ def parallel_backward(
     from zigzag_kernels import plan
 
     group = resolve(group_name)
-    problem = _problem(q, k, sequences, group.size(), method, heads_k_stride, causal, softmax_scale, backend)
     dout = last_dim_contiguous(dout)
+    problem = _problem(
+        q, k, sequences, group.size(), method, heads_k_stride, causal, softmax_scale, backend, q, dout
+    )  # fmt: skip
     dout_strides = dout.stride(0), dout.stride(1)
     dlse = None if dlse is None else dlse.contiguous()
     rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, dout_strides=dout_strides)

@@ -1,4 +1,4 @@
-"""Kernels for Hopper in Gluon, behind the same plan and tables as the portable ones, and the rule when they serve.
+"""Kernels for Hopper in Gluon, behind the same plan and tables as the portable ones, and the rules when they serve.
 
 They are taken where they can serve and were not slower than the portable ones. `ZIGZAG_HOPPER`, read when a problem is
 first seen, is 0 for the portable kernels always, and 1 for these wherever they can serve. `docs/hopper.md` has their
@@ -16,30 +16,53 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half o
 TRITON = "3.6."  # Gluon changes from release to release: with 3.9 the kernels here do not compile
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
-FASTER_SHORT = 64  # with chunks shorter than blocks the portable kernel is faster up to this head_dim
+SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty
+# Up to this head_dim portable kernels are faster with short chunks, of dK/dV with those of fewer than SHORT_DKDV keys.
+FASTER_SHORT = 64
+SHORT_DKDV = 512
 FEW_ROWS = 2**17  # packed query rows of all heads: 1024 tiles, about eight for each multiprocessor
 
 
 def forward_kernel(problem: Problem) -> str:
     """Name in the tile tables of the forward kernel for `problem`: one of `config.HOPPER_KERNELS`, or "forward"."""
+    return f"hopper_forward{_size(problem)}" if _taken(problem, SHORT) else "forward"
+
+
+def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[str, str]:
+    """Names in the tile tables of the dK/dV and the dQ kernel for `problem`."""
+    strides = *problem.q_strides, *dout_strides
+    return (
+        "hopper_dkdv" if _taken(problem, SHORT_DKDV, *strides) else "backward_dkdv",
+        f"hopper_dq{_size(problem)}" if _taken(problem, SHORT) else "backward_dq",
+    )
+
+
+def _taken(problem: Problem, short: int, *strides: int) -> bool:
+    """Whether a kernel here serves `problem`, one that the portable kernel is faster than with chunks of fewer than
+    `short` keys if head_dim is small. The copy engine reads k, v, and arrays of these `strides`."""
     wanted = os.environ.get(VARIABLE)
     if wanted not in (None, "0", "1"):
         raise ValueError(f"{VARIABLE}: expected 0 or 1, got {wanted!r}")
-    if wanted == "0" or not _can_serve(problem):
-        return "forward"
-    # A block of keys ends with its chunk, so blocks longer than chunks are wasteful; the host knows mean lengths alone.
-    runs = 2 * problem.slots if problem.slots > 1 else 1  # parts of a sequence whose keys lie next to each other
-    if problem.kv_tokens < 96 * runs * problem.sequences:
-        return "hopper_forward_short" if wanted or problem.head_dim > FASTER_SHORT else "forward"
-    return "hopper_forward_few" if problem.tokens * problem.group * problem.window < FEW_ROWS else "hopper_forward"
-
-
-def _can_serve(problem: Problem) -> bool:
-    return (
+    can_serve = (
         problem.gluon
         and triton.__version__.startswith(TRITON)
         and problem.target == "9.0"
         and DTYPE_BYTES[problem.dtype] == 2
         and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM
-        and all(stride % ALIGNMENT == 0 for stride in (*problem.k_strides, *problem.v_strides))
+        and all(stride > 0 and stride % ALIGNMENT == 0 for stride in (*problem.k_strides, *problem.v_strides, *strides))
     )
+    pays = wanted == "1" or problem.head_dim > FASTER_SHORT or not _shorter(problem, short)
+    return wanted != "0" and can_serve and pays
+
+
+def _size(problem: Problem) -> str:
+    """Which of the tile tables of a kernel that walks through keys serves `problem`, as the end of its name."""
+    if _shorter(problem, SHORT):
+        return "_short"
+    return "_few" if problem.tokens * problem.group * problem.window < FEW_ROWS else ""
+
+
+def _shorter(problem: Problem, keys: int) -> bool:
+    """Whether chunks have fewer `keys`: a block of keys ends with its chunk. The host knows mean lengths alone."""
+    runs = 2 * problem.slots if problem.slots > 1 else 1  # parts of a sequence whose keys lie next to each other
+    return problem.kv_tokens < keys * runs * problem.sequences

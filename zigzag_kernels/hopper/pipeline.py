@@ -96,8 +96,8 @@ def wait_block(full, i, STAGES: gl.constexpr):
 
 @gluon.jit
 def block_of(buffers, i, STAGES: gl.constexpr):
-    """The stage of block `i` of keys, `[BLOCK_N, BLOCK_D]`."""
-    SHAPE: gl.constexpr = [buffers.shape[2], buffers.shape[3]]
+    """The stage of block `i`, a box of three dimensions, as rows `[_, BLOCK_D]`."""
+    SHAPE: gl.constexpr = [buffers.shape[1] * buffers.shape[2], buffers.shape[3]]
     return buffers.index(i % STAGES).reshape(SHAPE)
 
 
@@ -117,3 +117,28 @@ def row_places(
     """`[64]` rows of a segment from `row` on, and where each begins in `[T, HEADS, HEAD_DIM]` (int64)."""
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     return rows, ((q_row + rows // GROUP).to(gl.int64) * HEADS + kv_head * GROUP + rows % GROUP) * HEAD_DIM
+
+
+@gluon.jit
+def load_tile(ptr, places, inside, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """The rows that begin `places` elements behind `ptr`: `[len(places), BLOCK_D]` in LAYOUT, zero where not `inside`
+    and behind HEAD_DIM."""
+    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    return gl.load(ptr + places[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def store_tile(ptr, places, inside, x, HEAD_DIM: gl.constexpr, ACCUMULATE: gl.constexpr):
+    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`.
+
+    They leave from the registers that products are in, 8 or 16 bytes of a row side by side: any other layout would need
+    shared memory, and registers during the loop.
+    """
+    LAYOUT: gl.constexpr = x.type.layout
+    dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    ptrs = ptr + places[:, None] + dims[None, :]
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    if ACCUMULATE:
+        x += gl.load(ptrs, mask=mask, other=0.0)
+    gl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)

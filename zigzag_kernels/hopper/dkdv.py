@@ -1,0 +1,266 @@
+"""The dK/dV kernel for Hopper: each of two consumer warpgroups owns 64 keys and keeps their dK and dV in registers.
+
+Rows, keys, windows and in-place results are those of `zigzag_kernels.backward`. Scores are transposed, so that P and dS
+are operands from registers. A producer warpgroup streams query rows: a box of tokens by heads, brought by the copy
+engine (TMA), lies in shared memory as packed rows; their statistics come by plain loads. Boxes are clipped to the rows
+of the sequence: what lies behind is read as zero, never as another sequence's.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..tile import LOG2_E, SEQUENCE_FIELDS, chunk_row, locate, tile_and_head
+from .pipeline import block_of, load_block, load_tile, make_stages, store_tile, wait_block
+
+
+@gluon.jit
+def _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr):
+    """Rows (int64) of the K/V buffer that `keys` of one sequence are in."""
+    rows = kv_row + keys
+    if SLOTS > 1:
+        chunks = keys // kv_chunk
+        rows += chunk_row(chunks, kv_chunk, slot_rows, SLOTS) - chunks * kv_chunk
+    return rows.to(gl.int64)
+
+
+@gluon.jit
+def _half(half_ptr, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS: gl.constexpr):
+    """(q_row, diagonal, kv_len, first token, blocks, masked blocks) of the rows of one half that see key `first_key`.
+
+    Whole blocks of TOKENS end with the segment; the first may begin before the first row that sees the key, or before
+    token 0. The first few are masked: not all of their rows see all keys of the tile.
+    """
+    q_row = gl.load(half_ptr)
+    q_len = gl.load(half_ptr + 1)
+    kv_len = gl.load(half_ptr + 3) if CAUSAL else n_keys
+    diagonal = gl.load(half_ptr + 2) if CAUSAL else kv_len
+    begin = gl.minimum(gl.maximum(first_key - diagonal, 0), q_len)
+    begin = gl.where(first_key < kv_len, begin, q_len)
+    blocks = (q_len - begin + TOKENS - 1) // TOKENS
+    token = q_len - blocks * TOKENS
+    last_key = gl.minimum(first_key + BLOCK_N, n_keys) - 1
+    begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
+    masked = gl.minimum((gl.maximum(begin_full - token, 0) + TOKENS - 1) // TOKENS, blocks)
+    return q_row, diagonal, kv_len, token, blocks, masked
+
+
+@gluon.jit
+def _producer(
+    q_desc, dout_desc, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+    q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL: gl.constexpr, GROUP: gl.constexpr,
+    PACK: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    TOKENS: gl.constexpr = BLOCK_M // PACK
+    rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    i = 0
+    # The masked blocks of the late half and of the early one, then the others of both.
+    for run in range(4):
+        q_row, diagonal, kv_len, first, blocks, masked = _half(
+            halves_ptr + run % 2 * 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
+        )
+        for block in range(gl.where(run < 2, 0, masked), gl.where(run < 2, masked, blocks)):
+            tokens = first + block * TOKENS + rows // PACK
+            limit = gl.where(tokens < 0, 0, gl.minimum(diagonal + tokens + 1, kv_len))
+            row = q_row + first + block * TOKENS - sequence_row
+            for part in range(GROUP // PACK):
+                statistics = (q_row + tokens) * GROUP + part * PACK + rows % PACK
+                lse2 = gl.load(lse2_ptr + statistics, mask=tokens >= 0, other=float("inf"))
+                delta = gl.load(delta_ptr + statistics, mask=tokens >= 0, other=0.0)
+                stage = i % STAGES
+                load_block(q_desc, [row, part * PACK, 0], q_full, q_empty, q_smem, i, STAGES, BYTES)
+                lse2_smem.index(stage).store(lse2)
+                limit_smem.index(stage).store(limit)
+                hopper.mbarrier.arrive(q_full.index(stage), count=1)
+                load_block(dout_desc, [row, part * PACK, 0], dout_full, dout_empty, dout_smem, i, STAGES, BYTES)
+                delta_smem.index(stage).store(delta)
+                hopper.mbarrier.arrive(dout_full.index(stage), count=1)
+                i += 1
+
+
+@gluon.jit
+def _scores(k, q_smem, q_full, i, zero, STAGES: gl.constexpr):
+    """Issue the transposed scores of block `i`."""
+    wait_block(q_full, i, STAGES)
+    return hopper.warpgroup_mma(k, block_of(q_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _block(
+    scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i, masked,
+    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What block `i`, whose scores are under way, adds to dV and dK: both products are under way, in this order."""
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = v.dtype
+    stage = i % STAGES
+    dout = block_of(dout_smem, i, STAGES)
+    wait_block(dout_full, i, STAGES)
+    dp = hopper.warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    lse2 = lse2_smem.index(stage).load(R_LAYOUT)
+    scores = hopper.warpgroup_mma_wait(1, [scores])
+    p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
+    if i < masked:
+        limit = limit_smem.index(stage).load(R_LAYOUT)
+        p = gl.where(keys[:, None] < limit[None, :], p, 0.0)
+    p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
+    delta = delta_smem.index(stage).load(R_LAYOUT)
+    dp = hopper.warpgroup_mma_wait(0, [dp])
+    ds_operand = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), P_LAYOUT)
+    dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
+    return hopper.warpgroup_mma(ds_operand, block_of(q_smem, i, STAGES), dk, is_async=True), dv
+
+
+@gluon.jit
+def _consumer(
+    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+    limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head,
+    poison, blocks, masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr,
+    STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    IO_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
+    first = first_key + warpgroup * 64
+
+    # Keys: read once, by plain loads, so that a tile may cross the borders of chunks.
+    io_keys = first + gl.arange(0, 64, gl.SliceLayout(1, IO_LAYOUT))
+    io_rows = _key_rows(io_keys, kv_row, kv_chunk, slot_rows, SLOTS)
+    k = k_smem.index(warpgroup)
+    v = v_smem.index(warpgroup)
+    head = window_head.to(gl.int64)
+    k.store(load_tile(k_ptr + head * STRIDE_KH, io_rows * STRIDE_KT, io_keys < n_keys, HEAD_DIM, BLOCK_D, IO_LAYOUT))
+    v.store(load_tile(v_ptr + head * STRIDE_VH, io_rows * STRIDE_VT, io_keys < n_keys, HEAD_DIM, BLOCK_D, IO_LAYOUT))
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+    zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+    dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+    # The scores of a block are queued behind dK of the one before: the tensor cores work while dK is collected.
+    if blocks > 0:
+        scores = _scores(k, q_smem, q_full, 0, zero, STAGES)
+        dk_token, dv_token = _block(
+            scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, 0, masked,
+            S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+        )  # fmt: skip
+        for i in range(1, blocks):
+            before = (i - 1) % STAGES
+            dv = hopper.warpgroup_mma_wait(1, [dv_token])
+            hopper.mbarrier.arrive(dout_empty.index(before), count=1)
+            scores = _scores(k, q_smem, q_full, i, zero, STAGES)
+            dk = hopper.warpgroup_mma_wait(1, [dk_token])
+            hopper.mbarrier.arrive(q_empty.index(before), count=1)
+            dk_token, dv_token = _block(
+                scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i,
+                masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+            )  # fmt: skip
+        dv = hopper.warpgroup_mma_wait(1, [dv_token])
+        dk = hopper.warpgroup_mma_wait(0, [dk_token])
+
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
+    rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
+    valid = gl.where(poison, float("nan"), 1.0)
+    store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)
+    store_tile(dk_ptr, rows, keys < n_keys, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
+
+
+@gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
+def backward_dkdv_hopper(
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, lse2_ptr, sequences_ptr, into_dk_ptr, into_dv_ptr,
+    n_sequences, T, slot_rows, first_kv_head, dk_ptr, dv_ptr,
+    SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, STRIDE_KT: gl.constexpr,
+    STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, STRIDE_DOT: gl.constexpr,
+    STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """Arguments and results: `zigzag_kernels.backward.backward_dkdv`. BLOCK_N is 128: 64 keys a consumer."""
+    # Heads of one TMA box: as many of the group as a power of two divides; the others are further blocks.
+    POWER: gl.constexpr = GROUP & -GROUP
+    PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M
+    TOKENS: gl.constexpr = BLOCK_M // PACK
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    # The padding entry and impossible tables: as in load_segment.
+    used = gl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
+    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
+    overfull = used > slot_rows
+    sequence = gl.where(overfull, n_sequences - 1, sequence)
+    block = gl.where(overfull, tile, block)
+    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
+    kv_row = gl.where(overfull, 0, gl.load(entry_ptr + 1))
+    padding = sequence == n_sequences - 1
+    poison = overfull | (gl.load(entry_ptr + 3) < 0)
+    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
+    kv_chunk = gl.where(padding, slot_rows - kv_row, gl.load(entry_ptr + 2))
+    n_keys = gl.where(padding, kv_chunk * SLOTS, gl.load(entry_ptr + 3))
+    first_key = block * BLOCK_N
+    if first_key >= n_keys:
+        return
+
+    _, _, _, _, late_blocks, late_masked = _half(entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
+    _, _, _, _, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
+    blocks = (late_blocks + early_blocks) * (GROUP // PACK)
+    masked = (late_masked + early_masked) * (GROUP // PACK)
+    kv_head = (first_kv_head + window_head).to(gl.int64)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
+    ROW_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D], dtype)
+    KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # The rows of the sequence, no others: the early half, and then the late one.
+    sequence_row = gl.load(entry_ptr + 8)
+    sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
+    first_row = sequence_row.to(gl.int64)
+    q_desc = hopper.tma.make_tensor_descriptor(
+        q_ptr + kv_head * GROUP * STRIDE_QH + first_row * STRIDE_QT, [sequence_rows, GROUP, HEAD_DIM],
+        [STRIDE_QT, STRIDE_QH, 1], [TOKENS, PACK, BLOCK_D], ROW_SMEM,
+    )  # fmt: skip
+    dout_desc = hopper.tma.make_tensor_descriptor(
+        dout_ptr + kv_head * GROUP * STRIDE_DOH + first_row * STRIDE_DOT, [sequence_rows, GROUP, HEAD_DIM],
+        [STRIDE_DOT, STRIDE_DOH, 1], [TOKENS, PACK, BLOCK_D], ROW_SMEM,
+    )  # fmt: skip
+    lse2_ptr += kv_head * T * GROUP
+    delta_ptr += kv_head * T * GROUP
+    k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
+    # Two arrivals: the rows, by the copy engine, and their statistics. Two consumers.
+    q_smem, q_full, q_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    dout_smem, dout_full, dout_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    hopper.fence_async_shared()
+    # The argument tuples stay inline: a tuple bound to a name turns its constexprs into tensors.
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows,
+                window_head, poison, blocks, masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH,
+                STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+            )),
+            (_consumer, (
+                1, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows,
+                window_head, poison, blocks, masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH,
+                STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+            )),
+            (_producer, (
+                q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL, GROUP,
+                PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
+            )),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip

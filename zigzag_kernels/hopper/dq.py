@@ -1,0 +1,198 @@
+"""The dQ kernel for Hopper: each of two consumer warpgroups owns 64 query rows and keeps their dQ in registers.
+
+Rows, segments, windows and in-place results are those of `zigzag_kernels.backward`. A producer warpgroup streams K and
+V block by block, downwards as in the forward kernel. Boxes are clipped to the rows of the sequence in each slot: what
+lies behind is read as zero, never as another sequence's.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..tile import LOG2_E, load_segment, tile_and_head
+from .pipeline import (
+    block_of,
+    block_place,
+    key_descriptor,
+    load_block,
+    load_tile,
+    make_stages,
+    row_places,
+    store_tile,
+    top_block,
+    wait_block,
+    walk_down,
+)
+
+
+@gluon.jit
+def _producer(
+    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
+    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    for i in range(blocks):
+        slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
+        load_block(k_desc, [slot, row, 0], k_full, k_empty, k_smem, i, STAGES, BYTES)
+        load_block(v_desc, [slot, row, 0], v_full, v_empty, v_smem, i, STAGES, BYTES)
+        chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+
+
+@gluon.jit
+def _scores(q, k_smem, k_full, i, zero, STAGES: gl.constexpr):
+    """Issue the scores of block `i`."""
+    wait_block(k_full, i, STAGES)
+    return hopper.warpgroup_mma(q, block_of(k_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _block(
+    scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem, v_smem,
+    v_full, v_empty, i, SLOTS: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """What block `i`, whose scores are under way, adds to dQ: the product is under way."""
+    wait_block(v_full, i, STAGES)
+    v = block_of(v_smem, i, STAGES)
+    dp = hopper.warpgroup_mma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = hopper.warpgroup_mma_wait(1, [scores])
+    p = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
+    dp = hopper.warpgroup_mma_wait(0, [dp])
+    hopper.mbarrier.arrive(v_empty.index(i % STAGES), count=1)
+    ds = p * (dp - delta[:, None])
+    end = seen_by_all
+    if SLOTS > 1:
+        end = gl.minimum(end, (chunk + 1) * kv_chunk)
+    if start + BLOCK_N > end:
+        if SLOTS > 1:
+            limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
+        ds = gl.where((start + columns)[None, :] < limit[:, None], ds, 0.0)
+    ds_operand = gl.convert_layout(ds.to(dout.dtype), P_LAYOUT)
+    return hopper.warpgroup_mma(ds_operand, block_of(k_smem, i, STAGES), dq, is_async=True)
+
+
+@gluon.jit
+def _consumer(
+    warpgroup: gl.constexpr, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem,
+    k_full, k_empty, v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T,
+    SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr,
+    STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    IO_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
+    last_row = q_len * GROUP
+    first = row + warpgroup * 64
+
+    # Queries and dO: read once, by plain loads, whatever their strides and the number of heads in a group are.
+    io_rows = first + gl.arange(0, 64, gl.SliceLayout(1, IO_LAYOUT))
+    inside = io_rows < last_row
+    tokens = (q_row + io_rows // GROUP).to(gl.int64)
+    heads = kv_head * GROUP + io_rows % GROUP
+    q = q_smem.index(warpgroup)
+    dout = dout_smem.index(warpgroup)
+    q.store(load_tile(q_ptr, tokens * STRIDE_QT + heads * STRIDE_QH, inside, HEAD_DIM, BLOCK_D, IO_LAYOUT))
+    dout.store(load_tile(dout_ptr, tokens * STRIDE_DOT + heads * STRIDE_DOH, inside, HEAD_DIM, BLOCK_D, IO_LAYOUT))
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+    statistics = kv_head * T * GROUP + q_row * GROUP + rows
+    lse2 = gl.load(lse2_ptr + statistics, mask=rows < last_row, other=float("inf"))
+    delta = gl.load(delta_ptr + statistics, mask=rows < last_row, other=0.0)
+    limit = gl.minimum(diagonal + rows // GROUP + 1, kv_len)
+    seen_by_all = gl.minimum(diagonal + first // GROUP + 1, kv_len)
+    zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    dq = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+
+    chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    # The scores of a block are queued behind dQ of the one before.
+    if blocks > 0:
+        scores = _scores(q, k_smem, k_full, 0, zero, STAGES)
+        dq_token = _block(
+            scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem, v_smem,
+            v_full, v_empty, 0, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
+        )  # fmt: skip
+        for i in range(1, blocks):
+            chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            scores = _scores(q, k_smem, k_full, i, zero, STAGES)
+            dq = hopper.warpgroup_mma_wait(1, [dq_token])
+            hopper.mbarrier.arrive(k_empty.index((i - 1) % STAGES), count=1)
+            dq_token = _block(
+                scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem,
+                v_smem, v_full, v_empty, i, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
+            )  # fmt: skip
+        dq = hopper.warpgroup_mma_wait(0, [dq_token])
+
+    rows, places = row_places(first, q_row, kv_head, HEADS, GROUP, HEAD_DIM, D_LAYOUT)
+    scale = gl.where(kv_len < 0, float("nan"), SOFTMAX_SCALE)  # impossible tables poison
+    store_tile(dq_ptr, places, rows < last_row, dq * scale, HEAD_DIM, ACCUMULATE)
+
+
+@gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
+def backward_dq_hopper(
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, lse2_ptr, segments_ptr, into_dq_ptr,
+    n_segments, T, slot_rows, first_kv_head, dq_ptr,
+    SLOTS: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
+    STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """Arguments and results: `zigzag_kernels.backward.backward_dq`. BLOCK_M is 128: 64 rows a consumer."""
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(
+        segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M
+    )
+    if row >= q_len * GROUP:
+        return
+    if ACCUMULATE and kv_len == 0:
+        return
+    last_token = gl.minimum(row + BLOCK_M - 1, q_len * GROUP - 1) // GROUP
+    seen = gl.maximum(gl.minimum(diagonal + last_token + 1, kv_len), 0)
+    kv_head = (first_kv_head + window_head).to(gl.int64)
+    head = window_head.to(gl.int64)
+    dtype: gl.constexpr = k_ptr.dtype.element_ty
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
+    Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    k_desc = key_descriptor(
+        k_ptr + head * STRIDE_KH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D
+    )
+    v_desc = key_descriptor(
+        v_ptr + head * STRIDE_VH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D
+    )
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], Q_SMEM)
+    dout_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], Q_SMEM)
+    k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
+    v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem, k_full, k_empty,
+                v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES,
+                ACCUMULATE,
+            )),
+            (_consumer, (
+                1, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem, k_full, k_empty,
+                v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES,
+                ACCUMULATE,
+            )),
+            (_producer, (
+                k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, SLOTS,
+                BLOCK_N, STAGES, BYTES,
+            )),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip
