@@ -10,13 +10,12 @@ import triton.language as tl
 
 from .tile import (
     LOG2_E,
-    SEQUENCE_FIELDS,
     cast,
     dot,
     key_rows,
     load_rows,
     load_segment,
-    locate,
+    load_sequence,
     query_offsets,
     store_rows,
     tile_and_head,
@@ -159,20 +158,9 @@ def backward_dkdv(
 ):
     """Write dK and dV of the window's KV heads; `ACCUMULATE` adds them to what is there."""
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    # The padding entry and impossible tables: as in load_segment.
-    used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
-    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
-    overfull = used > slot_rows
-    sequence = tl.where(overfull, n_sequences - 1, sequence)
-    block = tl.where(overfull, tile, block)
-    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
-    kv_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
-    padding = sequence == n_sequences - 1
-    poison = overfull | (tl.load(entry_ptr + 3) < 0)
-    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
-    kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + 2))
-    n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + 3))
-    first_key = block * BLOCK_N
+    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+        sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
+    )
     if first_key >= n_keys:
         return
 

@@ -83,6 +83,27 @@ def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP:
 
 
 @triton.jit
+def load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(entry, first key of this tile, keys, kv_row, kv_chunk, whether all becomes NaN) of key tile `tile`.
+
+    The padding entry and impossible tables are as in `load_segment`.
+    """
+    used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
+    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
+    overfull = used > slot_rows
+    sequence = tl.where(overfull, n_sequences - 1, sequence)
+    block = tl.where(overfull, tile, block)
+    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
+    kv_row = tl.where(overfull, 0, tl.load(entry_ptr + 1))
+    padding = sequence == n_sequences - 1
+    poison = overfull | (tl.load(entry_ptr + 3) < 0)
+    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
+    kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + 2))
+    n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + 3))
+    return entry_ptr, block * BLOCK_N, n_keys, kv_row, kv_chunk, poison
+
+
+@triton.jit
 def chunk_row(chunk, kv_chunk, slot_rows, SLOTS: tl.constexpr):
     """First row of chunk number `chunk` of a sequence, behind the sequence's first row in the gathered buffer."""
     return tl.where(chunk < SLOTS, chunk * slot_rows, (2 * SLOTS - 1 - chunk) * slot_rows + kv_chunk)

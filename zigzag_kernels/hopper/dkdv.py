@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..tile import LOG2_E, SEQUENCE_FIELDS, chunk_row, locate, tile_and_head
+from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
 from .pipeline import block_of, load_block, load_tile, make_stages, store_tile, wait_block
 
 
@@ -22,6 +22,19 @@ def _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr):
         chunks = keys // kv_chunk
         rows += chunk_row(chunks, kv_chunk, slot_rows, SLOTS) - chunks * kv_chunk
     return rows.to(gl.int64)
+
+
+@gluon.jit
+def _load_keys(
+    ptr, buffer, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STRIDE_T: gl.constexpr,
+):  # fmt: skip
+    """Keys from `first` on into `buffer [64, BLOCK_D]`, once, by plain loads: a tile may cross borders of chunks."""
+    BLOCK_D: gl.constexpr = buffer.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
+    buffer.store(load_tile(ptr, rows * STRIDE_T, keys < n_keys, HEAD_DIM, BLOCK_D, LAYOUT))
 
 
 @gluon.jit
@@ -43,6 +56,18 @@ def _half(half_ptr, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constex
     begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
     masked = gl.minimum((gl.maximum(begin_full - token, 0) + TOKENS - 1) // TOKENS, blocks)
     return q_row, diagonal, kv_len, token, blocks, masked
+
+
+@gluon.jit
+def _row_descriptor(
+    ptr, kv_head, sequence_row, sequence_rows, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_T: gl.constexpr,
+    STRIDE_H: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """Descriptor of the query rows of one sequence, no others: the early half, and then the late one."""
+    return hopper.tma.make_tensor_descriptor(
+        ptr + kv_head * GROUP * STRIDE_H + sequence_row.to(gl.int64) * STRIDE_T, [sequence_rows, GROUP, HEAD_DIM],
+        [STRIDE_T, STRIDE_H, 1], BOX, gl.NVMMASharedLayout.get_default_for(BOX, ptr.dtype.element_ty),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -127,18 +152,14 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
-    IO_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     first = first_key + warpgroup * 64
 
-    # Keys: read once, by plain loads, so that a tile may cross the borders of chunks.
-    io_keys = first + gl.arange(0, 64, gl.SliceLayout(1, IO_LAYOUT))
-    io_rows = _key_rows(io_keys, kv_row, kv_chunk, slot_rows, SLOTS)
     k = k_smem.index(warpgroup)
     v = v_smem.index(warpgroup)
     head = window_head.to(gl.int64)
-    k.store(load_tile(k_ptr + head * STRIDE_KH, io_rows * STRIDE_KT, io_keys < n_keys, HEAD_DIM, BLOCK_D, IO_LAYOUT))
-    v.store(load_tile(v_ptr + head * STRIDE_VH, io_rows * STRIDE_VT, io_keys < n_keys, HEAD_DIM, BLOCK_D, IO_LAYOUT))
+    _load_keys(k_ptr + head * STRIDE_KH, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
+    _load_keys(v_ptr + head * STRIDE_VH, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
     hopper.fence_async_shared()
     gl.thread_barrier()
 
@@ -190,20 +211,9 @@ def backward_dkdv_hopper(
     PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M
     TOKENS: gl.constexpr = BLOCK_M // PACK
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    # The padding entry and impossible tables: as in load_segment.
-    used = gl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + 1)
-    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
-    overfull = used > slot_rows
-    sequence = gl.where(overfull, n_sequences - 1, sequence)
-    block = gl.where(overfull, tile, block)
-    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
-    kv_row = gl.where(overfull, 0, gl.load(entry_ptr + 1))
-    padding = sequence == n_sequences - 1
-    poison = overfull | (gl.load(entry_ptr + 3) < 0)
-    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
-    kv_chunk = gl.where(padding, slot_rows - kv_row, gl.load(entry_ptr + 2))
-    n_keys = gl.where(padding, kv_chunk * SLOTS, gl.load(entry_ptr + 3))
-    first_key = block * BLOCK_N
+    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+        sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
+    )
     if first_key >= n_keys:
         return
 
@@ -214,21 +224,16 @@ def backward_dkdv_hopper(
     kv_head = (first_kv_head + window_head).to(gl.int64)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
-    ROW_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D], dtype)
     KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # The rows of the sequence, no others: the early half, and then the late one.
     sequence_row = gl.load(entry_ptr + 8)
     sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
-    first_row = sequence_row.to(gl.int64)
-    q_desc = hopper.tma.make_tensor_descriptor(
-        q_ptr + kv_head * GROUP * STRIDE_QH + first_row * STRIDE_QT, [sequence_rows, GROUP, HEAD_DIM],
-        [STRIDE_QT, STRIDE_QH, 1], [TOKENS, PACK, BLOCK_D], ROW_SMEM,
-    )  # fmt: skip
-    dout_desc = hopper.tma.make_tensor_descriptor(
-        dout_ptr + kv_head * GROUP * STRIDE_DOH + first_row * STRIDE_DOT, [sequence_rows, GROUP, HEAD_DIM],
-        [STRIDE_DOT, STRIDE_DOH, 1], [TOKENS, PACK, BLOCK_D], ROW_SMEM,
-    )  # fmt: skip
+    q_desc = _row_descriptor(
+        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, [TOKENS, PACK, BLOCK_D]
+    )
+    dout_desc = _row_descriptor(
+        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, [TOKENS, PACK, BLOCK_D]
+    )
     lse2_ptr += kv_head * T * GROUP
     delta_ptr += kv_head * T * GROUP
     k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
