@@ -17,7 +17,7 @@ from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
 from .dkdv import _half, _key_rows, _load_keys, _producer, _row_descriptor, _scores
 from .pipeline import block_of, make_stages, store_tile, wait_block
 
-PIPE = gl.constexpr(True)
+PIPE = gl.constexpr(False)
 DVF = gl.constexpr(False)
 
 
@@ -86,27 +86,39 @@ def _block(
 
 
 @gluon.jit
-def _add_dq(dq_token, UNDER_WAY: gl.constexpr, sums_desc, dq_buffer, row, head, column: gl.constexpr):
-    """Hand half of a block of dQ, `UNDER_WAY` products before the last, to the copy engine."""
+def _hand_over_dq(dq_token, UNDER_WAY: gl.constexpr, dq_buffer, dq_full, dq_empty, i):
+    """Half of dQ of block `i`, `UNDER_WAY` products before the last one, for `_writer`."""
     SHAPE: gl.constexpr = [dq_buffer.shape[0] * dq_buffer.shape[1], dq_buffer.shape[2]]
-    hopper.tma.store_wait(0)
-    gl.thread_barrier()  # what was in the buffer has left it
+    hopper.mbarrier.wait(dq_empty, (i & 1) ^ 1)
     dq = hopper.warpgroup_mma_wait(UNDER_WAY, [dq_token])
     dq_buffer.reshape(SHAPE).store(dq)
     hopper.fence_async_shared()
-    _add_to_global(sums_desc, [row, head, column], dq_buffer)
-    return dq
+    hopper.mbarrier.arrive(dq_full, count=1)
+
+
+@gluon.jit
+def _writer(
+    sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row, early_masked,
+    TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
+):  # fmt: skip
+    """Let the copy engine add both halves of dQ of every block to the sums."""
+    for i in range(blocks):
+        row, head = _block_place(i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS, PARTS, PACK)
+        hopper.mbarrier.wait(dq_full, i & 1)
+        _add_to_global(sums_desc, [row, head, 0], dq_smem.index(0))
+        _add_to_global(sums_desc, [row, head, HALF_D], dq_smem.index(1))
+        hopper.tma.store_wait(0)  # until it has read them
+        hopper.mbarrier.arrive(dq_empty, count=1)
 
 
 @gluon.jit
 def _consumer(
-    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, sums_desc, k_smem, v_smem, q_smem, dout_smem, lse2_smem,
-    delta_smem, limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, first_key, n_keys,
-    kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, late_row, late_blocks, late_masked, early_row,
-    early_masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr,
-    STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
-    PARTS: gl.constexpr, PACK: gl.constexpr,
+    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+    limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty, first_key, n_keys,
+    kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr,
+    STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
@@ -119,8 +131,6 @@ def _consumer(
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
-    TOKENS: gl.constexpr = BLOCK_M // PACK
-    COLUMN: gl.constexpr = warpgroup * (BLOCK_D // 2)
     first = first_key + warpgroup * 64
     k = k_smem.index(warpgroup)
     v = v_smem.index(warpgroup)
@@ -134,19 +144,16 @@ def _consumer(
     zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
     dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
     dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
-    dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, HALF_LAYOUT)  # never summed: names registers that stay the same
+    no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, HALF_LAYOUT)
     dq_buffer = dq_smem.index(warpgroup)
     if PIPE:
         if blocks > 0:
             # The scores of the next block are queued behind dQ of this one and run while that is written out.
             scores = _scores(k, q_smem, q_full, 0, zero, STAGES)
             for i in range(blocks):
-                row, group_head = _block_place(
-                    i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS, PARTS, PACK
-                )
                 scores = hopper.warpgroup_mma_wait(0, [scores])
                 dk, dv, dq_token = _block(
-                    warpgroup, scores, dk, dv, dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
+                    warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
                     limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
                 )  # fmt: skip
                 dv = hopper.warpgroup_mma_wait(3, [dv])
@@ -157,30 +164,26 @@ def _consumer(
                 hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
                 q = block_of(q_smem, i + 1, STAGES)
                 scores = hopper.warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                dq = _add_dq(dq_token, 1, sums_desc, dq_buffer, row, group_head, COLUMN)
+                _hand_over_dq(dq_token, 1, dq_buffer, dq_full, dq_empty, i)
             scores = hopper.warpgroup_mma_wait(0, [scores])
     else:
         for i in range(blocks):
-            row, group_head = _block_place(
-                i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS, PARTS, PACK
-            )
             scores = _scores(k, q_smem, q_full, i, zero, STAGES)
             dk, dv, dq_token = _block(
-                warpgroup, scores, dk, dv, dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
+                warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
                 limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
             dv = hopper.warpgroup_mma_wait(3, [dv])
             hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
             dk = hopper.warpgroup_mma_wait(2, [dk])
             hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
-            dq = _add_dq(dq_token, 0, sums_desc, dq_buffer, row, group_head, COLUMN)
+            _hand_over_dq(dq_token, 0, dq_buffer, dq_full, dq_empty, i)
 
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
     rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
     valid = gl.where(poison, float("nan"), 1.0)
     store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)
     store_tile(dk_ptr, rows, keys < n_keys, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
-    hopper.tma.store_wait(0)  # shared memory has to stay until the copy engine has read it
 
 
 @gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
@@ -246,33 +249,42 @@ def backward_fused_hopper(
     lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
+    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     hopper.mbarrier.init(ds_full, 2)
+    hopper.mbarrier.init(dq_full, 2)
+    hopper.mbarrier.init(dq_empty, 1)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_consumer, (
-                0, k_ptr, v_ptr, dk_ptr, dv_ptr, sums_desc, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, first_key, n_keys,
-                kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, late_row, late_blocks, late_masked,
-                early_row, early_masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT,
-                STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE, PARTS, PACK,
+                0, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
+                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
+                ACCUMULATE,
             )),
             (_consumer, (
-                1, k_ptr, v_ptr, dk_ptr, dv_ptr, sums_desc, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, first_key, n_keys,
-                kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, late_row, late_blocks, late_masked,
-                early_row, early_masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT,
-                STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE, PARTS, PACK,
+                1, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
+                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
+                ACCUMULATE,
             )),
             (_producer, (
                 q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
                 limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL, GROUP,
                 PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
             )),
+            (_writer, (
+                sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row,
+                early_masked, TOKENS, PARTS, PACK, BLOCK_D // 2,
+            )),
         ],
-        [4, 4],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip
 
 
