@@ -1,4 +1,4 @@
-"""What PyTorch adds to the kernels: `torch.compile`, checkpointing, views, operators, and nothing that waits."""
+"""What PyTorch adds to the kernels: `torch.compile`, checkpointing, views, and operators."""
 
 import pytest
 import torch
@@ -161,35 +161,3 @@ def test_the_operator_and_vmap_give_the_gradients_of_an_eager_call(attend, kerne
     vmapped = torch.func.vmap(lambda *qkv: attend(*qkv, batch))
     twice = [torch.stack([x, 2 * x]) for x in (q, k, v, dout)]
     assert_same([x[0] for x in gradients(vmapped, *twice)], expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_waits_for_the_device(attend, kernel_backend):
-    q, k, v, dout, cu_seqlens = tensors()
-    rank = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    step = lambda *qkv: attend(*qkv, zigzag_torch.prepare_batch(cu_seqlens, rank, 2, backend=kernel_backend))  # noqa: E731
-    gradients(step, q, k, v, dout)  # compiles
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        gradients(step, q, k, v, dout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_replays_forward_and_backward(attend):
-    q, k, v, dout, cu_seqlens = tensors()
-    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        gradients(step, q, k, v, dout)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(step, q, k, v, dout)
-    for x in (q, k, v, dout):
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same(captured, gradients(step, q, k, v, dout))
