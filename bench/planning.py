@@ -31,7 +31,9 @@ class Planning(contextlib.ExitStack):
         return make
 
     def __enter__(self):
-        self.enter_context(mock.patch.dict(os.environ, self.environment))
+        for name, value in self.environment.items():  # no more than these: other threads read the environment too
+            self.callback(_restore, name, os.environ.get(name))
+            os.environ[name] = value
         self.enter_context(mock.patch.multiple(plan, **self._makers))
         return self
 
@@ -39,3 +41,10 @@ class Planning(contextlib.ExitStack):
     def takes_hopper_kernels(self) -> bool:
         """Whether any launch planned so far is of a kernel written for Hopper."""
         return any(launch.kernel.fn.__module__.startswith(hopper.__name__) for launch in self.launches)
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = value

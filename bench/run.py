@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -161,6 +162,11 @@ def warm_one(name, case):
     clean()
 
 
+def _one_thread():
+    """In a process that compiles, PyTorch needs no processes of its own to compile in."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
 def warm(cases, names):
     """Compile for PyTorch in several processes, which leave it in caches on disk, and meanwhile for JAX in this one."""
     kernels, shapes = {}, {}  # a case for each set of kernels, and for each shape: FlexAttention is compiled for one
@@ -173,7 +179,7 @@ def warm(cases, names):
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(tasks), desc="compiling", unit="case") as bar,
-        concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool,
+        concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context, _one_thread) as pool,
     ):
         futures = [pool.submit(warm_one, *task) for task in tasks if IMPLEMENTATIONS[task[0]].framework == TORCH]
         for task in tasks:
@@ -212,11 +218,13 @@ def parse(arguments):
 
 
 def main(arguments=None, device="cuda"):
-    options = parse(arguments)
+    options, start = parse(arguments), time.monotonic()
     cases = {case.name: case for case in CASES if case.tags & (QUICK if options.quick else BENCH)}
     cases = [cases[name] for name in chosen(list(cases), options.cases)]
     names = chosen(list(IMPLEMENTATIONS), options.implementations)
     ours = [name for name in names if IMPLEMENTATIONS[name].ours]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no GPU, and times on a CPU would say nothing of the kernels")
     about = machine(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     if device == "cuda":
@@ -238,6 +246,7 @@ def main(arguments=None, device="cuda"):
     print(f"\nmatrix product, bfloat16: {matmul:.1f} TFLOP/s\n", *report.table(rows), sep="\n")
     print("", *report.missing(rows), "", sep="\n")
     print(*report.headlines(rows, ours), sep="\n")
+    print(f"\n{time.monotonic() - start:.0f} s in all")
     if options.plots:
         report.save_plots(options.plots, rows, matmul)
     failed = [row for row in rows if row["implementation"] in ours and row["status"].startswith("failed")]

@@ -11,7 +11,6 @@ every configuration with what came of it.
 import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ SERVES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Trial:
     """A configuration with its time relative to the one in use, by case, or with what was wrong with it."""
 
@@ -81,7 +81,7 @@ def candidates(kernel, head_dim, dtype, target):
 def entry(kernel, head_dim, dtype, target, config):
     """The override that puts `config` in force: nested names as `zigzag_kernels.config` has them."""
     up_to = min(dim for dim in HEAD_DIMS if dim >= head_dim)
-    fields = dataclasses.asdict(config)
+    fields = asdict(config)
     return {architecture(target): {WIDTHS[DTYPE_BYTES[dtype]]: {kernel: {str(up_to): fields}}}}
 
 
@@ -165,6 +165,15 @@ def compile_one(kernel, case, override):
     torch.cuda.empty_cache()
 
 
+def compile_all(kernel, case, overrides):
+    """`compile_one` of all `overrides`, in processes side by side."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
+        futures = [pool.submit(compile_one, kernel, case, path) for path in overrides]
+        for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="compiling"):
+            pass
+
+
 def write_overrides(folder, configs, entry_of):
     """{config: file with its override}, over the tables that are in force already."""
     before = os.environ.get(OVERRIDE_VARIABLE)
@@ -177,50 +186,49 @@ def write_overrides(folder, configs, entry_of):
 
 
 def save(path, trials, entry_of, about):
-    """Write the best of `trials` into the override `path`, and all of them beside it; the new override's tables."""
+    """Write the best of `trials` into the override `path`, and all of them beside it."""
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     tables = merged(tables, entry_of(trials[0].config))
     path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-    tried = [dataclasses.asdict(trial) for trial in trials]
+    tried = [asdict(trial) for trial in trials]
     beside = path.with_suffix(".measured.json")
     beside.write_text(json.dumps({"machine": about, "tried, best first": tried}, indent=1) + "\n", encoding="utf-8")
-    return tables
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel", choices=KERNELS, required=True)
     parser.add_argument("--head-dim", type=int, required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
     parser.add_argument("--output", type=Path, default=Path("tiles.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     target = "{}.{}".format(*torch.cuda.get_device_capability())
     names = SERVES.get(options.kernel, NAMES)
-    cases = [case for case in CASES if case.name in names]
-    cases = [dataclasses.replace(case, head_dim=options.head_dim, dtype=options.dtype) for case in cases]
+    sizes = {"head_dim": options.head_dim, "dtype": options.dtype}
+    cases = [replace(case, name=case.name.partition("-")[0], **sizes) for case in CASES if case.name in names]
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    about |= {"kernel": options.kernel, "head_dim": options.head_dim, "dtype": options.dtype}
+    about |= {"kernel": options.kernel, **sizes}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
 
     def entry_of(config):
         return entry(options.kernel, options.head_dim, options.dtype, target, config)
 
-    used = choose_config(options.kernel, options.head_dim, options.dtype, target)
+    try:
+        used = choose_config(options.kernel, options.head_dim, options.dtype, target)
+    except KeyError:
+        parser.error(f"there is no {options.kernel} for head_dim {options.head_dim} on {target}")
     configs = candidates(options.kernel, options.head_dim, options.dtype, target)
     configs = [used, *(config for config in configs if config != used)]
     with tempfile.TemporaryDirectory() as folder:
         paths = write_overrides(folder, configs, entry_of)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
-            futures = [pool.submit(compile_one, options.kernel, cases[-1], path) for path in paths.values()]
-            for _ in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="compiling"):
-                pass
+        compile_all(options.kernel, cases[-1], paths.values())
         bench = Bench(options.kernel, cases)
         with tqdm(total=len(configs), desc="timing") as bar:
             trials = search(configs, lambda config: bench.relative(paths[config]), lambda _: bar.update())
     for trial in trials[:10]:
-        by_case = ", ".join(f"{name} {x:.3f}" for name, x in (trial.relative or {}).items())
-        print(f"{trial.mean:.3f} of the time in use: {trial.config} ({trial.failure or by_case})")
+        if trial.relative:
+            by_case = ", ".join(f"{name} {x:.3f}" for name, x in trial.relative.items())
+            print(f"{trial.mean:.3f} of the time in use: {trial.config} ({by_case})")
     failures = sum(trial.failure is not None for trial in trials)
     if failures == len(trials):
         print("no configuration works", file=sys.stderr)

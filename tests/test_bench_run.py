@@ -82,6 +82,16 @@ def test_peers_compute_the_same_attention(case, name):
             timing.check(case, rank, kv_head, ready.calls[0].results(), expected)
 
 
+@pytest.mark.parametrize("name", ["torch", "jax", *PEERS])
+def test_every_set_of_inputs_has_its_own_calls(name, monkeypatch):
+    monkeypatch.setattr(implementations, "BACKEND", BACKEND)
+    sets = [timing.inputs(TINY, DEVICE, seed) for seed in range(2)]
+    ready = implementations.prepare(name, TINY, 1, sets)
+    with ready.planning:
+        for calls, tensors in zip(ready.calls, sets, strict=True):
+            timing.check(TINY, 1, 0, calls.results(), timing.exact(TINY, 1, 0, *tensors))
+
+
 def test_the_mask_of_flex_attention(monkeypatch):
     """Its forward in plain PyTorch, as a CPU has no gradient of it."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -188,6 +198,7 @@ def test_plans_of_several_settings_stand_side_by_side(monkeypatch):
             with planning:
                 timing.torch_calls(TINY, 0, *tensors, backend=BACKEND).forward()
     assert plan._forward_launch is before
+    assert "TILES" not in run.os.environ
     for tiles, planning in plannings.items():
         (launch,) = [x for x in planning.launches if x.kernel is plan.attention_forward]
         assert launch.constexprs["BLOCK_M"] == int(tiles[:2])

@@ -32,6 +32,7 @@ def test_the_backward_pass_repeats_bit_for_bit(case, hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_under_the_sanitizer(tool):
     if sanitize.find_binary() is None:

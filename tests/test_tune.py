@@ -86,3 +86,41 @@ def test_a_pass_is_checked_and_timed_beside_the_one_in_use(monkeypatch):
 def test_a_kernel_that_does_not_serve_is_not_tuned():
     with pytest.raises(RuntimeError, match="another kernel than hopper_forward serves"):
         tune.Bench("hopper_forward", [TINY], DEVICE, BACKEND)
+
+
+class FakeBench:
+    """Times by the file that it is given: 256 rows are twice as fast as what is in use, 64 do not compile."""
+
+    def __init__(self, kernel, cases):
+        assert (kernel, {case.head_dim for case in cases}) == ("forward", {96})
+        self.cases = cases
+
+    def relative(self, override):
+        rows = json.loads(override.read_text())["sm_90"]["16-bit"]["forward"]["128"]["BLOCK_M"]
+        if rows == 64:
+            raise RuntimeError("too many registers")
+        return {case.name: 0.5 if rows == 256 else 1.0 for case in self.cases}
+
+
+def test_the_whole_search(monkeypatch, tmp_path, capsys):
+    tried = [Config(rows, 64, 8, 2) for rows in (64, 256)]
+    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "made up")
+    monkeypatch.setattr(tune, "compile_all", lambda kernel, case, overrides: None)
+    monkeypatch.setattr(tune, "candidates", lambda *_: tried)
+    monkeypatch.setattr(tune, "Bench", FakeBench)
+    path = tmp_path / "tiles.json"
+    arguments = ["--kernel", "forward", "--head-dim", "96", "--output", str(path)]
+    assert tune.main(arguments) == 0
+    assert json.loads(path.read_text())["sm_90"]["16-bit"]["forward"]["128"]["BLOCK_M"] == 256
+    printed = capsys.readouterr().out
+    assert "0.500 of the time in use: Config(BLOCK_M=256" in printed
+    assert "BLOCK_M=64" not in printed
+    assert "3 configurations, 1 of which failed" in printed
+    monkeypatch.setattr(FakeBench, "relative", lambda self, override: 1 / 0)
+    path.unlink()
+    assert tune.main(arguments) == 1
+    assert not path.exists()
+    with pytest.raises(SystemExit):
+        tune.main(["--kernel", "hopper_forward", "--head-dim", "256"])
+    assert "there is no hopper_forward for head_dim 256 on 9.0" in capsys.readouterr().err
