@@ -30,8 +30,7 @@ class Ranks:
         if self.gpu:
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
-        self.group = dist.group.WORLD
-        self.rank, self.size = self.group.rank(), self.group.size()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.chief = self.rank == 0
         self.versions = {
             "ranks": self.size,
@@ -71,9 +70,13 @@ class Ranks:
     def calls(self, way):
         """As `share_calls`, of a step between the ranks."""
         method, stride = way
-        batch = prepare_batch(self.cu_seqlens, method=method, group=self.group)
-        options = {"group": self.group, "method": method, "heads_k_stride": stride}
-        return self._both((self.q, self.k, self.v), lambda q, k, v: zigzag_attention(q, k, v, batch, **options))
+        batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD)
+        options = {"method": method, "heads_k_stride": stride}
+        # The group is not kept: its threads end with it, in `leave`.
+        return self._both(
+            (self.q, self.k, self.v),
+            lambda q, k, v: zigzag_attention(q, k, v, batch, group=dist.group.WORLD, **options),
+        )
 
     def _both(self, arrays, attend):
         leaves = [x.detach().requires_grad_() for x in arrays]
