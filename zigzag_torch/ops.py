@@ -160,7 +160,7 @@ def differentiable(operator, differentiate: Callable) -> Callable:
 
     operator.register_autograd(differentiate, setup_context=save)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    eager = type(operator._name, (torch.autograd.Function,), methods)
+    eager = type("ZigzagAttention", (torch.autograd.Function,), methods)
 
     def call(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
