@@ -125,15 +125,15 @@ def set_up(case, rank, sets, names, device, tick):
             results = check(case, rank, ready, expected, done)
             if IMPLEMENTATIONS[name].ours:
                 done[name] = results
-            with ready.planning:
-                framework, first = ready.implementation.framework, ready.calls[0]
-                memory = {x: peak_mib(getattr(first, x), framework, device) for x in report.DIRECTIONS}
-            working[name] = {
-                x: (sampler(ready, x, device), memory[x], time_host(ready, x, device)) for x in report.DIRECTIONS
-            }
+            working[name] = {}
+            for x in report.DIRECTIONS:
+                with ready.planning:
+                    memory = peak_mib(getattr(ready.calls[0], x), ready.implementation.framework, device)
+                working[name][x] = sampler(ready, x, device), memory, time_host(ready, x, device)
         except Unavailable as error:
             reasons[name] = f"not available: {error}"
         except Exception as error:  # whatever another library raises is a row, not the end of the run
+            working.pop(name, None)
             reasons[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         tick(f"{case}: {name}")
     return working, reasons
