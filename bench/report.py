@@ -1,8 +1,8 @@
 """What the benchmark makes of its rows: the table, the lines that sum it up, and the pictures.
 
 A row is a dict: case, implementation, direction ("forward", "backward"), status ("ok", or why there is no time), and,
-if ok, ms (median), low_ms, high_ms, host_ms, tflops, of_matmul (share of the measured matrix product) and peak_mib,
-the memory of one call beyond what its inputs take, or None where it cannot be told.
+if ok, ms (median of the rounds), low_ms and high_ms (their quartiles), host_ms, tflops, of_matmul (share of the
+measured matrix product) and peak_mib, the memory of one call beyond its inputs, or None where it cannot be told.
 """
 
 import statistics
@@ -28,15 +28,10 @@ LONG = "rectangle-d128"
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44")
 
 
-def summarise(samples):
-    """The times of a row from its `timing.Sample`s."""
-    times = [x.ms for x in samples]
-    return {
-        "ms": statistics.median(times),
-        "low_ms": min(times),
-        "high_ms": max(times),
-        "host_ms": statistics.median(x.host_ms for x in samples),
-    }
+def summarise(times):
+    """The times of a row from those of its rounds, at least two."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"ms": median, "low_ms": low, "high_ms": high}
 
 
 def unique(rows, field):

@@ -36,6 +36,7 @@ from zigzag_kernels import cost
 PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "nvidia-cudnn-cu13"
 FLOPS = dict(zip(report.DIRECTIONS, (cost.forward_flops, cost.backward_flops), strict=True))
 MOST_SETS = 8
+QUICK_ROUNDS = 15
 FLEX = "flex-torch"
 WORKERS = 8  # processes that compile at the same time, each with some GiB of host memory
 
@@ -68,18 +69,31 @@ def peak_mib(call, framework, device):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def sampler(ready, direction, device):
-    """A call that times one round: as many calls as fill it, in the framework's own way."""
-    calls = [getattr(x, direction) for x in ready.calls]
+def clocks(ready, device):
+    """(sample, wait): how the framework of `ready` is timed, and how the host waits for a result."""
     if ready.implementation.framework != TORCH:
         import jax
 
-        sample = functools.partial(timing.host_sample, wait=jax.block_until_ready)
-    else:
-        sample = timing.cuda_sample if device == "cuda" else functools.partial(timing.host_sample, wait=lambda _: None)
+        return functools.partial(timing.host_sample, wait=jax.block_until_ready), jax.block_until_ready
+    if device == "cuda":
+        return timing.cuda_sample, lambda _: torch.cuda.synchronize()
+    return functools.partial(timing.host_sample, wait=lambda _: None), lambda _: None
+
+
+def time_host(ready, direction, device):
+    """Milliseconds that a call keeps the host."""
+    _, wait = clocks(ready, device)
+    with ready.planning:
+        return timing.host_ms(getattr(ready.calls[0], direction), wait)
+
+
+def sampler(ready, direction, device):
+    """A call that times one round: as many calls as fill it, in the framework's own way."""
+    calls = [getattr(x, direction) for x in ready.calls]
+    sample, _ = clocks(ready, device)
     with ready.planning:
         sample(calls, len(calls))  # compiles, and allocates
-        count = timing.calls_per_round(sample(calls, 2).ms)
+        count = timing.calls_per_round(sample(calls, 2))
 
     def one_round():
         with ready.planning:
@@ -102,7 +116,7 @@ def check(case, rank, ready, expected, done):
 
 
 def set_up(case, rank, sets, names, device, tick):
-    """({name: (ready, {direction: sampler}, {direction: MiB})}, {name: why there is none}) of those that work."""
+    """({name: {direction: (sampler, MiB, host ms)}} of those that work, {name: why not} of the others)."""
     expected = {kv_head: timing.exact(case, rank, kv_head, *sets[0]) for kv_head in {0, case.kv_heads - 1}}
     working, reasons, done = {}, {}, {}
     for name in names:
@@ -111,24 +125,26 @@ def set_up(case, rank, sets, names, device, tick):
             results = check(case, rank, ready, expected, done)
             if IMPLEMENTATIONS[name].ours:
                 done[name] = results
-            with ready.planning:
-                framework, first = ready.implementation.framework, ready.calls[0]
-                memory = {x: peak_mib(getattr(first, x), framework, device) for x in report.DIRECTIONS}
-            working[name] = {x: sampler(ready, x, device) for x in report.DIRECTIONS}, memory
+            working[name] = {}
+            for x in report.DIRECTIONS:
+                with ready.planning:
+                    memory = peak_mib(getattr(ready.calls[0], x), ready.implementation.framework, device)
+                working[name][x] = sampler(ready, x, device), memory, time_host(ready, x, device)
         except Unavailable as error:
             reasons[name] = f"not available: {error}"
         except Exception as error:  # whatever another library raises is a row, not the end of the run
+            working.pop(name, None)
             reasons[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         tick(f"{case}: {name}")
     return working, reasons
 
 
-def measure(case, names, device, matmul, tick):
-    """The rows of one case; `tick(what)` is called len(names) + timing.ROUNDS + 1 times."""
+def measure(case, names, device, matmul, rounds, tick):
+    """The rows of one case; `tick(what)` is called len(names) + rounds + 1 times."""
     rank = rank_of(case)
     working, reasons = set_up(case, rank, make_sets(case, device), names, device, tick)
-    samplers = {(name, x): one_round for name, (rounds, _) in working.items() for x, one_round in rounds.items()}
-    times = timing.in_turns(samplers, functools.partial(tick, f"{case}: timing"))
+    samplers = {(name, x): one_round for name, found in working.items() for x, (one_round, *_) in found.items()}
+    times = timing.in_turns(samplers, functools.partial(tick, f"{case}: timing"), rounds)
     scores = cost.unmasked_scores(case.lengths, rank, case.world_size, case.causal)
     rows = []
     for name in names:
@@ -139,9 +155,9 @@ def measure(case, names, device, matmul, tick):
                 continue
             summary = report.summarise(times[name, direction])
             tflops = FLOPS[direction](scores, case.heads, case.head_dim) / summary["ms"] / 1e9
-            memory = working[name][1][direction]
-            row |= {"status": report.OK, **summary, "tflops": tflops, "of_matmul": tflops / matmul, "peak_mib": memory}
-            rows.append(row)
+            _, memory, host = working[name][direction]
+            row |= {"status": report.OK, **summary, "host_ms": host}
+            rows.append(row | {"tflops": tflops, "of_matmul": tflops / matmul, "peak_mib": memory})
     return rows
 
 
@@ -230,15 +246,15 @@ def main(arguments=None, device="cuda"):
     if device == "cuda":
         warm(cases, names)
     about["matmul_tflops"] = matmul = timing.matmul_tflops(torch.bfloat16, 8192 if device == "cuda" else 64, device)
-    rows = []
-    with tqdm(total=len(cases) * (len(names) + timing.ROUNDS + 1), unit="step") as bar:
+    rows, rounds = [], QUICK_ROUNDS if options.quick else timing.ROUNDS
+    with tqdm(total=len(cases) * (len(names) + rounds + 1), unit="step") as bar:
 
         def tick(what):
             bar.set_description(what)
             bar.update()
 
         for case in cases:
-            rows += measure(case, names, device, matmul, tick)
+            rows += measure(case, names, device, matmul, rounds, tick)
             clean()
             if options.json:  # after every case, so that a run cut short leaves what it has measured
                 written = {"machine": about, "headlines": report.headlines(rows, ours), "rows": rows}

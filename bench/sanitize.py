@@ -1,13 +1,14 @@
 """Runs a small case of every kernel under NVIDIA's compute-sanitizer.
 
-    python bench/sanitize.py [--tools memcheck racecheck initcheck]
-    compute-sanitizer --tool memcheck python bench/sanitize.py --launch
+    python bench/sanitize.py [--tools memcheck racecheck initcheck] [--kernels portable hopper]
+    compute-sanitizer --tool memcheck python bench/sanitize.py --launch portable
 
-The first finds the binary, in PATH, CUDA's folders or a pip package, and runs the second with each tool. Ends with
-status 1 if one finds an error, and with 77 if there is no such binary.
+The first finds the binary, in PATH, CUDA's folders or a pip package, and runs the second with each tool and kind of
+kernel. Ends with status 1 if one finds an error, and with 77 if there is no such binary.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TOOLS = "memcheck", "racecheck", "initcheck"
+KINDS = {"portable": "0", "hopper": "1"}  # and what ZIGZAG_HOPPER says
 NAME = "compute-sanitizer"
 ABSENT = f"no {NAME} in PATH, in CUDA_HOME, under /usr/local or in an nvidia pip package"
 SKIPPED = 77  # what test harnesses take for "skipped"
@@ -35,7 +37,7 @@ def find_binary() -> str | None:
     return next((str(place) for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 
-def launch(lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str]:
+def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str]:
     """Every kernel, where tiles end in the middle: in one launch, in windows of KV heads, in ring steps; both ways.
 
     Returns the names of the kernels.
@@ -51,24 +53,22 @@ def launch(lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str
         case = Case(name=f"head_dim {head_dim}", world_size=2, lengths=lengths, **sizes)
         tensors = timing.inputs(case, device)
         windows = ranks.pack_windows(*tensors[1:3], 1)
-        for hopper in ("0", "1"):
-            with Planning(ZIGZAG_HOPPER=hopper) as planning:
-                player = ranks.Player(case, 1, tensors, 1, backend)
-                for call in player.calls(windows, player.new_sums()).values():
-                    call()
-            names |= {made.kernel.fn.__name__ for made in planning.launches}
+        with Planning(ZIGZAG_HOPPER=KINDS[kind]) as planning:
+            player = ranks.Player(case, 1, tensors, 1, backend)
+            for call in player.calls(windows, player.new_sums()).values():
+                call()
+        names |= {made.kernel.fn.__name__ for made in planning.launches}
     return names
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument(
-        "--launch", action="store_true", help="only launch the kernels, as the sanitizer is to see them"
-    )
-    options = parser.parse_args()
+    parser.add_argument("--kernels", nargs="+", choices=KINDS, default=tuple(KINDS))
+    parser.add_argument("--launch", choices=KINDS, help="only launch these kernels, for the sanitizer to see")
+    options = parser.parse_args(arguments)
     if options.launch:
-        print("launched", *sorted(launch()), flush=True)
+        print("launched", *sorted(launch(options.launch)), flush=True)
         return 0
     binary = find_binary()
     if binary is None:
@@ -77,20 +77,11 @@ def main() -> int:
     # Memory that PyTorch keeps for reuse would hide what runs over the end of an array.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = []
-    for tool in options.tools:
-        print(f"{binary} --tool {tool}", flush=True)
-        command = [
-            binary,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "1",
-            "--kernel-name-exclude",
-            "regex=at::|cutlass|cublas",
-        ]
-        command += [sys.executable, __file__, "--launch"]
+    for tool, kind in itertools.product(options.tools, options.kernels):
+        print(f"{binary} --tool {tool}, {kind} kernels", flush=True)
+        command = [binary, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--launch", kind]
         if subprocess.run(command, env=environment, check=False).returncode:
-            failed.append(tool)
+            failed.append(f"{tool} ({kind} kernels)")
     print(f"errors under {', '.join(failed)}" if failed else "no errors")
     return 1 if failed else 0
 

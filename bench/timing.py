@@ -1,6 +1,8 @@
 """What the benchmarks share: inputs, the check that comes before any time, and rounds in which calls take turns."""
 
 import math
+import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from zigzag_torch.shard import sequence_of_rows
 
 ROUNDS, CALLS = 7, 8
 ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls takes, and how many it may be
+HOST_CALLS, HOST_SECONDS = 20, 0.5  # of what one call costs the host, and when fewer will do
 SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
 NAMES = "out", "dq", "dk", "dv"
 
@@ -24,13 +27,6 @@ class Calls(NamedTuple):
     forward: Callable[[], object]
     backward: Callable[[], object]  # of one forward pass, again and again
     results: Callable[[], tuple[torch.Tensor, ...]]  # out, dq, dk, dv
-
-
-class Sample(NamedTuple):
-    """Milliseconds of one call: on the device, and until it returned to the host."""
-
-    ms: float
-    host_ms: float
 
 
 def inputs(case, device="cuda", seed=0):
@@ -118,31 +114,43 @@ def check(case, rank, kv_head, results, expected):
 
 def milliseconds(call, wait):
     """Time of one of `CALLS` calls that follow each other without waiting."""
-    return host_sample([call], CALLS, wait).ms
+    return host_sample([call], CALLS, wait)
 
 
-def host_sample(calls: Sequence[Callable], count: int, wait: Callable) -> Sample:
-    """`count` calls by the clock of the host, `calls` in rotation: what `wait`ing for the last takes is in it."""
+def host_sample(calls: Sequence[Callable], count: int, wait: Callable) -> float:
+    """Milliseconds of one of `count` calls by the clock of the host, `calls` in rotation; one `wait` is in it."""
     start = time.perf_counter()
     for i in range(count):
         result = calls[i % len(calls)]()
-    issued = time.perf_counter()
     wait(result)
-    return Sample((time.perf_counter() - start) * 1e3 / count, (issued - start) * 1e3 / count)
+    return (time.perf_counter() - start) * 1e3 / count
 
 
-def cuda_sample(calls: Sequence[Callable], count: int) -> Sample:
+def cuda_sample(calls: Sequence[Callable], count: int) -> float:
     """As `host_sample`, by events in the stream that the calls go to."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    began = time.perf_counter()
     start.record()
     for i in range(count):
         calls[i % len(calls)]()
     end.record()
-    issued = time.perf_counter()
     end.synchronize()
-    return Sample(start.elapsed_time(end) / count, (issued - began) * 1e3 / count)
+    return start.elapsed_time(end) / count
+
+
+def host_ms(call: Callable, wait: Callable) -> float:
+    """Median milliseconds until one call returns to the host while the device has nothing else to do.
+
+    Calls that follow each other would wait for room in the device's queue.
+    """
+    times, start = [], time.perf_counter()
+    wait(call())
+    while len(times) < HOST_CALLS and (len(times) < 3 or time.perf_counter() - start < HOST_SECONDS):
+        began = time.perf_counter()
+        result = call()
+        times.append((time.perf_counter() - began) * 1e3)
+        wait(result)
+    return statistics.median(times)
 
 
 def calls_per_round(ms: float) -> int:
@@ -150,17 +158,20 @@ def calls_per_round(ms: float) -> int:
     return min(MOST_CALLS, max(2, math.ceil(ROUND_MS / ms)))
 
 
-def in_turns(samplers, tick=lambda: None):
-    """{key: results of `ROUNDS` calls} for {key: call}, which take turns, after one round that warms up.
+def in_turns(samplers, tick=lambda: None, rounds=None):
+    """{key: results of `rounds` calls, else `ROUNDS`} for {key: call}, which take turns, after a round that warms up.
 
-    `tick` is called after each round.
+    The order is another one in every round, as clocks depend on what ran before; it is the same in every run. `tick` is
+    called after each round.
     """
     measured = {key: [] for key in samplers}
-    for i in range(ROUNDS + 1):
-        for key, sampler in samplers.items():
-            result = sampler()
+    order, generator = list(samplers), random.Random(0)
+    for i in range((rounds or ROUNDS) + 1):
+        for key in order:
+            result = samplers[key]()
             if i:
                 measured[key].append(result)
+        generator.shuffle(order)
         tick()
     return measured
 
@@ -169,5 +180,5 @@ def matmul_tflops(dtype, size=8192, device="cuda"):
     """Median TFLOP/s of a product of random square matrices: what the GPU gives in practice, here and now."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     sample = cuda_sample if device == "cuda" else lambda *x: host_sample(*x, wait=lambda _: None)
-    times = sorted(in_turns({"matmul": lambda: sample([lambda: a @ b], CALLS).ms})["matmul"])
-    return 2 * size**3 / times[len(times) // 2] / 1e9
+    times = in_turns({"matmul": lambda: sample([lambda: a @ b], CALLS)})["matmul"]
+    return 2 * size**3 / statistics.median(times) / 1e9

@@ -144,8 +144,8 @@ class Bench:
         def sample():
             with planning:
                 if self.device == "cuda":
-                    return timing.cuda_sample([call], count).ms
-                return timing.host_sample([call], count, lambda _: None).ms
+                    return timing.cuda_sample([call], count)
+                return timing.host_sample([call], count, lambda _: None)
 
         count = 1
         count = timing.calls_per_round(sample())

@@ -30,8 +30,10 @@ PEERS = "unfused", "flash2-torch"
 @pytest.fixture
 def short_rounds(monkeypatch):
     monkeypatch.setattr(implementations, "BACKEND", BACKEND)
-    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(run, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(timing, "ROUND_MS", 1)
+    monkeypatch.setattr(timing, "HOST_SECONDS", 0)
 
 
 def make_rows(cases, times):
@@ -133,7 +135,7 @@ def test_wrong_results_and_errors_are_rows_and_the_run_goes_on(short_rounds, mon
 
 def test_frameworks_that_differ_fail(short_rounds, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "jax", replace(IMPLEMENTATIONS["flash2-torch"], twin="torch", ours=True))
-    rows = run.measure(TINY, ["torch", "jax"], DEVICE, 1.0, lambda _: None)
+    rows = run.measure(TINY, ["torch", "jax"], DEVICE, 1.0, 2, lambda _: None)
     assert [row["status"][:60] for row in rows[2:]] == [
         "failed: AssertionError: out is not that of torch bit for bit"
     ] * 2
@@ -175,8 +177,7 @@ def test_table_and_what_is_missing():
 
 
 def test_rows_of_samples():
-    samples = [timing.Sample(ms, host) for ms, host in ((3.0, 0.3), (1.0, 0.1), (2.0, 0.2))]
-    assert report.summarise(samples) == {"ms": 2.0, "low_ms": 1.0, "high_ms": 3.0, "host_ms": 0.2}
+    assert report.summarise([9.0, 1.0, 3.0, 2.0, 4.0]) == {"ms": 3.0, "low_ms": 2.0, "high_ms": 4.0}
     assert [timing.calls_per_round(ms) for ms in (0.001, 1.0, 15.0, 600.0)] == [timing.MOST_CALLS, 20, 2, 2]
 
 
@@ -185,6 +186,25 @@ def test_calls_take_turns_with_several_inputs():
     calls = [lambda i=i: seen.append(i) for i in range(3)]
     timing.host_sample(calls, 7, lambda _: seen.append("waited"))
     assert seen == [0, 1, 2, 0, 1, 2, 0, "waited"]
+
+
+def test_the_order_of_turns_changes_and_is_the_same_in_every_run():
+    def run_order():
+        seen = []
+        samplers = {key: lambda key=key: seen.append(key) or key for key in range(4)}
+        assert timing.in_turns(samplers, rounds=3) == {key: [key] * 3 for key in range(4)}
+        return [tuple(seen[i : i + 4]) for i in range(0, 16, 4)]
+
+    order = run_order()
+    assert order == run_order()
+    assert all(sorted(turns) == [0, 1, 2, 3] for turns in order)
+    assert len(set(order)) > 1
+
+
+def test_host_time_waits_between_calls():
+    seen = []
+    timing.host_ms(lambda: seen.append("call"), lambda _: seen.append("wait"))
+    assert seen == ["call", "wait"] * (timing.HOST_CALLS + 1)
 
 
 def test_plans_of_several_settings_stand_side_by_side(monkeypatch):

@@ -33,18 +33,18 @@ def test_the_backward_pass_repeats_bit_for_bit(case, hopper):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("tool", sanitize.TOOLS)
-def test_under_the_sanitizer(tool):
+@pytest.mark.parametrize(("tool", "kind"), [*((tool, "portable") for tool in sanitize.TOOLS), ("memcheck", "hopper")])
+def test_under_the_sanitizer(tool, kind):
     if sanitize.find_binary() is None:
         pytest.skip(sanitize.ABSENT)
-    command = [sys.executable, sanitize.__file__, "--tools", tool]
+    command = [sys.executable, sanitize.__file__, "--tools", tool, "--kernels", kind]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 @pytest.mark.skipif(GPU, reason="compiled kernels run under the sanitizer itself")
 def test_the_sanitizer_sees_every_portable_kernel():
-    names = sanitize.launch((12, 4, 0, 8), "cpu", "interpret")
+    names = sanitize.launch("portable", (12, 4, 0, 8), "cpu", "interpret")
     modules = segments, forward, backward
     jitted = {(name, x.fn.__module__) for module in modules for name, x in vars(module).items() if hasattr(x, "fn")}
     here = {module.__name__ for module in modules}
@@ -61,3 +61,16 @@ def test_the_binary_is_found_where_cuda_says_it_is(tmp_path, monkeypatch):
     place.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "site-packages" / "nvidia" / "cu13"))
     assert sanitize.find_binary() == str(place)
+
+
+def test_each_tool_and_kind_of_kernel_is_reported(tmp_path, monkeypatch, capsys):
+    """A stand-in for the binary, that finds an error under one tool in one kind of kernel."""
+    binary = tmp_path / sanitize.NAME
+    binary.write_text('#!/bin/sh\ncase "$*" in *racecheck*hopper) exit 1;; esac\n')
+    binary.chmod(0o755)
+    monkeypatch.setattr(sanitize, "find_binary", lambda: str(binary))
+    assert sanitize.main([]) == 1
+    assert capsys.readouterr().out.endswith("errors under racecheck (hopper kernels)\n")
+    assert sanitize.main(["--kernels", "portable"]) == 0
+    monkeypatch.setattr(sanitize, "find_binary", lambda: None)
+    assert sanitize.main([]) == sanitize.SKIPPED
