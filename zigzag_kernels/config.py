@@ -21,6 +21,7 @@ from .problem import DTYPE_BYTES, MAX_BLOCK
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
 HOPPER_KERNELS = (
     "hopper_dkdv",
+    "hopper_fused",
     *(f"hopper_{name}{size}" for name in ("forward", "dq") for size in ("", "_few", "_short")),
 )
 KERNELS = ("forward", "backward_dkdv", "backward_dq", *HOPPER_KERNELS)
@@ -75,6 +76,7 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
             "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
             "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4)),
             "hopper_dkdv": _up_to((128, 128, 4, 2), (64, 128, 4, 3)),
+            "hopper_fused": _up_to((64, 128, 4, 3), (64, 128, 4, 2)),
             "hopper_dq": _up_to((128, 128, 4, 3), (128, 128, 4, 2)),
             "hopper_dq_few": _up_to((128, 128, 4, 3, 1), (128, 128, 4, 2, 1)),
             "hopper_dq_short": _up_to((128, 64, 4, 4), (128, 64, 4, 4)),
@@ -129,6 +131,9 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     row = block_d(head_dim) * size
     if kernel == "hopper_dkdv":  # its own K and V; Q, dO and three numbers a row pass by; barriers
         return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 12) + 1024
+    if kernel == "hopper_fused":  # the same; dS of two blocks, and dQ on its way out
+        passing = config.num_stages * (2 * row + 12) + 2 * config.BLOCK_N * size + block_d(head_dim) * 4
+        return 2 * config.BLOCK_N * row + config.BLOCK_M * passing + 1024
     if kernel in HOPPER_KERNELS:  # Q, and in dQ dO; what passes by, and barriers
         own_tiles = 1 if kernel.startswith("hopper_forward") else 2
         return (own_tiles * config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
@@ -161,7 +166,7 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
     if kernel in HOPPER_KERNELS:  # each warpgroup has 64 rows and the registers that the kernel assigns
-        own = "BLOCK_N" if kernel == "hopper_dkdv" else "BLOCK_M"
+        own = "BLOCK_N" if kernel in ("hopper_dkdv", "hopper_fused") else "BLOCK_M"
         sizes = (128, 256) if kernel.startswith("hopper_forward") else (128,)
         good = getattr(config, own) in sizes and config.num_warps == 4
         return None if good else f"{own} {' or '.join(map(str, sizes))} and num_warps 4"

@@ -10,10 +10,9 @@ pieces, with communication between them.
 """
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -22,7 +21,8 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import Config, block_d, choose_config
 from .forward import attention_forward
-from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel
+from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, has_fused_backward
+from .launches import Launch, Output
 from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
 
@@ -31,47 +31,8 @@ Run = Callable[..., tuple]
 INTERPRETER = threading.Lock()
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
+_ELEMENTS = 4096
 _CACHED = 1024  # batches of changing size make new problems without end
-
-
-@dataclass(frozen=True)
-class Output:
-    """An array that a launch writes completely."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
-
-    An output named in `in_place` shares the memory of that input, unless the array given there is None: then it begins
-    empty, like any other. The kernel leaves parts of such an output as they are.
-    """
-
-    kernel: Any
-    target: str
-    grid: tuple[int, int, int]
-    inputs: tuple[str, ...]
-    scalars: dict[str, int]
-    outputs: tuple[Output, ...]
-    constexprs: dict[str, Any]
-    in_place: dict[str, str] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 1
-    scratch: int = 0  # bytes of global memory for each program, aligned to 128, that the launch has to provide
-
-    def __post_init__(self):
-        # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.
-        expected = list(inspect.signature(self.kernel.fn).parameters)
-        given = [f"{name}_ptr" for name in self.inputs] + list(self.scalars)
-        given += [f"{output.name}_ptr" for output in self.outputs]
-        if given != expected[: len(given)] or set(expected[len(given) :]) != set(self.constexprs):
-            raise TypeError(
-                f"{self.kernel.fn.__name__}: expected arguments {expected}, got {given} and {sorted(self.constexprs)}"
-            )
 
 
 def interpreting() -> bool:
@@ -142,11 +103,11 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
     }
 
 
-def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Fields of the `Launch` of a kernel of `hopper/`, which all make two descriptors, from the portable constexprs."""
-    constexprs = constexprs | {"STAGES": config.num_stages}
+def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config, descriptors: int = 2) -> dict[str, Any]:
+    """Fields of the `Launch` of a kernel of `hopper/`, from the constexprs of the portable one."""
+    constexprs, scratch = constexprs | {"STAGES": config.num_stages}, descriptors * DESCRIPTOR_BYTES
     del constexprs["INTERPRET"]
-    return {"kernel": kernel, "constexprs": constexprs, "num_warps": config.num_warps, "scratch": 2 * DESCRIPTOR_BYTES}
+    return {"kernel": kernel, "constexprs": constexprs, "num_warps": config.num_warps, "scratch": scratch}
 
 
 def _portable(kernel: Any, constexprs: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -262,6 +223,53 @@ def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> L
     )
 
 
+@functools.lru_cache(maxsize=_CACHED)
+def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[Launch, Launch, Launch]:
+    """The launches of the backward in one kernel: what clears float32 sums, adds to them, and makes dq of them."""
+    from .hopper.fused import backward_fused_hopper, clear_sums, finish_dq
+
+    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
+    config = choose_config("hopper_fused", problem.head_dim, problem.dtype, problem.target)
+    constexprs = _constexprs(problem, config, WHOLE) | _strides(dout_strides) | {"HEADS": problem.heads}
+    shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
+    kv_shape = (problem.kv_tokens, problem.window, problem.head_dim)
+    elements = {
+        "target": problem.target,
+        "grid": (max(1, -(-problem.tokens * row // _ELEMENTS)), 1, 1),
+        "num_warps": 8,
+    }
+    clear = Launch(
+        kernel=clear_sums,
+        inputs=("q",),
+        scalars={"T": problem.tokens},
+        outputs=(Output("sums", shape, "float32"),),
+        constexprs={"ROW": row, "BLOCK": _ELEMENTS},
+        **elements,
+    )
+    fused = Launch(
+        target=problem.target,
+        grid=_grid(problem, problem.kv_tokens, config.BLOCK_N, sequences, config),
+        inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv", "into_sums"),
+        scalars={"n_sequences": sequences} | _scalars(problem, WHOLE),
+        outputs=(
+            Output("dk", kv_shape, problem.dtype),
+            Output("dv", kv_shape, problem.dtype),
+            Output("sums", shape, "float32"),
+        ),
+        in_place={"dk": "into_dk", "dv": "into_dv", "sums": "into_sums"},
+        **_hopper(backward_fused_hopper, constexprs, config, descriptors=3),
+    )
+    finish = Launch(
+        kernel=finish_dq,
+        inputs=("sums", "segments"),
+        scalars={"n_segments": segments, "T": problem.tokens},
+        outputs=(Output("dq", shape, problem.dtype),),
+        constexprs={"ROW": row, "SOFTMAX_SCALE": problem.softmax_scale, "BLOCK": _ELEMENTS},
+        **elements,
+    )
+    return clear, fused, finish
+
+
 def _strides(dout_strides: tuple[int, int]) -> dict[str, int]:
     return {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}
 
@@ -340,8 +348,32 @@ def backward_queries(
     return dq
 
 
-def backward(run: Run, problem: Problem, q, k, v, out, lse, dout, dlse, segments, sequences, *, dout_strides) -> tuple:
-    """(dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None."""
+def backward(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    segments,
+    sequences,
+    *,
+    dout_strides: tuple[int, int],
+    deterministic: bool = True,
+) -> tuple:
+    """(dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None.
+
+    Unless `deterministic`, a kernel may serve that gives other bits each time.
+    """
     rows = backward_rows(run, problem, out, lse, dout, dlse, dout_strides=dout_strides)
+    if not deterministic and has_fused_backward(problem, dout_strides):
+        clear, fused, finish = _fused_launches(problem, dout_strides)
+        (sums,) = run(clear, q)
+        dk, dv, sums = run(fused, q, k, v, dout, *rows, sequences, None, None, sums)
+        (dq,) = run(finish, sums, segments)
+        return dq, dk, dv
     dk, dv = backward_keys(run, problem, q, k, v, dout, rows, sequences, dout_strides=dout_strides)
     return backward_queries(run, problem, q, k, v, dout, rows, segments, dout_strides=dout_strides), dk, dv

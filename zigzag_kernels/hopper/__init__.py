@@ -37,6 +37,11 @@ def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[s
     )
 
 
+def has_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> bool:
+    """Whether one kernel can do the work of both of `backward_kernels` for `problem`."""
+    return _taken(problem, SHORT_DKDV, *problem.q_strides, *dout_strides)
+
+
 def _taken(problem: Problem, short: int, *strides: int) -> bool:
     """Whether a kernel here serves `problem`, one that the portable kernel is faster than with chunks of fewer than
     `short` keys if head_dim is small. The copy engine reads k, v, and arrays of these `strides`."""

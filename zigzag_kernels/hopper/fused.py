@@ -1,0 +1,321 @@
+"""The fused backward for Hopper: the dK/dV kernel also adds each block's dQ to a float32 array, in no fixed order.
+
+Scores are computed once instead of twice, but the same inputs do not give the same bits. dS goes through shared memory,
+where both consumers' keys meet: each multiplies half of head_dim, and the copy engine adds its half of the block to
+`sums`, which `clear_sums` made zero and `finish_dq` turns into dQ.
+"""
+
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
+from .dkdv import _half, _key_rows, _load_keys, _producer, _row_descriptor, _scores
+from .pipeline import block_of, make_stages, store_tile, wait_block
+
+PIPE = gl.constexpr(False)
+DVF = gl.constexpr(False)
+
+
+@builtin
+def _add_to_global(desc, place, buffer, _semantic=None):
+    """Add `buffer` to the box of `desc` at `place`, by the copy engine, asynchronously."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, buffer.handle)
+
+
+@gluon.jit
+def _block_place(
+    i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS: gl.constexpr, PARTS: gl.constexpr,
+    PACK: gl.constexpr,
+):  # fmt: skip
+    """(row of the sequence, head of the group) where block `i` of `_producer` begins."""
+    number = i // PARTS
+    late = number - gl.where(number < late_masked, 0, early_masked)
+    early = number - gl.where(number < late_masked + early_masked, late_masked, late_blocks)
+    is_late = (number < late_masked) | ((number >= late_masked + early_masked) & (number < late_blocks + early_masked))
+    return gl.where(is_late, late_row + late * TOKENS, early_row + early * TOKENS), i % PARTS * PACK
+
+
+@gluon.jit
+def _block(
+    warpgroup: gl.constexpr, scores, dk, dv, dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
+    limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What block `i` adds to dV, to dK, and to half of the columns of dQ: the products are under way, in this order."""
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = v.dtype
+    HALF_D: gl.constexpr = v.shape[1] // 2
+    stage = i % STAGES
+    dout = block_of(dout_smem, i, STAGES)
+    wait_block(dout_full, i, STAGES)
+    dp = hopper.warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    lse2 = lse2_smem.index(stage).load(R_LAYOUT)
+    if not PIPE:
+        scores = hopper.warpgroup_mma_wait(1, [scores])
+    p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
+    if i < masked:
+        limit = limit_smem.index(stage).load(R_LAYOUT)
+        p = gl.where(keys[:, None] < limit[None, :], p, 0.0)
+    p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
+    delta = delta_smem.index(stage).load(R_LAYOUT)
+    dp = hopper.warpgroup_mma_wait(0, [dp])
+    if DVF:
+        dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
+    ds = (p * (dp - delta[None, :])).to(dtype)
+    ds_operand = gl.convert_layout(ds, P_LAYOUT)
+    # Two buffers a consumer: whoever has seen dS of block i - 1 knows that the other has left that of block i - 2.
+    both = (i & 1) * 2
+    ds_smem.index(both + warpgroup).store(ds)
+    hopper.fence_async_shared()
+    if not DVF:
+        dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
+    hopper.mbarrier.arrive(ds_full, count=1)
+    dk = hopper.warpgroup_mma(ds_operand, block_of(q_smem, i, STAGES), dk, is_async=True)
+    hopper.mbarrier.wait(ds_full, i & 1)
+    k_upper = k_smem.index(0).slice(warpgroup * HALF_D, HALF_D, 1)
+    k_lower = k_smem.index(1).slice(warpgroup * HALF_D, HALF_D, 1)
+    dq = hopper.warpgroup_mma(ds_smem.index(both).permute((1, 0)), k_upper, dq, use_acc=False, is_async=True)
+    dq = hopper.warpgroup_mma(ds_smem.index(both + 1).permute((1, 0)), k_lower, dq, is_async=True)
+    return dk, dv, dq
+
+
+@gluon.jit
+def _hand_over_dq(dq_token, UNDER_WAY: gl.constexpr, dq_buffer, dq_full, dq_empty, i):
+    """Half of dQ of block `i`, `UNDER_WAY` products before the last one, for `_writer`."""
+    SHAPE: gl.constexpr = [dq_buffer.shape[0] * dq_buffer.shape[1], dq_buffer.shape[2]]
+    hopper.mbarrier.wait(dq_empty, (i & 1) ^ 1)
+    dq = hopper.warpgroup_mma_wait(UNDER_WAY, [dq_token])
+    dq_buffer.reshape(SHAPE).store(dq)
+    hopper.fence_async_shared()
+    hopper.mbarrier.arrive(dq_full, count=1)
+
+
+@gluon.jit
+def _writer(
+    sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row, early_masked,
+    TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
+):  # fmt: skip
+    """Let the copy engine add both halves of dQ of every block to the sums."""
+    for i in range(blocks):
+        row, head = _block_place(i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS, PARTS, PACK)
+        hopper.mbarrier.wait(dq_full, i & 1)
+        _add_to_global(sums_desc, [row, head, 0], dq_smem.index(0))
+        _add_to_global(sums_desc, [row, head, HALF_D], dq_smem.index(1))
+        hopper.tma.store_wait(0)  # until it has read them
+        hopper.mbarrier.arrive(dq_empty, count=1)
+
+
+@gluon.jit
+def _consumer(
+    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+    limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty, first_key, n_keys,
+    kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr,
+    STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    HALF_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D // 2, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
+    first = first_key + warpgroup * 64
+    k = k_smem.index(warpgroup)
+    v = v_smem.index(warpgroup)
+    head = window_head.to(gl.int64)
+    _load_keys(k_ptr + head * STRIDE_KH, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
+    _load_keys(v_ptr + head * STRIDE_VH, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
+    hopper.fence_async_shared()
+    gl.thread_barrier()
+
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+    zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
+    dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+    dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+    no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, HALF_LAYOUT)
+    dq_buffer = dq_smem.index(warpgroup)
+    if PIPE:
+        if blocks > 0:
+            # The scores of the next block are queued behind dQ of this one and run while that is written out.
+            scores = _scores(k, q_smem, q_full, 0, zero, STAGES)
+            for i in range(blocks):
+                scores = hopper.warpgroup_mma_wait(0, [scores])
+                dk, dv, dq_token = _block(
+                    warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
+                    limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+                )  # fmt: skip
+                dv = hopper.warpgroup_mma_wait(3, [dv])
+                hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
+                dk = hopper.warpgroup_mma_wait(2, [dk])
+                hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
+                # Behind the last block this multiplies whatever is there; nobody reads the product.
+                hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
+                q = block_of(q_smem, i + 1, STAGES)
+                scores = hopper.warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                _hand_over_dq(dq_token, 1, dq_buffer, dq_full, dq_empty, i)
+            scores = hopper.warpgroup_mma_wait(0, [scores])
+    else:
+        for i in range(blocks):
+            scores = _scores(k, q_smem, q_full, i, zero, STAGES)
+            dk, dv, dq_token = _block(
+                warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+            )  # fmt: skip
+            dv = hopper.warpgroup_mma_wait(3, [dv])
+            hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
+            dk = hopper.warpgroup_mma_wait(2, [dk])
+            hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
+            _hand_over_dq(dq_token, 0, dq_buffer, dq_full, dq_empty, i)
+
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
+    rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
+    valid = gl.where(poison, float("nan"), 1.0)
+    store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)
+    store_tile(dk_ptr, rows, keys < n_keys, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
+
+
+@gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
+def backward_fused_hopper(
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, lse2_ptr, sequences_ptr, into_dk_ptr, into_dv_ptr, into_sums_ptr,
+    n_sequences, T, slot_rows, first_kv_head, dk_ptr, dv_ptr, sums_ptr,
+    SLOTS: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
+    STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """As `backward_dkdv_hopper`, and adds dQ, not yet scaled, to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
+    POWER: gl.constexpr = GROUP & -GROUP
+    PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M
+    TOKENS: gl.constexpr = BLOCK_M // PACK
+    PARTS: gl.constexpr = GROUP // PACK
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+        sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
+    )
+    if first_key >= n_keys:
+        return
+
+    sequence_row = gl.load(entry_ptr + 8)
+    sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
+    late_row, _, _, late_token, late_blocks, late_masked = _half(
+        entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
+    )
+    early_row, _, _, early_token, early_blocks, early_masked = _half(
+        entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
+    )
+    late_row += late_token - sequence_row
+    early_row += early_token - sequence_row
+    blocks = (late_blocks + early_blocks) * PARTS
+    # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
+    masked = gl.where(first_key + BLOCK_N > n_keys, blocks, (late_masked + early_masked) * PARTS)
+    kv_head = (first_kv_head + window_head).to(gl.int64)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
+    KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    DS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
+    DQ_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D // 2], gl.float32)
+    STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_desc = _row_descriptor(
+        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, [TOKENS, PACK, BLOCK_D]
+    )
+    dout_desc = _row_descriptor(
+        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, [TOKENS, PACK, BLOCK_D]
+    )
+    sums_desc = _row_descriptor(
+        sums_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, HEADS * HEAD_DIM, HEAD_DIM,
+        [TOKENS, PACK, BLOCK_D // 2],
+    )  # fmt: skip
+    lse2_ptr += kv_head * T * GROUP
+    delta_ptr += kv_head * T * GROUP
+    k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
+    ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], DS_SMEM)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, TOKENS, PACK, BLOCK_D // 2], DQ_SMEM)
+    q_smem, q_full, q_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    dout_smem, dout_full, dout_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
+    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    hopper.mbarrier.init(ds_full, 2)
+    hopper.mbarrier.init(dq_full, 2)
+    hopper.mbarrier.init(dq_empty, 1)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
+                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
+                ACCUMULATE,
+            )),
+            (_consumer, (
+                1, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
+                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
+                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
+                ACCUMULATE,
+            )),
+            (_producer, (
+                q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL, GROUP,
+                PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
+            )),
+            (_writer, (
+                sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row,
+                early_masked, TOKENS, PARTS, PACK, BLOCK_D // 2,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def clear_sums(
+    q_ptr,  # [T, heads, head_dim]: where to work, not read
+    T,
+    sums_ptr,  # [T, heads, head_dim] float32
+    ROW: tl.constexpr,  # heads * head_dim
+    BLOCK: tl.constexpr,
+):
+    """Zero for `backward_fused_hopper` to add to. Grid: blocks of elements."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
+
+
+@triton.jit(do_not_specialize=["n_segments", "T"])
+def finish_dq(
+    sums_ptr,  # [T, heads, head_dim] float32
+    segments_ptr,
+    n_segments,
+    T,
+    dq_ptr,  # [T, heads, head_dim]
+    ROW: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dQ from the sums of `backward_fused_hopper`; NaN if the tables are impossible, as in `load_segment`."""
+    last_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
+    impossible = (tl.load(last_ptr + 1) > T) | (tl.load(last_ptr + 4) < 0)
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < T.to(tl.int64) * ROW
+    dq = tl.load(sums_ptr + places, mask=inside) * tl.where(impossible, float("nan"), SOFTMAX_SCALE)
+    tl.store(dq_ptr + places, dq.to(dq_ptr.dtype.element_ty), mask=inside)
