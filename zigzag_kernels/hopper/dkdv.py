@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
-from .pipeline import block_of, load_block, load_tile, make_stages, store_tile, wait_block
+from .pipeline import block_of, issue_scores, load_block, load_tile, make_stages, store_tile
 
 
 @gluon.jit
@@ -104,13 +104,6 @@ def _producer(
 
 
 @gluon.jit
-def _scores(k, q_smem, q_full, i, zero, STAGES: gl.constexpr):
-    """Issue the transposed scores of block `i`."""
-    wait_block(q_full, i, STAGES)
-    return hopper.warpgroup_mma(k, block_of(q_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _block(
     scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i, masked,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
@@ -119,9 +112,7 @@ def _block(
     R_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = v.dtype
     stage = i % STAGES
-    dout = block_of(dout_smem, i, STAGES)
-    wait_block(dout_full, i, STAGES)
-    dp = hopper.warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = issue_scores(v, dout_smem, dout_full, i, zero, STAGES)
     lse2 = lse2_smem.index(stage).load(R_LAYOUT)
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
@@ -132,19 +123,20 @@ def _block(
     delta = delta_smem.index(stage).load(R_LAYOUT)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds_operand = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), P_LAYOUT)
-    dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
+    dv = hopper.warpgroup_mma(p_operand, block_of(dout_smem, i, STAGES), dv, is_async=True)
     return hopper.warpgroup_mma(ds_operand, block_of(q_smem, i, STAGES), dk, is_async=True), dv
 
 
 @gluon.jit
 def _consumer(
-    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-    limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head,
-    poison, blocks, masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr,
     STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
+    k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem = values[0]
+    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty = values[1]
+    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -169,7 +161,7 @@ def _consumer(
     dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
     # The scores of a block are queued behind dK of the one before: the tensor cores work while dK is collected.
     if blocks > 0:
-        scores = _scores(k, q_smem, q_full, 0, zero, STAGES)
+        scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
         dk_token, dv_token = _block(
             scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, 0, masked,
             S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
@@ -178,7 +170,7 @@ def _consumer(
             before = (i - 1) % STAGES
             dv = hopper.warpgroup_mma_wait(1, [dv_token])
             hopper.mbarrier.arrive(dout_empty.index(before), count=1)
-            scores = _scores(k, q_smem, q_full, i, zero, STAGES)
+            scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
             dk = hopper.warpgroup_mma_wait(1, [dk_token])
             hopper.mbarrier.arrive(q_empty.index(before), count=1)
             dk_token, dv_token = _block(
@@ -245,20 +237,21 @@ def backward_dkdv_hopper(
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     hopper.fence_async_shared()
-    # The argument tuples stay inline: a tuple bound to a name turns its constexprs into tensors.
+    # A tuple bound to a name turns its constexprs into tensors: those stay outside.
+    values = (
+        (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem),
+        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty),
+        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
+    )
     gl.warp_specialize(
         [
             (_consumer, (
-                0, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows,
-                window_head, poison, blocks, masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH,
-                STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_consumer, (
-                1, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, kv_row, kv_chunk, slot_rows,
-                window_head, poison, blocks, masked, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH,
-                STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_producer, (
                 q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,

@@ -13,6 +13,9 @@ from ..tile import LOG2_E, load_segment, tile_and_head
 from .pipeline import (
     block_of,
     block_place,
+    blocks_to_hide,
+    hide,
+    issue_scores,
     key_descriptor,
     load_block,
     load_tile,
@@ -20,7 +23,6 @@ from .pipeline import (
     row_places,
     store_tile,
     top_block,
-    wait_block,
     walk_down,
 )
 
@@ -39,46 +41,33 @@ def _producer(
 
 
 @gluon.jit
-def _scores(q, k_smem, k_full, i, zero, STAGES: gl.constexpr):
-    """Issue the scores of block `i`."""
-    wait_block(k_full, i, STAGES)
-    return hopper.warpgroup_mma(q, block_of(k_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _block(
-    scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem, v_smem,
-    v_full, v_empty, i, SLOTS: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, BLOCK_N: gl.constexpr,
+    scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem, v_full,
+    v_empty, i, SLOTS: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What block `i`, whose scores are under way, adds to dQ: the product is under way."""
-    wait_block(v_full, i, STAGES)
-    v = block_of(v_smem, i, STAGES)
-    dp = hopper.warpgroup_mma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    """(what block `i`, whose scores are under way, adds to dQ: the product is under way; next ragged block)."""
+    dp = issue_scores(dout, v_smem, v_full, i, zero, STAGES)
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
     dp = hopper.warpgroup_mma_wait(0, [dp])
     hopper.mbarrier.arrive(v_empty.index(i % STAGES), count=1)
     ds = p * (dp - delta[:, None])
-    end = seen_by_all
-    if SLOTS > 1:
-        end = gl.minimum(end, (chunk + 1) * kv_chunk)
-    if start + BLOCK_N > end:
-        if SLOTS > 1:
-            limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
-        ds = gl.where((start + columns)[None, :] < limit[:, None], ds, 0.0)
+    ds, ragged = hide(ds, 0.0, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
     ds_operand = gl.convert_layout(ds.to(dout.dtype), P_LAYOUT)
-    return hopper.warpgroup_mma(ds_operand, block_of(k_smem, i, STAGES), dq, is_async=True)
+    return hopper.warpgroup_mma(ds_operand, block_of(k_smem, i, STAGES), dq, is_async=True), ragged
 
 
 @gluon.jit
 def _consumer(
-    warpgroup: gl.constexpr, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem,
-    k_full, k_empty, v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T,
-    SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr,
-    STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+    warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
+    q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr = values[0]
+    q_smem, dout_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = values[1]
+    row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -113,22 +102,22 @@ def _consumer(
     zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     dq = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
 
-    chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    _, _, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+    masked, ragged = blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
     # The scores of a block are queued behind dQ of the one before.
     if blocks > 0:
-        scores = _scores(q, k_smem, k_full, 0, zero, STAGES)
-        dq_token = _block(
-            scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem, v_smem,
+        scores = issue_scores(q, k_smem, k_full, 0, zero, STAGES)
+        dq_token, ragged = _block(
+            scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
             v_full, v_empty, 0, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
         )  # fmt: skip
         for i in range(1, blocks):
-            chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
-            scores = _scores(q, k_smem, k_full, i, zero, STAGES)
+            scores = issue_scores(q, k_smem, k_full, i, zero, STAGES)
             dq = hopper.warpgroup_mma_wait(1, [dq_token])
             hopper.mbarrier.arrive(k_empty.index((i - 1) % STAGES), count=1)
-            dq_token = _block(
-                scores, dq, dout, lse2, delta, zero, columns, limit, seen_by_all, chunk, start, kv_chunk, k_smem,
-                v_smem, v_full, v_empty, i, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
+            dq_token, ragged = _block(
+                scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
+                v_full, v_empty, i, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
             )  # fmt: skip
         dq = hopper.warpgroup_mma_wait(0, [dq_token])
 
@@ -174,19 +163,21 @@ def backward_dq_hopper(
     k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
     v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
     hopper.fence_async_shared()
+    # A tuple bound to a name turns its constexprs into tensors: those stay outside.
+    values = (
+        (q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr),
+        (q_smem, dout_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty),
+        (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
+    )
     gl.warp_specialize(
         [
             (_consumer, (
-                0, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem, k_full, k_empty,
-                v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP,
-                HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES,
-                ACCUMULATE,
+                0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
+                BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_consumer, (
-                1, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr, q_smem, dout_smem, k_smem, v_smem, k_full, k_empty,
-                v_full, v_empty, row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T, SLOTS, HEADS, GROUP,
-                HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES,
-                ACCUMULATE,
+                1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
+                BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_producer, (
                 k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, SLOTS,

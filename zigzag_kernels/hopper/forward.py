@@ -13,6 +13,9 @@ from ..tile import LN_2, LOG2_E, load_segment, tile_and_head
 from .pipeline import (
     block_of,
     block_place,
+    blocks_to_hide,
+    hide,
+    issue_scores,
     key_descriptor,
     load_block,
     make_stages,
@@ -44,49 +47,6 @@ def _producer(
         chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
         load_block(v_desc, [v_slot, v_row, 0], v_full, v_empty, v_smem, blocks - 1, STAGES, BYTES)
-
-
-@gluon.jit
-def _scores(q, k_smem, k_full, i, zero, STAGES: gl.constexpr):
-    """Issue the scores of block `i`."""
-    wait_block(k_full, i, STAGES)
-    return hopper.warpgroup_mma(q, block_of(k_smem, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(how many blocks from the top on have keys that not all rows see; the first ragged one, or -1).
-
-    Where chunks are not whole blocks, the last block of each runs over its end and is ragged.
-    """
-    whole = gl.maximum(seen_by_all, 0)
-    if SLOTS == 1:
-        return blocks - whole // BLOCK_N, -1
-    else:
-        length = gl.maximum(kv_chunk, 1)
-        per_chunk = (length + BLOCK_N - 1) // BLOCK_N
-        below = whole // length
-        masked = blocks - below * per_chunk - (whole - below * length) // BLOCK_N
-        return masked, gl.where(length % BLOCK_N == 0, -1, blocks % per_chunk)
-
-
-@gluon.jit
-def _hide(scores, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(scores of block `i`, with HIDDEN for keys that a row does not see or behind the chunk's end; next ragged block).
-
-    Whole blocks skip this, and where the block is in the sequence is computed in here alone.
-    """
-    if (i < masked) | (i == ragged):
-        left = blocks - 1 - i
-        start = left * BLOCK_N
-        if SLOTS > 1:
-            per_chunk = (kv_chunk + BLOCK_N - 1) // BLOCK_N
-            chunk = left // per_chunk
-            start = chunk * kv_chunk + (left - chunk * per_chunk) * BLOCK_N
-            limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
-            ragged = gl.where(i == ragged, ragged + per_chunk, ragged)
-        scores = gl.where((start + columns)[None, :] < limit[:, None], scores, HIDDEN)
-    return scores, ragged
 
 
 @gluon.jit
@@ -131,23 +91,23 @@ def _consumer(
     acc = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
 
     _, _, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
-    masked, ragged = _blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
+    masked, ragged = blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
-        scores = _scores(q_buffer, k_smem, k_full, 0, zero, STAGES)
+        scores = issue_scores(q_buffer, k_smem, k_full, 0, zero, STAGES)
         scores = hopper.warpgroup_mma_wait(0, [scores])
         hopper.mbarrier.arrive(k_empty.index(0), count=1)
-        scores, ragged = _hide(scores, columns, limit, 0, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
+        scores, ragged = hide(scores, HIDDEN, columns, limit, 0, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
         maximum = gl.max(scores, 1) * SCALE_LOG2
         p = gl.exp2(scores * SCALE_LOG2 - maximum[:, None])
         total = gl.sum(p, 1)
         p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
         for i in range(1, blocks):
-            s_token = _scores(q_buffer, k_smem, k_full, i, zero, STAGES)
+            s_token = issue_scores(q_buffer, k_smem, k_full, i, zero, STAGES)
             wait_block(v_full, i - 1, STAGES)
             acc_token = hopper.warpgroup_mma(p_operand, block_of(v_smem, i - 1, STAGES), acc, is_async=True)
             scores = hopper.warpgroup_mma_wait(1, [s_token])
             hopper.mbarrier.arrive(k_empty.index(i % STAGES), count=1)
-            scores, ragged = _hide(scores, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
+            scores, ragged = hide(scores, HIDDEN, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
             new_maximum = gl.maximum(maximum, gl.max(scores, 1) * SCALE_LOG2)
             rescale = gl.exp2(maximum - new_maximum)
             p = gl.exp2(scores * SCALE_LOG2 - new_maximum[:, None])

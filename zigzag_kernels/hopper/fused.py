@@ -14,8 +14,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
-from .dkdv import _half, _key_rows, _load_keys, _producer, _row_descriptor, _scores
-from .pipeline import block_of, make_stages, store_tile, wait_block
+from .dkdv import _half, _key_rows, _load_keys, _producer, _row_descriptor
+from .pipeline import block_of, issue_scores, make_stages, store_tile
 
 PIPE = gl.constexpr(False)
 DVF = gl.constexpr(False)
@@ -53,8 +53,7 @@ def _block(
     HALF_D: gl.constexpr = v.shape[1] // 2
     stage = i % STAGES
     dout = block_of(dout_smem, i, STAGES)
-    wait_block(dout_full, i, STAGES)
-    dp = hopper.warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = issue_scores(v, dout_smem, dout_full, i, zero, STAGES)
     lse2 = lse2_smem.index(stage).load(R_LAYOUT)
     if not PIPE:
         scores = hopper.warpgroup_mma_wait(1, [scores])
@@ -113,13 +112,14 @@ def _writer(
 
 @gluon.jit
 def _consumer(
-    warpgroup: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-    limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty, first_key, n_keys,
-    kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr,
-    STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
+    warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr,
+    STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
+    k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty = values[0]
+    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty = values[1]
+    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -149,7 +149,7 @@ def _consumer(
     if PIPE:
         if blocks > 0:
             # The scores of the next block are queued behind dQ of this one and run while that is written out.
-            scores = _scores(k, q_smem, q_full, 0, zero, STAGES)
+            scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
             for i in range(blocks):
                 scores = hopper.warpgroup_mma_wait(0, [scores])
                 dk, dv, dq_token = _block(
@@ -168,7 +168,7 @@ def _consumer(
             scores = hopper.warpgroup_mma_wait(0, [scores])
     else:
         for i in range(blocks):
-            scores = _scores(k, q_smem, q_full, i, zero, STAGES)
+            scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
             dk, dv, dq_token = _block(
                 warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
                 limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
@@ -257,21 +257,20 @@ def backward_fused_hopper(
     hopper.mbarrier.init(dq_full, 2)
     hopper.mbarrier.init(dq_empty, 1)
     hopper.fence_async_shared()
+    values = (
+        (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty),
+        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty),
+        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
+    )
     gl.warp_specialize(
         [
             (_consumer, (
-                0, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
-                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
-                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
-                ACCUMULATE,
+                0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_consumer, (
-                1, k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dq_smem, q_full, q_empty, dout_full, dout_empty, ds_full, dq_full, dq_empty,
-                first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked, SLOTS, KV_HEADS,
-                HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M, BLOCK_D, STAGES,
-                ACCUMULATE,
+                1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_producer, (
                 q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,

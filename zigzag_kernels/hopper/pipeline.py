@@ -111,6 +111,61 @@ def load_block(desc, place, full, empty, buffers, i, STAGES: gl.constexpr, BYTES
 
 
 @gluon.jit
+def issue_scores(rows, buffers, full, i, zero, STAGES: gl.constexpr):
+    """Issue the products of `rows` and those of block `i`, when it is there."""
+    wait_block(full, i, STAGES)
+    return hopper.warpgroup_mma(rows, block_of(buffers, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(how many blocks from the top on have keys that not all rows see; the first ragged one, or -1).
+
+    Where chunks are not whole blocks, the last block of each runs over its end and is ragged.
+    """
+    whole = gl.maximum(seen_by_all, 0)
+    if SLOTS == 1:
+        return blocks - whole // BLOCK_N, -1
+    else:
+        length = gl.maximum(kv_chunk, 1)
+        per_chunk = (length + BLOCK_N - 1) // BLOCK_N
+        below = whole // length
+        masked = blocks - below * per_chunk - (whole - below * length) // BLOCK_N
+        return masked, gl.where(length % BLOCK_N == 0, -1, blocks % per_chunk)
+
+
+@gluon.jit
+def hide(
+    x,
+    INSTEAD: gl.constexpr,
+    columns,
+    limit,
+    i,
+    blocks,
+    masked,
+    ragged,
+    kv_chunk,
+    SLOTS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """(`x` of block `i`, with INSTEAD for keys that a row does not see or behind the chunk's end; next ragged block).
+
+    Whole blocks skip this, and where the block is in the sequence is computed in here alone.
+    """
+    if (i < masked) | (i == ragged):
+        left = blocks - 1 - i
+        start = left * BLOCK_N
+        if SLOTS > 1:
+            per_chunk = (kv_chunk + BLOCK_N - 1) // BLOCK_N
+            chunk = left // per_chunk
+            start = chunk * kv_chunk + (left - chunk * per_chunk) * BLOCK_N
+            limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
+            ragged = gl.where(i == ragged, ragged + per_chunk, ragged)
+        x = gl.where((start + columns)[None, :] < limit[:, None], x, INSTEAD)
+    return x, ragged
+
+
+@gluon.jit
 def row_places(
     row, q_row, kv_head, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
 ):
