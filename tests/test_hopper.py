@@ -1,5 +1,6 @@
 """The kernels for Hopper: when they are taken, that both frameworks launch the same, and what they compute."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -295,6 +296,20 @@ def rank_arrays(case, rank, inputs):
     )  # fmt: skip
 
 
+def assert_exact(case, rank, inputs, results):
+    """`results` of one rank are as close to the oracle's as a straightforward computation."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    exact, straightforward = (
+        oracle.rank_attention(
+            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+        )._asdict()
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )  # fmt: skip
+    for name in RESULTS:
+        assert_close(f"rank {rank} of {case.world_size}: {name}", results[name], exact[name], straightforward[name])
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
@@ -304,19 +319,22 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
         arrays = rank_arrays(case, rank, inputs)
         results = frameworks.attend_torch(case, *arrays, rank, "triton")
         theirs = frameworks.attend_jax(case, *arrays, rank, "triton")
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-        exact, straightforward = (
-            oracle.rank_attention(
-                inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-                dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-            )._asdict()
-            for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
-        )  # fmt: skip
+        assert_exact(case, rank, inputs, results)
         for name in RESULTS:
-            where = f"rank {rank} of {case.world_size}: {name}"
-            assert_close(where, results[name], exact[name], straightforward[name])
-            assert results[name].tobytes() == theirs[name].tobytes(), f"{where}: torch and JAX differ"
+            assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
     assert forced == KERNELS
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
+def test_the_fused_backward_matches_the_oracle(case, forced, monkeypatch):
+    monkeypatch.setattr(plan, "backward", functools.partial(plan.backward, deterministic=False))
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = rank_arrays(case, rank, inputs)
+        assert_exact(case, rank, inputs, frameworks.attend_torch(case, *arrays, rank, "triton"))
+    assert forced == {"attention_forward_hopper"}  # and neither kernel of the pair
 
 
 @pytest.mark.gpu
