@@ -57,7 +57,8 @@ class Ranks:
         self.alone = out(), *both()
         if case.tokens * case.total <= MOST_SCORES:
             tensors = self.q, self.k_all, self.v_all, self.dout, self.cu_seqlens
-            timing.check_head(case, self.rank, case.heads - 1, *self.alone[:2], *tensors)
+            last = case.kv_heads - 1
+            timing.check(case, self.rank, last, self.alone, timing.exact(case, self.rank, last, *tensors))
 
     def share_calls(self):
         """(forward, forward + backward) of this rank on K/V of all; they return out, and (dq, dk, dv)."""

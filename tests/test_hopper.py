@@ -1,5 +1,6 @@
 """The kernels for Hopper: when they are taken, that both frameworks launch the same, and what they compute."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -126,51 +127,6 @@ def test_which_jax_can_launch_them(monkeypatch):
         assert not jax_launch.can_launch_gluon("interpret")
 
 
-def in_numpy(function, **others):
-    """A device function as a plain one on NumPy arrays."""
-    language = types.SimpleNamespace(maximum=np.maximum, minimum=np.minimum, where=np.where)
-    names = function.fn.__globals__ | {"gl": language, "tl": language, "HIDDEN": -1} | others
-    return types.FunctionType(function.fn.__code__, names)
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
-    """The walk of the producer and the masks of the consumers, on a buffer that says which key each row holds."""
-    from zigzag_kernels.hopper import forward, pipeline
-    from zigzag_kernels.tile import chunk_row
-
-    block_place = in_numpy(pipeline.block_place, chunk_row=in_numpy(chunk_row))
-    top_block, walk_down = in_numpy(pipeline.top_block), in_numpy(pipeline.walk_down)
-    blocks_to_hide, hide = in_numpy(forward._blocks_to_hide), in_numpy(forward._hide)
-    rng = np.random.default_rng(slots)
-    for _ in range(200):
-        block, kv_row, chunk_length = (int(rng.integers(*x)) for x in ((1, 9), (0, 5), (1, 30)))
-        keys = 2 * slots * chunk_length if slots > 1 else chunk_length
-        limits = np.sort(rng.integers(0, keys, 8)) + 1 if rng.integers(2) else np.full(8, keys)
-        seen = int(limits[-1])
-        # Each slot has its early chunk, then its late one; the box reads zeros behind them.
-        end = kv_row + (2 * chunk_length if slots > 1 else seen)
-        held = np.full((slots, end + block), -2)
-        for key in range(keys if slots > 1 else seen):
-            chunk, inner = divmod(key, chunk_length) if slots > 1 else (0, key)
-            slot = min(chunk, 2 * slots - 1 - chunk) if slots > 1 else 0
-            held[slot, kv_row + inner + (chunk_length if slots > 1 and chunk >= slots else 0)] = key
-        chunk, start, blocks = top_block(seen, chunk_length, slots, block)
-        masked, ragged = blocks_to_hide(blocks, int(limits[0]), chunk_length, slots, block)
-        visits = np.zeros((8, keys), int)
-        for i in range(blocks):
-            slot, row = block_place(chunk, start, kv_row, chunk_length, slots)
-            scores = np.broadcast_to(held[slot, row : row + block], (8, block))
-            shown, ragged = hide(
-                scores, np.arange(block), limits, i, blocks, masked, ragged, chunk_length, slots, block
-            )
-            for visit, keys_shown in zip(visits, shown, strict=True):
-                np.add.at(visit, keys_shown[keys_shown >= 0], 1)
-            assert (shown != -2).all()
-            chunk, start = walk_down(chunk, start, chunk_length, slots, block)
-        np.testing.assert_array_equal(visits, np.arange(keys) < limits[:, None])
-
-
 class Recorder(types.SimpleNamespace):
     """Stands for `jaxlib.gpu_triton`: writes down in plain text what a kernel call is made of."""
 
@@ -264,32 +220,58 @@ sys.path.insert(0, {tests!r})
 from test_hopper import problem  # without a GPU it has all that is imported after it interpreted
 os.environ.pop("TRITON_INTERPRET", None)
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-for head_dim in (64, 128):
-    for dtype, part in (("bfloat16", plan.WHOLE), ("float16", plan.Part(accumulate=True, dtype="float32"))):
-        for tokens, sequences in ((8192, 1), (2048, 1), (8192, 64)):
-            asked = problem(tokens, head_dim, dtype, sequences=sequences)
-            launch = plan._forward_launch(asked, part)
-            kinds = [gluon._POINTERS[dtype]] * 3 + ["*i32", *2 * [gluon._POINTERS[launch.outputs[0].dtype]]]
-            kinds[5:] = ["*fp32", *["i32"] * len(launch.scalars), kinds[4], "*fp32"]
-            constexprs = tuple(launch.constexprs.items())
-            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
-            name, ptx = plan.forward_kernel(asked), compiled.asm["ptx"]
-            chosen = config.choose_config(name, head_dim, dtype, "9.0")
-            bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
-            assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
-            assert compiled.metadata.global_scratch_size == launch.scratch
-            assert f".reqntid {{32 * compiled.metadata.num_warps}}" in ptx
-            entry = ptx[ptx.index(".entry") :]
-            # Behind its own parameters come global_scratch and profile_scratch.
-            assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-                file.write(ptx)
-                file.flush()
-                command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file.name]
-                report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            assert " 0 bytes spill stores" in report, (name, head_dim, report)
-            assert "C75" not in report, report
-            print(name)
+SPILLS = {{"hopper_dkdv": 192, "hopper_fused": 64}}  # bytes: at head_dim 64 in the loop of dK/dV, else outside of loops
+
+
+def launches(asked, part):
+    # Each kernel, and those that walk through keys with all their tiles.
+    dout = asked.q_strides
+    yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
+    yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
+    if asked.tokens == 8192 and asked.sequences == 1:
+        yield "hopper_dkdv", plan._dkdv_launch(asked, dout, part)
+        if part == plan.WHOLE:
+            yield "hopper_fused", plan._fused_launches(asked, dout)[1]
+
+
+def pointers(launch, dtype):
+    kinds = {{"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}}
+    kinds |= {{output.name: output.dtype for output in launch.outputs}}
+    names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
+    found = [gluon._POINTERS[kinds.get(name, dtype)] for name in names]
+    return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
+
+
+cases = [
+    (head_dim, dtype, part, *lengths)
+    for head_dim in (64, 128)
+    for dtype, part in (("bfloat16", plan.WHOLE), ("float16", plan.Part(accumulate=True, dtype="float32")))
+    for lengths in ((8192, 1), (2048, 1), (8192, 64))
+]
+for head_dim, dtype, part, tokens, sequences in cases:
+    asked = problem(tokens, head_dim, dtype, sequences=sequences)
+    for name, launch in launches(asked, part):
+        kinds = pointers(launch, dtype)
+        constexprs = tuple(launch.constexprs.items())
+        compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+        ptx = compiled.asm["ptx"]
+        chosen = config.choose_config(name, head_dim, dtype, "9.0")
+        bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
+        assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
+        assert compiled.metadata.global_scratch_size == launch.scratch
+        assert f".reqntid {{32 * compiled.metadata.num_warps}}" in ptx
+        entry = ptx[ptx.index(".entry") :]
+        # Behind its own parameters come global_scratch and profile_scratch.
+        assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file.name]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spilt = int(report.split(" bytes spill stores")[0].split()[-1])
+        assert spilt <= SPILLS.get(name, 0), (name, head_dim, report)
+        assert "C75" not in report, report
+        print(name)
 """
 
 
@@ -302,7 +284,7 @@ def test_they_compile_without_spills_within_their_memory(request, tmp_path, monk
     code = COMPILE.format(tests=str(request.path.parent))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split() == 4 * list(config.HOPPER_KERNELS)
+    assert set(result.stdout.split()) == set(config.HOPPER_KERNELS)
 
 
 def rank_arrays(case, rank, inputs):
@@ -314,6 +296,20 @@ def rank_arrays(case, rank, inputs):
     )  # fmt: skip
 
 
+def assert_exact(case, rank, inputs, results):
+    """`results` of one rank are as close to the oracle's as a straightforward computation."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    exact, straightforward = (
+        oracle.rank_attention(
+            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+        )._asdict()
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )  # fmt: skip
+    for name in RESULTS:
+        assert_close(f"rank {rank} of {case.world_size}: {name}", results[name], exact[name], straightforward[name])
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
@@ -323,19 +319,22 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
         arrays = rank_arrays(case, rank, inputs)
         results = frameworks.attend_torch(case, *arrays, rank, "triton")
         theirs = frameworks.attend_jax(case, *arrays, rank, "triton")
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-        exact, straightforward = (
-            oracle.rank_attention(
-                inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-                dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-            )._asdict()
-            for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
-        )  # fmt: skip
+        assert_exact(case, rank, inputs, results)
         for name in RESULTS:
-            where = f"rank {rank} of {case.world_size}: {name}"
-            assert_close(where, results[name], exact[name], straightforward[name])
-            assert results[name].tobytes() == theirs[name].tobytes(), f"{where}: torch and JAX differ"
+            assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
     assert forced == KERNELS
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
+def test_the_fused_backward_matches_the_oracle(case, forced, monkeypatch):
+    monkeypatch.setattr(plan, "backward", functools.partial(plan.backward, deterministic=False))
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = rank_arrays(case, rank, inputs)
+        assert_exact(case, rank, inputs, frameworks.attend_torch(case, *arrays, rank, "triton"))
+    assert forced == {"attention_forward_hopper"}  # and neither kernel of the pair
 
 
 @pytest.mark.gpu
