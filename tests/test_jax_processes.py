@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import CHOSEN, GPU, GPUS
+from conftest import CHOSEN, GPU, GPUS, STEPS, TOLERANCE
 
 ROOT = Path(__file__).parents[1]
-STEPS = 200 if GPU else 4
 
 
 def start(*command, **environment):
@@ -80,7 +79,7 @@ def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_pat
         "processes": train(tmp_path / "processes.json", "--method", "ring", devices=devices, processes=processes),
     }
     for where, losses in others.items():
-        np.testing.assert_allclose(losses, one, rtol=0, atol=2e-5, err_msg=where)
+        np.testing.assert_allclose(losses, one, rtol=0, atol=TOLERANCE, err_msg=where)
 
 
 FAILING = """
