@@ -65,12 +65,11 @@ def _block(
     delta = delta_smem.index(stage).load(R_LAYOUT)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     dv = hopper.warpgroup_mma(p_operand, block_of(dout_smem, i, STAGES), dv, is_async=True)
-    ds = p * (dp - delta[None, :])
+    dp -= delta[None, :]
     if i < masked:
-        # Zero times a dP that is not finite would reach dQ of rows that do not see the key.
-        limit = limit_smem.index(stage).load(R_LAYOUT)
-        ds = gl.where(keys[:, None] < limit[None, :], ds, 0.0)
-    ds = ds.to(dtype)
+        # Zero times what is not finite would reach dQ of rows that do not see the key.
+        dp = gl.where(p > 0, dp, 0.0)
+    ds = (p * dp).to(dtype)
     ds_operand = gl.convert_layout(ds, P_LAYOUT)
     # Two buffers a consumer: whoever has seen dS of block i - 1 knows that the other has left that of block i - 2.
     both = (i & 1) * 2
