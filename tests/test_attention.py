@@ -1,13 +1,18 @@
 """Every rank's attention against the float64 oracle, torch against JAX bit for bit, the ranks against the whole."""
 
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
+import frameworks
 import oracle
 from cases import BENCH, CASES, make_inputs
 from closeness import assert_close
 from conftest import GPU
 from frameworks import RESULTS, attend_jax, attend_torch
+from zigzag_kernels import plan
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
 IN_CI = [case for case in CASES if "interpret" in case.tags]
@@ -81,3 +86,25 @@ def test_one_wrong_rank_is_found_out(kernel_backend):
     for name in RESULTS:
         with pytest.raises(AssertionError, match=name):
             assert_close(name, wrong[name], exact[name], straightforward[name])
+
+
+@pytest.mark.parametrize("attend", [attend_torch, attend_jax])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_whether_to_be_deterministic_reaches_the_backward_pass(attend, deterministic, kernel_backend, monkeypatch):
+    """And where no other kernel serves, the same bits come of it."""
+    case = replace(next(case for case in CASES if case.name == "w1"), lengths=(9, 2))
+    arguments = *parts(case, make_inputs(case), 0), 0, kernel_backend
+    expected_bits = attend(case, *arguments)
+    asked, backward = [], plan.backward
+
+    def noted(run, problem, *arrays, **strides):
+        asked.append(problem.deterministic)
+        return backward(run, problem, *arrays, **strides)
+
+    monkeypatch.setattr(plan, "backward", noted)
+    frameworks._jax_attention.cache_clear()
+    jax.clear_caches()
+    results = attend(case, *arguments, deterministic=deterministic)
+    assert set(asked) == {deterministic}
+    for name in RESULTS:
+        assert results[name].tobytes() == expected_bits[name].tobytes(), name
