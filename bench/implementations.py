@@ -73,8 +73,8 @@ def slices(case, rank, cu_seqlens) -> Slices:
     )
 
 
-def ours_torch(case, rank, sets):
-    return [torch_calls(case, rank, *tensors, backend=BACKEND) for tensors in sets]
+def ours_torch(case, rank, sets, deterministic=True):
+    return [torch_calls(case, rank, *tensors, backend=BACKEND, deterministic=deterministic) for tensors in sets]
 
 
 def unfused(case, rank, sets):
@@ -205,7 +205,7 @@ def to_jax(*tensors):
     return tuple(jax.dlpack.from_dlpack(x.detach().contiguous()) for x in tensors)
 
 
-def ours_jax(case, rank, sets):
+def ours_jax(case, rank, sets, deterministic=True):
     import zigzag_jax
 
     if sets[0][0].is_cuda and importlib.util.find_spec("jax_triton") is None:
@@ -215,7 +215,7 @@ def ours_jax(case, rank, sets):
 
     def attend(q, k, v, batch):
         return zigzag_jax.zigzag_attention_gathered(
-            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=BACKEND
+            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=BACKEND, deterministic=deterministic
         )
 
     def with_results(forward, backward):
@@ -266,11 +266,14 @@ def cudnn_jax(case, rank, sets):
 
 
 _PORTABLE, _HOPPER = {"ZIGZAG_HOPPER": "0"}, {"ZIGZAG_HOPPER": "1"}
+_fused_torch, _fused_jax = (functools.partial(make, deterministic=False) for make in (ours_torch, ours_jax))
 IMPLEMENTATIONS = {
     "torch": Implementation(TORCH, ours_torch, _PORTABLE, ours=True),
     "jax": Implementation(JAX, ours_jax, _PORTABLE, ours=True, twin="torch"),
     "torch-hopper": Implementation(TORCH, ours_torch, _HOPPER, ours=True, hopper=True),
     "jax-hopper": Implementation(JAX, ours_jax, _HOPPER, ours=True, hopper=True, twin="torch-hopper"),
+    "torch-fused": Implementation(TORCH, _fused_torch, _HOPPER, ours=True, hopper=True),
+    "jax-fused": Implementation(JAX, _fused_jax, _HOPPER, ours=True, hopper=True),
     "unfused": Implementation(TORCH, unfused),
     "flash2-torch": Implementation(TORCH, flash2_torch),
     "flash3-jax": Implementation(JAX, flash3_jax),

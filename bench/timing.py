@@ -52,13 +52,13 @@ def autograd_calls(attend, q, k, v, dout):
     return Calls(lambda: attend(*leaves), backward, lambda: (attend(*leaves).detach(), *backward()))
 
 
-def torch_calls(case, rank, q, k, v, dout, cu_seqlens, backend=None):
+def torch_calls(case, rank, q, k, v, dout, cu_seqlens, backend=None, deterministic=True):
     """`Calls` of this library in PyTorch, for `rank`."""
     batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend)
 
     def attend(q, k, v):
         return zigzag_torch.zigzag_attention_gathered(
-            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=backend
+            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=backend, deterministic=deterministic
         )
 
     return autograd_calls(attend, q, k, v, dout)

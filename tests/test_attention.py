@@ -1,13 +1,23 @@
 """Every rank's attention against the float64 oracle, torch against JAX bit for bit, the ranks against the whole."""
 
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+import frameworks
 import oracle
+import zigzag_jax
+import zigzag_torch
 from cases import BENCH, CASES, make_inputs
 from closeness import assert_close
 from conftest import GPU
 from frameworks import RESULTS, attend_jax, attend_torch
+from zigzag_kernels import plan
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
 IN_CI = [case for case in CASES if "interpret" in case.tags]
@@ -81,3 +91,41 @@ def test_one_wrong_rank_is_found_out(kernel_backend):
     for name in RESULTS:
         with pytest.raises(AssertionError, match=name):
             assert_close(name, wrong[name], exact[name], straightforward[name])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Whether each backward pass on one device was asked to be deterministic."""
+    asked, backward = [], plan.backward
+
+    def noted(run, problem, *arrays, **strides):
+        asked.append(problem.deterministic)
+        return backward(run, problem, *arrays, **strides)
+
+    monkeypatch.setattr(plan, "backward", noted)
+    frameworks._jax_attention.cache_clear()
+    jax.clear_caches()  # a custom gradient remembers how it was traced
+    return asked
+
+
+@pytest.mark.parametrize("attend", [attend_torch, attend_jax])
+def test_whether_to_be_deterministic_reaches_the_backward_pass(attend, kernel_backend, asked):
+    """And where no other kernel serves, the same bits come of it."""
+    case = replace(next(case for case in CASES if case.name == "w1"), lengths=(9, 2))
+    arguments = *parts(case, make_inputs(case), 0), 0, kernel_backend
+    fixed, free = (attend(case, *arguments, deterministic=deterministic) for deterministic in (True, False))
+    assert asked == [True, False]
+    for name in RESULTS:
+        assert fixed[name].tobytes() == free[name].tobytes(), name
+
+
+def test_so_does_it_on_one_device(kernel_backend, asked):
+    x = torch.ones(4, 1, 16, device="cuda" if GPU else "cpu", requires_grad=True)
+
+    def loss(attend, x, **options):
+        return attend(x, x, x, backend=kernel_backend, **options).sum()
+
+    for options in ({"deterministic": False}, {}):
+        loss(zigzag_torch.zigzag_attention, x, **options).backward()
+        jax.grad(functools.partial(loss, zigzag_jax.zigzag_attention, **options))(jnp.ones((4, 1, 16)))
+    assert asked == [False, False, True, True]

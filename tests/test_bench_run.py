@@ -143,7 +143,7 @@ def test_frameworks_that_differ_fail(short_rounds, monkeypatch):
 
 def test_filters():
     names = list(IMPLEMENTATIONS)
-    assert run.chosen(names, ["jax*", "unfused"]) == ["jax", "jax-hopper", "unfused"]
+    assert run.chosen(names, ["jax*", "unfused"]) == ["jax", "jax-hopper", "jax-fused", "unfused"]
     with pytest.raises(SystemExit, match="'nobody' matches none of torch, jax"):
         run.chosen(names, ["torch", "nobody"])
 

@@ -62,11 +62,13 @@ class Entry(tuple):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
-    """The order of the producer of dK/dV, and where the fused kernel adds dQ."""
+    """The order of the producer of dK/dV, and where the fused kernel adds dQ: never before the first row of a half."""
     from zigzag_kernels.hopper import dkdv, fused
 
-    half, block_place = in_numpy(dkdv._half), in_numpy(fused._block_place)
+    half, block_tokens = in_numpy(dkdv._half), in_numpy(dkdv._block_tokens)
+    block_place = in_numpy(fused._block_place, _block_tokens=block_tokens)
     rng = np.random.default_rng(causal)
+    clamped = 0
     for _ in range(200):
         tokens, tile, length = (int(rng.integers(1, limit)) for limit in (6, 9, 30))
         keys = 2 * length if rng.integers(2) else 8 * length
@@ -74,26 +76,30 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
         # The late half lies behind the early one.
         entries = [(first_row + (1 - n) * length, length, *end) for n, end in enumerate(ends)]
         for first_key in range(0, keys, tile):
+            tile_keys = np.arange(first_key, min(first_key + tile, keys))
             found = [half(Entry(entry), first_key, keys, causal, tile, tokens) for entry in entries]
-            visits = np.zeros((2, length), int)
+            pairs = np.zeros((2, length, len(tile_keys)), int)  # how often each row met each key
             places = []
             for run in range(4):
                 q_row, diagonal, kv_len, first, blocks, masked = found[run % 2]
                 for block in range(0 if run < 2 else masked, masked if run < 2 else blocks):
-                    rows = first + block * tokens + np.arange(tokens)
-                    places.append(q_row + rows[0] - first_row)
-                    visits[run % 2, rows[rows >= 0]] += 1
+                    begin, end = block_tokens(first, block, tokens)
+                    assert 0 <= begin < end <= length
+                    clamped += begin != first + block * tokens
+                    rows = begin + np.arange(tokens)
+                    limit = np.where(rows < end, np.minimum(diagonal + rows + 1, kv_len), 0)
                     if run >= 2:
-                        sees = np.minimum(diagonal + rows + 1, kv_len)
-                        assert (sees >= min(first_key + tile, keys)).all()
-            (late_row, _, _, late, late_blocks, late_masked), (early_row, _, _, early, _, early_masked) = found
-            late_row, early_row = late_row + late - first_row, early_row + early - first_row
+                        assert (limit > tile_keys[-1]).all()
+                    hidden = rows >= end
+                    pairs[run % 2, rows[~hidden]] += tile_keys < limit[~hidden, None]
+                    places.append(q_row + begin - first_row)
+            (late_row, _, _, *late), (_, _, _, early_first, _, early_masked) = found
             for number, place in enumerate(places):
                 for part in range(3):
                     assert block_place(
-                        3 * number + part, late_row, late_blocks, late_masked, early_row, early_masked, tokens, 3, 4
+                        3 * number + part, late_row - first_row, *late, early_first, early_masked, tokens, 3, 4
                     ) == (place, 4 * part)
-            for (_, _, diagonal, kv_len), visit in zip(entries, visits, strict=True):
+            for (_, _, diagonal, kv_len), met in zip(entries, pairs, strict=True):
                 sees = np.minimum(diagonal + np.arange(length) + 1, kv_len) if causal else np.full(length, keys)
-                assert visit.max() <= 1
-                assert (visit[sees > first_key] == 1).all()
+                np.testing.assert_array_equal(met, tile_keys < sees[:, None])
+    assert clamped > 100

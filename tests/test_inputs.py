@@ -72,6 +72,7 @@ BAD = {
     "scale nan": ({}, {"softmax_scale": float("nan")}, "softmax_scale: expected a positive finite number, got nan"),
     "scale inf": ({}, {"softmax_scale": float("inf")}, "softmax_scale: expected a positive finite number, got inf"),
     "causal None": ({}, {"causal": None}, "causal: expected True or False, got None"),
+    "deterministic 0": ({}, {"deterministic": 0}, "deterministic: expected True or False, got 0"),
     "scale text": ({}, {"softmax_scale": "1"}, "softmax_scale: expected a Python number, got str"),
     "backend": ({}, {"backend": "cuda"}, "backend: expected None, triton, interpret, reference, got 'cuda'"),
 }
@@ -104,6 +105,8 @@ def test_what_was_accepted_lets_nothing_like_it_in(framework):
         attend(softmax_scale=True)
     with pytest.raises(ValueError, match="causal: expected True or False, got 1"):
         attend(softmax_scale=1.0, causal=1)
+    with pytest.raises(ValueError, match="deterministic: expected True or False, got 1"):
+        attend(softmax_scale=1.0, deterministic=1)
     with pytest.raises(ValueError, match=r"causal: expected True or False, got \[True\]"):
         attend(causal=[True])
 
@@ -130,6 +133,8 @@ def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
         framework.package.zigzag_attention(q, k, k, framework.ints([0, 16]))
     with pytest.raises(ValueError, match=r"v: expected \[batch, T\] = \[2, 8\]"):
         framework.package.zigzag_attention(q, k, framework.array((2, 7, 2, 16)))
+    with pytest.raises(ValueError, match="deterministic: expected True or False, got None"):
+        framework.package.zigzag_attention(q, k, k, deterministic=None)
     with pytest.raises(ValueError, match=r"k: expected .* got list"):
         framework.package.zigzag_attention(q, [1.0], k)
     with pytest.raises(ValueError, match=r"q: expected \[tokens, heads, head_dim\] or .* got shape \(\)"):

@@ -74,7 +74,7 @@ def test_operators_are_registered_as_torch_wants_them(kernel_backend):
     tables = torch.ops.zigzag.segment_tables(*table_arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.zigzag.segment_tables, table_arguments, test_utils=tests)
-    constants = (2, True, 0.25, kernel_backend)
+    constants = (2, True, 0.25, kernel_backend, "gathered", False)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.zigzag.attention_forward, (*leaves, *tables, *constants), test_utils=tests)
     out, lse = torch.ops.zigzag.attention_forward(q, k, v, *tables, *constants)

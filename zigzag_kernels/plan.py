@@ -21,7 +21,7 @@ from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
 from .config import Config, block_d, choose_config
 from .forward import attention_forward
-from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, has_fused_backward
+from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, takes_fused_backward
 from .launches import Launch, Output
 from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
 from .segments import build_segments
@@ -362,14 +362,10 @@ def backward(
     sequences,
     *,
     dout_strides: tuple[int, int],
-    deterministic: bool = True,
 ) -> tuple:
-    """(dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None.
-
-    Unless `deterministic`, a kernel may serve that gives other bits each time.
-    """
+    """(dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None."""
     rows = backward_rows(run, problem, out, lse, dout, dlse, dout_strides=dout_strides)
-    if not deterministic and has_fused_backward(problem, dout_strides):
+    if takes_fused_backward(problem, dout_strides):
         clear, fused, finish = _fused_launches(problem, dout_strides)
         (sums,) = run(clear, q)
         dk, dv, sums = run(fused, q, k, v, dout, *rows, sequences, None, None, sums)

@@ -30,7 +30,8 @@ class Problem:
     `q [tokens, heads, head_dim]`, `k, v [slots * slot_rows, window, head_dim]`: `window` of the `kv_heads` KV heads.
     `sequences` is N in `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous.
     `target` is the compute capability, say "9.0", or "interpret"; `gluon` says that the front end can launch Gluon
-    kernels on these arrays, which then begin at multiples of 16 bytes.
+    kernels on these arrays, which then begin at multiples of 16 bytes. Unless `deterministic`, a backward pass may be
+    taken that gives other bits each time.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class Problem:
     slot_rows: int
     target: str
     gluon: bool
+    deterministic: bool
 
     @property
     def group(self) -> int:
@@ -93,6 +95,7 @@ def make_problem(
     kv_heads: int | None = None,
     gluon: bool = False,
     kv_rows: int | None = None,
+    deterministic: bool = True,
 ) -> Problem:
     """The `Problem` of arrays given as (shape, dtype name, (token, head) strides).
 
@@ -129,8 +132,9 @@ def make_problem(
         raise ValueError(f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {kv_tokens} and {tokens}")
     for name, (_, _, strides) in arrays.items():
         check_strides(name, strides, heads // kv_heads if name == "q" else 1)
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal: expected True or False, got {causal!r}")
+    for name, flag in {"causal": causal, "deterministic": deterministic}.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: expected True or False, got {flag!r}")
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(head_dim)
     check_softmax_scale(softmax_scale)
@@ -152,6 +156,7 @@ def make_problem(
         slot_rows=kv_tokens if kv_layout == CONTIGUOUS else tokens,
         target=target,
         gluon=gluon,
+        deterministic=deterministic,
     )
 
 

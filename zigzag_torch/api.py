@@ -109,6 +109,7 @@ def zigzag_attention_gathered(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    deterministic: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The work of one zigzag rank on K/V that are already gathered; differentiable, also through `lse`.
 
@@ -122,6 +123,9 @@ def zigzag_attention_gathered(
         rank: an int, or one integer on the device of q.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
+        deterministic: the same inputs give the same gradients bit for bit. False allows other orders of summation, and
+            does not promise them: on a Hopper GPU one kernel then does the work of two, in up to 13 % less time for the
+            whole backward pass (`docs/hopper.md`).
 
     Returns:
         out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm).
@@ -133,7 +137,7 @@ def zigzag_attention_gathered(
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     backend, batch, problem = _check(
-        q, k, v, cu_seqlens, rank, world_size, METHODS[0], GATHERED, causal, softmax_scale, backend
+        q, k, v, cu_seqlens, rank, world_size, METHODS[0], GATHERED, causal, softmax_scale, backend, deterministic
     )
     out, lse = _on_this_rank(q, k, v, batch, problem, backend)
     return (out, lse) if return_lse else out
@@ -146,12 +150,14 @@ def _on_this_rank(q, k, v, batch: Batch, problem: Problem, backend: str) -> tupl
         return reference.attention(q, k, v, batch.cu_seqlens, batch.rank, *constants)
     batch = _with_tables(batch, backend)
     q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-    return ops.attention(q, k, v, batch.segments, batch.sequences, *constants, backend)
+    options = backend, GATHERED, problem.deterministic
+    return ops.attention(q, k, v, batch.segments, batch.sequences, *constants, *options)
 
 
 def _check(
-    q, k, v, cu_seqlens, rank, world_size: int, method: str, kv_layout: str, causal, softmax_scale, backend
-) -> tuple[str, Batch, Problem]:
+    q, k, v, cu_seqlens, rank, world_size: int, method: str, kv_layout: str, causal, softmax_scale, backend,
+    deterministic,
+) -> tuple[str, Batch, Problem]:  # fmt: skip
     """(backend, batch, problem) of a call, if there is nothing to say against it; a new batch has no tables yet."""
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_tensor(name, x)
@@ -179,6 +185,7 @@ def _check(
         softmax_scale=softmax_scale,
         target=target(backend, q.device),
         kv_layout=kv_layout,
+        deterministic=deterministic,
     )
     return backend, batch, problem
 
@@ -197,6 +204,7 @@ def zigzag_attention(
     return_lse: bool = False,
     backend: str | None = None,
     grad_reduce_dtype: torch.dtype | None = None,
+    deterministic: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over a packed batch, on one device or dealt out to the ranks of a group in zigzag order.
 
@@ -214,6 +222,7 @@ def zigzag_attention(
             with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
+        deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
 
     Returns:
         out in the shape of q; with `return_lse`, (out, lse `[heads, T]` or `[batch, heads, T]` float32). Gradients of
@@ -240,7 +249,7 @@ def zigzag_attention(
             cu_seqlens = Batch(cu_seqlens, as_rank(rank, q.device), world_size, None, None, method, name)
         check_method(method)
         backend, batch, problem = _check(
-            q, k, v, cu_seqlens, rank, world_size, method, PEER, causal, softmax_scale, backend
+            q, k, v, cu_seqlens, rank, world_size, method, PEER, causal, softmax_scale, backend, deterministic
         )
         stride = choose_heads_k_stride(
             heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads

@@ -30,7 +30,9 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts) -> Pr
         return make_problem(*arrays, **facts)
 
 
-def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, *others) -> Problem:
+def _problem(
+    q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, *others
+) -> Problem:
     """Of a call whose kernels read `others` too."""
     return problem_of(
         q,
@@ -44,6 +46,7 @@ def _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_
         gluon=launch.can_launch_gluon(backend, k, v, *others),
         kv_layout=kv_layout,
         kv_rows=k.shape[0] if kv_layout == CONTIGUOUS else None,
+        deterministic=deterministic,
     )
 
 
@@ -84,16 +87,17 @@ def attention_forward(
     softmax_scale: float,
     backend: str,
     kv_layout: str = GATHERED,
+    deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32)."""
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32); `deterministic` is for the backward pass."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout)
+    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic)
     return plan.forward(launch.run, problem, q, k, v, segments)
 
 
 @attention_forward.register_fake
-def _(q, k, v, segments, sequences, world_size, causal, softmax_scale, backend, kv_layout=GATHERED):
+def _(q, k, v, segments, sequences, *constants):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -113,12 +117,15 @@ def attention_backward(
     softmax_scale: float,
     backend: str,
     kv_layout: str = GATHERED,
+    deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) in the layouts and the dtype of q, k, v."""
     from zigzag_kernels import plan
 
     dout = last_dim_contiguous(dout)
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, q, dout)
+    problem = _problem(
+        q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, q, dout
+    )  # fmt: skip
     return plan.backward(
         launch.run,
         problem,

@@ -37,9 +37,9 @@ def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[s
     )
 
 
-def has_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> bool:
-    """Whether one kernel can do the work of both of `backward_kernels` for `problem`."""
-    return _taken(problem, SHORT_DKDV, *problem.q_strides, *dout_strides)
+def takes_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> bool:
+    """Whether one kernel does the work of both of `backward_kernels` for `problem`, in no fixed order."""
+    return not problem.deterministic and _taken(problem, SHORT_DKDV, *problem.q_strides, *dout_strides)
 
 
 def _taken(problem: Problem, short: int, *strides: int) -> bool:

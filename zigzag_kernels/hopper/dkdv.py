@@ -42,7 +42,8 @@ def _half(half_ptr, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constex
     """(q_row, diagonal, kv_len, first token, blocks, masked blocks) of the rows of one half that see key `first_key`.
 
     Whole blocks of TOKENS end with the segment; the first may begin before the first row that sees the key, or before
-    token 0. The first few are masked: not all of their rows see all keys of the tile.
+    token 0 (`_block_tokens`). The first few are masked: not all of their rows see all keys of the tile. A block that
+    would begin before token 0 is one of them.
     """
     q_row = gl.load(half_ptr)
     q_len = gl.load(half_ptr + 1)
@@ -56,6 +57,17 @@ def _half(half_ptr, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constex
     begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
     masked = gl.minimum((gl.maximum(begin_full - token, 0) + TOKENS - 1) // TOKENS, blocks)
     return q_row, diagonal, kv_len, token, blocks, masked
+
+
+@gluon.jit
+def _block_tokens(first, block, TOKENS: gl.constexpr):
+    """(begin, end) of the tokens of its half that block `block` is for, where the blocks begin with token `first`.
+
+    The box of a block begins with `begin`, which is never negative: the copy engine can add to a box that ends behind
+    the last row, but not to one that begins before the first. From `end` on its rows are the next block's, or behind
+    the segment, and hidden.
+    """
+    return gl.maximum(first + block * TOKENS, 0), first + (block + 1) * TOKENS
 
 
 @gluon.jit
@@ -85,13 +97,14 @@ def _producer(
             halves_ptr + run % 2 * 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
         )
         for block in range(gl.where(run < 2, 0, masked), gl.where(run < 2, masked, blocks)):
-            tokens = first + block * TOKENS + rows // PACK
-            limit = gl.where(tokens < 0, 0, gl.minimum(diagonal + tokens + 1, kv_len))
-            row = q_row + first + block * TOKENS - sequence_row
+            begin, end = _block_tokens(first, block, TOKENS)
+            tokens = begin + rows // PACK
+            limit = gl.where(tokens < end, gl.minimum(diagonal + tokens + 1, kv_len), 0)
+            row = q_row + begin - sequence_row
             for part in range(GROUP // PACK):
                 statistics = (q_row + tokens) * GROUP + part * PACK + rows % PACK
-                lse2 = gl.load(lse2_ptr + statistics, mask=tokens >= 0, other=float("inf"))
-                delta = gl.load(delta_ptr + statistics, mask=tokens >= 0, other=0.0)
+                lse2 = gl.load(lse2_ptr + statistics, mask=tokens < end, other=float("inf"))
+                delta = gl.load(delta_ptr + statistics, mask=tokens < end, other=0.0)
                 stage = i % STAGES
                 load_block(q_desc, [row, part * PACK, 0], q_full, q_empty, q_smem, i, STAGES, BYTES)
                 lse2_smem.index(stage).store(lse2)

@@ -14,11 +14,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
-from .dkdv import _half, _key_rows, _load_keys, _producer, _row_descriptor
+from .dkdv import _block_tokens, _half, _key_rows, _load_keys, _producer, _row_descriptor
 from .pipeline import block_of, issue_scores, make_stages, store_tile
-
-PIPE = gl.constexpr(False)
-DVF = gl.constexpr(False)
 
 
 @builtin
@@ -30,15 +27,20 @@ def _add_to_global(desc, place, buffer, _semantic=None):
 
 @gluon.jit
 def _block_place(
-    i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS: gl.constexpr, PARTS: gl.constexpr,
-    PACK: gl.constexpr,
+    i, late_row, late_first, late_blocks, late_masked, early_first, early_masked, TOKENS: gl.constexpr,
+    PARTS: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
-    """(row of the sequence, head of the group) where block `i` of `_producer` begins."""
+    """(row of the sequence, head of the group) where block `i` of `_producer` begins.
+
+    The late half begins at row `late_row`, the early one at 0; `_half` gives the rest.
+    """
     number = i // PARTS
     late = number - gl.where(number < late_masked, 0, early_masked)
     early = number - gl.where(number < late_masked + early_masked, late_masked, late_blocks)
     is_late = (number < late_masked) | ((number >= late_masked + early_masked) & (number < late_blocks + early_masked))
-    return gl.where(is_late, late_row + late * TOKENS, early_row + early * TOKENS), i % PARTS * PACK
+    late_begin, _ = _block_tokens(late_first, late, TOKENS)
+    early_begin, _ = _block_tokens(early_first, early, TOKENS)
+    return gl.where(is_late, late_row + late_begin, early_begin), i % PARTS * PACK
 
 
 @gluon.jit
@@ -47,16 +49,14 @@ def _block(
     limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
     SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What block `i` adds to dV, to dK, and to half of the columns of dQ: the products are under way, in this order."""
+    """What block `i`, whose scores are there, adds to dV, to dK, and to half of the columns of dQ: the products are
+    under way, in this order."""
     R_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = v.dtype
     HALF_D: gl.constexpr = v.shape[1] // 2
     stage = i % STAGES
-    dout = block_of(dout_smem, i, STAGES)
     dp = issue_scores(v, dout_smem, dout_full, i, zero, STAGES)
     lse2 = lse2_smem.index(stage).load(R_LAYOUT)
-    if not PIPE:
-        scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
     if i < masked:
         limit = limit_smem.index(stage).load(R_LAYOUT)
@@ -64,16 +64,17 @@ def _block(
     p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
     delta = delta_smem.index(stage).load(R_LAYOUT)
     dp = hopper.warpgroup_mma_wait(0, [dp])
-    if DVF:
-        dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
-    ds = (p * (dp - delta[None, :])).to(dtype)
+    dv = hopper.warpgroup_mma(p_operand, block_of(dout_smem, i, STAGES), dv, is_async=True)
+    dp -= delta[None, :]
+    if i < masked:
+        # Zero times what is not finite would reach dQ of rows that do not see the key.
+        dp = gl.where(p > 0, dp, 0.0)
+    ds = (p * dp).to(dtype)
     ds_operand = gl.convert_layout(ds, P_LAYOUT)
     # Two buffers a consumer: whoever has seen dS of block i - 1 knows that the other has left that of block i - 2.
     both = (i & 1) * 2
     ds_smem.index(both + warpgroup).store(ds)
     hopper.fence_async_shared()
-    if not DVF:
-        dv = hopper.warpgroup_mma(p_operand, dout, dv, is_async=True)
     hopper.mbarrier.arrive(ds_full, count=1)
     dk = hopper.warpgroup_mma(ds_operand, block_of(q_smem, i, STAGES), dk, is_async=True)
     hopper.mbarrier.wait(ds_full, i & 1)
@@ -85,11 +86,11 @@ def _block(
 
 
 @gluon.jit
-def _hand_over_dq(dq_token, UNDER_WAY: gl.constexpr, dq_buffer, dq_full, dq_empty, i):
-    """Half of dQ of block `i`, `UNDER_WAY` products before the last one, for `_writer`."""
+def _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i):
+    """Half of dQ of block `i`, the last product but one, for `_writer`."""
     SHAPE: gl.constexpr = [dq_buffer.shape[0] * dq_buffer.shape[1], dq_buffer.shape[2]]
     hopper.mbarrier.wait(dq_empty, (i & 1) ^ 1)
-    dq = hopper.warpgroup_mma_wait(UNDER_WAY, [dq_token])
+    dq = hopper.warpgroup_mma_wait(1, [dq_token])
     dq_buffer.reshape(SHAPE).store(dq)
     hopper.fence_async_shared()
     hopper.mbarrier.arrive(dq_full, count=1)
@@ -97,12 +98,14 @@ def _hand_over_dq(dq_token, UNDER_WAY: gl.constexpr, dq_buffer, dq_full, dq_empt
 
 @gluon.jit
 def _writer(
-    sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row, early_masked,
-    TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
+    sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_first, late_blocks, late_masked, early_first,
+    early_masked, TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
 ):  # fmt: skip
     """Let the copy engine add both halves of dQ of every block to the sums."""
     for i in range(blocks):
-        row, head = _block_place(i, late_row, late_blocks, late_masked, early_row, early_masked, TOKENS, PARTS, PACK)
+        row, head = _block_place(
+            i, late_row, late_first, late_blocks, late_masked, early_first, early_masked, TOKENS, PARTS, PACK
+        )
         hopper.mbarrier.wait(dq_full, i & 1)
         _add_to_global(sums_desc, [row, head, 0], dq_smem.index(0))
         _add_to_global(sums_desc, [row, head, HALF_D], dq_smem.index(1))
@@ -146,29 +149,11 @@ def _consumer(
     dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
     no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, HALF_LAYOUT)
     dq_buffer = dq_smem.index(warpgroup)
-    if PIPE:
-        if blocks > 0:
-            # The scores of the next block are queued behind dQ of this one and run while that is written out.
-            scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
-            for i in range(blocks):
-                scores = hopper.warpgroup_mma_wait(0, [scores])
-                dk, dv, dq_token = _block(
-                    warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
-                    limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
-                )  # fmt: skip
-                dv = hopper.warpgroup_mma_wait(3, [dv])
-                hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
-                dk = hopper.warpgroup_mma_wait(2, [dk])
-                hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
-                # Behind the last block this multiplies whatever is there; nobody reads the product.
-                hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
-                q = block_of(q_smem, i + 1, STAGES)
-                scores = hopper.warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                _hand_over_dq(dq_token, 1, dq_buffer, dq_full, dq_empty, i)
-            scores = hopper.warpgroup_mma_wait(0, [scores])
-    else:
+    if blocks > 0:
+        # The scores of the next block are queued behind dQ of this one and run while that is written out.
+        scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
         for i in range(blocks):
-            scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
+            scores = hopper.warpgroup_mma_wait(0, [scores])
             dk, dv, dq_token = _block(
                 warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
                 limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
@@ -177,7 +162,12 @@ def _consumer(
             hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
             dk = hopper.warpgroup_mma_wait(2, [dk])
             hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
-            _hand_over_dq(dq_token, 0, dq_buffer, dq_full, dq_empty, i)
+            # Behind the last block this multiplies whatever is there; nobody reads the product.
+            hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
+            q = block_of(q_smem, i + 1, STAGES)
+            scores = hopper.warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i)
+        scores = hopper.warpgroup_mma_wait(0, [scores])
 
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
     rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
@@ -210,14 +200,10 @@ def backward_fused_hopper(
 
     sequence_row = gl.load(entry_ptr + 8)
     sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
-    late_row, _, _, late_token, late_blocks, late_masked = _half(
+    late_row, _, _, late_first, late_blocks, late_masked = _half(
         entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
     )
-    early_row, _, _, early_token, early_blocks, early_masked = _half(
-        entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
-    )
-    late_row += late_token - sequence_row
-    early_row += early_token - sequence_row
+    _, _, _, early_first, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     blocks = (late_blocks + early_blocks) * PARTS
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
     masked = gl.where(first_key + BLOCK_N > n_keys, blocks, (late_masked + early_masked) * PARTS)
@@ -278,8 +264,8 @@ def backward_fused_hopper(
                 PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
             )),
             (_writer, (
-                sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_blocks, late_masked, early_row,
-                early_masked, TOKENS, PARTS, PACK, BLOCK_D // 2,
+                sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row - sequence_row, late_first, late_blocks,
+                late_masked, early_first, early_masked, TOKENS, PARTS, PACK, BLOCK_D // 2,
             )),
         ],
         [4, 1, 1],
