@@ -89,7 +89,7 @@ def zigzag_attention_gathered(
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: the same inputs give the same gradients bit for bit. False allows other orders of summation, and
             does not promise them: on a Hopper GPU one kernel then does the work of two, in up to 13 % less time for the
-            whole backward pass (`docs/hopper.md`).
+            whole backward pass, with 4 bytes of memory for each element of q meanwhile (`docs/hopper.md`).
 
     Returns:
         out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm).
