@@ -36,7 +36,7 @@ from zigzag_kernels import cost
 PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "nvidia-cudnn-cu13"
 FLOPS = dict(zip(report.DIRECTIONS, (cost.forward_flops, cost.backward_flops), strict=True))
 MOST_SETS = 8
-QUICK_ROUNDS = 15
+QUICK_ROUNDS = 9
 FLEX = "flex-torch"
 WORKERS = 8  # processes that compile at the same time, each with some GiB of host memory
 

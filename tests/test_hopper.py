@@ -56,6 +56,8 @@ def test_the_rules_that_take_them(monkeypatch):
         assert hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_short")
         assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
         assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)
+        small = problem(head_dim=64, deterministic=False)
+        assert hopper.takes_fused_backward(small, DOUT_STRIDES) == bool(value)
         # dK/dV alone reads q and dout by the copy engine.
         assert hopper.backward_kernels(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
         assert hopper.backward_kernels(problem(q_stride=4100), DOUT_STRIDES) == ("backward_dkdv", "hopper_dq")

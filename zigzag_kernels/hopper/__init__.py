@@ -5,6 +5,7 @@ first seen, is 0 for the portable kernels always, and 1 for these wherever they 
 speed and their pipeline.
 """
 
+import math
 import os
 
 import triton
@@ -17,7 +18,8 @@ TRITON = "3.6."  # Gluon changes from release to release: with 3.9 the kernels h
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty
-# Up to this head_dim portable kernels are faster with short chunks, of dK/dV with those of fewer than SHORT_DKDV keys.
+# Up to this head_dim portable kernels are faster with short chunks, of dK/dV with those of fewer than SHORT_DKDV keys,
+# and two kernels for the backward are faster than one.
 FASTER_SHORT = 64
 SHORT_DKDV = 512
 FEW_ROWS = 2**17  # packed query rows of all heads: 1024 tiles, about eight for each multiprocessor
@@ -38,13 +40,16 @@ def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[s
 
 
 def takes_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> bool:
-    """Whether one kernel does the work of both of `backward_kernels` for `problem`, in no fixed order."""
-    return not problem.deterministic and _taken(problem, SHORT_DKDV, *problem.q_strides, *dout_strides)
+    """Whether one kernel does the work of both of `backward_kernels` for `problem`, in no fixed order.
+
+    It was slower than both where head_dim is small.
+    """
+    return not problem.deterministic and _taken(problem, math.inf, *problem.q_strides, *dout_strides)
 
 
-def _taken(problem: Problem, short: int, *strides: int) -> bool:
-    """Whether a kernel here serves `problem`, one that the portable kernel is faster than with chunks of fewer than
-    `short` keys if head_dim is small. The copy engine reads k, v, and arrays of these `strides`."""
+def _taken(problem: Problem, short: float, *strides: int) -> bool:
+    """Whether a kernel here serves `problem`, one that others are faster than with chunks of fewer than `short` keys
+    if head_dim is small. The copy engine reads k, v, and arrays of these `strides`."""
     wanted = os.environ.get(VARIABLE)
     if wanted not in (None, "0", "1"):
         raise ValueError(f"{VARIABLE}: expected 0 or 1, got {wanted!r}")
@@ -67,7 +72,7 @@ def _size(problem: Problem) -> str:
     return "_few" if problem.tokens * problem.group * problem.window < FEW_ROWS else ""
 
 
-def _shorter(problem: Problem, keys: int) -> bool:
+def _shorter(problem: Problem, keys: float) -> bool:
     """Whether chunks have fewer `keys`: a block of keys ends with its chunk. The host knows mean lengths alone."""
     runs = 2 * problem.slots if problem.slots > 1 else 1  # parts of a sequence whose keys lie next to each other
     return problem.kv_tokens < keys * runs * problem.sequences
