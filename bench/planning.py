@@ -19,14 +19,15 @@ class Planning(contextlib.ExitStack):
         super().__init__()
         self.environment = environment
         self.launches: list[plan.Launch] = []
-        makers = {name: x for name, x in vars(plan).items() if name.endswith("_launch") and hasattr(x, "cache_info")}
+        makers = {name: x for name, x in vars(plan).items() if "_launch" in name and hasattr(x, "cache_info")}
         self._makers = {name: self._remembering(x.__wrapped__) for name, x in makers.items()}
 
     def _remembering(self, maker):
         @functools.cache
         def make(*arguments):
-            self.launches.append(maker(*arguments))
-            return self.launches[-1]
+            made = maker(*arguments)
+            self.launches += made if isinstance(made, tuple) else (made,)
+            return made
 
         return make
 

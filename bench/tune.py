@@ -51,10 +51,15 @@ WORKERS = 8
 GIVE_UP = 1.25  # times the time in use in any case: other cases could not make up for it
 # Which kernel for Hopper serves depends on the shape of a batch: each of these is tuned on the cases that it serves.
 SERVES = {
-    "hopper_forward": ("rectangle-d128", "packed16-d128"),
-    "hopper_forward_few": ("short-d128",),
-    "hopper_forward_short": ("packed64-d128",),
+    f"hopper_{name}{size}": cases
+    for name in ("forward", "dq")
+    for size, cases in (
+        ("", ("rectangle-d128", "packed16-d128")),
+        ("_few", ("short-d128",)),
+        ("_short", ("packed64-d128",)),
+    )
 }
+FUSED = "hopper_fused"  # serves calls that need not be deterministic
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Bench:
 
     def __init__(self, kernel, cases, device="cuda", backend=None):
         self.kernel, self.cases, self.device, self.backend = kernel, cases, device, backend
-        self.direction = "backward" if "backward" in kernel else "forward"
+        self.direction = "forward" if "forward" in kernel else "backward"
         self.inputs = {case.name: timing.inputs(case, device) for case in cases}
         self.expected = {case.name: timing.exact(case, RANK, 0, *self.inputs[case.name]) for case in cases}
         self.in_use = {case.name: self.calls(case, None) for case in cases}
@@ -119,7 +124,9 @@ class Bench:
         """(planning, call) of a pass whose results are right; `override` None is the configuration in use."""
         planning = Planning(**environment(self.kernel, override))
         with planning:
-            calls = timing.torch_calls(case, RANK, *self.inputs[case.name], backend=self.backend)
+            calls = timing.torch_calls(
+                case, RANK, *self.inputs[case.name], backend=self.backend, deterministic=self.kernel != FUSED
+            )
             timing.check(case, RANK, 0, calls.results(), self.expected[case.name])
         if planning.takes_hopper_kernels != (self.kernel in HOPPER_KERNELS):
             raise RuntimeError(f"{case}: another kernel than {self.kernel} serves")
@@ -161,7 +168,7 @@ def environment(kernel, override):
 def compile_one(kernel, case, override):
     """Leave the kernels under `override` in Triton's cache; what goes wrong will again, in the search."""
     with contextlib.suppress(Exception), Planning(**environment(kernel, override)):
-        timing.torch_calls(case, RANK, *timing.inputs(case)).results()
+        timing.torch_calls(case, RANK, *timing.inputs(case), deterministic=kernel != FUSED).results()
     torch.cuda.empty_cache()
 
 

@@ -88,6 +88,16 @@ def test_a_kernel_that_does_not_serve_is_not_tuned():
         tune.Bench("hopper_forward", [TINY], DEVICE, BACKEND)
 
 
+def test_each_kernel_is_tuned_in_its_own_pass_on_cases_that_it_serves():
+    expected = {
+        "forward": "forward", "backward_dkdv": "backward", "backward_dq": "backward", "hopper_forward_few": "forward",
+        "hopper_dkdv": "backward", "hopper_dq_short": "backward", "hopper_fused": "backward",
+    }  # fmt: skip
+    assert {kernel: tune.Bench(kernel, []).direction for kernel in expected} == expected
+    assert set(tune.SERVES) <= set(config.KERNELS)
+    assert {case for cases in tune.SERVES.values() for case in cases} == set(tune.NAMES)
+
+
 class FakeBench:
     """Times by the file that it is given: 256 rows are twice as fast as what is in use, 64 do not compile."""
 
