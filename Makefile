@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test compile lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 picks another interpreter, VENV=path another environment."
 
 demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks (ARGS=--steps=20)
@@ -21,6 +21,13 @@ demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks 
 # On a GPU the time goes into compiling, on the host; the workers share the GPU's memory.
 test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest -n $(if $(GPU),8,auto) $(ARGS)
+
+# The release of Triton that the kernels for Hopper are written for, and what JAX needs to lower for a GPU.
+compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, without a GPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/offline \
+		triton==3.6.0 jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')
+	PYTHONPATH=$(VENV)/offline $(BIN)/python -m pytest -n auto -k compile $(ARGS) \
+		tests/test_hopper.py tests/test_jax.py tests/test_jax_parallel.py
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check
