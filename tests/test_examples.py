@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CHOSEN, GPU
+from commands import ROOT, shell_environment
+from conftest import GPU
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # (page, number of the block in it, how it is fenced, what it says)
 BLOCKS = [
@@ -38,10 +38,9 @@ def blocks(*kinds):
 
 
 def run(*command, **environment):
-    """As from a shell in which the tools of this Python come first: without what conftest.py says to this process."""
-    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    """As from a shell in which the tools of this Python come first."""
+    env = shell_environment()
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))  # where scripts are run too
     return subprocess.run(
         command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env | environment, check=False
     )

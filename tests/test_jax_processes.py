@@ -1,51 +1,12 @@
 """JAX in several real processes: the example trains as in one, and one that fails does not leave the others waiting."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import CHOSEN, GPU, GPUS, STEPS, TOLERANCE
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(*command, **environment):
-    """As from a shell: without what conftest.py says to this process."""
-    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=env | environment,
-    )
-
-
-def finish(*processes, timeout=240):
-    """(exit code, lines of output without Gloo's own, errors) of each; none outlives the test."""
-    try:
-        results = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
-        return [
-            (code, [line for line in output.splitlines() if not line.startswith("[Gloo]")], errors)
-            for output, errors, code in results
-        ]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from commands import finish, free_port, start
+from conftest import GPU, GPUS, STEPS, TOLERANCE
 
 
 def train(path, *options, devices, processes=1):

@@ -1,18 +1,14 @@
 """The benchmark between GPUs: what it makes of times and timelines, and a tiny run of each framework."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import scaling
 from cases import Case
-from conftest import CHOSEN, GPU, GPUS
+from commands import finish, start
+from conftest import GPU, GPUS
 
-ROOT = Path(__file__).parents[1]
 TINY = "--tokens", "64", "--long-tokens", "128", "--rounds", "1"
 
 
@@ -61,18 +57,16 @@ def test_a_wrong_result_is_not_timed():
 @pytest.mark.multigpu
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_tiny_run(framework, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
-    env |= {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16", "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    settings = {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16", "OMP_NUM_THREADS": "1"}
+    settings |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     ranks = len(GPUS) or 2
     torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"
     launcher = torchrun if framework == "torch" else ()
     files = "--json", str(tmp_path / "measured.json"), "--trace", str(tmp_path / "traces")
     command = *launcher, "bench/scaling.py", "--framework", framework, *TINY, *files
-    result = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=280, cwd=ROOT, env=env, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "| one sequence, 64 tokens a GPU | ring |" in result.stdout
+    ((code, printed, errors),) = finish(start(*command, **settings))
+    assert code == 0, (printed, errors)
+    assert any(line.startswith("| one sequence, 64 tokens a GPU | ring |") for line in printed)
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured["versions"]["ranks"] == ranks
     rows = {(row["workload"], row["method"], row["heads_k_stride"], row["direction"]): row for row in measured["rows"]}

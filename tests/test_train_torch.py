@@ -1,47 +1,17 @@
 """The example that trains in PyTorch gives the same losses on any number of ranks."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import CHOSEN, GPU, GPUS, STEPS, TOLERANCE
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(*command, **environment):
-    """As from a shell: without what conftest.py says to this process."""
-    env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=env | environment,
-    )
+from commands import finish, free_port, start
+from conftest import GPU, GPUS, STEPS, TOLERANCE
 
 
 def assert_finished(*processes):
-    try:
-        for process in processes:
-            _, stderr = process.communicate(timeout=280)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def free_endpoint():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
+    for code, _, errors in finish(*processes):
+        assert code == 0, errors
 
 
 @pytest.mark.multigpu
@@ -55,7 +25,7 @@ def test_training_in_torch_is_the_same_on_one_rank_and_on_several(tmp_path):
     ring = *script, str(files["ring"]), "--method", "ring"
     assert_finished(start(*torchrun, "--standalone", f"--nproc_per_node={ranks}", *ring))
     half = ranks // 2
-    place = "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={free_endpoint()}", "--rdzv-id=1"
+    place = "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=1"
     machine = *torchrun, *place, f"--nproc_per_node={half}", *script, str(files["allgather"])
     shares = [{"CUDA_VISIBLE_DEVICES": ",".join(x)} for x in (GPUS[:half], GPUS[half : 2 * half])] if GPU else [{}, {}]
     assert_finished(*[start(*machine, **share) for share in shares])
