@@ -54,8 +54,8 @@ SERVES = {
     f"hopper_{name}{size}": cases
     for name in ("forward", "dq")
     for size, cases in (
-        ("", ("rectangle-d128", "packed16-d128")),
-        ("_few", ("short-d128",)),
+        ("", ("rectangle-d128",)),
+        ("_few", ("short-d128", "packed16-d128")),
         ("_short", ("packed64-d128",)),
     )
 }
@@ -77,8 +77,8 @@ class Trial:
 
 
 def candidates(kernel, head_dim, dtype, target):
-    """Every configuration of `kernel` worth a try: powers of two that fit, at least 4 warps, up to 4 stages."""
-    blocks, warps = (32, 64, 128, 256), (4,) if kernel in HOPPER_KERNELS else (4, 8)
+    """Every configuration of `kernel` worth a try: blocks that fit, at least 4 warps, up to 4 stages."""
+    blocks, warps = (32, 64, 128, 192, 256), (4,) if kernel in HOPPER_KERNELS else (4, 8)
     every = itertools.starmap(Config, itertools.product(blocks, blocks[:-1], warps, (1, 2, 3, 4), (0, 1)))
     return [config for config in every if fits(kernel, config, head_dim, dtype, target) is None]
 

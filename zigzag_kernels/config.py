@@ -30,6 +30,7 @@ HEAD_DIMS = (64, 128, 256)  # an entry serves every head_dim up to its own, abov
 # Largest dynamic shared memory of one block, in bytes (CUDA programming guide, technical specifications).
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 REGISTERS_PER_THREAD = 255
+WARPGROUPS = {"forward": 4, "dkdv": 3, "dq": 3, "fused": 2}  # at most; the registers of each are in the kernels
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Config:
                 raise ValueError(f"{field.name}: expected a positive int, got {value!r}")
         for name in ("BLOCK_M", "BLOCK_N"):
             value = getattr(self, name)
-            if value < 16 or value > MAX_BLOCK or value & (value - 1):
-                raise ValueError(f"{name}: expected a power of two from 16 to {MAX_BLOCK}, got {value}")
+            if value < 16 or value > MAX_BLOCK or value % 16:
+                raise ValueError(f"{name}: expected a multiple of 16 from 16 to {MAX_BLOCK}, got {value}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps: expected 1, 2, 4, 8 or 16, got {self.num_warps}")
 
@@ -72,14 +73,14 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
             "forward": _up_to((128, 64, 4, 3, 1), (128, 128, 8, 3), (128, 64, 8, 2)),
             "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
             "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
-            "hopper_forward": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2)),
+            "hopper_forward": _up_to((192, 128, 4, 3, 1), (128, 128, 4, 2)),
             "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
             "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4)),
-            "hopper_dkdv": _up_to((128, 128, 4, 2), (64, 128, 4, 3)),
+            "hopper_dkdv": _up_to((64, 192, 4, 3), (64, 128, 4, 3)),
             "hopper_fused": _up_to((64, 128, 4, 3), (64, 128, 4, 2)),
-            "hopper_dq": _up_to((128, 128, 4, 3), (128, 128, 4, 2)),
-            "hopper_dq_few": _up_to((128, 128, 4, 3, 1), (128, 128, 4, 2, 1)),
-            "hopper_dq_short": _up_to((128, 64, 4, 4), (128, 64, 4, 4)),
+            "hopper_dq": _up_to((192, 64, 4, 4), (128, 128, 4, 2)),
+            "hopper_dq_few": _up_to((192, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
+            "hopper_dq_short": _up_to((192, 64, 4, 4), (128, 64, 4, 4)),
         },
         "32-bit": _FLOAT32,
     },
@@ -165,11 +166,17 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     need, limit = shared_memory(kernel, config, head_dim, dtype, arch), SHARED_MEMORY[arch]
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
-    if kernel in HOPPER_KERNELS:  # each warpgroup has 64 rows and the registers that the kernel assigns
+    own = None
+    if kernel in HOPPER_KERNELS:
         own = "BLOCK_N" if kernel in ("hopper_dkdv", "hopper_fused") else "BLOCK_M"
-        sizes = (128, 256) if kernel.startswith("hopper_forward") else (128,)
-        good = getattr(config, own) in sizes and config.num_warps == 4
-        return None if good else f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
+        sizes = [64 * groups for groups in range(2, WARPGROUPS[kernel.split("_")[1]] + 1)]
+        if getattr(config, own) not in sizes or config.num_warps != 4:
+            return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
+    for name in ("BLOCK_M", "BLOCK_N"):
+        if name != own and getattr(config, name).bit_count() > 1:
+            return f"a power of two as {name}"
+    if own:
+        return None
     need = registers(kernel, config, head_dim)
     if need > REGISTERS_PER_THREAD:
         return f"{need} registers a thread, the GPU has {REGISTERS_PER_THREAD}"

@@ -39,10 +39,14 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
     low = 0
     high = n_entries - 1
     while low < high:
-        middle = (low + high + 1) // 2
-        mine = tl.load(table_ptr + middle * FIELDS) * GROUP // BLOCK + middle <= tile
-        low = tl.where(mine, middle, low)
-        high = tl.where(mine, high, middle - 1)
+        step = (high - low) // 4 + 1
+        passed = 0
+        for i in tl.static_range(1, 4):  # three loads that do not wait for each other
+            entry = tl.minimum(low + i * step, high)
+            mine = tl.load(table_ptr + entry * FIELDS) * GROUP // BLOCK + entry <= tile
+            passed += (mine & (low + i * step <= high)).to(tl.int32)
+        low += passed * step
+        high = tl.minimum(low + step - 1, high)
     return low, tile - (tl.load(table_ptr + low * FIELDS) * GROUP // BLOCK + low)
 
 

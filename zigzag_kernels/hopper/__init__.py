@@ -22,7 +22,7 @@ SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty
 # and two kernels for the backward are faster than one.
 FASTER_SHORT = 64
 SHORT_DKDV = 512
-FEW_ROWS = 2**17  # packed query rows of all heads: 1024 tiles, about eight for each multiprocessor
+FEW_ROWS = 2**17  # packed query rows of a sequence, all heads: 1024 tiles, about eight for each multiprocessor
 
 
 def forward_kernel(problem: Problem) -> str:
@@ -69,7 +69,7 @@ def _size(problem: Problem) -> str:
     """Which of the tile tables of a kernel that walks through keys serves `problem`, as the end of its name."""
     if _shorter(problem, SHORT):
         return "_short"
-    return "_few" if problem.tokens * problem.group * problem.window < FEW_ROWS else ""
+    return "_few" if problem.tokens * problem.group * problem.window < FEW_ROWS * problem.sequences else ""
 
 
 def _shorter(problem: Problem, keys: float) -> bool:

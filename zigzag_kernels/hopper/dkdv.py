@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
-from .pipeline import block_of, issue_scores, load_block, load_tile, make_stages, store_tile
+from .pipeline import block_of, issue_scores, load_block, load_tile, make_barriers, make_stages, store_tile, wait_turn
 
 
 @gluon.jit
@@ -84,11 +84,22 @@ def _row_descriptor(
 
 @gluon.jit
 def _producer(
-    q_desc, dout_desc, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
-    q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL: gl.constexpr, GROUP: gl.constexpr,
-    PACK: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, dout_ptr, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+    q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
+    STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, PACK: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_M // PACK
+    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
+    BOX: gl.constexpr = [TOKENS, PACK, BLOCK_D]
+    # Descriptors are made while the consumers load their keys.
+    q_desc = _row_descriptor(
+        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, BOX
+    )  # fmt: skip
+    dout_desc = _row_descriptor(
+        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, BOX
+    )  # fmt: skip
     rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0
     # The masked blocks of the late half and of the early one, then the others of both.
@@ -106,11 +117,12 @@ def _producer(
                 lse2 = gl.load(lse2_ptr + statistics, mask=tokens < end, other=float("inf"))
                 delta = gl.load(delta_ptr + statistics, mask=tokens < end, other=0.0)
                 stage = i % STAGES
-                load_block(q_desc, [row, part * PACK, 0], q_full, q_empty, q_smem, i, STAGES, BYTES)
+                wait_turn(empty, i, STAGES)
+                load_block(q_desc, [row, part * PACK, 0], q_full, q_smem, i, STAGES, BYTES)
                 lse2_smem.index(stage).store(lse2)
                 limit_smem.index(stage).store(limit)
                 hopper.mbarrier.arrive(q_full.index(stage), count=1)
-                load_block(dout_desc, [row, part * PACK, 0], dout_full, dout_empty, dout_smem, i, STAGES, BYTES)
+                load_block(dout_desc, [row, part * PACK, 0], dout_full, dout_smem, i, STAGES, BYTES)
                 delta_smem.index(stage).store(delta)
                 hopper.mbarrier.arrive(dout_full.index(stage), count=1)
                 i += 1
@@ -148,7 +160,7 @@ def _consumer(
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem = values[0]
-    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty = values[1]
+    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
     first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
@@ -180,18 +192,14 @@ def _consumer(
             S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
         )  # fmt: skip
         for i in range(1, blocks):
-            before = (i - 1) % STAGES
-            dv = hopper.warpgroup_mma_wait(1, [dv_token])
-            hopper.mbarrier.arrive(dout_empty.index(before), count=1)
             scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
-            dk = hopper.warpgroup_mma_wait(1, [dk_token])
-            hopper.mbarrier.arrive(q_empty.index(before), count=1)
+            dk, dv = hopper.warpgroup_mma_wait(1, [dk_token, dv_token])
+            hopper.mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
             dk_token, dv_token = _block(
                 scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i,
                 masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
-        dv = hopper.warpgroup_mma_wait(1, [dv_token])
-        dk = hopper.warpgroup_mma_wait(0, [dk_token])
+        dk, dv = hopper.warpgroup_mma_wait(0, [dk_token, dv_token])
 
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
     rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
@@ -228,24 +236,19 @@ def backward_dkdv_hopper(
     masked = (late_masked + early_masked) * (GROUP // PACK)
     kv_head = (first_kv_head + window_head).to(gl.int64)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
+    WARPGROUPS: gl.constexpr = BLOCK_N // 64
     KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     sequence_row = gl.load(entry_ptr + 8)
     sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
-    q_desc = _row_descriptor(
-        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, [TOKENS, PACK, BLOCK_D]
-    )
-    dout_desc = _row_descriptor(
-        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, [TOKENS, PACK, BLOCK_D]
-    )
     lse2_ptr += kv_head * T * GROUP
     delta_ptr += kv_head * T * GROUP
-    k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
-    # Two arrivals: the rows, by the copy engine, and their statistics. Two consumers.
-    q_smem, q_full, q_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
-    dout_smem, dout_full, dout_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    k_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], KEY_SMEM)
+    v_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], KEY_SMEM)
+    # Two arrivals: the rows, by the copy engine, and their statistics.
+    q_smem, q_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
+    dout_smem, dout_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
+    empty = make_barriers(STAGES, WARPGROUPS)
     lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
@@ -253,25 +256,53 @@ def backward_dkdv_hopper(
     # A tuple bound to a name turns its constexprs into tensors: those stay outside.
     values = (
         (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem),
-        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty),
+        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
         (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
     )
-    gl.warp_specialize(
-        [
-            (_consumer, (
-                0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_consumer, (
-                1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_producer, (
-                q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL, GROUP,
-                PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
-            )),
-        ],
-        [4, 4],
-        [240, 24],
-    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
+                    limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows,
+                    CAUSAL, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N,
+                    BLOCK_D, STAGES,
+                )),
+            ],
+            [4, 4],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(WARPGROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    2, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
+                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
+                    limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows,
+                    CAUSAL, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N,
+                    BLOCK_D, STAGES,
+                )),
+            ],
+            [4, 4, 4],
+            [160, 160, 24],
+        )  # fmt: skip

@@ -19,31 +19,43 @@ from .pipeline import (
     key_descriptor,
     load_block,
     load_tile,
+    make_barriers,
+    make_columns,
     make_stages,
     row_places,
     store_tile,
     top_block,
+    wait_turn,
     walk_down,
 )
 
 
 @gluon.jit
 def _producer(
-    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
-    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
+    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_VT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
-    for i in range(blocks):
+    if blocks > 0:
+        # Descriptors are made while the consumers load their rows, that of V while the first keys are on their way.
+        k_desc = key_descriptor(k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D)
         slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
-        load_block(k_desc, [slot, row, 0], k_full, k_empty, k_smem, i, STAGES, BYTES)
-        load_block(v_desc, [slot, row, 0], v_full, v_empty, v_smem, i, STAGES, BYTES)
-        chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+        load_block(k_desc, [slot, row, 0], k_full, k_smem, 0, STAGES, BYTES)
+        v_desc = key_descriptor(v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D)
+        load_block(v_desc, [slot, row, 0], v_full, v_smem, 0, STAGES, BYTES)
+        for i in range(1, blocks):
+            chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
+            wait_turn(empty, i, STAGES)
+            load_block(k_desc, [slot, row, 0], k_full, k_smem, i, STAGES, BYTES)
+            load_block(v_desc, [slot, row, 0], v_full, v_smem, i, STAGES, BYTES)
 
 
 @gluon.jit
 def _block(
-    scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem, v_full,
-    v_empty, i, SLOTS: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, BLOCK_N: gl.constexpr,
+    scores, dq, dout, lse2, delta, zero, columns_smem, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
+    v_full, i, SLOTS: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """(what block `i`, whose scores are under way, adds to dQ: the product is under way; next ragged block)."""
@@ -51,9 +63,8 @@ def _block(
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
     dp = hopper.warpgroup_mma_wait(0, [dp])
-    hopper.mbarrier.arrive(v_empty.index(i % STAGES), count=1)
     ds = p * (dp - delta[:, None])
-    ds, ragged = hide(ds, 0.0, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
+    ds, ragged = hide(ds, 0.0, columns_smem, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
     ds_operand = gl.convert_layout(ds.to(dout.dtype), P_LAYOUT)
     return hopper.warpgroup_mma(ds_operand, block_of(k_smem, i, STAGES), dq, is_async=True), ragged
 
@@ -66,7 +77,7 @@ def _consumer(
     STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr = values[0]
-    q_smem, dout_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = values[1]
+    q_smem, dout_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty = values[1]
     row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
@@ -93,7 +104,6 @@ def _consumer(
     gl.thread_barrier()
 
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
     statistics = kv_head * T * GROUP + q_row * GROUP + rows
     lse2 = gl.load(lse2_ptr + statistics, mask=rows < last_row, other=float("inf"))
     delta = gl.load(delta_ptr + statistics, mask=rows < last_row, other=0.0)
@@ -108,16 +118,16 @@ def _consumer(
     if blocks > 0:
         scores = issue_scores(q, k_smem, k_full, 0, zero, STAGES)
         dq_token, ragged = _block(
-            scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
-            v_full, v_empty, 0, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
+            scores, dq, dout, lse2, delta, zero, columns_smem, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
+            v_full, 0, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
         )  # fmt: skip
         for i in range(1, blocks):
             scores = issue_scores(q, k_smem, k_full, i, zero, STAGES)
             dq = hopper.warpgroup_mma_wait(1, [dq_token])
-            hopper.mbarrier.arrive(k_empty.index((i - 1) % STAGES), count=1)
+            hopper.mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
             dq_token, ragged = _block(
-                scores, dq, dout, lse2, delta, zero, columns, limit, blocks, masked, ragged, kv_chunk, k_smem, v_smem,
-                v_full, v_empty, i, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
+                scores, dq, dout, lse2, delta, zero, columns_smem, limit, blocks, masked, ragged, kv_chunk, k_smem,
+                v_smem, v_full, i, SLOTS, P_LAYOUT, SCALE_LOG2, BLOCK_N, STAGES,
             )  # fmt: skip
         dq = hopper.warpgroup_mma_wait(0, [dq_token])
 
@@ -150,40 +160,64 @@ def backward_dq_hopper(
     kv_head = (first_kv_head + window_head).to(gl.int64)
     head = window_head.to(gl.int64)
     dtype: gl.constexpr = k_ptr.dtype.element_ty
+    WARPGROUPS: gl.constexpr = BLOCK_M // 64
     BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
     Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    k_desc = key_descriptor(
-        k_ptr + head * STRIDE_KH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D
-    )
-    v_desc = key_descriptor(
-        v_ptr + head * STRIDE_VH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D
-    )
-    q_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], Q_SMEM)
-    dout_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], Q_SMEM)
-    k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
-    v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, 2)
+    k_ptr += head * STRIDE_KH
+    v_ptr += head * STRIDE_VH
+    q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
+    dout_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
+    k_smem, k_full = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1)
+    v_smem, v_full = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1)
+    columns_smem = make_columns(BLOCK_N)
+    empty = make_barriers(STAGES, WARPGROUPS)
     hopper.fence_async_shared()
     # A tuple bound to a name turns its constexprs into tensors: those stay outside.
     values = (
         (q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr),
-        (q_smem, dout_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty),
+        (q_smem, dout_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty),
         (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
     )
-    gl.warp_specialize(
-        [
-            (_consumer, (
-                0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
-                BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_consumer, (
-                1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
-                BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_producer, (
-                k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk, SLOTS,
-                BLOCK_N, STAGES, BYTES,
-            )),
-        ],
-        [4, 4],
-        [240, 24],
-    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS,
+                    HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
+                )),
+            ],
+            [4, 4],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(WARPGROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    2, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS,
+                    HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
+                )),
+            ],
+            [4, 4, 4],
+            [160, 160, 24],
+        )  # fmt: skip

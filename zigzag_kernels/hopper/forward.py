@@ -18,10 +18,13 @@ from .pipeline import (
     issue_scores,
     key_descriptor,
     load_block,
+    make_barriers,
+    make_columns,
     make_stages,
     row_places,
     top_block,
     wait_block,
+    wait_turn,
     walk_down,
 )
 
@@ -33,20 +36,26 @@ HIDDEN = gl.constexpr(-(2.0**100))
 
 @gluon.jit
 def _producer(
-    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
-    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
+    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_VT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
-    v_slot, v_row = 0, 0
-    for i in range(blocks):
-        slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
-        load_block(k_desc, [slot, row, 0], k_full, k_empty, k_smem, i, STAGES, BYTES)
-        if i > 0:  # V runs one block behind K, in the order of use
-            load_block(v_desc, [v_slot, v_row, 0], v_full, v_empty, v_smem, i - 1, STAGES, BYTES)
-        v_slot, v_row = slot, row
-        chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
-        load_block(v_desc, [v_slot, v_row, 0], v_full, v_empty, v_smem, blocks - 1, STAGES, BYTES)
+        # Descriptors are made while the consumers load their queries, that of V while the first keys are on their way.
+        k_desc = key_descriptor(k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D)
+        slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
+        load_block(k_desc, [slot, row, 0], k_full, k_smem, 0, STAGES, BYTES)
+        v_desc = key_descriptor(v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D)
+        for i in range(1, blocks):  # V runs one block behind K, in the order of use
+            v_slot, v_row = slot, row
+            chunk, start = walk_down(chunk, start, kv_chunk, SLOTS, BLOCK_N)
+            slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
+            wait_turn(empty, i, STAGES)
+            load_block(k_desc, [slot, row, 0], k_full, k_smem, i, STAGES, BYTES)
+            load_block(v_desc, [v_slot, v_row, 0], v_full, v_smem, i - 1, STAGES, BYTES)
+        wait_turn(empty, blocks, STAGES)
+        load_block(v_desc, [slot, row, 0], v_full, v_smem, blocks - 1, STAGES, BYTES)
 
 
 @gluon.jit
@@ -55,7 +64,7 @@ def _consumer(
     HEAD_DIM: gl.constexpr, SCALE_LOG2: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty = values[0]
+    q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty = values[0]
     row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T = values[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
@@ -82,7 +91,6 @@ def _consumer(
     gl.thread_barrier()
 
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
     limit = gl.minimum(diagonal + rows // GROUP + 1, kv_len)
     seen_by_all = gl.minimum(diagonal + first // GROUP + 1, kv_len)
     zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -95,8 +103,8 @@ def _consumer(
     if blocks > 0:
         scores = issue_scores(q_buffer, k_smem, k_full, 0, zero, STAGES)
         scores = hopper.warpgroup_mma_wait(0, [scores])
-        hopper.mbarrier.arrive(k_empty.index(0), count=1)
-        scores, ragged = hide(scores, HIDDEN, columns, limit, 0, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
+        hopper.mbarrier.arrive(empty.index(0), count=1)
+        scores, ragged = hide(scores, HIDDEN, columns_smem, limit, 0, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
         maximum = gl.max(scores, 1) * SCALE_LOG2
         p = gl.exp2(scores * SCALE_LOG2 - maximum[:, None])
         total = gl.sum(p, 1)
@@ -106,8 +114,9 @@ def _consumer(
             wait_block(v_full, i - 1, STAGES)
             acc_token = hopper.warpgroup_mma(p_operand, block_of(v_smem, i - 1, STAGES), acc, is_async=True)
             scores = hopper.warpgroup_mma_wait(1, [s_token])
-            hopper.mbarrier.arrive(k_empty.index(i % STAGES), count=1)
-            scores, ragged = hide(scores, HIDDEN, columns, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
+            scores, ragged = hide(
+                scores, HIDDEN, columns_smem, limit, i, blocks, masked, ragged, kv_chunk, SLOTS, BLOCK_N
+            )
             new_maximum = gl.maximum(maximum, gl.max(scores, 1) * SCALE_LOG2)
             rescale = gl.exp2(maximum - new_maximum)
             p = gl.exp2(scores * SCALE_LOG2 - new_maximum[:, None])
@@ -116,13 +125,12 @@ def _consumer(
             # Already complete: a branch that keeps the assembler from hoisting the next wait above the softmax.
             wait_block(v_full, i - 1, STAGES)
             acc = hopper.warpgroup_mma_wait(0, [acc_token])
-            hopper.mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
+            hopper.mbarrier.arrive(empty.index(i % STAGES), count=1)  # K of block i, V of the one before
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
             p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
         wait_block(v_full, blocks - 1, STAGES)
         acc = hopper.warpgroup_mma(p_operand, block_of(v_smem, blocks - 1, STAGES), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
-        hopper.mbarrier.arrive(v_empty.index((blocks - 1) % STAGES), count=1)
 
     # In base 2; HIDDEN is the maximum of rows that see no key.
     blind = maximum < HIDDEN * SCALE_LOG2 * 0.5
@@ -182,19 +190,17 @@ def attention_forward_hopper(
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     head = window_head.to(gl.int64)
-    k_desc = key_descriptor(
-        k_ptr + head * STRIDE_KH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D
-    )
-    v_desc = key_descriptor(
-        v_ptr + head * STRIDE_VH, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D
-    )
+    k_ptr += head * STRIDE_KH
+    v_ptr += head * STRIDE_VH
     q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
-    k_smem, k_full, k_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
-    v_smem, v_full, v_empty = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1, WARPGROUPS)
+    k_smem, k_full = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1)
+    v_smem, v_full = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1)
+    columns_smem = make_columns(BLOCK_N)
+    empty = make_barriers(STAGES, WARPGROUPS)
     hopper.fence_async_shared()
     # A tuple bound to a name turns its constexprs into tensors: those stay outside.
     values = (
-        (q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty),
+        (q_ptr, out_ptr, lse_ptr, q_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty),
         (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
     )
     if WARPGROUPS == 2:
@@ -209,12 +215,35 @@ def attention_forward_hopper(
                     STAGES, ACCUMULATE,
                 )),
                 (_producer, (
-                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
-                    SLOTS, BLOCK_N, STAGES, BYTES,
+                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
+                    SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
                 )),
             ],
             [4, 4],
             [240, 24],
+        )  # fmt: skip
+    elif WARPGROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
+                )),
+                (_consumer, (
+                    2, values, SLOTS, HEADS, GROUP, HEAD_DIM, SCALE_LOG2, STRIDE_QT, STRIDE_QH, BLOCK_N, BLOCK_D,
+                    STAGES, ACCUMULATE,
+                )),
+                (_producer, (
+                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
+                    SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
+                )),
+            ],
+            [4, 4, 4],
+            [160, 160, 24],
         )  # fmt: skip
     else:
         gl.static_assert(WARPGROUPS == 4)
@@ -237,8 +266,8 @@ def attention_forward_hopper(
                     STAGES, ACCUMULATE,
                 )),
                 (_producer, (
-                    k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, seen, kv_row, kv_chunk,
-                    SLOTS, BLOCK_N, STAGES, BYTES,
+                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
+                    SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
                 )),
             ],
             [4, 4, 4, 4],

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
 from .dkdv import _block_tokens, _half, _key_rows, _load_keys, _producer, _row_descriptor
-from .pipeline import block_of, issue_scores, make_stages, store_tile
+from .pipeline import block_of, issue_scores, make_barriers, make_stages, store_tile
 
 
 @builtin
@@ -58,17 +58,16 @@ def _block(
     dp = issue_scores(v, dout_smem, dout_full, i, zero, STAGES)
     lse2 = lse2_smem.index(stage).load(R_LAYOUT)
     p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
+    delta = delta_smem.index(stage).load(R_LAYOUT)
+    dp = hopper.warpgroup_mma_wait(0, [dp]) - delta[None, :]
     if i < masked:
         limit = limit_smem.index(stage).load(R_LAYOUT)
-        p = gl.where(keys[:, None] < limit[None, :], p, 0.0)
-    p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
-    delta = delta_smem.index(stage).load(R_LAYOUT)
-    dp = hopper.warpgroup_mma_wait(0, [dp])
-    dv = hopper.warpgroup_mma(p_operand, block_of(dout_smem, i, STAGES), dv, is_async=True)
-    dp -= delta[None, :]
-    if i < masked:
-        # Zero times what is not finite would reach dQ of rows that do not see the key.
-        dp = gl.where(p > 0, dp, 0.0)
+        seen = keys[:, None] < limit[None, :]
+        p = gl.where(seen, p, 0.0)
+        dp = gl.where(seen, dp, 0.0)  # zero times what is not finite would reach dQ of rows that do not see the key
+    dv = hopper.warpgroup_mma(
+        gl.convert_layout(p.to(dtype), P_LAYOUT), block_of(dout_smem, i, STAGES), dv, is_async=True
+    )
     ds = (p * dp).to(dtype)
     ds_operand = gl.convert_layout(ds, P_LAYOUT)
     # Two buffers a consumer: whoever has seen dS of block i - 1 knows that the other has left that of block i - 2.
@@ -98,10 +97,15 @@ def _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i):
 
 @gluon.jit
 def _writer(
-    sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row, late_first, late_blocks, late_masked, early_first,
-    early_masked, TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
+    sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks, late_row, late_first,
+    late_blocks, late_masked, early_first, early_masked, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
 ):  # fmt: skip
     """Let the copy engine add both halves of dQ of every block to the sums."""
+    sums_desc = _row_descriptor(
+        sums_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, HEADS * HEAD_DIM, HEAD_DIM,
+        [TOKENS, PACK, HALF_D],
+    )  # fmt: skip
     for i in range(blocks):
         row, head = _block_place(
             i, late_row, late_first, late_blocks, late_masked, early_first, early_masked, TOKENS, PARTS, PACK
@@ -121,7 +125,7 @@ def _consumer(
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty = values[0]
-    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty = values[1]
+    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
     first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
@@ -158,10 +162,8 @@ def _consumer(
                 warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
                 limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
-            dv = hopper.warpgroup_mma_wait(3, [dv])
-            hopper.mbarrier.arrive(dout_empty.index(i % STAGES), count=1)
-            dk = hopper.warpgroup_mma_wait(2, [dk])
-            hopper.mbarrier.arrive(q_empty.index(i % STAGES), count=1)
+            dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
+            hopper.mbarrier.arrive(empty.index(i % STAGES), count=1)
             # Behind the last block this multiplies whatever is there; nobody reads the product.
             hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
             q = block_of(q_smem, i + 1, STAGES)
@@ -209,29 +211,19 @@ def backward_fused_hopper(
     masked = gl.where(first_key + BLOCK_N > n_keys, blocks, (late_masked + early_masked) * PARTS)
     kv_head = (first_kv_head + window_head).to(gl.int64)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     DS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
     DQ_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D // 2], gl.float32)
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_desc = _row_descriptor(
-        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, [TOKENS, PACK, BLOCK_D]
-    )
-    dout_desc = _row_descriptor(
-        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, [TOKENS, PACK, BLOCK_D]
-    )
-    sums_desc = _row_descriptor(
-        sums_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, HEADS * HEAD_DIM, HEAD_DIM,
-        [TOKENS, PACK, BLOCK_D // 2],
-    )  # fmt: skip
     lse2_ptr += kv_head * T * GROUP
     delta_ptr += kv_head * T * GROUP
     k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
     ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], DS_SMEM)
     dq_smem = gl.allocate_shared_memory(gl.float32, [2, TOKENS, PACK, BLOCK_D // 2], DQ_SMEM)
-    q_smem, q_full, q_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
-    dout_smem, dout_full, dout_empty = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2, 2)
+    q_smem, q_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
+    dout_smem, dout_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
+    empty = make_barriers(STAGES, 2)
     lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
     limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
@@ -245,7 +237,7 @@ def backward_fused_hopper(
     hopper.fence_async_shared()
     values = (
         (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty),
-        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, q_empty, dout_full, dout_empty),
+        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
         (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
     )
     gl.warp_specialize(
@@ -259,13 +251,14 @@ def backward_fused_hopper(
                 BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
             )),
             (_producer, (
-                q_desc, dout_desc, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, q_full, q_empty, dout_full, dout_empty, first_key, n_keys, sequence_row, CAUSAL, GROUP,
-                PACK, BLOCK_M, BLOCK_N, BYTES, STAGES,
+                q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
+                limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL,
+                GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
             )),
             (_writer, (
-                sums_desc, dq_smem, dq_full, dq_empty, blocks, late_row - sequence_row, late_first, late_blocks,
-                late_masked, early_first, early_masked, TOKENS, PARTS, PACK, BLOCK_D // 2,
+                sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks,
+                late_row - sequence_row, late_first, late_blocks, late_masked, early_first, early_masked, HEADS, GROUP,
+                HEAD_DIM, TOKENS, PARTS, PACK, BLOCK_D // 2,
             )),
         ],
         [4, 1, 1],

@@ -1,8 +1,9 @@
 """What the kernels for Hopper share: the walk over a sequence's keys block by block, and the copies that bring them.
 
 Keys are walked downwards from the last one that a tile sees, and a block ends with its chunk. Blocks come by the copy
-engine (TMA) into *stages*, buffers that are used in turn, each with one barrier that says that it is full and one that
-says that it is empty: block `i` uses stage `i % STAGES`.
+engine (TMA) into *stages*, buffers that are used in turn: block `i` uses stage `i % STAGES`. Two kinds of block come
+side by side (K and V, or Q and dO). A barrier for each kind and stage says that it is full; one a stage that both are
+empty, because every arrival at a barrier costs a consumer two barriers of its own warps.
 """
 
 from triton.experimental import gluon
@@ -69,17 +70,19 @@ def key_descriptor(
 
 
 @gluon.jit
-def make_stages(shape: gl.constexpr, dtype: gl.constexpr, fills: gl.constexpr, leaves: gl.constexpr):
-    """(buffers, full, empty) of `shape[0]` stages; `fills` arrivals make one full, `leaves` make it empty."""
-    STAGES: gl.constexpr = shape[0]
-    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
-    buffers = gl.allocate_shared_memory(dtype, shape, gl.NVMMASharedLayout.get_default_for(shape[1:], dtype))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+def make_barriers(STAGES: gl.constexpr, arrivals: gl.constexpr):
+    """A barrier for each stage, which as many `arrivals` complete."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(i), fills)
-        hopper.mbarrier.init(empty.index(i), leaves)
-    return buffers, full, empty
+        hopper.mbarrier.init(barriers.index(i), arrivals)
+    return barriers
+
+
+@gluon.jit
+def make_stages(shape: gl.constexpr, dtype: gl.constexpr, arrivals: gl.constexpr):
+    """(buffers, full) of `shape[0]` stages, that as many `arrivals` make full."""
+    buffers = gl.allocate_shared_memory(dtype, shape, gl.NVMMASharedLayout.get_default_for(shape[1:], dtype))
+    return buffers, make_barriers(shape[0], arrivals)
 
 
 @gluon.jit
@@ -102,10 +105,9 @@ def block_of(buffers, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def load_block(desc, place, full, empty, buffers, i, STAGES: gl.constexpr, BYTES: gl.constexpr):
-    """Bring block `i` from `place` into its stage when that is empty."""
+def load_block(desc, place, full, buffers, i, STAGES: gl.constexpr, BYTES: gl.constexpr):
+    """Bring block `i` from `place` into its stage, which is empty."""
     stage = i % STAGES
-    wait_turn(empty, i, STAGES)
     hopper.mbarrier.expect(full.index(stage), BYTES)
     hopper.tma.async_copy_global_to_shared(desc, place, full.index(stage), buffers.index(stage))
 
@@ -115,6 +117,13 @@ def issue_scores(rows, buffers, full, i, zero, STAGES: gl.constexpr):
     """Issue the products of `rows` and those of block `i`, when it is there."""
     wait_block(full, i, STAGES)
     return hopper.warpgroup_mma(rows, block_of(buffers, i, STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def make_columns(BLOCK_N: gl.constexpr):
+    """The numbers of a block's keys in shared memory, for `hide`."""
+    columns = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]), columns)
 
 
 @gluon.jit
@@ -138,7 +147,7 @@ def blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: 
 def hide(
     x,
     INSTEAD: gl.constexpr,
-    columns,
+    columns_smem,
     limit,
     i,
     blocks,
@@ -150,7 +159,8 @@ def hide(
 ):
     """(`x` of block `i`, with INSTEAD for keys that a row does not see or behind the chunk's end; next ragged block).
 
-    Whole blocks skip this, and where the block is in the sequence is computed in here alone.
+    Whole blocks skip this, and where the block is in the sequence is computed in here alone. The numbers of its keys
+    are read in here too: in registers they would take one for every four keys during the loop.
     """
     if (i < masked) | (i == ragged):
         left = blocks - 1 - i
@@ -161,6 +171,7 @@ def hide(
             start = chunk * kv_chunk + (left - chunk * per_chunk) * BLOCK_N
             limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
             ragged = gl.where(i == ragged, ragged + per_chunk, ragged)
+        columns = columns_smem.load(gl.SliceLayout(0, x.type.layout))
         x = gl.where((start + columns)[None, :] < limit[:, None], x, INSTEAD)
     return x, ragged
 
