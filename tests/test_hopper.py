@@ -52,7 +52,7 @@ def test_the_rules_that_take_them(monkeypatch):
         short = hopper.backward_kernels(problem(sequences=64, head_dim=64), DOUT_STRIDES)
         assert short == (("hopper_dkdv", "hopper_dq_short") if value else PORTABLE)
         medium = hopper.backward_kernels(problem(sequences=16, head_dim=64), DOUT_STRIDES)
-        assert medium == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq")
+        assert medium == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq_few")
         assert hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_short")
         assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
         assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)

@@ -9,10 +9,16 @@ import pytest
 def in_numpy(function, **others):
     """A device function as a plain one on NumPy arrays."""
     language = types.SimpleNamespace(
-        maximum=np.maximum, minimum=np.minimum, where=np.where, load=lambda entry: entry[0]
+        maximum=np.maximum, minimum=np.minimum, where=np.where, load=lambda entry: entry[0], SliceLayout=lambda *_: None
     )
     names = function.fn.__globals__ | {"gl": language, "tl": language} | others
     return types.FunctionType(function.fn.__code__, names)
+
+
+class Scores(np.ndarray):
+    """An array with what a tile says of its layout."""
+
+    type = types.SimpleNamespace(layout=None)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -42,10 +48,9 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
         visits = np.zeros((8, keys), int)
         for i in range(blocks):
             slot, row = block_place(chunk, start, kv_row, chunk_length, slots)
-            scores = np.broadcast_to(held[slot, row : row + block], (8, block))
-            shown, ragged = hide(
-                scores, -1, np.arange(block), limits, i, blocks, masked, ragged, chunk_length, slots, block
-            )
+            scores = np.broadcast_to(held[slot, row : row + block], (8, block)).view(Scores)
+            columns = types.SimpleNamespace(load=lambda _, block=block: np.arange(block))
+            shown, ragged = hide(scores, -1, columns, limits, i, blocks, masked, ragged, chunk_length, slots, block)
             for visit, keys_shown in zip(visits, shown, strict=True):
                 np.add.at(visit, keys_shown[keys_shown >= 0], 1)
             assert (shown != -2).all()
