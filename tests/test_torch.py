@@ -1,7 +1,11 @@
 """What PyTorch adds to the kernels: `torch.compile`, checkpointing, views, and operators."""
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import oracle
 import zigzag_torch
@@ -161,3 +165,122 @@ def test_the_operator_and_vmap_give_the_gradients_of_an_eager_call(attend, kerne
     vmapped = torch.func.vmap(lambda *qkv: attend(*qkv, batch))
     twice = [torch.stack([x, 2 * x]) for x in (q, k, v, dout)]
     assert_same([x[0] for x in gradients(vmapped, *twice)], expected)
+
+
+OPERATORS = ["zigzag::segment_tables", "zigzag::attention_forward", "zigzag::attention_backward"]
+
+
+def test_a_plain_eager_call_goes_around_the_operators(attend):
+    q, k, v, dout, cu_seqlens = tensors()
+    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
+    with mock.patch.object(torch.library.CustomOpDef, "__call__", side_effect=AssertionError("went to the operator")):
+        ours = gradients(step, q, k, v, dout)
+        parameters = [torch.nn.Parameter(x) for x in (q, k, v)]
+        assert torch.equal(step(*parameters), ours[0])
+        with torch.no_grad():
+            assert torch.equal(step(*parameters), ours[0])
+        with pytest.raises(AssertionError, match="went to"), Seen():
+            step(q, k, v)
+    with Seen():  # the operators, and what is registered with them
+        assert_same(gradients(step, q, k, v, dout), ours)
+
+
+class Seen(TorchDispatchMode):
+    """Names in `names` the operators of this library that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "zigzag":
+            self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_a_mode_sees_the_operators(attend):
+    q, k, v, dout, cu_seqlens = tensors()
+    with Seen() as seen:
+        gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
+    assert seen.names == OPERATORS
+    with Seen() as seen, torch.no_grad():
+        attend(q, k, v, cu_seqlens)
+    assert seen.names == OPERATORS[:2]
+
+
+def test_a_policy_of_checkpointing_decides_on_the_operators(attend):
+    """What it says to keep is not computed again."""
+    q, k, v, dout, cu_seqlens = tensors()
+    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
+    expected = gradients(step, q, k, v, dout)
+    for policy, times in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.PREFER_RECOMPUTE, 2)):
+        contexts = lambda policy=policy: create_selective_checkpoint_contexts(lambda *_, **__: policy)  # noqa: E731
+        saved = lambda *qkv: checkpoint(step, *qkv, use_reentrant=False, context_fn=contexts)  # noqa: B023, E731
+        with Seen() as seen:
+            assert_same(gradients(saved, q, k, v, dout), expected)
+        assert seen.names.count("zigzag::attention_forward") == times
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another one, which writes down what is done with it."""
+
+    names: list[str]
+
+    @staticmethod
+    def __new__(cls, x):
+        wrapped = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
+        )
+        wrapped.x = x
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(func.name())
+        return func(*(x.x if isinstance(x, cls) else x for x in args), **kwargs or {})
+
+
+def test_a_subclass_sees_the_operators(attend, kernel_backend):
+    q, k, v, dout, cu_seqlens = tensors()
+    batch = zigzag_torch.prepare_batch(cu_seqlens, 1, 2, backend=kernel_backend)
+    expected = gradients(lambda *qkv: attend(*qkv, batch), q, k, v, dout)
+    Wrapped.names = []
+    with torch.no_grad():
+        assert torch.equal(attend(Wrapped(q), k, v, batch), expected[0])
+    wrapped = [Wrapped(x).requires_grad_() for x in (q, k, v)]
+    out = attend(*wrapped, batch)
+    assert_same((out.detach(), *torch.autograd.grad(out, wrapped, dout)), expected)
+    assert [name for name in Wrapped.names if "zigzag" in name] == [OPERATORS[1], *OPERATORS[1:]]
+
+
+def test_signs_and_zeros_that_are_not_in_memory_yet(attend):
+    q, k, v, dout, cu_seqlens = tensors()
+    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
+    negated = [torch._neg_view(x) for x in (q, k, v)]
+    assert torch.equal(step(*negated), step(*(-x for x in (q, k, v))))
+    with torch.no_grad():
+        assert torch.equal(step(negated[0], k, v), step(-q, k, v))
+    assert_same(gradients(step, q, k, v, torch._neg_view(dout)), gradients(step, q, k, v, -dout))
+    zeros = torch._efficientzerotensor(dout.shape, dtype=dout.dtype, device=DEVICE)
+    assert_same(gradients(step, q, k, v, zeros), gradients(step, q, k, v, torch.zeros_like(dout)))
+
+
+def test_a_second_backward_pass_is_refused(attend):
+    q, k, v, _, cu_seqlens = tensors()
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(attend(q, k, v, cu_seqlens).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward through zigzag.attention_backward"):
+        dq.sum().backward()
+
+
+def test_a_tensor_that_outlived_its_transform(attend):
+    q, k, v, dout, cu_seqlens = tensors()
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(q)
+    expected = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
+    with torch.no_grad():
+        assert torch.equal(attend(*kept, k, v, cu_seqlens), expected[0])
+    k.requires_grad_()
+    out = attend(*kept, k, v, cu_seqlens)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(torch.autograd.grad(out, k, dout)[0], expected[2])

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from .agreement import agree, resolve
+from .ops import operator
 
 # Their names from torch 2.13 on; the old ones warn.
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -30,7 +31,7 @@ def wait(works: list) -> None:
         work.wait()
 
 
-@torch.library.custom_op("zigzag::common_rank", mutates_args=())
+@operator("zigzag::common_rank")
 def common_rank(cu_seqlens: torch.Tensor, rank: torch.Tensor, group_name: str) -> torch.Tensor:
     """`rank`, or -1 on every rank if `cu_seqlens` is not the same on all of them.
 
@@ -49,7 +50,7 @@ def _(cu_seqlens, rank, group_name):
     return rank.new_empty(rank.shape)
 
 
-@torch.library.custom_op("zigzag::all_gather", mutates_args=())
+@operator("zigzag::all_gather")
 def all_gather(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
     """`[world_size * T, ...]`: `x [T, ...]` of all ranks, in their order; differentiable."""
     gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
@@ -62,7 +63,7 @@ def _(x, world_size, group_name):
     return x.new_empty((world_size * x.shape[0], *x.shape[1:]))
 
 
-@torch.library.custom_op("zigzag::reduce_scatter", mutates_args=())
+@operator("zigzag::reduce_scatter")
 def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
     """`[T, ...]`: this rank's part of the sum of all ranks' `x [world_size * T, ...]`."""
     scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
@@ -75,7 +76,7 @@ def _(x, world_size, group_name):
     return x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
 
 
-@torch.library.custom_op("zigzag::shift", mutates_args=())
+@operator("zigzag::shift")
 def shift(x: torch.Tensor, hops: int, group_name: str) -> torch.Tensor:
     """`x` of the rank `hops` before this one on the ring; differentiable."""
     received = x.new_empty(x.shape)

@@ -76,13 +76,13 @@ def _interpret(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
 
 def _start(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
     """Launch the compiled kernel, which Triton's own call looks up by all arguments and options, in three times the
-    time. It is the same one for arrays of the same types that Triton calls aligned alike, under the same settings."""
+    time. It is the same one for inputs of the same types that Triton calls aligned alike, under the same settings;
+    outputs are among them, or new and so always alike."""
     from triton import knobs
 
     arguments = *inputs, *launch.scalars.values(), *outputs
-    arrays = *inputs, *outputs
     settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    key = inputs[0].device, settings, *[x.dtype for x in arrays], *[x.data_ptr() % 16 == 0 for x in arrays]
+    key = inputs[0].device, settings, *[x.dtype for x in inputs], *[x.data_ptr() % 16 == 0 for x in inputs]
     started = _started(launch)
     if key in started:
         kernel, constants = started[key]

@@ -1,33 +1,103 @@
 """The kernels as `torch.library` operators with fake kernels and autograd, so that `torch.compile` traces them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.function import _SingleLevelFunction as _Function  # Function, less its search for transforms
 
 from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, Problem, make_problem, segment_table_shapes
 
 from . import launch
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)}
+
+
+class Operator:
+    """`function(*inputs)`, of tensors and constants, of which it changes none, as the operator `name` of PyTorch.
+
+    A call that nothing but the function would notice goes around the operator: what the dispatcher and `torch.library`
+    put around a function written in Python takes the host longer than much of what the function does.
+    """
+
+    def __init__(self, name: str, function: Callable):
+        self.function = function
+        self.registered = torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake = self.registered.register_fake
+        self.register_autograd = self.registered.register_autograd
+
+    def __call__(self, *inputs):
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        # Where gradients are recorded and none is registered, as in a second backward pass, the operator refuses.
+        direct = _goes_straight(inputs, tensors) and not _records(tensors)
+        return self.function(*inputs) if direct else self.registered(*inputs)
+
+
+def operator(name: str) -> Callable[[Callable], Operator]:
+    """Makes the function below it an `Operator`."""
+    return functools.partial(Operator, name)
+
+
+def _goes_straight(inputs: Sequence, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the dispatcher, gradients aside, would only call the function, for `tensors` among `inputs`.
+
+    So it is if nothing is in force that is told of every operator (a transform, a mode such as checkpointing with a
+    policy, a trace, a profile), and every tensor is in memory as it is (no subclass, no sign or zeros still to be
+    written).
+    """
+    return not (
+        _transformed(tensors)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
+        or not _PLAIN.issuperset(map(type, inputs))
+        or any(map(torch.Tensor.is_neg, tensors))
+        or any(map(torch.Tensor._is_zerotensor, tensors))
+    )
+
+
+def _transformed(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether `torch.compile` traces, or `torch.func` is at work or was and has left one of its own tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(map(is_functorch_wrapped_tensor, tensors))
+    )
+
+
+def _records(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd has to record a call with `tensors`."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
 
 def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """(shape, dtype name, (token, head) strides): what `make_problem` takes."""
-    strides = x.stride()
-    return tuple(x.shape), str(x.dtype).removeprefix("torch."), (strides[0], strides[1]) if x.ndim == 3 else (0, 0)
+    return _in_plain_values(x.shape, x.dtype, x.stride())
 
 
-_known_problem = functools.lru_cache(maxsize=1024, typed=True)(make_problem)  # typed, as True is 1.0, and refused
+def _in_plain_values(shape, dtype, strides) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    return tuple(shape), str(dtype).removeprefix("torch."), strides[:2] if len(shape) == 3 else (0, 0)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # typed, as True is 1.0, and refused
+def _known_problem(*arrays, **facts) -> Problem:
+    q, k, v = (_in_plain_values(*x) for x in arrays)
+    return make_problem(q, k, v, **facts)
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts) -> Problem:
     """`make_problem` of tensors; the layers and steps of a model ask for the same one again and again."""
-    arrays = describe(q), describe(k), describe(v)
-    if torch.compiler.is_compiling():  # traces it, and warns of caches
-        return make_problem(*arrays, **facts)
-    try:
-        return _known_problem(*arrays, **facts)
-    except TypeError:  # what is not even hashable is refused in words
-        return make_problem(*arrays, **facts)
+    if not torch.compiler.is_compiling():  # traces it, and warns of caches
+        arrays = [(x.shape, x.dtype, x.stride()) for x in (q, k, v)]
+        try:
+            return _known_problem(*arrays, **facts)
+        except TypeError:  # what is not even hashable is refused in words
+            pass
+    return make_problem(describe(q), describe(k), describe(v), **facts)
 
 
 def _problem(
@@ -50,7 +120,7 @@ def _problem(
     )
 
 
-@torch.library.custom_op("zigzag::segment_tables", mutates_args=())
+@operator("zigzag::segment_tables")
 def segment_tables(
     cu_seqlens: torch.Tensor, rank: torch.Tensor, world_size: int, kv_layout: str, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +145,7 @@ def _(cu_seqlens, rank, world_size, kv_layout, backend):
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 
 
-@torch.library.custom_op("zigzag::attention_forward", mutates_args=())
+@operator("zigzag::attention_forward")
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -101,7 +171,7 @@ def _(q, k, v, segments, sequences, *constants):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("zigzag::attention_backward", mutates_args=())
+@operator("zigzag::attention_backward")
 def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -147,7 +217,7 @@ def _(q, k, v, out, lse, dout, dlse, segments, sequences, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def differentiable(operator, differentiate: Callable) -> Callable:
+def differentiable(operator: Operator, differentiate: Callable) -> Callable:
     """`operator(q, k, v, segments, sequences, *constants) -> (out, lse)` with its gradient,
     `differentiate(ctx, dout, dlse)`.
 
@@ -160,20 +230,27 @@ def differentiable(operator, differentiate: Callable) -> Callable:
         ctx.save_for_backward(q, k, v, *output, segments, sequences)
         ctx.set_materialize_grads(False)
 
-    def forward(ctx, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        output = operator(*inputs)
+    def forward(ctx, function, constants, *tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = *tensors, *constants
+        output = function(*inputs)
         save(ctx, inputs, output)
         return output
 
+    def backward(ctx, *gradients) -> tuple:
+        return None, None, *differentiate(ctx, *gradients)[:5]
+
     operator.register_autograd(differentiate, setup_context=save)
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    eager = type("ZigzagAttention", (torch.autograd.Function,), methods)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager: Any = type("ZigzagAttention", (_Function,), methods)
 
     def call(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if transformed or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs[:3]):
+        tensors, constants = inputs[:5], inputs[5:]
+        if not _records(tensors):
             return operator(*inputs)
-        return eager.apply(*inputs)
+        straight = _goes_straight(inputs, tensors)
+        if not straight and _transformed(tensors):
+            return operator.registered(*inputs)
+        return eager.apply(operator.function if straight else operator.registered, constants, *tensors)
 
     return call
 

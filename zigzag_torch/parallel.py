@@ -19,7 +19,7 @@ from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
 from . import launch
 from .agreement import agree, resolve
 from .collectives import exchange, gather_into, reduce_into, wait
-from .ops import describe, differentiable, last_dim_contiguous
+from .ops import describe, differentiable, last_dim_contiguous, operator
 
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
 
@@ -162,7 +162,7 @@ def _backward_ring(
     return dq.to(q.dtype), arriving.to(k.dtype)
 
 
-@torch.library.custom_op("zigzag::parallel_forward", mutates_args=())
+@operator("zigzag::parallel_forward")
 def parallel_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -193,7 +193,7 @@ def _(q, k, v, segments, sequences, *constants):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("zigzag::parallel_backward", mutates_args=())
+@operator("zigzag::parallel_backward")
 def parallel_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -245,7 +245,7 @@ def _differentiate(ctx, dout, dlse):
 attention = differentiable(parallel_forward, _differentiate)
 
 
-@torch.library.custom_op("zigzag::agreed_rank", mutates_args=())
+@operator("zigzag::agreed_rank")
 def agreed_rank(
     rank: torch.Tensor,
     q: torch.Tensor,
