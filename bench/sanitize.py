@@ -12,6 +12,7 @@ kernel, side by side; "control" are the kernels of `sanitizer_control.py`, corre
 import argparse
 import ast
 import collections
+import contextvars
 import functools
 import itertools
 import os
@@ -61,13 +62,17 @@ def find_binary() -> str | None:
     return next((str(place) for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 
-def _with_zeroed_scratch(kernel, arguments, options):
-    """In place of `zigzag_torch.launch._with_scratch`: initcheck does not see descriptors being made there."""
+def _call(launch, kernel, arguments, options):
+    """In place of `zigzag_torch.launch._call`: scratch memory is zero, as initcheck does not see the descriptors that
+    kernels make in it."""
     import torch
     import triton
 
-    triton.set_allocator(lambda size, alignment, stream: torch.zeros(size, dtype=torch.int8, device="cuda"))
-    return kernel(*arguments, **options)
+    def call():
+        triton.set_allocator(lambda size, alignment, stream: torch.zeros(size, dtype=torch.int8, device="cuda"))
+        return kernel(*arguments, **options)
+
+    return contextvars.copy_context().run(call)
 
 
 def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str]:
@@ -79,7 +84,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
     if kind == CONTROL:
         import sanitizer_control
 
-        return sanitizer_control.launch(_with_zeroed_scratch)
+        return sanitizer_control.launch(_call)
     import ranks
     import timing
     from cases import Case
@@ -91,7 +96,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
         sizes = {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": "bfloat16", "padding": 3}
         case = Case(name=f"head_dim {head_dim}", world_size=2, lengths=lengths, **sizes)
         tensors = timing.inputs(case, device)
-        zeroed = mock.patch.object(torch_launch, "_with_scratch", _with_zeroed_scratch)
+        zeroed = mock.patch.object(torch_launch, "_call", _call)
         with Planning(ZIGZAG_HOPPER=KINDS[kind]) as planning, zeroed:
             if kind == "hopper":
                 for deterministic in (True, False):

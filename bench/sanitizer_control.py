@@ -38,7 +38,7 @@ def constants(name: str) -> dict:
 
 
 def launch(call) -> set[str]:
-    """Launch every variant by `call(kernel, arguments, constexprs)`; `AssertionError` if a correct one is wrong.
+    """Launch every variant by `call`, as `zigzag_torch.launch._call`; `AssertionError` if a correct one is wrong.
 
     Returns the names of the kernels.
     """
@@ -48,7 +48,7 @@ def launch(call) -> set[str]:
     tiles = x.float().view(TILES, rows, rows)
     for name in VARIANTS:
         out = torch.full((PROGRAMS, 2, rows, rows), float("nan"), device="cuda")
-        call(_control[(PROGRAMS,)], (x, own, out), constants(name))
+        call(None, _control[(PROGRAMS,)], (x, own, out), constants(name))
         expected = (own.float() @ tiles if name == "wgmma" else tiles).sum(0)
         assert name == "race" or torch.equal(out, expected.expand_as(out)), f"{name} is wrong"
     return {f"control_{name}" for name in VARIANTS}
