@@ -98,7 +98,9 @@ def arrays(packing: Packing, pools: dict, tokens: int, device: str) -> tuple[tor
     views = []
     for x, rows in zip(pools[key], (case.tokens, case.total, case.total, case.tokens), strict=True):
         views.append(x[int(start * (len(x) - rows)) :][:rows])
-    return *views, torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
+    # From pageable memory the host would wait for the copy, and with it for all that came before.
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, pin_memory=device == "cuda")
+    return *views, cu_seqlens.to(device, non_blocking=True)
 
 
 def differences(results, expected) -> torch.Tensor:
@@ -233,7 +235,7 @@ class Player:
 
 def play(player: Player, packings, watchdog: Watchdog, enough: Callable[[], bool], tick=lambda: None) -> list[str]:
     """Complaints about `packings`, (packing, whether to compare it with portable kernels), until there are `enough`."""
-    pending, said = collections.deque(), []
+    pending, said, packing = collections.deque(), [], None
 
     def finish():
         said.extend(pending[0].finish(watchdog))
@@ -251,8 +253,8 @@ def play(player: Player, packings, watchdog: Watchdog, enough: Callable[[], bool
         while pending:
             finish()
     except RuntimeError:
-        under_way = [str(played.packing) for played in pending]
-        print(*said, "an error, while under way were:", *under_way, sep="\n", flush=True)
+        under_way = [played.packing for played in pending]
+        print(*said, "an error, under way or begun:", *under_way, packing, sep="\n", flush=True)
         raise
     return said
 

@@ -80,14 +80,15 @@ def test_one_packing_is_played_alone_and_what_differs_is_said(small, monkeypatch
 
 
 def test_what_differences_are_too_large():
-    right = [torch.randn(50, 2, 16) for _ in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    right = [torch.randn(50, 2, 16, generator=generator) for _ in range(4)]
     assert not stress.complaints(stress.differences(right, right), bitwise=True)
     close = [x * 1.001 for x in right]
     assert not stress.complaints(stress.differences(close, right), bitwise=False)
     assert stress.complaints(stress.differences(close, right), bitwise=True) == [
         f"out is off by 1.0e-03 {measure}" for measure in stress.BOUNDS
     ]
-    right[2][7] *= 0.1  # a short row
+    right[2][7] *= 0.05  # a short row
     row = [x.clone() for x in right]
     row[2][7, 1] = 0
     assert [x.rpartition(" ")[2] for x in stress.complaints(stress.differences(row, right), bitwise=True)] == ["row"]
