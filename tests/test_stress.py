@@ -79,6 +79,16 @@ def test_one_packing_is_played_alone_and_what_differs_is_said(small, monkeypatch
     assert lines[-1].endswith(" s: no hang, 2 complaints")
 
 
+def test_an_error_of_the_device_names_the_packings(small, monkeypatch, capsys):
+    def fail(made, *arrays):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(launch, "run", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        stress.main(["--seed", "7"], small, **TINY)
+    assert "--seed 7 --packing 0" in capsys.readouterr().out
+
+
 def test_what_differences_are_too_large():
     generator = torch.Generator().manual_seed(0)
     right = [torch.randn(50, 2, 16, generator=generator) for _ in range(4)]
