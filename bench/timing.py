@@ -19,6 +19,7 @@ ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls tak
 HOST_CALLS, HOST_SECONDS = 20, 0.5  # of what one call costs the host, and when fewer will do
 SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
 NAMES = "out", "dq", "dk", "dv"
+CLOSE = 5e-3  # relative error that bfloat16 arithmetic may leave
 
 
 class Calls(NamedTuple):
@@ -100,7 +101,7 @@ def exact(case, rank, kv_head, q, k, v, dout, cu_seqlens):
 def check_close(name, got, expected):
     """`AssertionError` unless `got` is as close to `expected` as bfloat16 arithmetic leaves it."""
     error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
-    assert error < 5e-3, f"{name} is off by {error:.1e}"
+    assert error < CLOSE, f"{name} is off by {error:.1e}"
 
 
 def check(case, rank, kv_head, results, expected):
