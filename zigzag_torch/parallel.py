@@ -1,16 +1,18 @@
 """Attention between ranks: how K/V, and in the backward pass dK/dV, move while the kernels compute.
 
 Each direction is one operator, so that `torch.compile` keeps the order of launches and transfers that is written here.
-`wait()` of a transfer lets the device's current stream wait, not the host.
+Streams of the device wait for each other and for transfers; the host does not.
 
 "allgather" brings a window of KV heads from all ranks at a time, into one of two buffers, while the window before it is
-attended. "ring" passes K/V of all heads from rank to rank: at step `s` a rank holds those of rank `(rank - s) % W`. No
-step is left out: under a causal mask too, the late chunk of an earlier rank sees keys of every later one, and what
-cannot contribute costs programs that leave at once.
+attended. Kernels of different windows do not depend on each other, nor that of dQ on that of dK/dV, so they take turns
+on two streams: a window has few programs, and the first of the next kernel start beside the last of the one before.
+
+"ring" passes K/V of all heads from rank to rank: at step `s` a rank holds those of rank `(rank - s) % W`. No step is
+left out: under a causal mask too, the late chunk of an earlier rank sees keys of every later one, and what cannot
+contribute costs programs that leave at once. A step adds to what the one before left, so they follow each other.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from . import launch
 from .agreement import agree, resolve
 from .collectives import exchange, gather_into, reduce_into, wait
 from .ops import describe, differentiable, last_dim_contiguous, operator
+from .streams import Streams, on, streams_of
 
 KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
 
@@ -44,30 +47,43 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
     )
 
 
-def windows(k, v, heads_k_stride, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def windows(k, v, heads_k_stride, group, streams: Streams) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way.
 
-    What this rank sends is in its own slot of the buffer that it receives into.
+    What this rank sends is in its own slot of the buffer that it receives into. Windows are for what is launched on the
+    streams `current` and `side`. These have waited for all that `transfers` was given before the window is there, and
+    not for each other.
     """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
+    current, side, transfers = streams
 
-    def gather(index) -> Any:
+    def gather(index) -> None:
+        # Begins when the kernels of the windows so far are done, the last of which read this buffer.
+        for stream in (current, side):
+            transfers.wait_stream(stream)
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
         own = own_slot(buffers[index % 2], group)
-        torch.cat((k[:, heads], v[:, heads]), 1, out=own)
-        return gather_into(buffers[index % 2], own, group=group, async_op=True)
+        with on(transfers):
+            torch.cat((k[:, heads], v[:, heads]), 1, out=own)
+            gather_into(buffers[index % 2], own, group=group)
 
-    work = gather(0)
-    for index, first_head in enumerate(first_heads):
-        work.wait()
-        if index + 1 < len(first_heads):
-            # Starts when what was launched so far is done, and the last of that read this buffer.
-            work = gather(index + 1)
-        k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
-        yield first_head, k_window, v_window
+    side.wait_stream(current)  # before any waits for it: while a graph is captured, it is a part of that only then
+    try:
+        gather(0)
+        for index, first_head in enumerate(first_heads):
+            for stream in (current, side):
+                stream.wait_stream(transfers)
+            if index + 1 < len(first_heads):
+                gather(index + 1)
+            k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
+            yield first_head, k_window, v_window
+    finally:
+        # What was allocated on `current` is freed after this, and can be used again there: nothing records a stream.
+        for stream in (side, transfers):
+            current.wait_stream(stream)
 
 
 def own_slot(buffer: torch.Tensor, group) -> torch.Tensor:
@@ -90,10 +106,12 @@ def _ring(k, v, group) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
 def _forward_allgather(problem: Problem, q, k, v, segments, heads_k_stride, group) -> tuple:
     from zigzag_kernels import plan
 
-    results = (None, None)
-    for first_head, k_window, v_window in windows(k, v, heads_k_stride, group):
+    results, streams = (None, None), streams_of(k.device)
+    for index, (first_head, k_window, v_window) in enumerate(windows(k, v, heads_k_stride, group, streams)):
         part = plan.Part(first_head)
-        results = plan.forward(launch.run, problem, q, k_window, v_window, segments, part=part, into=results)
+        # The first allocates the results: on the stream that they are returned to.
+        with on(streams.side if index % 2 else streams.current):
+            results = plan.forward(launch.run, problem, q, k_window, v_window, segments, part=part, into=results)
     return results
 
 
@@ -118,19 +136,25 @@ def _backward_allgather(
     dk, dv = contribution = k.new_empty((2, group.size() * tokens, heads_k_stride, head_dim), dtype=dtype)
     totals = [own_slot(x, group) for x in contribution]  # the sums come to where this rank's part of them was
     dq, dkv = None, k.new_empty((2, tokens, kv_heads, head_dim))
-    for first_head, k_window, v_window in windows(k, v, heads_k_stride, group):
-        plan.backward_keys(
-            launch.run, problem, q, k_window, v_window, dout, rows, sequences,
-            dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
-        )  # fmt: skip
-        works = [reduce_into(x, y, group=group, async_op=True) for x, y in zip(totals, contribution, strict=True)]
+    current, side, transfers = streams = streams_of(k.device)
+    for first_head, k_window, v_window in windows(k, v, heads_k_stride, group, streams):
+        # So that dQ is not before dK/dV, whose sums travel meanwhile.
+        current.wait_stream(side)
+        with on(side):
+            plan.backward_keys(
+                launch.run, problem, q, k_window, v_window, dout, rows, sequences,
+                dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
+            )  # fmt: skip
         dq = plan.backward_queries(
             launch.run, problem, q, k_window, v_window, dout, rows, segments,
             dout_strides=dout_strides, part=plan.Part(first_head), into=dq,
         )  # fmt: skip
-        wait(works)  # which the next window's transfer, sent off behind them, waits for anyway
-        for x, total in zip(dkv, totals, strict=True):
-            x[:, first_head : first_head + heads_k_stride] = total
+        transfers.wait_stream(side)
+        with on(transfers):
+            for total, x in zip(totals, contribution, strict=True):
+                reduce_into(total, x, group=group)
+            for x, total in zip(dkv, totals, strict=True):
+                x[:, first_head : first_head + heads_k_stride] = total
     return dq, dkv
 
 

@@ -56,8 +56,8 @@ def profile_report(reset: bool = False) -> None:
     """Print calls, total and median time of every kernel launched under ZIGZAG_PROFILE_KERNELS=1, in milliseconds.
 
     Waits for the launches to end; `reset` forgets them afterwards. Times on a GPU are between two events around the
-    launch, so that a GPU that has caught up with the host counts the time it waits for the launch. Launches in a
-    captured CUDA graph have names but no times.
+    launch, so that a GPU that has caught up with the host counts the time it waits for the launch, and kernels that run
+    side by side both count the time they share. Launches in a captured CUDA graph have names but no times.
     """
     with _lock:
         for _, _, end in _pending:

@@ -19,6 +19,7 @@ from .ops import describe
 from .parallel import windows
 from .profiling import region
 from .shard import check_batch, check_tensor, position_order
+from .streams import streams_of
 
 KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
 
@@ -331,7 +332,7 @@ class GroupedAttention(torch.autograd.Function):
 
 def _gathered(group: dist.ProcessGroup | None, heads_k_stride: int, k: torch.Tensor, v: torch.Tensor):
     """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, window by window."""
-    return [(0, k, v)] if group is None else windows(k, v, heads_k_stride, group)
+    return [(0, k, v)] if group is None else windows(k, v, heads_k_stride, group, streams_of(k.device))
 
 
 def _query_heads(first: int, kv_heads: int, shared: int) -> slice:

@@ -1,0 +1,147 @@
+"""The streams of an all-gather: what touches the same memory is in order, and what is to run side by side is not.
+
+No GPU takes part: stand-ins for streams know what each has waited for, and every operation what memory it touches.
+"""
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zigzag_kernels.problem import segment_table_shapes
+from zigzag_torch import launch, parallel
+from zigzag_torch.streams import Streams
+
+TOKENS, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 4, 16
+
+
+class Stream:
+    """What is done when this stream comes to what it is given next; `forked` from the caller's, as in a capture."""
+
+    def __init__(self, forked=False):
+        self.done, self.forked = set(), forked
+
+    def wait_stream(self, other):
+        assert other.forked, "waits for a stream that has not waited for the caller's"
+        self.done, self.forked = self.done | other.done, True
+
+
+class Recorder(TorchDispatchMode):
+    """Operations by name, with all that was done before each, and what it read and wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.streams = Streams(Stream(forked=True), Stream(), Stream())
+        self.stream = self.streams.current
+        self.before, self.accesses, self.counts = {}, [], {}
+        self.kept, self.allocated = [], {}
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        outer, self.stream = self.stream, stream
+        yield
+        self.stream = outer
+
+    def record(self, name, reads, writes, part=None):
+        """`part` of an array: what is written under other parts of it does not overlap."""
+        index = self.counts[name] = self.counts.get(name, -1) + 1
+        operation = name, index
+        self.before[operation] = set(self.stream.done)
+        self.stream.done = self.stream.done | {operation}
+        for x, written in [(x, False) for x in reads] + [(x, True) for x in writes]:
+            self.kept.append(x)  # so that its memory is not that of another
+            self.accesses.append((operation, x.untyped_storage().data_ptr(), part if written else None, written))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.cat.out:
+            self.record("pack", args[0], [kwargs["out"]])
+        elif func is torch.ops.aten.copy_.default:
+            self.record("copy out", [args[1]], [args[0]])
+        return func(*args, **kwargs)
+
+    def run(self, launched, first, *others):
+        arrays = dict(zip(launched.inputs, (first, *others), strict=True))
+        outputs = []
+        for output in launched.outputs:
+            x = arrays.pop(launched.in_place.get(output.name), None)
+            if x is None:
+                x = launch.allocate(output, first.device)
+                self.allocated[x.data_ptr()] = self.stream
+            outputs.append(x)
+        reads = [x for x in arrays.values() if x is not None]
+        self.record(launched.kernel.fn.__name__, reads, outputs, part=launched.scalars.get("first_kv_head"))
+        return tuple(outputs)
+
+    def ordered(self, first, second):
+        return first in self.before[second]
+
+    def check(self, results):
+        for (a, *there, a_writes), (b, *here, b_writes) in itertools.combinations(self.accesses, 2):
+            apart = there[0] != here[0] or (a_writes and b_writes and there[1] != here[1])
+            if a != b and not apart and (a_writes or b_writes):
+                assert self.ordered(a, b) or self.ordered(b, a), f"{a} and {b} touch the same memory in no order"
+        current = self.streams.current
+        assert set(self.before) <= current.done, "the caller goes on before all is done"
+        assert all(self.allocated.get(x.data_ptr(), current) is current for x in results), "memory of another stream"
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "run", recorder.run)
+    monkeypatch.setattr(parallel, "resolve", lambda _: SimpleNamespace(size=lambda: 2, rank=lambda: 0))
+    monkeypatch.setattr(parallel, "agree", lambda *_, **__: None)
+    monkeypatch.setattr(parallel, "streams_of", lambda _: recorder.streams)
+    monkeypatch.setattr(parallel, "on", recorder.on)
+    for name in ("gather", "reduce"):
+
+        def transfer(into, own, group, name=name):
+            recorder.record(name, [own], [into, own])
+
+        monkeypatch.setattr(parallel, f"{name}_into", transfer)
+    for function in (parallel._forward_allgather, parallel._backward_allgather):
+
+        def watched(*arguments, function=function):
+            with recorder:
+                return function(*arguments)
+
+        monkeypatch.setattr(parallel, function.__name__, watched)
+    return recorder
+
+
+def arguments(stride):
+    """(q, k, v), the tables, and the constants of both operators."""
+    qkv = [torch.zeros(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    tables = [torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1)]
+    return qkv, tables, ("group", "allgather", stride, True, 0.25, "float32", "interpret")
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_forward(recorder, stride):
+    qkv, tables, constants = arguments(stride)
+    recorder.check(parallel.parallel_forward(*qkv, *tables, *constants))
+    for i in range(1, KV_HEADS // stride):
+        before, kernel = (("attention_forward", x) for x in (i - 1, i))
+        assert not recorder.ordered(before, kernel)
+        assert not recorder.ordered(before, ("gather", i))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_backward(recorder, stride):
+    qkv, tables, constants = arguments(stride)
+    out, lse, dout = torch.zeros_like(qkv[0]), torch.zeros(HEADS, TOKENS), torch.zeros_like(qkv[0])
+    recorder.check(parallel.parallel_backward(*qkv, out, lse, dout, None, *tables, *constants))
+    for i in range(KV_HEADS // stride):
+        keys, queries = ("backward_dkdv", i), ("backward_dq", i)
+        assert not recorder.ordered(keys, queries)
+        for reduce in (("reduce", 2 * i), ("reduce", 2 * i + 1)):
+            assert not recorder.ordered(queries, reduce)
+        if i:
+            keys_before, queries_before = ("backward_dkdv", i - 1), ("backward_dq", i - 1)
+            assert not recorder.ordered(queries_before, keys)
+            for kernel in (keys_before, queries_before):
+                assert not recorder.ordered(kernel, ("gather", i))
