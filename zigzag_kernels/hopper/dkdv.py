@@ -11,7 +11,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
-from .pipeline import block_of, issue_scores, load_block, load_tile, make_barriers, make_stages, store_tile, wait_turn
+from .pipeline import (
+    block_of,
+    issue_scores,
+    load_block,
+    load_tile,
+    make_barriers,
+    make_stages,
+    specialize_warps,
+    store_tile,
+    wait_turn,
+)
 
 
 @gluon.jit
@@ -259,50 +269,14 @@ def backward_dkdv_hopper(
         (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
         (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
     )
-    if WARPGROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_producer, (
-                    q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
-                    limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows,
-                    CAUSAL, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N,
-                    BLOCK_D, STAGES,
-                )),
-            ],
-            [4, 4],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.static_assert(WARPGROUPS == 3)
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    2, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                    BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_producer, (
-                    q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
-                    limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows,
-                    CAUSAL, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N,
-                    BLOCK_D, STAGES,
-                )),
-            ],
-            [4, 4, 4],
-            [160, 160, 24],
-        )  # fmt: skip
+    specialize_warps(
+        _consumer, (
+            values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M,
+            BLOCK_D, STAGES, ACCUMULATE,
+        ), WARPGROUPS,
+        (_producer, (
+            q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL, GROUP,
+            HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+        ), 4),
+    )  # fmt: skip

@@ -23,6 +23,7 @@ from .pipeline import (
     make_columns,
     make_stages,
     row_places,
+    specialize_warps,
     store_tile,
     top_block,
     wait_turn,
@@ -178,46 +179,13 @@ def backward_dq_hopper(
         (q_smem, dout_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty),
         (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
     )
-    if WARPGROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
-                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
-                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_producer, (
-                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS,
-                    HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
-                )),
-            ],
-            [4, 4],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.static_assert(WARPGROUPS == 3)
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    0, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
-                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    1, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
-                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_consumer, (
-                    2, values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
-                    STRIDE_DOH, BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
-                )),
-                (_producer, (
-                    k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS,
-                    HEAD_DIM, STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
-                )),
-            ],
-            [4, 4, 4],
-            [160, 160, 24],
-        )  # fmt: skip
+    specialize_warps(
+        _consumer, (
+            values, SLOTS, HEADS, GROUP, HEAD_DIM, SOFTMAX_SCALE, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
+            BLOCK_N, BLOCK_D, STAGES, ACCUMULATE,
+        ), WARPGROUPS,
+        (_producer, (
+            k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM,
+            STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES,
+        ), 4),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
 from .dkdv import _block_tokens, _half, _key_rows, _load_keys, _producer, _row_descriptor
-from .pipeline import block_of, issue_scores, make_barriers, make_stages, store_tile
+from .pipeline import block_of, issue_scores, make_barriers, make_stages, specialize_warps, store_tile
 
 
 @builtin
@@ -240,29 +240,21 @@ def backward_fused_hopper(
         (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
         (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
     )
-    gl.warp_specialize(
-        [
-            (_consumer, (
-                0, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_consumer, (
-                1, values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH,
-                BLOCK_M, BLOCK_D, STAGES, ACCUMULATE,
-            )),
-            (_producer, (
-                q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL,
-                GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
-            )),
-            (_writer, (
-                sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks,
-                late_row - sequence_row, late_first, late_blocks, late_masked, early_first, early_masked, HEADS, GROUP,
-                HEAD_DIM, TOKENS, PARTS, PACK, BLOCK_D // 2,
-            )),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
+    specialize_warps(
+        _consumer, (
+            values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M,
+            BLOCK_D, STAGES, ACCUMULATE,
+        ), 2,
+        (_producer, (
+            q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL, GROUP,
+            HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+        ), 1),
+        (_writer, (
+            sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks, late_row -
+            sequence_row, late_first, late_blocks, late_masked, early_first, early_masked, HEADS, GROUP, HEAD_DIM,
+            TOKENS, PARTS, PACK, BLOCK_D // 2,
+        ), 1),
     )  # fmt: skip
 
 

@@ -8,9 +8,26 @@ empty, because every arrival at a barrier costs a consumer two barriers of its o
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import chunk_row
+
+CONSUMER_REGISTERS = {2: 240, 3: 160, 4: 112}  # of a thread, by the number of consumers: all that producers leave
+
+
+@builtin
+def specialize_warps(consumer, arguments, warpgroups, *others, _semantic=None, _generator=None):
+    """Run `consumer(n, *arguments)` in each of `warpgroups` warpgroups, side by side with `others`.
+
+    Those are (function, arguments, number of warps), which have few registers.
+    """
+    consumers, others = warpgroups.value, [(function, given, warps.value) for function, given, warps in others]
+    partitions = [(consumer, gl.tuple([gl.constexpr(n), *arguments])) for n in range(consumers)]
+    partitions += [(function, given) for function, given, _ in others]
+    warps = [4] * (consumers - 1) + [warps for *_, warps in others]
+    registers = [CONSUMER_REGISTERS[consumers]] * (consumers - 1) + [24] * len(others)
+    return _semantic.warp_specialize(partitions, warps, registers, _generator)
 
 
 @gluon.jit
