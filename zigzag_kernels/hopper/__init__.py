@@ -21,7 +21,7 @@ SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty
 # Up to this head_dim portable kernels are faster with short chunks, of dK/dV with those of fewer than SHORT_DKDV keys,
 # and two kernels for the backward are faster than one.
 FASTER_SHORT = 64
-SHORT_DKDV = 512
+SHORT_DKDV = 256
 FEW_ROWS = 2**17  # packed query rows of a sequence, all heads: 1024 tiles, about eight for each multiprocessor
 
 
