@@ -87,22 +87,23 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
             places = []
             for run in range(4):
                 q_row, diagonal, kv_len, first, blocks, masked = found[run % 2]
-                for block in range(0 if run < 2 else masked, masked if run < 2 else blocks):
+                for block in range(masked if run < 2 else 0, blocks if run < 2 else masked):
                     begin, end = block_tokens(first, block, tokens)
                     assert 0 <= begin < end <= length
                     clamped += begin != first + block * tokens
                     rows = begin + np.arange(tokens)
                     limit = np.where(rows < end, np.minimum(diagonal + rows + 1, kv_len), 0)
-                    if run >= 2:
+                    if run < 2:
                         assert (limit > tile_keys[-1]).all()
                     hidden = rows >= end
                     pairs[run % 2, rows[~hidden]] += tile_keys < limit[~hidden, None]
                     places.append(q_row + begin - first_row)
-            (late_row, _, _, *late), (_, _, _, early_first, _, early_masked) = found
+            (late_row, _, _, late_first, *late), (_, _, _, early_first, *early) = found
+            late, early = ((blocks - masked, masked) for blocks, masked in (late, early))
             for number, place in enumerate(places):
                 for part in range(3):
                     assert block_place(
-                        3 * number + part, late_row - first_row, *late, early_first, early_masked, tokens, 3, 4
+                        3 * number + part, late_row - first_row, late_first, *late, early_first, *early, tokens, 3, 4
                     ) == (place, 4 * part)
             for (_, _, diagonal, kv_len), met in zip(entries, pairs, strict=True):
                 sees = np.minimum(diagonal + np.arange(length) + 1, kv_len) if causal else np.full(length, keys)

@@ -112,12 +112,13 @@ def _producer(
     )  # fmt: skip
     rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0
-    # The masked blocks of the late half and of the early one, then the others of both.
+    # The whole blocks of the late half and of the early one, then the masked ones of both: most tiles have none of
+    # those, and would only wait here to learn it.
     for run in range(4):
         q_row, diagonal, kv_len, first, blocks, masked = _half(
             halves_ptr + run % 2 * 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
         )
-        for block in range(gl.where(run < 2, 0, masked), gl.where(run < 2, masked, blocks)):
+        for block in range(gl.where(run < 2, masked, 0), gl.where(run < 2, blocks, masked)):
             begin, end = _block_tokens(first, block, TOKENS)
             tokens = begin + rows // PACK
             limit = gl.where(tokens < end, gl.minimum(diagonal + tokens + 1, kv_len), 0)
@@ -140,7 +141,7 @@ def _producer(
 
 @gluon.jit
 def _block(
-    scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i, masked,
+    scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i, whole,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What block `i`, whose scores are under way, adds to dV and dK: both products are under way, in this order."""
@@ -151,7 +152,7 @@ def _block(
     lse2 = lse2_smem.index(stage).load(R_LAYOUT)
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
-    if i < masked:
+    if i >= whole:
         limit = limit_smem.index(stage).load(R_LAYOUT)
         p = gl.where(keys[:, None] < limit[None, :], p, 0.0)
     p_operand = gl.convert_layout(p.to(dtype), P_LAYOUT)
@@ -171,7 +172,7 @@ def _consumer(
 ):  # fmt: skip
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem = values[0]
     q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
-    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
+    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -198,7 +199,7 @@ def _consumer(
     if blocks > 0:
         scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
         dk_token, dv_token = _block(
-            scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, 0, masked,
+            scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, 0, whole,
             S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
         )  # fmt: skip
         for i in range(1, blocks):
@@ -207,7 +208,7 @@ def _consumer(
             hopper.mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
             dk_token, dv_token = _block(
                 scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i,
-                masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+                whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
         dk, dv = hopper.warpgroup_mma_wait(0, [dk_token, dv_token])
 
@@ -243,7 +244,7 @@ def backward_dkdv_hopper(
     _, _, _, _, late_blocks, late_masked = _half(entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     _, _, _, _, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     blocks = (late_blocks + early_blocks) * (GROUP // PACK)
-    masked = (late_masked + early_masked) * (GROUP // PACK)
+    whole = blocks - (late_masked + early_masked) * (GROUP // PACK)
     kv_head = (first_kv_head + window_head).to(gl.int64)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     WARPGROUPS: gl.constexpr = BLOCK_N // 64
@@ -267,7 +268,7 @@ def backward_dkdv_hopper(
     values = (
         (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem),
         (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
-        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
+        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole),
     )
     specialize_warps(
         _consumer, (

@@ -27,17 +27,18 @@ def _add_to_global(desc, place, buffer, _semantic=None):
 
 @gluon.jit
 def _block_place(
-    i, late_row, late_first, late_blocks, late_masked, early_first, early_masked, TOKENS: gl.constexpr,
+    i, late_row, late_first, late_whole, late_masked, early_first, early_whole, early_masked, TOKENS: gl.constexpr,
     PARTS: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     """(row of the sequence, head of the group) where block `i` of `_producer` begins.
 
-    The late half begins at row `late_row`, the early one at 0; `_half` gives the rest.
+    The late half begins at row `late_row`, the early one at 0; the rest is from `_half`: blocks that are whole, masked.
     """
     number = i // PARTS
-    late = number - gl.where(number < late_masked, 0, early_masked)
-    early = number - gl.where(number < late_masked + early_masked, late_masked, late_blocks)
-    is_late = (number < late_masked) | ((number >= late_masked + early_masked) & (number < late_blocks + early_masked))
+    whole = late_whole + early_whole
+    late = gl.where(number < late_whole, late_masked + number, number - whole)
+    early = gl.where(number < whole, early_masked + number - late_whole, number - whole - late_masked)
+    is_late = (number < late_whole) | ((number >= whole) & (number < whole + late_masked))
     late_begin, _ = _block_tokens(late_first, late, TOKENS)
     early_begin, _ = _block_tokens(early_first, early, TOKENS)
     return gl.where(is_late, late_row + late_begin, early_begin), i % PARTS * PACK
@@ -46,7 +47,7 @@ def _block_place(
 @gluon.jit
 def _block(
     warpgroup: gl.constexpr, scores, dk, dv, dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
-    limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    limit_smem, ds_smem, dout_full, ds_full, i, whole, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
     SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What block `i`, whose scores are there, adds to dV, to dK, and to half of the columns of dQ: the products are
@@ -60,7 +61,7 @@ def _block(
     p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
     delta = delta_smem.index(stage).load(R_LAYOUT)
     dp = hopper.warpgroup_mma_wait(0, [dp]) - delta[None, :]
-    if i < masked:
+    if i >= whole:
         limit = limit_smem.index(stage).load(R_LAYOUT)
         seen = keys[:, None] < limit[None, :]
         p = gl.where(seen, p, 0.0)
@@ -98,7 +99,7 @@ def _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i):
 @gluon.jit
 def _writer(
     sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks, late_row, late_first,
-    late_blocks, late_masked, early_first, early_masked, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    late_whole, late_masked, early_first, early_whole, early_masked, HEADS: gl.constexpr, GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
 ):  # fmt: skip
     """Let the copy engine add both halves of dQ of every block to the sums."""
@@ -108,7 +109,17 @@ def _writer(
     )  # fmt: skip
     for i in range(blocks):
         row, head = _block_place(
-            i, late_row, late_first, late_blocks, late_masked, early_first, early_masked, TOKENS, PARTS, PACK
+            i,
+            late_row,
+            late_first,
+            late_whole,
+            late_masked,
+            early_first,
+            early_whole,
+            early_masked,
+            TOKENS,
+            PARTS,
+            PACK,
         )
         hopper.mbarrier.wait(dq_full, i & 1)
         _add_to_global(sums_desc, [row, head, 0], dq_smem.index(0))
@@ -126,7 +137,7 @@ def _consumer(
 ):  # fmt: skip
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty = values[0]
     q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
-    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked = values[2]
+    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -160,7 +171,7 @@ def _consumer(
             scores = hopper.warpgroup_mma_wait(0, [scores])
             dk, dv, dq_token = _block(
                 warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dout_full, ds_full, i, masked, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+                limit_smem, ds_smem, dout_full, ds_full, i, whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
             dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
             hopper.mbarrier.arrive(empty.index(i % STAGES), count=1)
@@ -208,7 +219,7 @@ def backward_fused_hopper(
     _, _, _, early_first, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     blocks = (late_blocks + early_blocks) * PARTS
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
-    masked = gl.where(first_key + BLOCK_N > n_keys, blocks, (late_masked + early_masked) * PARTS)
+    whole = gl.where(first_key + BLOCK_N > n_keys, 0, blocks - (late_masked + early_masked) * PARTS)
     kv_head = (first_kv_head + window_head).to(gl.int64)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
@@ -238,7 +249,7 @@ def backward_fused_hopper(
     values = (
         (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty),
         (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
-        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, masked),
+        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole),
     )
     specialize_warps(
         _consumer, (
@@ -251,9 +262,9 @@ def backward_fused_hopper(
             HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         ), 1),
         (_writer, (
-            sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks, late_row -
-            sequence_row, late_first, late_blocks, late_masked, early_first, early_masked, HEADS, GROUP, HEAD_DIM,
-            TOKENS, PARTS, PACK, BLOCK_D // 2,
+            sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks,
+            late_row - sequence_row, late_first, late_blocks - late_masked, late_masked, early_first,
+            early_blocks - early_masked, early_masked, HEADS, GROUP, HEAD_DIM, TOKENS, PARTS, PACK, BLOCK_D // 2,
         ), 1),
     )  # fmt: skip
 
