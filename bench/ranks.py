@@ -82,17 +82,15 @@ class Player:
     def windows_backward(self, windows, out, lse, reduce):
         """(dq, [what `reduce` keeps of dk, dv `[W * T, window, head_dim]` float32, whose memory is used again])."""
         segments, sequences = self.tables[GATHERED]
-        rows, dq, into, kept = None, None, (None, None), []
+        dq, into, kept = None, (None, None), []
         for i, window in enumerate(windows):
             k, v = window.unbind(1)
             problem = self.problem(k, GATHERED)
-            if rows is None:
-                rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, **self.strides)
+            part, summed = Part(i * self.window), Part(i * self.window, dtype="float32")
+            rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, part=part, **self.strides)
             arguments = launch.run, problem, self.q, k, v, self.dout, rows
-            part = Part(i * self.window, dtype="float32")
-            into = plan.backward_keys(*arguments, sequences, part=part, into=into, **self.strides)
+            into = plan.backward_keys(*arguments, sequences, part=summed, into=into, **self.strides)
             kept.append(reduce(*into))
-            part = Part(i * self.window)
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **self.strides)
         return dq, kept
 

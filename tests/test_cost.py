@@ -67,13 +67,13 @@ def test_all_ranks_of_a_batch_cost_the_same():
 
 def test_memory_is_that_of_the_buffers():
     """Local tokens 160 / 4 = 40; two buffers of K and V of one head from all ranks, and one of float32 dK, dV."""
-    rows, local, heads = np.empty((2, 6, 40), "f4"), (40, 2, 1, 16), (40, 2, 2, 16)
+    local, heads = (40, 2, 1, 16), (40, 2, 2, 16)
     gathered = (4, *local)
-    arrays = rows, np.empty(gathered, "f2"), np.empty(gathered, "f2"), np.empty(gathered, "f4")
+    arrays = np.empty((2, 3, 40), "f4"), np.empty(gathered, "f2"), np.empty(gathered, "f2"), np.empty(gathered, "f4")
     sent = np.empty(local, "f2"), np.empty(local, "f2"), np.empty(local, "f4")
     step = Step(world_size=4, heads_k_stride=1, **UNEVEN)
     assert sum(cost.extra_memory(step).values()) == sum(x.nbytes for x in arrays + sent)
-    arrays = rows, np.empty(heads, "f2"), np.empty(heads, "f2"), np.empty((40, 6, 16), "f4")
+    arrays = np.empty((2, 6, 40), "f4"), np.empty(heads, "f2"), np.empty(heads, "f2"), np.empty((40, 6, 16), "f4")
     sums = np.empty(heads, "f4"), np.empty(heads, "f4")
     step = Step(world_size=4, method="ring", **UNEVEN)
     assert sum(cost.extra_memory(step).values()) == sum(x.nbytes for x in arrays + sums)

@@ -49,7 +49,7 @@ def misaligned(x):
 triton.runtime.driver.set_active(Driver())
 made = problem(16, "float32")
 tables = plan._segments_launch(3, 4, "gathered", "9.0")
-delta = plan._delta_launch(made, made.q_strides, True)
+delta = plan._delta_launch(made, made.q_strides, True, plan.WHOLE)
 lengths, rank = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 rows, statistics = torch.zeros(made.tokens, made.heads, made.head_dim), torch.zeros(made.heads, made.tokens)
 kernels = set()

@@ -99,9 +99,9 @@ class Rank:
         for part, k, v in parts:
             out, lse = plan.forward(run, problem, self.q, k, v, segments, part=part, into=(out, lse))
         strides = {"dout_strides": self.strides}
-        statistics = plan.backward_rows(run, problem, out, lse, self.dout, self.dlse, **strides)
         gradients = []
         for part, k, v in parts:
+            statistics = plan.backward_rows(run, problem, out, lse, self.dout, self.dlse, part=part, **strides)
             arguments = self.q, k, v, self.dout, statistics
             gradients.append(plan.backward_keys(run, problem, *arguments, sequences, part=part, **strides))
             dq = plan.backward_queries(run, problem, *arguments, segments, part=part, into=dq, **strides)

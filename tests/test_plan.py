@@ -32,7 +32,7 @@ def launches(problem, part=plan.WHOLE):
     return [
         plan._segments_launch(problem.sequences, problem.world_size, problem.kv_layout, problem.target),
         plan._forward_launch(problem, part),
-        plan._delta_launch(problem, problem.q_strides, True),
+        plan._delta_launch(problem, problem.q_strides, True, part),
         plan._dkdv_launch(problem, problem.q_strides, part),
         plan._dq_launch(problem, problem.q_strides, part),
     ]
@@ -230,12 +230,12 @@ def test_rows_too_far_apart_for_a_tile_are_refused(strides, fits):
     arguments = {"sequences": 1, "world_size": 1, "causal": True, "softmax_scale": None, "target": "9.0"}
     if fits:
         made = make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
-        plan._delta_launch(made, (512, 64), False)
+        plan._delta_launch(made, (512, 64), False, plan.WHOLE)
         return
     with pytest.raises(ValueError, match="q: expected strides"):
         make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
     with pytest.raises(ValueError, match="dout: expected strides"):
-        plan._delta_launch(problem(), strides, False)
+        plan._delta_launch(problem(), strides, False, plan.WHOLE)
 
 
 def test_tables_have_room_for_all_entries():

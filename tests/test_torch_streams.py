@@ -5,6 +5,7 @@ No GPU takes part: stand-ins for streams know what each has waited for, and ever
 
 import contextlib
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ class Recorder(TorchDispatchMode):
         self.streams = Streams(Stream(forked=True), Stream(), Stream())
         self.stream = self.streams.current
         self.before, self.accesses, self.counts = {}, [], {}
-        self.kept, self.allocated = [], {}
+        self.kept, self.allocated, self.freed = [], {}, {}
 
     @contextlib.contextmanager
     def on(self, stream):
@@ -52,7 +53,7 @@ class Recorder(TorchDispatchMode):
         self.before[operation] = set(self.stream.done)
         self.stream.done = self.stream.done | {operation}
         for x, written in [(x, False) for x in reads] + [(x, True) for x in writes]:
-            self.kept.append(x)  # so that its memory is not that of another
+            self.kept.append(x.untyped_storage())  # so that its memory is not that of another
             self.accesses.append((operation, x.untyped_storage().data_ptr(), part if written else None, written))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -71,9 +72,12 @@ class Recorder(TorchDispatchMode):
             if x is None:
                 x = launch.allocate(output, first.device)
                 self.allocated[x.data_ptr()] = self.stream
+                weakref.finalize(x, self.freed.setdefault(self.stream, []).append, x.detach())
             outputs.append(x)
         reads = [x for x in arrays.values() if x is not None]
-        self.record(launched.kernel.fn.__name__, reads, outputs, part=launched.scalars.get("first_kv_head"))
+        # What was freed on this stream may now be any of these outputs, or what the kernel has for itself.
+        writes = outputs + self.freed.get(self.stream, [])
+        self.record(launched.kernel.fn.__name__, reads, writes, part=launched.scalars.get("first_kv_head"))
         return tuple(outputs)
 
     def ordered(self, first, second):
@@ -87,6 +91,9 @@ class Recorder(TorchDispatchMode):
         current = self.streams.current
         assert set(self.before) <= current.done, "the caller goes on before all is done"
         assert all(self.allocated.get(x.data_ptr(), current) is current for x in results), "memory of another stream"
+        for operation, place, *_ in self.accesses:
+            stream = self.allocated.get(place, current)
+            assert operation in stream.done, f"memory of {operation} is freed to a stream that goes on before it"
 
 
 @pytest.fixture
@@ -105,9 +112,9 @@ def recorder(monkeypatch):
         monkeypatch.setattr(parallel, f"{name}_into", transfer)
     for function in (parallel._forward_allgather, parallel._backward_allgather):
 
-        def watched(*arguments, function=function):
+        def watched(*arguments, function=function, **strides):
             with recorder:
-                return function(*arguments)
+                return function(*arguments, **strides)
 
         monkeypatch.setattr(parallel, function.__name__, watched)
     return recorder
@@ -136,12 +143,15 @@ def test_backward(recorder, stride):
     out, lse, dout = torch.zeros_like(qkv[0]), torch.zeros(HEADS, TOKENS), torch.zeros_like(qkv[0])
     recorder.check(parallel.parallel_backward(*qkv, out, lse, dout, None, *tables, *constants))
     for i in range(KV_HEADS // stride):
-        keys, queries = ("backward_dkdv", i), ("backward_dq", i)
+        rows, keys, queries = ("backward_delta", i), ("backward_dkdv", i), ("backward_dq", i)
         assert not recorder.ordered(keys, queries)
+        assert recorder.ordered(rows, keys)
+        assert recorder.ordered(rows, queries)
         for reduce in (("reduce", 2 * i), ("reduce", 2 * i + 1)):
             assert not recorder.ordered(queries, reduce)
         if i:
             keys_before, queries_before = ("backward_dkdv", i - 1), ("backward_dq", i - 1)
+            assert not recorder.ordered(queries_before, rows)
             assert not recorder.ordered(queries_before, keys)
             for kernel in (keys_before, queries_before):
                 assert not recorder.ordered(kernel, ("gather", i))

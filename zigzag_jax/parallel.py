@@ -94,7 +94,6 @@ class AllGather:
 
         k, v, dout = _again(k, v, dout)
         problem, strides = self.problem, {"dout_strides": _dout_strides(self.problem)}
-        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
         dq: Any = None
         dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
         coming = self.gather(k, v, 0)
@@ -103,13 +102,14 @@ class AllGather:
             if head + problem.window < problem.kv_heads:
                 k, v, here, dq = optimization_barrier((k, v, here, dq))
                 coming = self.gather(k, v, head + problem.window)
-            # The sums of the window before are complete, so that one buffer serves all contributions.
-            here, dk, dv = optimization_barrier((here, dk, dv))
+            # The sums and dQ of the window before are complete, so that one buffer serves all contributions, and one
+            # each delta and lse. Nothing of this window but its transfer starts earlier: all of it reads this dout.
+            dout, dq, dk, dv = optimization_barrier((dout, dq, dk, dv))
+            part, summed = plan.Part(head), plan.Part(head, dtype=self.reduce_dtype)
+            rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides)
             arguments = launch.run, problem, q, here[0], here[1], dout, rows
-            part = plan.Part(first_kv_head=head, dtype=self.reduce_dtype)
-            contributions = plan.backward_keys(*arguments, sequences, part=part, **strides)
+            contributions = plan.backward_keys(*arguments, sequences, part=summed, **strides)
             dk, dv = (self._add_window(x, head, of_all) for x, of_all in zip((dk, dv), contributions, strict=True))
-            part = plan.Part(first_kv_head=head)
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         return dq, dk, dv
 
@@ -164,7 +164,7 @@ class Ring:
 
         k, v, dout = _again(k, v, dout)
         strides = {"dout_strides": _dout_strides(self.problem)}
-        rows = plan.backward_rows(launch.run, self.problem, out, lse, dout, dlse, **strides)
+        rows = plan.backward_rows(launch.run, self.problem, out, lse, dout, dlse, part=plan.WHOLE, **strides)
 
         def step(k, v, tables, gradients):
             segments, sequences = tables

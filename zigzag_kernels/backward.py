@@ -23,15 +23,17 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "first_kv_head"])
 def backward_delta(
-    out_ptr,  # [T, heads, HEAD_DIM]
+    out_ptr,  # [T, HEADS, HEAD_DIM]
     dout_ptr,
-    lse_ptr,  # [heads, T] float32
-    dlse_ptr,  # [heads, T] float32, read if HAS_DLSE
+    lse_ptr,  # [HEADS, T] float32
+    dlse_ptr,  # [HEADS, T] float32, read if HAS_DLSE
     T,
-    delta_ptr,  # [kv_heads, T * GROUP] float32
-    lse2_ptr,  # [kv_heads, T * GROUP] float32, base 2
+    first_kv_head,
+    delta_ptr,  # [window, T * GROUP] float32
+    lse2_ptr,  # [window, T * GROUP] float32, base 2
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_DLSE: tl.constexpr,
@@ -40,24 +42,25 @@ def backward_delta(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Per row `delta = sum(out * dout) - dlse`, and `lse` in base 2, both in the row order of the other kernels.
+    """Per row of the window's heads `delta = sum(out * dout) - dlse`, and `lse` in base 2.
+
+    Both are in the row order of the other kernels.
 
     With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
     """
-    kv_head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
+    window_head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < T * GROUP
     tokens = (rows // GROUP).to(tl.int64)
-    head = kv_head * GROUP + rows % GROUP
-    out = load_rows(out_ptr, (tokens * heads + head) * HEAD_DIM, inside, True, HEAD_DIM, BLOCK_D)
+    head = (first_kv_head + window_head) * GROUP + rows % GROUP
+    out = load_rows(out_ptr, (tokens * HEADS + head) * HEAD_DIM, inside, True, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr, tokens * STRIDE_DOT + head * STRIDE_DOH, inside, True, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     per_head = head * T + tokens
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + per_head, mask=inside, other=0.0)
     lse = tl.load(lse_ptr + per_head, mask=inside, other=0.0)
-    destination = kv_head * T * GROUP + rows
+    destination = window_head * T * GROUP + rows
     tl.store(delta_ptr + destination, delta, mask=inside)
     tl.store(lse2_ptr + destination, lse * LOG2_E, mask=inside)
 
@@ -124,7 +127,7 @@ def backward_dkdv(
     k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
     dout_ptr,  # [T, HEADS, HEAD_DIM]
-    delta_ptr,  # [kv_heads, T * GROUP] float32
+    delta_ptr,  # [KV_HEADS, T * GROUP] float32
     lse2_ptr,
     sequences_ptr,
     into_dk_ptr,  # dk and dv themselves, or unused
@@ -174,8 +177,8 @@ def backward_dkdv(
     v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
     q_ptr += kv_head * GROUP * STRIDE_QH
     dout_ptr += kv_head * GROUP * STRIDE_DOH
-    delta_ptr += kv_head * T * GROUP
-    lse2_ptr += kv_head * T * GROUP
+    delta_ptr += window_head * T * GROUP
+    lse2_ptr += window_head * T * GROUP
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -263,7 +266,7 @@ def backward_dq(
     k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
     dout_ptr,  # [T, HEADS, HEAD_DIM]
-    delta_ptr,  # [kv_heads, T * GROUP] float32
+    delta_ptr,  # [KV_HEADS, T * GROUP] float32
     lse2_ptr,
     segments_ptr,
     into_dq_ptr,  # dq itself, or unused
@@ -312,11 +315,12 @@ def backward_dq(
     dout = load_rows(
         dout_ptr + kv_head * GROUP * STRIDE_DOH + dout_start, dout_offsets, inside, True, HEAD_DIM, BLOCK_D
     )
-    statistics = kv_head * T * GROUP + q_row * GROUP + rows
+    window_head = window_head.to(tl.int64)
+    statistics = window_head * T * GROUP + q_row * GROUP + rows
     lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-    k_ptr += window_head.to(tl.int64) * STRIDE_KH
-    v_ptr += window_head.to(tl.int64) * STRIDE_VH
+    k_ptr += window_head * STRIDE_KH
+    v_ptr += window_head * STRIDE_VH
     limit, aligned_end, seen_by_all, seen_by_any = visible_keys(
         row, tokens, q_len, diagonal, kv_len, kv_chunk, SLOTS, GROUP, BLOCK_M, BLOCK_N
     )

@@ -150,7 +150,7 @@ def forward(step: Step, rank: int = 0) -> Pass:
 
 
 def backward(step: Step, rank: int = 0) -> Pass:
-    """The backward pass of `rank`: delta once, then dK/dV and dQ for each part."""
+    """The backward pass of `rank`: dK/dV and dQ for each part, and delta, once on the ring, else of each window."""
     x, ranks = step.arrays(), step.world_size
     delta, reads = 2 * x.q + 3 * x.rows, 2 * x.q + 2 * x.rows  # of delta; of each of the others, besides K/V
     if step.ring:
@@ -164,16 +164,18 @@ def backward(step: Step, rank: int = 0) -> Pass:
         hbm += ranks * x.kv_sum + x.kv_sum + x.kv if ranks > 1 else x.kv
         transfers = 2 * step.parts if ranks > 1 else 0
     scores = unmasked_scores(step.lengths, rank, ranks, step.causal)
-    return Pass(backward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, 1 + 2 * step.parts, transfers)
+    launches = 2 * step.parts + (1 if step.ring else step.parts)
+    return Pass(backward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, launches, transfers)
 
 
 def extra_memory(step: Step) -> dict[str, int]:
     """Bytes by use at the peak, the backward pass, beyond inputs, out, lse and gradients.
 
-    Between ranks this is what JAX needs: in PyTorch what is sent and received is part of the buffers of all ranks.
+    Between ranks this is what JAX needs: in PyTorch what is sent and received is part of the buffers of all ranks, and
+    delta and lse are there of two windows.
     """
     x, ranks = step.arrays(), step.world_size
-    memory = {"delta, lse in base 2": 2 * x.rows}
+    memory = {"delta, lse in base 2": 2 * x.rows if step.ring else 2 * x.rows // step.parts}
     if step.ring:
         memory |= {"two K/V buffers": 2 * x.kv, "float32 dQ": x.q_sum, "two dK/dV buffers": 2 * x.kv_sum}
     elif ranks > 1:

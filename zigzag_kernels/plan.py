@@ -150,29 +150,29 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool) -> Launch:
+def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, part: Part) -> Launch:
     check_target(problem.target)
     check_strides("dout", dout_strides, problem.group)
     rows = problem.tokens * problem.group
     return Launch(
         kernel=backward_delta,
         target=problem.target,
-        grid=(max(1, -(-rows // _DELTA_ROWS)), problem.kv_heads, 1),
+        grid=(max(1, -(-rows // _DELTA_ROWS)), problem.window, 1),
         inputs=("out", "dout", "lse", "dlse"),
-        scalars={"T": problem.tokens},
+        scalars={"T": problem.tokens, "first_kv_head": part.first_kv_head},
         outputs=(
-            Output("delta", (problem.kv_heads, rows), "float32"),
-            Output("lse2", (problem.kv_heads, rows), "float32"),
+            Output("delta", (problem.window, rows), "float32"),
+            Output("lse2", (problem.window, rows), "float32"),
         ),
         constexprs={
+            "HEADS": problem.heads,
             "GROUP": problem.group,
             "HEAD_DIM": problem.head_dim,
             "HAS_DLSE": has_dlse,
-            "STRIDE_DOT": dout_strides[0],
-            "STRIDE_DOH": dout_strides[1],
             "BLOCK_M": _DELTA_ROWS,
             "BLOCK_D": block_d(problem.head_dim),
-        },
+        }
+        | _strides(dout_strides),
     )
 
 
@@ -303,9 +303,14 @@ def forward(
     return run(launch, q, k, v, segments, *into)
 
 
-def backward_rows(run: Run, problem: Problem, out, lse, dout, dlse, *, dout_strides: tuple[int, int]) -> tuple:
-    """(delta, lse2): what both of the following need of every query row. `dlse` may be None."""
-    launch = _delta_launch(problem, dout_strides, dlse is not None)
+def backward_rows(
+    run: Run, problem: Problem, out, lse, dout, dlse, *, dout_strides: tuple[int, int], part: Part = WHOLE
+) -> tuple:
+    """(delta, lse2) `[window, T * group]` float32: what both of the following need of the query rows of their `part`.
+
+    `dlse` may be None.
+    """
+    launch = _delta_launch(problem, dout_strides, dlse is not None, part)
     return run(launch, out, dout, lse, lse if dlse is None else dlse)
 
 
@@ -323,7 +328,7 @@ def backward_keys(
     part: Part = WHOLE,
     into: tuple = (None, None),
 ) -> tuple:
-    """(dk, dv) in the layout of k and v; `rows` are from `backward_rows`, the rest as in `forward`."""
+    """(dk, dv) in the layout of k and v; `rows` are `backward_rows` of the same part, the rest as in `forward`."""
     launch = _dkdv_launch(problem, dout_strides, part)
     return run(launch, q, k, v, dout, *rows, sequences, *into)
 

@@ -81,7 +81,9 @@ def windows(k, v, heads_k_stride, group, streams: Streams) -> Iterator[tuple[int
             k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
             yield first_head, k_window, v_window
     finally:
-        # What was allocated on `current` is freed after this, and can be used again there: nothing records a stream.
+        # What was allocated on `current` or `side` is freed after this, and can be used again there: nothing records a
+        # stream. `current` is the last to wait, as it has to be for the end of a captured graph.
+        side.wait_stream(current)
         for stream in (side, transfers):
             current.wait_stream(stream)
 
@@ -127,7 +129,7 @@ def _forward_ring(problem: Problem, q, k, v, segments, group) -> tuple:
 
 
 def _backward_allgather(
-    problem: Problem, q, k, v, dout, rows, segments, sequences, heads_k_stride, reduce_dtype, group, dout_strides
+    problem: Problem, q, k, v, out, lse, dout, dlse, segments, sequences, reduce_dtype, group, heads_k_stride, **strides
 ) -> tuple:
     from zigzag_kernels import plan
 
@@ -136,19 +138,21 @@ def _backward_allgather(
     dk, dv = contribution = k.new_empty((2, group.size() * tokens, heads_k_stride, head_dim), dtype=dtype)
     totals = [own_slot(x, group) for x in contribution]  # the sums come to where this rank's part of them was
     dq, dkv = None, k.new_empty((2, tokens, kv_heads, head_dim))
+    rows = []  # of this window and the one before
     current, side, transfers = streams = streams_of(k.device)
     for first_head, k_window, v_window in windows(k, v, heads_k_stride, group, streams):
-        # So that dQ is not before dK/dV, whose sums travel meanwhile.
+        part, summed = plan.Part(first_head), plan.Part(first_head, dtype=reduce_dtype)
+        # What is launched on `side` may use the memory that is freed here: it has waited for dQ of two windows ago, but
+        # not for that of the one before.
+        del rows[:-1]
+        with on(side):
+            rows.append(plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides))
+        arguments = launch.run, problem, q, k_window, v_window, dout, rows[-1]
+        # For the rows, and so that dQ is not before dK/dV, whose sums travel meanwhile.
         current.wait_stream(side)
         with on(side):
-            plan.backward_keys(
-                launch.run, problem, q, k_window, v_window, dout, rows, sequences,
-                dout_strides=dout_strides, part=plan.Part(first_head, dtype=reduce_dtype), into=(dk, dv),
-            )  # fmt: skip
-        dq = plan.backward_queries(
-            launch.run, problem, q, k_window, v_window, dout, rows, segments,
-            dout_strides=dout_strides, part=plan.Part(first_head), into=dq,
-        )  # fmt: skip
+            plan.backward_keys(*arguments, sequences, part=summed, into=(dk, dv), **strides)
+        dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         transfers.wait_stream(side)
         with on(transfers):
             for total, x in zip(totals, contribution, strict=True):
@@ -159,28 +163,26 @@ def _backward_allgather(
 
 
 def _backward_ring(
-    problem: Problem, q, k, v, dout, rows, segments, sequences, reduce_dtype, group, dout_strides
+    problem: Problem, q, k, v, out, lse, dout, dlse, segments, sequences, reduce_dtype, group, **strides
 ) -> tuple:
     """dK/dV of a rank follow its K/V one hop behind: the last step's hop brings them home."""
     from zigzag_kernels import plan
 
     dkv = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
     arriving = torch.empty_like(dkv)
+    rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
     dq, works = None, []
     for step, k_peer, v_peer in _ring(k, v, group):
         wait(works)
         if step > 0:
             dkv, arriving = arriving, dkv
         dk, dv = dkv
-        plan.backward_keys(
-            launch.run, problem, q, k_peer, v_peer, dout, rows, sequences[step],
-            dout_strides=dout_strides, part=plan.Part(accumulate=step > 0, dtype=reduce_dtype), into=(dk, dv),
-        )  # fmt: skip
+        arguments = launch.run, problem, q, k_peer, v_peer, dout, rows
+        part = plan.Part(accumulate=step > 0, dtype=reduce_dtype)
+        plan.backward_keys(*arguments, sequences[step], part=part, into=(dk, dv), **strides)
         works = exchange(dkv, arriving, group, tag=1)
-        dq = plan.backward_queries(
-            launch.run, problem, q, k_peer, v_peer, dout, rows, segments[step],
-            dout_strides=dout_strides, part=plan.Part(accumulate=step > 0, dtype="float32"), into=dq,
-        )  # fmt: skip
+        part = plan.Part(accumulate=step > 0, dtype="float32")
+        dq = plan.backward_queries(*arguments, segments[step], part=part, into=dq, **strides)
     wait(works)
     assert dq is not None
     return dq.to(q.dtype), arriving.to(k.dtype)
@@ -237,20 +239,17 @@ def parallel_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, summed over the queries of all ranks."""
-    from zigzag_kernels import plan
-
     group = resolve(group_name)
     dout = last_dim_contiguous(dout)
     problem = _problem(
         q, k, sequences, group.size(), method, heads_k_stride, causal, softmax_scale, backend, q, dout
     )  # fmt: skip
-    dout_strides = dout.stride(0), dout.stride(1)
     dlse = None if dlse is None else dlse.contiguous()
-    rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, dout_strides=dout_strides)
-    arguments = problem, q, k, v, dout, rows, segments, sequences
+    arguments = problem, q, k, v, out, lse, dout, dlse, segments, sequences, reduce_dtype, group
+    strides = {"dout_strides": (dout.stride(0), dout.stride(1))}
     if method == "ring":
-        return _backward_ring(*arguments, reduce_dtype, group, dout_strides)
-    return _backward_allgather(*arguments, heads_k_stride, reduce_dtype, group, dout_strides)
+        return _backward_ring(*arguments, **strides)
+    return _backward_allgather(*arguments, heads_k_stride, **strides)
 
 
 @parallel_backward.register_fake

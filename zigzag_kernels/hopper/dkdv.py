@@ -252,8 +252,8 @@ def backward_dkdv_hopper(
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     sequence_row = gl.load(entry_ptr + 8)
     sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
-    lse2_ptr += kv_head * T * GROUP
-    delta_ptr += kv_head * T * GROUP
+    lse2_ptr += window_head.to(gl.int64) * T * GROUP
+    delta_ptr += window_head.to(gl.int64) * T * GROUP
     k_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], KEY_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], KEY_SMEM)
     # Two arrivals: the rows, by the copy engine, and their statistics.

@@ -79,7 +79,7 @@ def _consumer(
 ):  # fmt: skip
     q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr = values[0]
     q_smem, dout_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty = values[1]
-    row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T = values[2]
+    row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -105,7 +105,7 @@ def _consumer(
     gl.thread_barrier()
 
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-    statistics = kv_head * T * GROUP + q_row * GROUP + rows
+    statistics = q_row * GROUP + rows
     lse2 = gl.load(lse2_ptr + statistics, mask=rows < last_row, other=float("inf"))
     delta = gl.load(delta_ptr + statistics, mask=rows < last_row, other=0.0)
     limit = gl.minimum(diagonal + rows // GROUP + 1, kv_len)
@@ -166,6 +166,8 @@ def backward_dq_hopper(
     Q_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     k_ptr += head * STRIDE_KH
     v_ptr += head * STRIDE_VH
+    delta_ptr += head * T * GROUP
+    lse2_ptr += head * T * GROUP
     q_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
     dout_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], Q_SMEM)
     k_smem, k_full = make_stages([STAGES, 1, BLOCK_N, BLOCK_D], dtype, 1)
@@ -177,7 +179,7 @@ def backward_dq_hopper(
     values = (
         (q_ptr, dout_ptr, delta_ptr, lse2_ptr, dq_ptr),
         (q_smem, dout_smem, k_smem, v_smem, columns_smem, k_full, v_full, empty),
-        (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head, T),
+        (row, q_row, q_len, diagonal, kv_len, seen, kv_chunk, kv_head),
     )
     specialize_warps(
         _consumer, (

@@ -226,8 +226,8 @@ def backward_fused_hopper(
     DS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
     DQ_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D // 2], gl.float32)
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lse2_ptr += kv_head * T * GROUP
-    delta_ptr += kv_head * T * GROUP
+    lse2_ptr += window_head.to(gl.int64) * T * GROUP
+    delta_ptr += window_head.to(gl.int64) * T * GROUP
     k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
     v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
     ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], DS_SMEM)
