@@ -48,7 +48,7 @@ class Player:
     def __init__(self, case, rank, tensors, heads_k_stride, backend="triton"):
         self.case, self.rank, self.window = case, rank, heads_k_stride
         self.q, self.k, self.v, self.dout, cu_seqlens = tensors
-        self.target = launch.target(backend, self.q.device)
+        self.backend, self.target = backend, launch.target(backend, self.q.device)
         self.strides = {"dout_strides": self.dout.stride()[:2]}
         self.whole = timing.torch_calls(case, rank, *tensors, backend=backend)
         own = torch.tensor([rank], dtype=torch.int32, device=self.q.device)
@@ -65,7 +65,7 @@ class Player:
         return make_problem(
             describe(self.q), kv, kv, sequences=len(self.case.lengths), world_size=self.case.world_size,
             causal=self.case.causal, softmax_scale=None, target=self.target, kv_layout=kv_layout,
-            kv_heads=self.case.kv_heads,
+            kv_heads=self.case.kv_heads, gluon=launch.can_launch_gluon(self.backend, k, self.q, self.dout),
         )  # fmt: skip
 
     def windows_forward(self, windows):
