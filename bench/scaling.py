@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from cases import Case
 from text import documents
-from zigzag_kernels.problem import METHODS, choose_heads_k_stride
+from zigzag_kernels.cost import Step
+from zigzag_kernels.problem import METHODS
 
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 STRIDES = (1, 2, 4, 8)
@@ -53,17 +54,17 @@ class Workload:
 
 def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Workload]:
     """One sequence, at all strides; a long one and real documents, at the stride that is chosen by default."""
-    chosen = choose_heads_k_stride(None, tokens=tokens, heads=HEADS["heads"], kv_heads=HEADS["kv_heads"])
-    gathers = tuple((METHODS[0], stride) for stride in STRIDES)
-    default, ring = (METHODS[0], chosen), (METHODS[1], None)
 
-    def case(name, lengths):
-        return Case(name=name, world_size=ranks, lengths=lengths, **HEADS)
+    def workload(name, lengths, strides, rounds, steps):
+        sizes = {"world_size": ranks, "lengths": lengths} | HEADS
+        strides = strides or (Step(**sizes).window,)
+        ways = *((METHODS[0], stride) for stride in strides), (METHODS[1], None)
+        return Workload(Case(name=name, **sizes), ways, rounds, steps)
 
     return [
-        Workload(case("one sequence", (ranks * tokens,)), (*gathers, ring), rounds, 4),
-        Workload(case("documents", document_lengths(ranks * tokens, 2 * ranks)), (default, ring), rounds, 4),
-        Workload(case("one long sequence", (ranks * long_tokens,)), (default, ring), max(1, rounds // 4), 1),
+        workload("one sequence", (ranks * tokens,), STRIDES, rounds, 4),
+        workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4),
+        workload("one long sequence", (ranks * long_tokens,), None, max(1, rounds // 4), 1),
     ]
 
 

@@ -221,9 +221,7 @@ def choose_way(
     grad_reduce_dtype: jnp.dtype | str | None,
 ) -> "Way":
     """How the keys of other ranks get here; `problem` is of this rank's own. `ValueError` for options out of range."""
-    stride = choose_heads_k_stride(
-        heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads
-    )
+    stride = choose_heads_k_stride(heads_k_stride, problem)
     reduce_dtype = "float32" if grad_reduce_dtype is None else jnp.dtype(grad_reduce_dtype).name
     if reduce_dtype not in ("float32", problem.dtype):
         raise ValueError(

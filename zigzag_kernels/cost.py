@@ -82,7 +82,7 @@ class Step:
             raise ValueError(f"heads: expected a multiple of the {self.kv_heads} KV heads, got {self.heads}")
         if self.method == "ring" and self.heads_k_stride is not None:
             raise ValueError(f"heads_k_stride: expected None with method 'ring', got {self.heads_k_stride}")
-        choose_heads_k_stride(self.heads_k_stride, tokens=self.tokens, heads=self.heads, kv_heads=self.kv_heads)
+        choose_heads_k_stride(self.heads_k_stride, self)
 
     @property
     def tokens(self) -> int:
@@ -90,11 +90,15 @@ class Step:
         return sum(self.lengths) // self.world_size + self.padding
 
     @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
     def window(self) -> int:
         """KV heads that one all-gather brings: all that there are, where there is nothing to gather."""
         if self.method == "ring" or self.world_size == 1:
             return self.kv_heads
-        return choose_heads_k_stride(self.heads_k_stride, tokens=self.tokens, heads=self.heads, kv_heads=self.kv_heads)
+        return choose_heads_k_stride(self.heads_k_stride, self)
 
     @property
     def ring(self) -> bool:

@@ -6,6 +6,7 @@ Everything here is known on the host before a launch. The rank and `cu_seqlens` 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from .backend import INTERPRET
 
@@ -16,6 +17,7 @@ MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; those of the til
 MAX_BLOCK = 256
 METHODS = ("allgather", "ring")
 FILLING_ROWS = 2**16  # 512 tiles of 128 rows: several for each multiprocessor of any GPU so far
+LASTING_SCORES = 2**30  # half a millisecond of an H200: the host takes a quarter of one to send the next window off
 SEGMENT_FIELDS = 8
 SEQUENCE_FIELDS = 12
 # Where the keys of a sequence are: rank-major in the buffer that an all-gather delivers; those of one rank alone, as
@@ -242,15 +244,36 @@ def check_method(method: str) -> None:
         raise ValueError(f"method: expected {' or '.join(map(repr, METHODS))}, got {method!r}")
 
 
-def choose_heads_k_stride(stride: int | None, *, tokens: int, heads: int, kv_heads: int) -> int:
-    """KV heads that one all-gather brings: `stride`, or if None the fewest whose query rows still fill a GPU.
+class Sizes(Protocol):
+    """What the choice of a stride depends on: a `Problem`, or a `cost.Step`."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def sequences(self) -> int: ...
+
+
+def choose_heads_k_stride(stride: int | None, sizes: Sizes) -> int:
+    """KV heads that one all-gather brings: `stride`, or if None the fewest whose query rows still fill a GPU, and keep
+    it busy while the next are sent for.
 
     Few heads at a time mean small buffers, and that only the first of several transfers is waited for. `ValueError`
     unless `stride` divides `kv_heads`.
     """
+    kv_heads = sizes.kv_heads
     if stride is None:
-        divisors = (s for s in range(1, kv_heads + 1) if kv_heads % s == 0)
-        return next((s for s in divisors if tokens * heads // kv_heads * s >= FILLING_ROWS), kv_heads)
+        keys = sizes.world_size * sizes.tokens // max(sizes.sequences, 1)  # of the average sequence
+        for divisor in (s for s in range(1, kv_heads) if kv_heads % s == 0):
+            rows = sizes.tokens * sizes.heads // kv_heads * divisor
+            if rows >= FILLING_ROWS and rows * keys >= LASTING_SCORES:
+                return divisor
+        return kv_heads
     if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or kv_heads % stride:
         raise ValueError(f"heads_k_stride: expected a divisor of the {kv_heads} KV heads, got {stride!r}")
     return stride

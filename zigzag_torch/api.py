@@ -252,9 +252,7 @@ def zigzag_attention(
         backend, batch, problem = _check(
             q, k, v, cu_seqlens, rank, world_size, method, PEER, causal, softmax_scale, backend, deterministic
         )
-        stride = choose_heads_k_stride(
-            heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads
-        )
+        stride = choose_heads_k_stride(heads_k_stride, problem)
         reduce_dtype = torch.float32 if grad_reduce_dtype is None else grad_reduce_dtype
         if reduce_dtype not in (torch.float32, q.dtype):
             raise ValueError(

@@ -80,7 +80,7 @@ def zigzag_llama3_flash_attn_varlen_func(
             softmax_scale=softmax_scale,
             target="reference",
         )
-        choose_heads_k_stride(heads_k_stride, tokens=problem.tokens, heads=problem.heads, kv_heads=problem.kv_heads)
+        choose_heads_k_stride(heads_k_stride, problem)
         unfused.check_n_chunks(n_chunks, world_size)
     except (ValueError, NotImplementedError) as error:
         if group is not None:

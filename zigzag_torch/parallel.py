@@ -47,22 +47,25 @@ def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softma
     )
 
 
-def windows(k, v, heads_k_stride, group, streams: Streams) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def windows(
+    k, v, heads_k_stride, group, streams: Streams, readers: tuple[tuple, tuple] | None = None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks; the next window is then on its way.
 
-    What this rank sends is in its own slot of the buffer that it receives into. Windows are for what is launched on the
-    streams `current` and `side`. These have waited for all that `transfers` was given before the window is there, and
-    not for each other.
+    What this rank sends is in its own slot of the buffer that it receives into. `readers` are the streams that even and
+    that odd windows are for, `current` and `side` both if None. They have waited for all that `transfers` was given
+    before the window is there, and not for each other.
     """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
     current, side, transfers = streams
+    readers = readers or ((current, side), (current, side))
 
     def gather(index) -> None:
         # Begins when the kernels of the windows so far are done, the last of which read this buffer.
-        for stream in (current, side):
+        for stream in readers[index % 2]:
             transfers.wait_stream(stream)
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
         own = own_slot(buffers[index % 2], group)
@@ -74,7 +77,7 @@ def windows(k, v, heads_k_stride, group, streams: Streams) -> Iterator[tuple[int
     try:
         gather(0)
         for index, first_head in enumerate(first_heads):
-            for stream in (current, side):
+            for stream in readers[index % 2]:
                 stream.wait_stream(transfers)
             if index + 1 < len(first_heads):
                 gather(index + 1)
@@ -109,10 +112,11 @@ def _forward_allgather(problem: Problem, q, k, v, segments, heads_k_stride, grou
     from zigzag_kernels import plan
 
     results, streams = (None, None), streams_of(k.device)
-    for index, (first_head, k_window, v_window) in enumerate(windows(k, v, heads_k_stride, group, streams)):
+    readers = (streams.current,), (streams.side,)
+    for index, (first_head, k_window, v_window) in enumerate(windows(k, v, heads_k_stride, group, streams, readers)):
         part = plan.Part(first_head)
         # The first allocates the results: on the stream that they are returned to.
-        with on(streams.side if index % 2 else streams.current):
+        with on(*readers[index % 2]):
             results = plan.forward(launch.run, problem, q, k_window, v_window, segments, part=part, into=results)
     return results
 
