@@ -41,6 +41,7 @@ OPTIONS = (
 ABSENT = f"no {NAME} in PATH, in CUDA_HOME, under /usr/local or in an nvidia pip package"
 SKIPPED = 77  # what test harnesses take for "skipped"
 TRITONS_OWN = "Triton's own"
+PARTING = "gl.warp_specialize", "specialize_warps"  # calls at which a kernel's warps part
 
 _PLACE = r"(?:(?P<at>0x\w+) in )?(?P<kernel>.+?)(?:\+(?P<offset>0x\w+))?(?: in (?P<path>\S.*):(?P<line>\d+))?"
 _RACE = re.compile(r"\w+: Race reported between (\w+) access at (.+)")
@@ -112,7 +113,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
 
 @functools.cache
 def describe(path: str, line: int) -> str:
-    """`file:line function`, or `TRITONS_OWN` for lines of a kernel's head and of `gl.warp_specialize`: they are said of
+    """`file:line function`, or `TRITONS_OWN` for lines of a kernel's head and of where its warps part: they are said of
     the exchange of arguments between partitions, and of the loop in which their warps wait for work."""
     where = f"{Path(path).name}:{line}"
     if not Path(path).is_file() or not path.endswith(".py"):
@@ -124,7 +125,7 @@ def describe(path: str, line: int) -> str:
 
     nodes = [x for x in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) if hasattr(x, "end_lineno")]
     function = next((x for x in nodes if isinstance(x, ast.FunctionDef) and holds(x)), None)
-    calls = (x for x in nodes if isinstance(x, ast.Call) and ast.unparse(x.func) == "gl.warp_specialize")
+    calls = (x for x in nodes if isinstance(x, ast.Call) and ast.unparse(x.func) in PARTING)
     if function is None:
         return where
     if line < function.body[0].lineno or any(map(holds, calls)):

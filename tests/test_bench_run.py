@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -116,8 +117,10 @@ def test_the_exact_one_in_blocks_of_rows(monkeypatch):
 
 def test_wrong_results_and_errors_are_rows_and_the_run_goes_on(short_rounds, monkeypatch, capsys):
     def wrong(case, rank, sets):
-        (calls,) = implementations.flash2_torch(case, rank, sets)
-        return [calls._replace(results=lambda: (2 * calls.results()[0], *calls.results()[1:]))]
+        def doubled(calls):
+            return calls._replace(results=lambda: (2 * calls.results()[0], *calls.results()[1:]))
+
+        return [doubled(calls) for calls in implementations.flash2_torch(case, rank, sets)]
 
     def broken(case, rank, sets):
         raise MemoryError("out of\nmemory")
@@ -136,9 +139,8 @@ def test_wrong_results_and_errors_are_rows_and_the_run_goes_on(short_rounds, mon
 def test_frameworks_that_differ_fail(short_rounds, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "jax", replace(IMPLEMENTATIONS["flash2-torch"], twin="torch", ours=True))
     rows = run.measure(TINY, ["torch", "jax"], DEVICE, 1.0, 2, lambda _: None)
-    assert [row["status"][:60] for row in rows[2:]] == [
-        "failed: AssertionError: out is not that of torch bit for bit"
-    ] * 2
+    for row in rows[2:]:  # which of the results differs first depends on the GPU
+        assert re.match(r"failed: AssertionError: (out|dq|dk|dv) is not that of torch bit for bit", row["status"])
 
 
 def test_filters():

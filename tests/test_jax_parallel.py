@@ -328,7 +328,7 @@ def test_merge_partials_of_disjoint_keys():
         weights = jnp.where(mask, jnp.exp(scores), 0.0)
         total = weights.sum(-1)
         seen = jnp.where(total > 0, total, 1.0)
-        out = jnp.einsum("hts,shd->thd", weights / seen[..., None], v)
+        out = jnp.einsum("hts,shd->thd", weights / seen[..., None], v, precision="highest")
         return out, jnp.where(total > 0, jnp.log(seen), -jnp.inf)
 
     def whole(scores):

@@ -24,7 +24,7 @@ def at(text, offset=0):
 STORE, STORE_LINE = at("lse2_smem.index(stage).store(lse2)")
 LOAD, LOAD_LINE = at("lse2 = lse2_smem.index(stage).load(R_LAYOUT)")
 HEAD, _ = at("def backward_dkdv_hopper(")
-SPECIALIZE, _ = at("gl.warp_specialize(", 3)
+SPECIALIZE, _ = at("    specialize_warps(", 3)
 RACECHECK = f"""\
 ========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at {STORE}
