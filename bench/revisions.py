@@ -39,10 +39,10 @@ RANK = 3
 
 def load(revision: str, folder: Path):
     """`zigzag_kernels` of `revision`, as the package `OTHER` in `folder`."""
-    archive = subprocess.run(
-        ["git", "archive", revision, PACKAGE], cwd=ROOT, capture_output=True, check=True
-    ).stdout  # fmt: skip
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+    archived = subprocess.run(["git", "archive", revision, PACKAGE], cwd=ROOT, capture_output=True, check=False)
+    if archived.returncode:
+        raise SystemExit(f"{revision!r}: {archived.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(archived.stdout)) as files:
         files.extractall(folder, filter="data")
     (folder / PACKAGE).rename(folder / OTHER)
     sys.path.insert(0, str(folder))

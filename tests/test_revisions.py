@@ -61,6 +61,8 @@ def test_results_that_differ_are_not_timed(packages, monkeypatch):
         revisions.compare(TINY, packages, DEVICE, BACKEND)
 
 
-def test_an_unknown_case_is_named():
+def test_an_unknown_revision_or_case_is_named(packages, tmp_path):
+    with pytest.raises(SystemExit, match=r"'nothing': fatal: .*nothing"):
+        revisions.load("nothing", tmp_path)
     with pytest.raises(SystemExit, match="'rectangle' matches none of rectangle-d128"):
         revisions.main(["HEAD", "--cases", "rectangle"])
