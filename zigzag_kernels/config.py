@@ -21,6 +21,7 @@ from .problem import DTYPE_BYTES, MAX_BLOCK
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
 HOPPER_KERNELS = (
     "hopper_dkdv",
+    "hopper_dkdv_short",
     "hopper_fused",
     *(f"hopper_{name}{size}" for name in ("forward", "dq") for size in ("", "_few", "_short")),
 )
@@ -36,13 +37,15 @@ WARPGROUPS = {"forward": 4, "dkdv": 3, "dq": 3, "fused": 2}  # at most; the regi
 @dataclass(frozen=True)
 class Config:
     """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth, and
-    how many tiles of one head run side by side before those of the next head (0: all)."""
+    how many tiles of one head run side by side before those of the next head (0: all); with heads_together, a program
+    of a kernel of `hopper/` takes one tile of up to so many KV heads, one after the other."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     tiles_together: int = 0
+    heads_together: int = 1
 
     def __post_init__(self):
         for field in fields(self):
@@ -74,13 +77,14 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
             "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
             "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
             "hopper_forward": _up_to((192, 128, 4, 3, 1), (128, 128, 4, 2)),
-            "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
-            "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4)),
+            "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1, 2)),
+            "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4, 0, 8)),
             "hopper_dkdv": _up_to((64, 192, 4, 3), (64, 128, 4, 3)),
+            "hopper_dkdv_short": _up_to((64, 192, 4, 3), (64, 128, 4, 3, 0, 4)),
             "hopper_fused": _up_to((64, 128, 4, 3), (64, 128, 4, 2)),
             "hopper_dq": _up_to((192, 64, 4, 4), (128, 128, 4, 2)),
-            "hopper_dq_few": _up_to((192, 64, 4, 4, 1), (128, 128, 4, 2, 1)),
-            "hopper_dq_short": _up_to((192, 64, 4, 4), (128, 64, 4, 4)),
+            "hopper_dq_few": _up_to((192, 64, 4, 4, 1, 4), (128, 128, 4, 2, 1)),
+            "hopper_dq_short": _up_to((192, 64, 4, 4), (128, 64, 4, 4, 0, 8)),
         },
         "32-bit": _FLOAT32,
     },
@@ -130,7 +134,7 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
-    if kernel == "hopper_dkdv":  # its own K and V; Q, dO and three numbers a row pass by; barriers
+    if kernel.startswith("hopper_dkdv"):  # its own K and V; Q, dO and three numbers a row pass by; barriers
         return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 12) + 1024
     if kernel == "hopper_fused":  # the same; dS of two blocks, and dQ on its way out
         passing = config.num_stages * (2 * row + 12) + 2 * config.BLOCK_N * size + block_d(head_dim) * 4
@@ -167,8 +171,10 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     if need > limit:
         return f"{need} bytes of shared memory, the GPU has {limit}"
     own = None
+    if config.heads_together > 1 and (kernel not in HOPPER_KERNELS or kernel == "hopper_fused"):
+        return "1 as heads_together"
     if kernel in HOPPER_KERNELS:
-        own = "BLOCK_N" if kernel in ("hopper_dkdv", "hopper_fused") else "BLOCK_M"
+        own = "BLOCK_N" if kernel.startswith(("hopper_dkdv", "hopper_fused")) else "BLOCK_M"
         sizes = [64 * groups for groups in range(2, WARPGROUPS[kernel.split("_")[1]] + 1)]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"

@@ -10,6 +10,7 @@ pieces, with communication between them.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ INTERPRETER = threading.Lock()
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
 _ELEMENTS = 4096
+MANY_PROGRAMS = 384  # about three for each multiprocessor: no fewer are left when a program takes several heads
 _CACHED = 1024  # batches of changing size make new problems without end
 
 
@@ -103,23 +105,54 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
     }
 
 
-def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config, descriptors: int = 2) -> dict[str, Any]:
-    """Fields of the `Launch` of a kernel of `hopper/`, from the constexprs of the portable one."""
-    constexprs, scratch = constexprs | {"STAGES": config.num_stages}, descriptors * DESCRIPTOR_BYTES
+def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: int, descriptors: int = 2) -> dict:
+    """Fields of the `Launch` of a kernel of `hopper/` for so many `tiles` of each KV head, from the constexprs of the
+    portable one."""
+    constexprs = constexprs | {"STAGES": config.num_stages}
     del constexprs["INTERPRET"]
-    return {"kernel": kernel, "constexprs": constexprs, "num_warps": config.num_warps, "scratch": scratch}
+    return {
+        "kernel": kernel,
+        "constexprs": constexprs,
+        "grid": _grid(config, tiles, constexprs["KV_HEADS"] // constexprs.get("HEADS_TOGETHER", 1)),
+        "num_warps": config.num_warps,
+        "scratch": descriptors * DESCRIPTOR_BYTES,
+    }
 
 
-def _portable(kernel: Any, constexprs: dict[str, Any], config: Config) -> dict[str, Any]:
+def _heads_together(problem: Problem, config: Config, tiles: int) -> dict[str, int]:
+    """The constexpr that says how many heads a program takes: what the table says, or as many as divide the window and
+    leave programs enough. What the copy engine brings of a head that fills no tile ends with the head."""
+    heads = math.gcd(config.heads_together, problem.window) if problem.head_dim == block_d(problem.head_dim) else 1
+    while heads > 1 and tiles * problem.window < heads * MANY_PROGRAMS:
+        heads //= 2
+    return {"HEADS_TOGETHER": heads}
+
+
+def _portable(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: int) -> dict[str, Any]:
     """The same fields for a portable kernel."""
-    stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return {"kernel": kernel, "constexprs": constexprs, **stages}
+    return {
+        "kernel": kernel,
+        "constexprs": constexprs,
+        "grid": _grid(config, tiles, constexprs["KV_HEADS"]),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
-def _grid(problem: Problem, rows: int, block: int, entries: int, config: Config) -> tuple[int, int, int]:
-    """Programs for all tiles and heads, an upper bound from static shapes alone: see `tile.locate`, `tile_and_head`."""
-    tiles, together = rows // block + entries, config.tiles_together or 1
-    return -(-tiles // together) * together * problem.window, 1, 1
+def _grid(config: Config, tiles: int, heads: int) -> tuple[int, int, int]:
+    """Programs for all tiles of so many heads: see `tile.tile_and_head`."""
+    together = config.tiles_together or 1
+    return -(-tiles // together) * together * heads, 1, 1
+
+
+def _query_tiles(problem: Problem, config: Config, segments: int) -> int:
+    """Tiles of query rows of one KV head, an upper bound from static shapes alone: see `tile.locate`."""
+    return problem.tokens * problem.group // config.BLOCK_M + segments
+
+
+def _key_tiles(problem: Problem, config: Config, sequences: int) -> int:
+    """The same of keys."""
+    return problem.kv_tokens // config.BLOCK_N + sequences
 
 
 @functools.lru_cache(maxsize=_CACHED)
@@ -129,15 +162,16 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
     name = forward_kernel(problem)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
+    tiles = _query_tiles(problem, config, segments)
     if name == "forward":
-        chosen = _portable(attention_forward, constexprs, config)
+        chosen = _portable(attention_forward, constexprs, config, tiles)
     else:
         from .hopper.forward import attention_forward_hopper
 
-        chosen = _hopper(attention_forward_hopper, constexprs, config)
+        constexprs |= _heads_together(problem, config, tiles)
+        chosen = _hopper(attention_forward_hopper, constexprs, config, tiles)
     return Launch(
         target=problem.target,
-        grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "segments", "into_out", "into_lse"),
         scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(
@@ -182,16 +216,17 @@ def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) ->
     name, _ = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
+    tiles = _key_tiles(problem, config, sequences)
     if name == "backward_dkdv":
-        chosen = _portable(backward_dkdv, constexprs, config)
+        chosen = _portable(backward_dkdv, constexprs, config, tiles)
     else:
         from .hopper.dkdv import backward_dkdv_hopper
 
-        chosen = _hopper(backward_dkdv_hopper, constexprs, config)
+        constexprs |= _heads_together(problem, config, tiles)
+        chosen = _hopper(backward_dkdv_hopper, constexprs, config, tiles)
     shape, dtype = (problem.kv_tokens, problem.window, problem.head_dim), part.dtype or problem.dtype
     return Launch(
         target=problem.target,
-        grid=_grid(problem, problem.kv_tokens, config.BLOCK_N, sequences, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
         scalars={"n_sequences": sequences} | _scalars(problem, part),
         outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
@@ -206,15 +241,16 @@ def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> L
     _, name = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
+    tiles = _query_tiles(problem, config, segments)
     if name == "backward_dq":
-        chosen = _portable(backward_dq, constexprs, config)
+        chosen = _portable(backward_dq, constexprs, config, tiles)
     else:
         from .hopper.dq import backward_dq_hopper
 
-        chosen = _hopper(backward_dq_hopper, constexprs, config)
+        constexprs |= _heads_together(problem, config, tiles)
+        chosen = _hopper(backward_dq_hopper, constexprs, config, tiles)
     return Launch(
         target=problem.target,
-        grid=_grid(problem, problem.tokens * problem.group, config.BLOCK_M, segments, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "segments", "into_dq"),
         scalars={"n_segments": segments} | _scalars(problem, part),
         outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), part.dtype or problem.dtype),),
@@ -248,7 +284,6 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
     )
     fused = Launch(
         target=problem.target,
-        grid=_grid(problem, problem.kv_tokens, config.BLOCK_N, sequences, config),
         inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv", "into_sums"),
         scalars={"n_sequences": sequences} | _scalars(problem, WHOLE),
         outputs=(
@@ -257,7 +292,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
             Output("sums", shape, "float32"),
         ),
         in_place={"dk": "into_dk", "dv": "into_dv", "sums": "into_sums"},
-        **_hopper(backward_fused_hopper, constexprs, config, descriptors=3),
+        **_hopper(backward_fused_hopper, constexprs, config, _key_tiles(problem, config, sequences), descriptors=3),
     )
     finish = Launch(
         kernel=finish_dq,

@@ -33,8 +33,9 @@ def forward_kernel(problem: Problem) -> str:
 def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[str, str]:
     """Names in the tile tables of the dK/dV and the dQ kernel for `problem`."""
     strides = *problem.q_strides, *dout_strides
+    short = "_short" if _shorter(problem, SHORT) else ""
     return (
-        "hopper_dkdv" if _taken(problem, SHORT_DKDV, *strides) else "backward_dkdv",
+        f"hopper_dkdv{short}" if _taken(problem, SHORT_DKDV, *strides) else "backward_dkdv",
         f"hopper_dq{_size(problem)}" if _taken(problem, SHORT) else "backward_dq",
     )
 

@@ -9,15 +9,16 @@ of the sequence: what lies behind is read as zero, never as another sequence's.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
 from .pipeline import (
     block_of,
     issue_scores,
     load_block,
-    load_tile,
     make_barriers,
     make_stages,
+    opaque,
     specialize_warps,
     store_tile,
     wait_turn,
@@ -35,16 +36,19 @@ def _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(
+def _copy_keys(
     ptr, buffer, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr,
     STRIDE_T: gl.constexpr,
 ):  # fmt: skip
-    """Keys from `first` on into `buffer [64, BLOCK_D]`, once, by plain loads: a tile may cross borders of chunks."""
+    """Begin to copy keys from `first` on into `buffer [64, BLOCK_D]`, zero behind the last. Each row by itself, as a
+    tile may cross borders of chunks."""
     BLOCK_D: gl.constexpr = buffer.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
-    buffer.store(load_tile(ptr, rows * STRIDE_T, keys < n_keys, HEAD_DIM, BLOCK_D, LAYOUT))
+    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
+    mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
+    async_copy.async_copy_global_to_shared(buffer, ptr + (rows * STRIDE_T)[:, None] + dims[None, :], mask)
 
 
 @gluon.jit
@@ -83,57 +87,60 @@ def _block_tokens(first, block, TOKENS: gl.constexpr):
 @gluon.jit
 def _row_descriptor(
     ptr, kv_head, sequence_row, sequence_rows, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_T: gl.constexpr,
-    STRIDE_H: gl.constexpr, BOX: gl.constexpr,
+    STRIDE_H: gl.constexpr, BOX: gl.constexpr, HEADS_TOGETHER: gl.constexpr = 1,
 ):  # fmt: skip
-    """Descriptor of the query rows of one sequence, no others: the early half, and then the late one."""
+    """Descriptor of the query rows of one sequence, no others, [row, head, head_dim]: the early half, then the late."""
     return hopper.tma.make_tensor_descriptor(
-        ptr + kv_head * GROUP * STRIDE_H + sequence_row.to(gl.int64) * STRIDE_T, [sequence_rows, GROUP, HEAD_DIM],
-        [STRIDE_T, STRIDE_H, 1], BOX, gl.NVMMASharedLayout.get_default_for(BOX, ptr.dtype.element_ty),
+        ptr + kv_head * GROUP * STRIDE_H + sequence_row.to(gl.int64) * STRIDE_T,
+        [sequence_rows, GROUP * HEADS_TOGETHER, HEAD_DIM], [STRIDE_T, STRIDE_H, 1], BOX,
+        gl.NVMMASharedLayout.get_default_for(BOX, ptr.dtype.element_ty),
     )  # fmt: skip
 
 
 @gluon.jit
 def _producer(
     q_ptr, dout_ptr, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
-    q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL: gl.constexpr,
+    q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL: gl.constexpr,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, PACK: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HEADS_TOGETHER: gl.constexpr = 1,
 ):  # fmt: skip
     TOKENS: gl.constexpr = BLOCK_M // PACK
     BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     BOX: gl.constexpr = [TOKENS, PACK, BLOCK_D]
     # Descriptors are made while the consumers load their keys.
     q_desc = _row_descriptor(
-        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, BOX
+        q_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_QT, STRIDE_QH, BOX, HEADS_TOGETHER
     )  # fmt: skip
     dout_desc = _row_descriptor(
-        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, BOX
+        dout_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, STRIDE_DOT, STRIDE_DOH, BOX, HEADS_TOGETHER
     )  # fmt: skip
     rows = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0
-    # The whole blocks of the late half and of the early one, then the masked ones of both: most tiles have none of
-    # those, and would only wait here to learn it.
-    for run in range(4):
+    # Head after head, the whole blocks of the late half and of the early one, then the masked ones of both: most tiles
+    # have none of those, and would only wait here to learn it.
+    for run in range(4 * HEADS_TOGETHER):
         q_row, diagonal, kv_len, first, blocks, masked = _half(
             halves_ptr + run % 2 * 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
         )
-        for block in range(gl.where(run < 2, masked, 0), gl.where(run < 2, blocks, masked)):
+        head, is_whole = run // 4, run % 4 < 2
+        for block in range(gl.where(is_whole, masked, 0), gl.where(is_whole, blocks, masked)):
             begin, end = _block_tokens(first, block, TOKENS)
             tokens = begin + rows // PACK
             limit = gl.where(tokens < end, gl.minimum(diagonal + tokens + 1, kv_len), 0)
             row = q_row + begin - sequence_row
             for part in range(GROUP // PACK):
-                statistics = (q_row + tokens) * GROUP + part * PACK + rows % PACK
+                statistics = head * T.to(gl.int64) * GROUP + (q_row + tokens) * GROUP + part * PACK + rows % PACK
                 lse2 = gl.load(lse2_ptr + statistics, mask=tokens < end, other=float("inf"))
                 delta = gl.load(delta_ptr + statistics, mask=tokens < end, other=0.0)
                 stage = i % STAGES
+                place = [row, head * GROUP + part * PACK, 0]
                 wait_turn(empty, i, STAGES)
-                load_block(q_desc, [row, part * PACK, 0], q_full, q_smem, i, STAGES, BYTES)
+                load_block(q_desc, place, q_full, q_smem, i, STAGES, BYTES)
                 lse2_smem.index(stage).store(lse2)
                 limit_smem.index(stage).store(limit)
                 hopper.mbarrier.arrive(q_full.index(stage), count=1)
-                load_block(dout_desc, [row, part * PACK, 0], dout_full, dout_smem, i, STAGES, BYTES)
+                load_block(dout_desc, place, dout_full, dout_smem, i, STAGES, BYTES)
                 delta_smem.index(stage).store(delta)
                 hopper.mbarrier.arrive(dout_full.index(stage), count=1)
                 i += 1
@@ -168,11 +175,11 @@ def _consumer(
     warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr,
     STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
+    HEADS_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem = values[0]
     q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
-    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole = values[2]
+    first_key, n_keys, kv_row, kv_chunk, slot_rows, first_head, poison, blocks, whole = values[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -182,41 +189,59 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     first = first_key + warpgroup * 64
-
     k = k_smem.index(warpgroup)
     v = v_smem.index(warpgroup)
-    head = window_head.to(gl.int64)
-    _load_keys(k_ptr + head * STRIDE_KH, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
-    _load_keys(v_ptr + head * STRIDE_VH, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
-    hopper.fence_async_shared()
-    gl.thread_barrier()
+    k_ptr += first_head.to(gl.int64) * STRIDE_KH
+    v_ptr += first_head.to(gl.int64) * STRIDE_VH
+    _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
+    _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
+    async_copy.commit_group()
+    for n in range(HEADS_TOGETHER):
+        # Blocks are numbered through all heads, as the producer brings them.
+        begin, end = n * blocks, (n + 1) * blocks
+        last_whole = begin + whole
+        async_copy.wait_group(0)
+        hopper.fence_async_shared()
+        gl.thread_barrier()
 
-    keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-    zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
-    dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
-    dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
-    # The scores of a block are queued behind dK of the one before: the tensor cores work while dK is collected.
-    if blocks > 0:
-        scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
-        dk_token, dv_token = _block(
-            scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, 0, whole,
-            S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
-        )  # fmt: skip
-        for i in range(1, blocks):
-            scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
-            dk, dv = hopper.warpgroup_mma_wait(1, [dk_token, dv_token])
-            hopper.mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
+        keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+        zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
+        dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+        dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
+        # The scores of a block are queued behind dK of the one before: the tensor cores work while dK is collected.
+        if blocks > 0:
+            scores = issue_scores(k, q_smem, q_full, begin, zero, STAGES)
             dk_token, dv_token = _block(
-                scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i,
-                whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+                scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, begin,
+                last_whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
             )  # fmt: skip
-        dk, dv = hopper.warpgroup_mma_wait(0, [dk_token, dv_token])
+            for i in range(begin + 1 if HEADS_TOGETHER == 1 else opaque(begin + 1), end):
+                scores = issue_scores(k, q_smem, q_full, i, zero, STAGES)
+                dk, dv = hopper.warpgroup_mma_wait(1, [dk_token, dv_token])
+                hopper.mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
+                dk_token, dv_token = _block(
+                    scores, dk, dv, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, dout_full, i,
+                    last_whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
+                )  # fmt: skip
+            dk, dv = hopper.warpgroup_mma_wait(0, [dk_token, dv_token])
+            if HEADS_TOGETHER > 1:  # only then: it made the loop above 10 % slower
+                hopper.mbarrier.arrive(empty.index((end - 1) % STAGES), count=1)
 
-    keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
-    rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
-    valid = gl.where(poison, float("nan"), 1.0)
-    store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)
-    store_tile(dk_ptr, rows, keys < n_keys, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
+        if HEADS_TOGETHER > 1:
+            k_ptr += STRIDE_KH
+            v_ptr += STRIDE_VH
+            gl.thread_barrier()
+            if n < HEADS_TOGETHER - 1:  # the next keys come while these results leave
+                _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
+                _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
+                async_copy.commit_group()
+        keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
+        inside = keys < n_keys
+        rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
+        places = (rows * KV_HEADS + first_head + n) * HEAD_DIM
+        valid = gl.where(poison, float("nan"), 1.0)
+        store_tile(dv_ptr, places, inside, dv * valid, HEAD_DIM, ACCUMULATE)
+        store_tile(dk_ptr, places, inside, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
 
 
 @gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
@@ -227,14 +252,15 @@ def backward_dkdv_hopper(
     SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr, STRIDE_KT: gl.constexpr,
     STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, STRIDE_DOT: gl.constexpr,
     STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, HEADS_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """Arguments and results: `zigzag_kernels.backward.backward_dkdv`. BLOCK_N is 128: 64 keys a consumer."""
     # Heads of one TMA box: as many of the group as a power of two divides; the others are further blocks.
     POWER: gl.constexpr = GROUP & -GROUP
     PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M
     TOKENS: gl.constexpr = BLOCK_M // PACK
-    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    tile, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
+    window_head = heads * HEADS_TOGETHER
     entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
         sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
     )
@@ -273,11 +299,12 @@ def backward_dkdv_hopper(
     specialize_warps(
         _consumer, (
             values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M,
-            BLOCK_D, STAGES, ACCUMULATE,
+            BLOCK_D, STAGES, HEADS_TOGETHER, ACCUMULATE,
         ), WARPGROUPS,
         (_producer, (
             q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
-            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL, GROUP,
+            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL, GROUP,
             HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+            HEADS_TOGETHER,
         ), 4),
     )  # fmt: skip

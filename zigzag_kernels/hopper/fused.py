@@ -12,9 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
-from .dkdv import _block_tokens, _half, _key_rows, _load_keys, _producer, _row_descriptor
+from .dkdv import _block_tokens, _copy_keys, _half, _key_rows, _producer, _row_descriptor
 from .pipeline import block_of, issue_scores, make_barriers, make_stages, specialize_warps, store_tile
 
 
@@ -153,8 +154,12 @@ def _consumer(
     k = k_smem.index(warpgroup)
     v = v_smem.index(warpgroup)
     head = window_head.to(gl.int64)
-    _load_keys(k_ptr + head * STRIDE_KH, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
-    _load_keys(v_ptr + head * STRIDE_VH, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
+    k_ptr += head * STRIDE_KH
+    v_ptr += head * STRIDE_VH
+    _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
+    _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
     hopper.fence_async_shared()
     gl.thread_barrier()
 
@@ -258,7 +263,7 @@ def backward_fused_hopper(
         ), 2,
         (_producer, (
             q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
-            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, CAUSAL, GROUP,
+            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL, GROUP,
             HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         ), 1),
         (_writer, (
