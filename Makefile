@@ -27,7 +27,7 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/offline \
 		triton==3.6.0 jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')
 	PYTHONPATH=$(VENV)/offline $(BIN)/python -m pytest -n auto -k compile $(ARGS) \
-		tests/test_hopper.py tests/test_sanitize.py tests/test_jax.py tests/test_jax_parallel.py
+		tests/test_hopper.py tests/test_launch.py tests/test_sanitize.py tests/test_jax.py tests/test_jax_parallel.py
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check

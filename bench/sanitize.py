@@ -12,7 +12,6 @@ kernel, side by side; "control" are the kernels of `sanitizer_control.py`, corre
 import argparse
 import ast
 import collections
-import contextvars
 import functools
 import itertools
 import os
@@ -63,17 +62,11 @@ def find_binary() -> str | None:
     return next((str(place) for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 
-def _call(launch, kernel, arguments, options):
-    """In place of `zigzag_torch.launch._call`: scratch memory is zero, as initcheck does not see the descriptors that
-    kernels make in it."""
+def _zeros(size):
+    """In place of `zigzag_torch.launch.scratch`: initcheck does not see the descriptors that kernels make in it."""
     import torch
-    import triton
 
-    def call():
-        triton.set_allocator(lambda size, alignment, stream: torch.zeros(size, dtype=torch.int8, device="cuda"))
-        return kernel(*arguments, **options)
-
-    return contextvars.copy_context().run(call)
+    return torch.zeros(size, dtype=torch.int8, device="cuda")
 
 
 def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str]:
@@ -82,22 +75,24 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
 
     Returns the names of the kernels.
     """
+    from zigzag_torch import launch as torch_launch
+
+    zeroed = mock.patch.object(torch_launch, "scratch", _zeros)
     if kind == CONTROL:
         import sanitizer_control
 
-        return sanitizer_control.launch(_call)
+        with zeroed:
+            return sanitizer_control.launch()
     import ranks
     import timing
     from cases import Case
     from planning import Planning
-    from zigzag_torch import launch as torch_launch
 
     names = set()
     for head_dim in (64, 128):
         sizes = {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": "bfloat16", "padding": 3}
         case = Case(name=f"head_dim {head_dim}", world_size=2, lengths=lengths, **sizes)
         tensors = timing.inputs(case, device)
-        zeroed = mock.patch.object(torch_launch, "_call", _call)
         with Planning(ZIGZAG_HOPPER=KINDS[kind]) as planning, zeroed:
             if kind == "hopper":
                 for deterministic in (True, False):

@@ -18,6 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
+from zigzag_torch.launch import with_scratch
+
 TILES, PROGRAMS = 5, 2
 ROWS = gl.constexpr(64)
 STAGES = gl.constexpr(2)
@@ -37,18 +39,15 @@ def constants(name: str) -> dict:
     return {"NAME": name, "TILES": TILES} | dict(zip(FLAGS, VARIANTS[name], strict=True))
 
 
-def launch(call) -> set[str]:
-    """Launch every variant by `call`, as `zigzag_torch.launch._call`; `AssertionError` if a correct one is wrong.
-
-    Returns the names of the kernels.
-    """
+def launch() -> set[str]:
+    """Launch every variant, and return the names of the kernels; `AssertionError` if a correct one is wrong."""
     rows = int(ROWS)
     # Integers so small that every product and sum is exact.
     x, own = (torch.randint(-3, 4, (n * rows, rows), device="cuda").half() for n in (TILES, 1))
     tiles = x.float().view(TILES, rows, rows)
     for name in VARIANTS:
         out = torch.full((PROGRAMS, 2, rows, rows), float("nan"), device="cuda")
-        call(None, _control[(PROGRAMS,)], (x, own, out), constants(name))
+        with_scratch(_control[(PROGRAMS,)], x, own, out, **constants(name))
         expected = (own.float() @ tiles if name == "wgmma" else tiles).sum(0)
         assert name == "race" or torch.equal(out, expected.expand_as(out)), f"{name} is wrong"
     return {f"control_{name}" for name in VARIANTS}

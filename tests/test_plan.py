@@ -20,11 +20,11 @@ from zigzag_torch import launch as torch_launch
 TARGETS = {"sm_80": "8.0", "sm_86": "8.6", "sm_90": "9.0"}
 
 
-def problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=2):
+def problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=2, gluon=False):
     q = ((tokens, 8, head_dim), dtype, (8 * head_dim, head_dim))
     kv = ((world_size * tokens, 2, head_dim), dtype, (2 * head_dim, head_dim))
     return make_problem(
-        q, kv, kv, sequences=3, world_size=world_size, causal=True, softmax_scale=None, target=target
+        q, kv, kv, sequences=3, world_size=world_size, causal=True, softmax_scale=None, target=target, gluon=gluon
     )  # fmt: skip
 
 

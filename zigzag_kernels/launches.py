@@ -1,5 +1,6 @@
 """What a front end is asked to launch, in plain values: `Launch`."""
 
+import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,12 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
     scratch: int = 0  # bytes of global memory for each program, aligned to 128, that the launch has to provide
+
+    @functools.cached_property
+    def places(self) -> tuple[int | None, ...]:
+        """Of each output the number of the input whose memory it shares."""
+        places = (self.in_place.get(output.name) for output in self.outputs)
+        return tuple(None if place is None else self.inputs.index(place) for place in places)
 
     def __post_init__(self):
         # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.

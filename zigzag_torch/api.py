@@ -17,7 +17,7 @@ from zigzag_kernels.problem import (
 from . import ops, parallel, reference
 from .agreement import describe_group, refuse, resolve
 from .collectives import common_rank
-from .launch import choose_backend, target
+from .launch import choose_backend
 from .shard import as_rank, check_batch, check_tensor
 
 
@@ -177,17 +177,8 @@ def _check(
     if batch.cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {batch.cu_seqlens.device}")
     problem = ops.problem_of(
-        q,
-        k,
-        v,
-        sequences=batch.cu_seqlens.shape[0] - 1,
-        world_size=world_size,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        target=target(backend, q.device),
-        kv_layout=kv_layout,
-        deterministic=deterministic,
-    )
+        q, k, v, batch.cu_seqlens, world_size, causal, softmax_scale, backend, kv_layout, deterministic
+    )  # fmt: skip
     return backend, batch, problem
 
 

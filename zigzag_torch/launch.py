@@ -2,8 +2,9 @@
 
 import contextvars
 import functools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,6 +14,9 @@ from . import profiling
 
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch, Output
+
+# How Triton 3.6 declares what its function in C takes besides the kernel's own arguments; 3.7 and later have another.
+IN_C = "iiiKKppOOOOOO"
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
@@ -52,63 +56,97 @@ def allocate(output: "Output", device: torch.device) -> torch.Tensor:
 def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Execute `launch` on the device of its arrays, asynchronously; returns its outputs: those to be written in place
     are the arrays given for them, all others new."""
-    inputs = dict(zip(launch.inputs, (first, *others), strict=True))
-    outputs = []
-    for output in launch.outputs:
-        place = launch.in_place.get(output.name)
-        given = inputs[place] if place else None
-        x = allocate(output, first.device) if given is None else given
-        if place:
+    inputs, outputs = [first, *others], []
+    for output, place in zip(launch.outputs, launch.places, strict=True):
+        x = None if place is None else inputs[place]
+        if x is None:
+            x = allocate(output, first.device)
+        if place is not None:
             inputs[place] = x
         outputs.append(x)
     execute = _interpret if launch.target == backends.INTERPRET else _start
-    with torch.cuda.device_of(first), profiling.region(launch.kernel.fn.__name__, first.device):
-        execute(launch, tuple(inputs.values()), tuple(outputs))
+    with torch.cuda._DeviceGuard(first.get_device()), profiling.region(launch.kernel.fn.__name__, first.device):
+        execute(launch, inputs, outputs)
     return tuple(outputs)
 
 
-def _interpret(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
+def _interpret(launch: "Launch", inputs: list, outputs: list) -> None:
     from zigzag_kernels import plan
 
     with plan.INTERPRETER:
         launch.kernel[launch.grid](*inputs, *launch.scalars.values(), *outputs, **launch.constexprs)
 
 
-def _start(launch: "Launch", inputs: tuple, outputs: tuple) -> None:
-    """Launch the compiled kernel, which Triton's own call looks up by all arguments and options, in three times the
-    time. It is the same one for inputs of the same types that Triton calls aligned alike, under the same settings;
-    outputs are among them, or new and so always alike."""
-    from triton import knobs
-
-    arguments = *inputs, *launch.scalars.values(), *outputs
+def _start(launch: "Launch", inputs: list, outputs: list) -> None:
+    """Launch the compiled kernel, which Triton's own call looks up by all arguments and options. It is the same one for
+    inputs of the same types on the same devices that Triton calls aligned alike, under the same settings; outputs are
+    among them, or new and so always alike."""
+    knobs, kernels = _compiled(launch)
+    scalars, pointers = launch.scalars.values(), [x.data_ptr() for x in inputs]
     settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    key = inputs[0].device, settings, *[x.dtype for x in inputs], *[x.data_ptr() % 16 == 0 for x in inputs]
-    started = _started(launch)
-    if key in started:
-        kernel, constants = started[key]
-        _call(launch, kernel, (*arguments, *constants), {})
+    key = *settings, *[x.dtype for x in inputs], *[x.get_device() for x in inputs], *[x & 15 for x in pointers]
+    if start := kernels.get(key):
+        start(*pointers, *scalars, *[x.data_ptr() for x in outputs])
         return
+    arguments = *inputs, *scalars, *outputs
     options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = _call(launch, launch.kernel[launch.grid], arguments, options)
+    compiled = with_scratch(launch.kernel[launch.grid], *arguments, **options)
     if compiled is not None:
-        constants = tuple(launch.constexprs[name] for name in launch.kernel.arg_names[len(arguments) :])
-        started[key] = compiled[launch.grid], constants
+        constants = [launch.constexprs[name] for name in launch.kernel.arg_names[len(arguments) :]]
+        kernels[key] = _again(compiled, launch.grid, inputs[0].get_device(), constants)
 
 
 @functools.lru_cache(maxsize=4096)
-def _started(launch: "Launch") -> dict:
-    """{what a compiled kernel depends on: (the kernel with its grid, the constants that follow the arguments)}."""
-    return {}
+def _compiled(launch: "Launch") -> tuple[Any, dict[tuple, Callable]]:
+    """(Triton's settings, {what a compiled kernel depends on: what launches it again})."""
+    from triton import knobs
+
+    return knobs, {}
 
 
-def _call(launch: "Launch", kernel: Callable, arguments: tuple, options: dict):
-    if launch.scratch:  # in a context of its own, so that the allocator that the user has set stays
-        return contextvars.copy_context().run(_with_scratch, kernel, arguments, options)
-    return kernel(*arguments, **options)
+def _again(compiled: Any, grid: tuple[int, int, int], device: int, constants: list) -> Callable:
+    """What launches `compiled` with given pointers and numbers, and `constants` behind them, on the current `device`.
+
+    Where it is known, it calls the function in C that `compiled[grid]` comes to, without what Triton prepares for
+    hooks: if there are any, the call is Triton's.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.nvidia import driver
+
+    call, launcher, active = compiled[grid], compiled.run, cast(Any, triton.runtime.driver.active)
+
+    def through_triton(*arguments) -> None:
+        with_scratch(call, *arguments, *constants)
+
+    known = getattr(driver, "_BASE_ARGS_FORMAT", None) == IN_C and type(launcher) is driver.CudaLauncher
+    if not known or launcher.profile_scratch_size:
+        return through_triton
+    launch, flags = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    size = launcher.global_scratch_size * launcher.num_ctas * math.prod(grid)
+    function, metadata = compiled.function, compiled.packed_metadata
+    stream_of, runtime = active.get_current_stream, knobs.runtime
+
+    def start(*arguments) -> None:
+        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(before, "calls", before) or getattr(after, "calls", after):
+            through_triton(*arguments)
+            return
+        stream, memory = stream_of(device), scratch(size) if size else None
+        launch(*grid, stream, function, *flags, memory, None, metadata, None, None, None, *arguments, *constants)
+
+    return start
 
 
-def _with_scratch(kernel: Callable, arguments: tuple, options: dict):
+def scratch(size: int) -> torch.Tensor:
+    """Memory for the descriptors of a launch on the current stream, freed for what follows there."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def with_scratch(kernel: Callable, *arguments, **options):
+    """Call `kernel`, which gets its scratch memory from `scratch`; the allocator that the user has set stays."""
     import triton
 
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    return kernel(*arguments, **options)
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, lambda size, alignment, stream: scratch(size))
+    return context.run(kernel, *arguments, **options)

@@ -83,41 +83,49 @@ def _in_plain_values(shape, dtype, strides) -> tuple[tuple[int, ...], str, tuple
     return tuple(shape), str(dtype).removeprefix("torch."), strides[:2] if len(shape) == 3 else (0, 0)
 
 
-@functools.lru_cache(maxsize=1024, typed=True)  # typed, as True is 1.0, and refused
-def _known_problem(*arrays, **facts) -> Problem:
-    q, k, v = (_in_plain_values(*x) for x in arrays)
-    return make_problem(q, k, v, **facts)
-
-
-def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts) -> Problem:
-    """`make_problem` of tensors; the layers and steps of a model ask for the same one again and again."""
+def problem_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, world_size, causal, softmax_scale, backend,
+    kv_layout, deterministic, gluon=False,
+) -> Problem:  # fmt: skip
+    """`make_problem` of tensors, `table` with a row more than there are sequences; the layers and steps of a model ask
+    for the same one again and again."""
+    given = (
+        (q.shape, q.dtype, q.stride()),
+        (k.shape, k.dtype, k.stride()),
+        (v.shape, v.dtype, v.stride()),
+        table.shape[0] - 1,
+        world_size,
+        causal,
+        softmax_scale,
+        launch.target(backend, q.device),
+        kv_layout,
+        deterministic,
+        gluon,
+    )
     if not torch.compiler.is_compiling():  # traces it, and warns of caches
-        arrays = [(x.shape, x.dtype, x.stride()) for x in (q, k, v)]
         try:
-            return _known_problem(*arrays, **facts)
+            return _known_problem(*given)
         except TypeError:  # what is not even hashable is refused in words
             pass
-    return make_problem(describe(q), describe(k), describe(v), **facts)
+    return _make_problem(*given)
 
 
-def _problem(
-    q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, *others
-) -> Problem:
-    """Of a call whose kernels read `others` too."""
-    return problem_of(
-        q,
-        k,
-        v,
-        sequences=sequences.shape[0] - 1,
+def _make_problem(q, k, v, sequences, world_size, causal, softmax_scale, target, kv_layout, deterministic, gluon):
+    return make_problem(
+        *(_in_plain_values(*x) for x in (q, k, v)),
+        sequences=sequences,
         world_size=world_size,
         causal=causal,
         softmax_scale=softmax_scale,
-        target=launch.target(backend, q.device),
-        gluon=launch.can_launch_gluon(backend, k, v, *others),
+        target=target,
         kv_layout=kv_layout,
-        kv_rows=k.shape[0] if kv_layout == CONTIGUOUS else None,
+        kv_rows=k[0][0] if kv_layout == CONTIGUOUS else None,
         deterministic=deterministic,
+        gluon=gluon,
     )
+
+
+_known_problem = functools.lru_cache(maxsize=1024, typed=True)(_make_problem)  # typed, as True is 1.0, and refused
 
 
 @operator("zigzag::segment_tables")
@@ -162,7 +170,10 @@ def attention_forward(
     """(out `[T, heads, head_dim]`, lse `[heads, T]` float32); `deterministic` is for the backward pass."""
     from zigzag_kernels import plan
 
-    problem = _problem(q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic)
+    gluon = launch.can_launch_gluon(backend, k, v)
+    problem = problem_of(
+        q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, gluon
+    )  # fmt: skip
     return plan.forward(launch.run, problem, q, k, v, segments)
 
 
@@ -193,8 +204,9 @@ def attention_backward(
     from zigzag_kernels import plan
 
     dout = last_dim_contiguous(dout)
-    problem = _problem(
-        q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, q, dout
+    gluon = launch.can_launch_gluon(backend, k, v, q, dout)
+    problem = problem_of(
+        q, k, v, sequences, world_size, causal, softmax_scale, backend, kv_layout, deterministic, gluon
     )  # fmt: skip
     return plan.backward(
         launch.run,
