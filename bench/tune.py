@@ -79,7 +79,8 @@ class Trial:
 def candidates(kernel, head_dim, dtype, target):
     """Every configuration of `kernel` worth a try: blocks that fit, at least 4 warps, up to 4 stages."""
     blocks, warps = (32, 64, 128, 192, 256), (4,) if kernel in HOPPER_KERNELS else (4, 8)
-    every = itertools.starmap(Config, itertools.product(blocks, blocks[:-1], warps, (1, 2, 3, 4), (0, 1)))
+    heads = (1, 2, 4, 8) if kernel.endswith(("_few", "_short")) else (1,)
+    every = itertools.starmap(Config, itertools.product(blocks, blocks[:-1], warps, (1, 2, 3, 4), (0, 1), heads))
     return [config for config in every if fits(kernel, config, head_dim, dtype, target) is None]
 
 

@@ -50,12 +50,13 @@ def test_the_rules_that_take_them(monkeypatch):
         short = hopper.forward_kernel(problem(sequences=64, head_dim=64))
         assert short == ("hopper_forward_short" if value else "forward")
         short = hopper.backward_kernels(problem(sequences=64, head_dim=64), DOUT_STRIDES)
-        assert short == (("hopper_dkdv", "hopper_dq_short") if value else PORTABLE)
+        assert short == (("hopper_dkdv_short", "hopper_dq_short") if value else PORTABLE)
         medium = hopper.backward_kernels(problem(sequences=16, head_dim=64), DOUT_STRIDES)
         assert medium == ("hopper_dkdv", "hopper_dq_few")
         shorter = hopper.backward_kernels(problem(sequences=32, head_dim=64), DOUT_STRIDES)
         assert shorter == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq_few")
-        assert hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_short")
+        short = hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES)
+        assert short == ("hopper_dkdv_short", "hopper_dq_short")
         assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
         assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)
         small = problem(head_dim=64, deterministic=False)
@@ -78,6 +79,28 @@ def test_the_rules_that_take_them(monkeypatch):
     monkeypatch.delenv(hopper.VARIABLE)
     monkeypatch.setattr(triton, "__version__", "3.9.0")
     assert hopper.forward_kernel(problem()) == "forward"
+
+
+def test_how_many_heads_a_program_takes(monkeypatch):
+    """What the table says of short sequences, but no number that does not divide the window, leaves too few programs,
+    or makes the copy engine read a head's neighbour."""
+    table = config.Config(128, 64, 4, 4, heads_together=8)
+
+    def heads(tiles, table=table, **shapes):
+        return plan._heads_together(problem(**shapes), table, tiles)["HEADS_TOGETHER"]
+
+    enough = plan.MANY_PROGRAMS
+    assert [heads(tiles) for tiles in (enough, enough // 2, enough // 4, enough // 8, 1)] == [8, 4, 2, 1, 1]
+    assert heads(enough, config.Config(128, 64, 4, 4)) == 1
+    assert heads(enough, config.Config(128, 64, 4, 4, heads_together=6)) == 2
+    assert heads(enough, head_dim=96) == 1
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    launch = plan._forward_launch.__wrapped__(problem(sequences=64), plan.WHOLE)
+    assert launch.constexprs["HEADS_TOGETHER"] == 8
+    assert launch.grid == (8192 * 4 // 128 + 2 * 64 + 1, 1, 1)  # one head's tiles, whose programs take all eight
+    for name, can in (("hopper_dq", True), ("hopper_fused", False), ("backward_dq", False)):
+        refused = config.fits(name, config.Config(64, 128, 4, 1, heads_together=2), 64, "bfloat16", "9.0")
+        assert (refused != "1 as heads_together") == can
 
 
 def test_which_jax_can_launch_them(monkeypatch):

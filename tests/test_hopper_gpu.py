@@ -98,6 +98,22 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
     assert forced == PAIR
 
 
+@pytest.mark.parametrize("case", [replace(UNEVEN, heads=16, kv_heads=8), replace(PLAIN, heads=12, kv_heads=4)], ids=str)
+def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypatch):
+    """Each head's rows and keys come while those of the head before are at work, through the same buffers."""
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = *rank_arrays(case, rank, inputs), rank, "triton"
+        alone = frameworks.attend_torch(case, *arrays)
+        assert forced == PAIR
+        for heads in (2, 4, case.kv_heads):
+            with monkeypatch.context() as patch:
+                patch.setattr(plan, "_heads_together", lambda *_, heads=heads: {"HEADS_TOGETHER": heads})
+                together = frameworks.attend_torch(case, *arrays)
+            for name in RESULTS:
+                assert together[name].tobytes() == alone[name].tobytes(), f"rank {rank}, {heads} heads: {name}"
+
+
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
 def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
     inputs, rank = make_inputs(case), case.world_size // 2

@@ -39,7 +39,7 @@ def test_the_search_ranks_by_the_mean_and_keeps_what_failed():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_candidates_fit_and_have_what_is_shipped(kernel, head_dim):
     found = tune.candidates(kernel, head_dim, "bfloat16", "9.0")
-    assert len(found) == len(set(found)) < 200
+    assert len(found) == len(set(found)) < 300
     assert all(config.fits(kernel, x, head_dim, "bfloat16", "9.0") is None for x in found)
     assert config.choose_config(kernel, head_dim, "bfloat16", "9.0") in found
 
