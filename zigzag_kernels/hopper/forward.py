@@ -89,22 +89,22 @@ def _consumer(
     last_row = q_len * GROUP
     first = row + warpgroup * 64
 
+    q_buffer = q_smem.index(warpgroup)
+    q = load_queries(q_ptr, first, last_row, q_row, first_kv_head, GROUP, HEAD_DIM, BLOCK_D, STRIDE_QT, STRIDE_QH)
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
     limit = gl.minimum(diagonal + rows // GROUP + 1, kv_len)
     seen_by_all = gl.minimum(diagonal + first // GROUP + 1, kv_len)
     zero = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    _, _, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
-    hidden, first_ragged = blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
-    q_buffer = q_smem.index(warpgroup)
-    q = load_queries(q_ptr, first, last_row, q_row, first_kv_head, GROUP, HEAD_DIM, BLOCK_D, STRIDE_QT, STRIDE_QH)
     for n in range(HEADS_TOGETHER):
         kv_head = first_kv_head + n
-        # Blocks are numbered through all heads, as the producer brings them.
-        begin, end = n * blocks, (n + 1) * blocks
-        masked, ragged = begin + hidden, begin + first_ragged
         q_buffer.store(q)
         hopper.fence_async_shared()
         gl.thread_barrier()
+        _, _, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
+        hidden, first_ragged = blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
+        # Blocks are numbered through all heads, as the producer brings them.
+        begin, end = n * blocks, (n + 1) * blocks
+        masked, ragged = begin + hidden, begin + first_ragged
         maximum = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([64, BLOCK_D], gl.float32, O_LAYOUT)
