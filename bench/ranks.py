@@ -138,7 +138,10 @@ class Player:
         return torch.zeros(shape, dtype=torch.float32, device=self.k.device)
 
     def check(self, windows, tensors):
-        """`AssertionError` unless one launch agrees with float32, windows with it bit for bit, and the ring closely."""
+        """`AssertionError` unless one launch agrees with float32, and windows and the ring closely with it.
+
+        Windows may take other tiles than one launch, as fewer heads have fewer rows.
+        """
         name = f"{self.case}, rank {self.rank}"
         out, dq, dk, dv = results = self.whole.results()
         last = self.case.kv_heads - 1
@@ -148,7 +151,7 @@ class Player:
         sums = torch.cat(kept, 2)
         results = in_windows, dq_in_windows, *sums
         for what, a, b in zip(("out", "dq", "dk", "dv"), results, (out, dq, dk, dv), strict=True):
-            assert torch.equal(a.to(b.dtype), b), f"{name}: {what} of windows is not that of one launch"
+            timing.check_close(f"{name}: {what} of windows", a, b)
         around, ring_lse = self.ring_forward()
         carried = self.new_sums()
         dq_around, *_ = self.ring_backward(around, ring_lse, carried)
