@@ -1,5 +1,6 @@
 """The kernels for Hopper: when they are taken, how JAX launches them, and that they compile within their budgets."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_the_rules_that_take_them(monkeypatch):
 
 def test_how_many_heads_a_program_takes(monkeypatch):
     """What the table says of short sequences, but no number that does not divide the window, leaves too few programs,
-    or makes the copy engine read a head's neighbour."""
+    or whose keys the copy engine cannot take for columns of one row."""
     table = config.Config(128, 64, 4, 4, heads_together=8)
 
     def heads(tiles, table=table, **shapes):
@@ -94,6 +95,9 @@ def test_how_many_heads_a_program_takes(monkeypatch):
     assert heads(enough, config.Config(128, 64, 4, 4)) == 1
     assert heads(enough, config.Config(128, 64, 4, 4, heads_together=6)) == 2
     assert heads(enough, head_dim=96) == 1
+    for name in ("k_strides", "v_strides"):
+        apart = dataclasses.replace(problem(), **{name: (2048, 256)})
+        assert plan._heads_together(apart, table, enough) == {"HEADS_TOGETHER": 1}
     monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
     launch = plan._forward_launch.__wrapped__(problem(sequences=64), plan.WHOLE)
     assert launch.constexprs["HEADS_TOGETHER"] == 8

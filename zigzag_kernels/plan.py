@@ -121,8 +121,9 @@ def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: int,
 
 def _heads_together(problem: Problem, config: Config, tiles: int) -> dict[str, int]:
     """The constexpr that says how many heads a program takes: what the table says, or as many as divide the window and
-    leave programs enough. What the copy engine brings of a head that fills no tile ends with the head."""
-    heads = math.gcd(config.heads_together, problem.window) if problem.head_dim == block_d(problem.head_dim) else 1
+    leave programs enough. The copy engine takes them for columns of one row: they have to follow each other there."""
+    strides = problem.k_strides[1], problem.v_strides[1], block_d(problem.head_dim)
+    heads = math.gcd(config.heads_together, problem.window) if {*strides} == {problem.head_dim} else 1
     while heads > 1 and tiles * problem.window < heads * MANY_PROGRAMS:
         heads //= 2
     return {"HEADS_TOGETHER": heads}

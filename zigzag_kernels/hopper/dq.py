@@ -35,23 +35,21 @@ from .pipeline import (
 @gluon.jit
 def _producer(
     k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
-    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr,
-    STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, BYTES: gl.constexpr, HEADS_TOGETHER: gl.constexpr,
+    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_VT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    HEADS_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
         # Descriptors are made while the consumers load their rows, that of V while the first keys are on their way.
         k_desc = key_descriptor(
-            k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_KH, BLOCK_N, BLOCK_D,
-            HEADS_TOGETHER,
-        )  # fmt: skip
+            k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D, HEADS_TOGETHER
+        )
         slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
         load_block(k_desc, [slot, row, 0], k_full, k_smem, 0, STAGES, BYTES)
         v_desc = key_descriptor(
-            v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, STRIDE_VH, BLOCK_N, BLOCK_D,
-            HEADS_TOGETHER,
-        )  # fmt: skip
+            v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D, HEADS_TOGETHER
+        )
         load_block(v_desc, [slot, row, 0], v_full, v_smem, 0, STAGES, BYTES)
         head = 0
         for i in range(1, blocks * HEADS_TOGETHER):
@@ -59,8 +57,8 @@ def _producer(
                 i, blocks, chunk, start, head, seen, kv_row, kv_chunk, SLOTS, BLOCK_N, HEADS_TOGETHER
             )
             wait_turn(empty, i, STAGES)
-            load_block(k_desc, [slot, row, head * STRIDE_KH], k_full, k_smem, i, STAGES, BYTES)
-            load_block(v_desc, [slot, row, head * STRIDE_VH], v_full, v_smem, i, STAGES, BYTES)
+            load_block(k_desc, [slot, row, head * HEAD_DIM], k_full, k_smem, i, STAGES, BYTES)
+            load_block(v_desc, [slot, row, head * HEAD_DIM], v_full, v_smem, i, STAGES, BYTES)
 
 
 @gluon.jit
@@ -211,6 +209,6 @@ def backward_dq_hopper(
         ), WARPGROUPS,
         (_producer, (
             k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM,
-            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_N, BLOCK_D, STAGES, BYTES, HEADS_TOGETHER,
+            STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES, HEADS_TOGETHER,
         ), 4),
     )  # fmt: skip

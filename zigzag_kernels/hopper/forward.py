@@ -39,23 +39,21 @@ HIDDEN = gl.constexpr(-(2.0**100))
 @gluon.jit
 def _producer(
     k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows,
-    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr,
-    STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, BYTES: gl.constexpr, HEADS_TOGETHER: gl.constexpr,
+    SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_VT: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    HEADS_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     chunk, start, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
     if blocks > 0:
         # Descriptors are made while the consumers load their queries, that of V while the first keys are on their way.
         k_desc = key_descriptor(
-            k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_KH, BLOCK_N, BLOCK_D,
-            HEADS_TOGETHER,
-        )  # fmt: skip
+            k_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, BLOCK_N, BLOCK_D, HEADS_TOGETHER
+        )
         slot, row = block_place(chunk, start, kv_row, kv_chunk, SLOTS)
         load_block(k_desc, [slot, row, 0], k_full, k_smem, 0, STAGES, BYTES)
         v_desc = key_descriptor(
-            v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, STRIDE_VH, BLOCK_N, BLOCK_D,
-            HEADS_TOGETHER,
-        )  # fmt: skip
+            v_ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT, BLOCK_N, BLOCK_D, HEADS_TOGETHER
+        )
         head = 0
         for i in range(1, blocks * HEADS_TOGETHER):  # V runs one block behind K, in the order of use
             v_slot, v_row, v_head = slot, row, head
@@ -63,10 +61,10 @@ def _producer(
                 i, blocks, chunk, start, head, seen, kv_row, kv_chunk, SLOTS, BLOCK_N, HEADS_TOGETHER
             )
             wait_turn(empty, i, STAGES)
-            load_block(k_desc, [slot, row, head * STRIDE_KH], k_full, k_smem, i, STAGES, BYTES)
-            load_block(v_desc, [v_slot, v_row, v_head * STRIDE_VH], v_full, v_smem, i - 1, STAGES, BYTES)
+            load_block(k_desc, [slot, row, head * HEAD_DIM], k_full, k_smem, i, STAGES, BYTES)
+            load_block(v_desc, [v_slot, v_row, v_head * HEAD_DIM], v_full, v_smem, i - 1, STAGES, BYTES)
         wait_turn(empty, blocks * HEADS_TOGETHER, STAGES)
-        load_block(v_desc, [slot, row, head * STRIDE_VH], v_full, v_smem, blocks * HEADS_TOGETHER - 1, STAGES, BYTES)
+        load_block(v_desc, [slot, row, head * HEAD_DIM], v_full, v_smem, blocks * HEADS_TOGETHER - 1, STAGES, BYTES)
 
 
 @gluon.jit
@@ -235,6 +233,6 @@ def attention_forward_hopper(
         ), WARPGROUPS,
         (_producer, (
             k_ptr, v_ptr, k_smem, v_smem, k_full, v_full, empty, seen, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM,
-            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_N, BLOCK_D, STAGES, BYTES, HEADS_TOGETHER,
+            STRIDE_KT, STRIDE_VT, BLOCK_N, BLOCK_D, STAGES, BYTES, HEADS_TOGETHER,
         ), 4),
     )  # fmt: skip

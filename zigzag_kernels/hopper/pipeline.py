@@ -90,7 +90,7 @@ def next_place(
 @gluon.jit
 def key_descriptor(
     ptr, seen, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, STRIDE_T: gl.constexpr,
-    STRIDE_H: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, HEADS_TOGETHER: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, HEADS_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Descriptor of the keys of one sequence, [slot, row, head * head_dim], for boxes [1, BLOCK_N, BLOCK_D].
 
@@ -99,10 +99,10 @@ def key_descriptor(
     """
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, BLOCK_D], ptr.dtype.element_ty)
     end = kv_row + (seen if SLOTS == 1 else 2 * kv_chunk)
-    columns: gl.constexpr = (HEADS_TOGETHER - 1) * STRIDE_H + HEAD_DIM
     return hopper.tma.make_tensor_descriptor(
-        ptr, [SLOTS, end, columns], [slot_rows.to(gl.int64) * STRIDE_T, STRIDE_T, 1], [1, BLOCK_N, BLOCK_D], LAYOUT
-    )
+        ptr, [SLOTS, end, HEADS_TOGETHER * HEAD_DIM], [slot_rows.to(gl.int64) * STRIDE_T, STRIDE_T, 1],
+        [1, BLOCK_N, BLOCK_D], LAYOUT,
+    )  # fmt: skip
 
 
 @gluon.jit
