@@ -28,7 +28,9 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
     from zigzag_kernels.tile import chunk_row
 
     block_place = in_numpy(pipeline.block_place, chunk_row=in_numpy(chunk_row))
-    top_block, walk_down = in_numpy(pipeline.top_block), in_numpy(pipeline.walk_down)
+    steps = {name: in_numpy(getattr(pipeline, name)) for name in ("top_block", "walk_down")}
+    top_block = steps["top_block"]
+    next_place = in_numpy(pipeline.next_place, block_place=block_place, **steps)
     blocks_to_hide, hide = in_numpy(pipeline.blocks_to_hide), in_numpy(pipeline.hide)
     rng = np.random.default_rng(slots)
     for _ in range(200):
@@ -45,16 +47,20 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
             held[slot, kv_row + inner + (chunk_length if slots > 1 and chunk >= slots else 0)] = key
         chunk, start, blocks = top_block(seen, chunk_length, slots, block)
         masked, ragged = blocks_to_hide(blocks, int(limits[0]), chunk_length, slots, block)
-        visits = np.zeros((8, keys), int)
+        visits, head = np.zeros((8, keys), int), 0
+        first = slot, row = block_place(chunk, start, kv_row, chunk_length, slots)
         for i in range(blocks):
-            slot, row = block_place(chunk, start, kv_row, chunk_length, slots)
             scores = np.broadcast_to(held[slot, row : row + block], (8, block)).view(Scores)
             columns = types.SimpleNamespace(load=lambda _, block=block: np.arange(block))
             shown, ragged = hide(scores, -1, columns, limits, i, blocks, masked, ragged, chunk_length, slots, block)
             for visit, keys_shown in zip(visits, shown, strict=True):
                 np.add.at(visit, keys_shown[keys_shown >= 0], 1)
             assert (shown != -2).all()
-            chunk, start = walk_down(chunk, start, chunk_length, slots, block)
+            chunk, start, head, slot, row = next_place(
+                i + 1, blocks, chunk, start, head, seen, kv_row, chunk_length, slots, block, 2
+            )
+            assert head == (i + 1) // blocks
+        assert (slot, row) == first  # of the next head
         np.testing.assert_array_equal(visits, np.arange(keys) < limits[:, None])
 
 
