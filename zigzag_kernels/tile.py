@@ -67,6 +67,8 @@ def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
 def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """(first row of this tile, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk) of query tile `tile`.
 
+    The last tile of a segment comes first: under a causal mask it is the heaviest, and light ones fill the last gaps.
+
     The last entry is the padding behind the last sequence: its length is known here only (`T` is not in the table),
     and `kv_len < 0` there means that the table's maker found the lengths or the rank impossible. Then, and when the
     sequences need more rows than there are, that entry is all there is, and its rows become NaN.
@@ -83,6 +85,8 @@ def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP:
     q_len = tl.where(padding, T - q_row, tl.load(entry_ptr + 2))
     kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (4 if CAUSAL else 7)))
     diagonal = tl.load(entry_ptr + 3) if CAUSAL else kv_len
+    last_block = (q_len * GROUP - 1) // BLOCK_M
+    block = tl.where(block <= last_block, last_block - block, block)
     return block * BLOCK_M, q_row, q_len, diagonal, kv_len, tl.load(entry_ptr + 5), tl.load(entry_ptr + 6)
 
 
