@@ -37,18 +37,22 @@ def _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _copy_keys(
-    ptr, buffer, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STRIDE_T: gl.constexpr,
+    k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STRIDE_KT: gl.constexpr, STRIDE_VT: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy keys from `first` on into `buffer [64, BLOCK_D]`, zero behind the last. Each row by itself, as a
-    tile may cross borders of chunks."""
-    BLOCK_D: gl.constexpr = buffer.shape[1]
+    """Begin to copy K and V of the keys from `first` on into `k` and `v` `[64, BLOCK_D]`, zero behind the last.
+
+    Each row is copied by itself, as a tile may cross borders of chunks.
+    """
+    BLOCK_D: gl.constexpr = k.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
     mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
-    async_copy.async_copy_global_to_shared(buffer, ptr + (rows * STRIDE_T)[:, None] + dims[None, :], mask)
+    async_copy.async_copy_global_to_shared(k, k_ptr + (rows * STRIDE_KT)[:, None] + dims[None, :], mask)
+    async_copy.async_copy_global_to_shared(v, v_ptr + (rows * STRIDE_VT)[:, None] + dims[None, :], mask)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -193,9 +197,7 @@ def _consumer(
     v = v_smem.index(warpgroup)
     k_ptr += first_head.to(gl.int64) * STRIDE_KH
     v_ptr += first_head.to(gl.int64) * STRIDE_VH
-    _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
-    _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
-    async_copy.commit_group()
+    _copy_keys(k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT)
     for n in range(HEADS_TOGETHER):
         # Blocks are numbered through all heads, as the producer brings them.
         begin, end = n * blocks, (n + 1) * blocks
@@ -232,9 +234,10 @@ def _consumer(
             v_ptr += STRIDE_VH
             gl.thread_barrier()
             if n < HEADS_TOGETHER - 1:  # the next keys come while these results leave
-                _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
-                _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
-                async_copy.commit_group()
+                _copy_keys(
+                    k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT,
+                    STRIDE_VT,
+                )  # fmt: skip
         keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
         inside = keys < n_keys
         rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)

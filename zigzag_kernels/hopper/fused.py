@@ -156,9 +156,7 @@ def _consumer(
     head = window_head.to(gl.int64)
     k_ptr += head * STRIDE_KH
     v_ptr += head * STRIDE_VH
-    _copy_keys(k_ptr, k, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT)
-    _copy_keys(v_ptr, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_VT)
-    async_copy.commit_group()
+    _copy_keys(k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT)
     async_copy.wait_group(0)
     hopper.fence_async_shared()
     gl.thread_barrier()
