@@ -110,13 +110,9 @@ def _hopper(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: int,
     portable one."""
     constexprs = constexprs | {"STAGES": config.num_stages}
     del constexprs["INTERPRET"]
-    return {
-        "kernel": kernel,
-        "constexprs": constexprs,
-        "grid": _grid(config, tiles, constexprs["KV_HEADS"] // constexprs.get("HEADS_TOGETHER", 1)),
-        "num_warps": config.num_warps,
-        "scratch": descriptors * DESCRIPTOR_BYTES,
-    }
+    grid = _grid(config, tiles, constexprs["KV_HEADS"] // constexprs.get("HEADS_TOGETHER", 1))
+    resources = {"num_warps": config.num_warps, "scratch": descriptors * DESCRIPTOR_BYTES}
+    return {"kernel": kernel, "constexprs": constexprs, "grid": grid, **resources}
 
 
 def _heads_together(problem: Problem, config: Config, tiles: int) -> dict[str, int]:
@@ -131,13 +127,9 @@ def _heads_together(problem: Problem, config: Config, tiles: int) -> dict[str, i
 
 def _portable(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: int) -> dict[str, Any]:
     """The same fields for a portable kernel."""
-    return {
-        "kernel": kernel,
-        "constexprs": constexprs,
-        "grid": _grid(config, tiles, constexprs["KV_HEADS"]),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    grid = _grid(config, tiles, constexprs["KV_HEADS"])
+    resources = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {"kernel": kernel, "constexprs": constexprs, "grid": grid, **resources}
 
 
 def _grid(config: Config, tiles: int, heads: int) -> tuple[int, int, int]:
@@ -146,14 +138,9 @@ def _grid(config: Config, tiles: int, heads: int) -> tuple[int, int, int]:
     return -(-tiles // together) * together * heads, 1, 1
 
 
-def _query_tiles(problem: Problem, config: Config, segments: int) -> int:
-    """Tiles of query rows of one KV head, an upper bound from static shapes alone: see `tile.locate`."""
-    return problem.tokens * problem.group // config.BLOCK_M + segments
-
-
-def _key_tiles(problem: Problem, config: Config, sequences: int) -> int:
-    """The same of keys."""
-    return problem.kv_tokens // config.BLOCK_N + sequences
+def _tiles(rows: int, block: int, entries: int) -> int:
+    """Tiles of one KV head, an upper bound from static shapes alone: see `tile.locate`."""
+    return rows // block + entries
 
 
 @functools.lru_cache(maxsize=_CACHED)
@@ -163,7 +150,7 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
     name = forward_kernel(problem)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
-    tiles = _query_tiles(problem, config, segments)
+    tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
     if name == "forward":
         chosen = _portable(attention_forward, constexprs, config, tiles)
     else:
@@ -217,7 +204,7 @@ def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) ->
     name, _ = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
-    tiles = _key_tiles(problem, config, sequences)
+    tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
     if name == "backward_dkdv":
         chosen = _portable(backward_dkdv, constexprs, config, tiles)
     else:
@@ -242,7 +229,7 @@ def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> L
     _, name = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
-    tiles = _query_tiles(problem, config, segments)
+    tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
     if name == "backward_dq":
         chosen = _portable(backward_dq, constexprs, config, tiles)
     else:
@@ -267,6 +254,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
 
     (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
     config = choose_config("hopper_fused", problem.head_dim, problem.dtype, problem.target)
+    tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
     constexprs = _constexprs(problem, config, WHOLE) | _strides(dout_strides) | {"HEADS": problem.heads}
     shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
     kv_shape = (problem.kv_tokens, problem.window, problem.head_dim)
@@ -293,7 +281,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
             Output("sums", shape, "float32"),
         ),
         in_place={"dk": "into_dk", "dv": "into_dv", "sums": "into_sums"},
-        **_hopper(backward_fused_hopper, constexprs, config, _key_tiles(problem, config, sequences), descriptors=3),
+        **_hopper(backward_fused_hopper, constexprs, config, tiles, descriptors=3),
     )
     finish = Launch(
         kernel=finish_dq,
