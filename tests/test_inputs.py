@@ -127,6 +127,14 @@ def test_a_rank_is_one_integer(framework):
         framework.package.zigzag_attention_gathered(*arguments, framework.array((1,)), 2)
 
 
+def test_a_rank_is_checked_beside_a_prepared_batch_too(framework):
+    batch = framework.package.prepare_batch(framework.ints([0, 8]), 1, 2, backend="reference")
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        framework.package.zigzag_attention_gathered(
+            framework.array(Q), framework.array(KV), framework.array(KV), batch, 2, 2, backend="reference"
+        )
+
+
 def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
     q, k = framework.array((2, 8, 4, 16)), framework.array((2, 8, 2, 16))
     with pytest.raises(ValueError, match="cu_seqlens: expected None"):

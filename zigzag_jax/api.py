@@ -178,6 +178,7 @@ def _as_batch(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, met
         prepared = getattr(cu_seqlens, name)
         if prepared != wanted:
             raise ValueError(f"{name}: expected that of the prepared batch, {prepared!r}, got {wanted!r}")
+    check_batch(cu_seqlens.cu_seqlens, rank, world_size)
     return cu_seqlens
 
 

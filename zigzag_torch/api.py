@@ -11,6 +11,7 @@ from zigzag_kernels.problem import (
     Problem,
     batch_shape,
     check_method,
+    check_rank,
     choose_heads_k_stride,
 )
 
@@ -171,6 +172,7 @@ def _check(
             raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
         if batch.method != method and world_size > 1:
             raise ValueError(f"method: expected that of the prepared batch, {batch.method!r}, got {method!r}")
+        check_rank(rank, world_size, isinstance(rank, torch.Tensor))
     else:
         check_batch(cu_seqlens, rank, world_size)
         batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None, method)
