@@ -126,6 +126,11 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def owned(kernel: str) -> str:
+    """Which size of a tile counts the rows that a program of `kernel`, one of `hopper/`, owns."""
+    return "BLOCK_N" if kernel.startswith(("hopper_dkdv", "hopper_fused")) else "BLOCK_M"
+
+
 def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: str) -> int:
     """Upper bound of the bytes of shared memory of one program.
 
@@ -134,14 +139,19 @@ def shared_memory(kernel: str, config: Config, head_dim: int, dtype: str, arch: 
     """
     size = DTYPE_BYTES[dtype]
     row = block_d(head_dim) * size
-    if kernel.startswith("hopper_dkdv"):  # its own K and V; Q, dO and three numbers a row pass by; barriers
-        return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 12) + 1024
-    if kernel == "hopper_fused":  # the same; dS of two blocks, and dQ on its way out
-        passing = config.num_stages * (2 * row + 12) + 2 * config.BLOCK_N * size + block_d(head_dim) * 4
-        return 2 * config.BLOCK_N * row + config.BLOCK_M * passing + 1024
-    if kernel in HOPPER_KERNELS:  # Q, and in dQ dO; what passes by, and barriers
-        own_tiles = 1 if kernel.startswith("hopper_forward") else 2
-        return (own_tiles * config.BLOCK_M + 2 * config.num_stages * config.BLOCK_N) * row + 1024
+    if kernel in HOPPER_KERNELS:
+        own, streamed = config.BLOCK_M, config.BLOCK_N
+        if owned(kernel) == "BLOCK_N":
+            own, streamed = streamed, own
+        # What stays and what passes by, barriers, and where each warpgroup's results change their layout.
+        stays, passes, other = 2 * row, 2 * row, 1024 + own // 64 * 2048
+        if kernel.startswith("hopper_forward"):  # Q; K and V
+            stays = row
+        elif owned(kernel) == "BLOCK_N":  # K and V; Q, dO and three numbers a row
+            passes += 12
+        if kernel == "hopper_fused":  # dS of two blocks, and dQ on its way out
+            other += streamed * (2 * own * size + block_d(head_dim) * 4)
+        return own * stays + config.num_stages * streamed * passes + other
     scores = 0
     if arch != "sm_90" or size == 4:
         scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
@@ -174,7 +184,7 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
     if config.heads_together > 1 and (kernel not in HOPPER_KERNELS or kernel == "hopper_fused"):
         return "1 as heads_together"
     if kernel in HOPPER_KERNELS:
-        own = "BLOCK_N" if kernel.startswith(("hopper_dkdv", "hopper_fused")) else "BLOCK_M"
+        own = owned(kernel)
         sizes = [64 * groups for groups in range(2, WARPGROUPS[kernel.split("_")[1]] + 1)]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"

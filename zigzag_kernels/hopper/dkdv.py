@@ -19,6 +19,7 @@ from .pipeline import (
     make_barriers,
     make_stages,
     opaque,
+    result_layout,
     specialize_warps,
     store_tile,
     wait_turn,
@@ -191,6 +192,7 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
+    RESULT_LAYOUT: gl.constexpr = result_layout(BLOCK_D, dk_ptr.dtype.element_ty)
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     first = first_key + warpgroup * 64
     k = k_smem.index(warpgroup)
@@ -238,7 +240,7 @@ def _consumer(
                     k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT,
                     STRIDE_VT,
                 )  # fmt: skip
-        keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
+        keys = first + gl.arange(0, 64, gl.SliceLayout(1, RESULT_LAYOUT))
         inside = keys < n_keys
         rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
         places = (rows * KV_HEADS + first_head + n) * HEAD_DIM

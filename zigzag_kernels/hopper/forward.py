@@ -23,6 +23,7 @@ from .pipeline import (
     make_columns,
     make_stages,
     next_place,
+    result_layout,
     row_places,
     specialize_warps,
     top_block,
@@ -83,6 +84,8 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    # At head_dim 64, with three and four consumers, the loop came out 6 to 11 % slower with the other layout.
+    RESULT_LAYOUT: gl.constexpr = result_layout(BLOCK_D, out_ptr.dtype.element_ty) if BLOCK_D == 128 else O_LAYOUT
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     last_row = q_len * GROUP
     first = row + warpgroup * 64
@@ -163,8 +166,8 @@ def _consumer(
             factor = factor + float("nan")
         statistics = (kv_head * GROUP + rows % GROUP) * T + q_row + rows // GROUP
         inside = rows < last_row
-        out_rows, places = row_places(first, q_row, kv_head, HEADS, GROUP, HEAD_DIM, O_LAYOUT)
-        out_dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, O_LAYOUT))
+        out_rows, places = row_places(first, q_row, kv_head, HEADS, GROUP, HEAD_DIM, RESULT_LAYOUT)
+        out_dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, RESULT_LAYOUT))
         out_mask = (out_rows < last_row)[:, None] & (out_dims < HEAD_DIM)[None, :]
         out_ptrs = out_ptr + places[:, None] + out_dims[None, :]
         if ACCUMULATE:
@@ -177,12 +180,13 @@ def _consumer(
             sums = gl.where(none, 1.0, sums)
             lse2 = gl.where(none, float("-inf"), largest + gl.log2(sums))
             factor = factor * (now / sums)
-            then = gl.convert_layout(then / sums, gl.SliceLayout(1, O_LAYOUT))
+            then = gl.convert_layout(then / sums, gl.SliceLayout(1, RESULT_LAYOUT))
         out = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
         if ACCUMULATE:
-            out += gl.load(out_ptrs, mask=out_mask, other=0.0) * then[:, None]
+            before = gl.load(out_ptrs, mask=out_mask, other=0.0)
+            out = gl.convert_layout(out, RESULT_LAYOUT) + before * then[:, None]
         gl.store(lse_ptr + statistics, lse2 * LN_2, mask=inside)
-        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        gl.store(out_ptrs, gl.convert_layout(out.to(out_ptr.dtype.element_ty), RESULT_LAYOUT), mask=out_mask)
 
 
 @gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
 from .dkdv import _block_tokens, _copy_keys, _half, _key_rows, _producer, _row_descriptor
-from .pipeline import block_of, issue_scores, make_barriers, make_stages, specialize_warps, store_tile
+from .pipeline import block_of, issue_scores, make_barriers, make_stages, result_layout, specialize_warps, store_tile
 
 
 @builtin
@@ -185,7 +185,8 @@ def _consumer(
             _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
 
-    keys = first + gl.arange(0, 64, gl.SliceLayout(1, D_LAYOUT))
+    RESULT_LAYOUT: gl.constexpr = result_layout(BLOCK_D, dk_ptr.dtype.element_ty)
+    keys = first + gl.arange(0, 64, gl.SliceLayout(1, RESULT_LAYOUT))
     rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
     valid = gl.where(poison, float("nan"), 1.0)
     store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)

@@ -252,17 +252,27 @@ def load_queries(
     return load_tile(ptr, tokens * STRIDE_T + heads * STRIDE_H, rows < last_row, HEAD_DIM, BLOCK_D, LAYOUT)
 
 
+@gluon.constexpr_function
+def result_layout(BLOCK_D, dtype):
+    """Layout of `[64, BLOCK_D]` results of `dtype` on their way out: 16 bytes of a row side by side in a thread, 64 in four.
+
+    Rows are in the warps that have them of a product, so that on the way from there numbers stay in their warp.
+    """
+    wide = 128 // dtype.primitive_bitwidth
+    own, pair = wide.bit_length() - 1, wide.bit_length() + 1
+    columns = [[0, 2**i] for i in range(BLOCK_D.bit_length() - 1)]
+    rows = [[2**i, 0] for i in range(6)]
+    registers = [*columns[:own], rows[3], *columns[pair:]]
+    return gl.DistributedLinearLayout(registers, [*columns[own:pair], *rows[:3]], rows[4:], [], [64, BLOCK_D])
+
+
 @gluon.jit
 def store_tile(ptr, places, inside, x, HEAD_DIM: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`.
-
-    They leave from the registers that products are in, 8 or 16 bytes of a row side by side: any other layout would need
-    shared memory, and registers during the loop.
-    """
-    LAYOUT: gl.constexpr = x.type.layout
+    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`, of which both know in `result_layout`."""
+    LAYOUT: gl.constexpr = places.type.layout.parent
     dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
     ptrs = ptr + places[:, None] + dims[None, :]
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
     if ACCUMULATE:
-        x += gl.load(ptrs, mask=mask, other=0.0)
-    gl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+        x = gl.convert_layout(x, LAYOUT) + gl.load(ptrs, mask=mask, other=0.0)
+    gl.store(ptrs, gl.convert_layout(x.to(ptr.dtype.element_ty), LAYOUT), mask=mask)
