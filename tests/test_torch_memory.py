@@ -62,10 +62,9 @@ def test_memory_of_one_call(alone, method, stride):
     statistics = 2 * TOKENS * HEADS * FLOAT32  # of all windows
     outputs, gradients = q.numel() * DTYPE + lse.numel() * FLOAT32, (q.numel() + 2 * k.numel()) * DTYPE
     if method == "allgather":
-        alive = 2 if stride < KV_HEADS else 1
-        buffers = alive * WORLD_SIZE * window * DTYPE
+        buffers = (2 if stride < KV_HEADS else 1) * WORLD_SIZE * window * DTYPE
         forward = buffers + outputs
-        backward = buffers + WORLD_SIZE * window * FLOAT32 + statistics * alive * stride // KV_HEADS + gradients
+        backward = buffers + WORLD_SIZE * window * FLOAT32 + gradients
     else:
         buffers = 2 * window * DTYPE
         forward = buffers + q.numel() * FLOAT32 + outputs

@@ -60,9 +60,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.cat.out:
             self.record("pack", args[0], [kwargs["out"]])
-        elif func is torch.ops.aten.copy_.default:
-            self.record("copy out", [args[1]], [args[0]])
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            self.record("copy out", [args[0]], [result])
+        return result
 
     def run(self, launched, first, *others):
         arrays = dict(zip(launched.inputs, (first, *others), strict=True))

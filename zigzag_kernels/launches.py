@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,11 @@ class Output:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """In elements: rows follow each other."""
+        return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,13 +135,19 @@ def _forward_ring(problem: Problem, q, k, v, segments, group) -> tuple:
 def _backward_allgather(
     problem: Problem, q, k, v, out, lse, dout, dlse, segments, sequences, reduce_dtype, group, heads_k_stride, **strides
 ) -> tuple:
+    """dq, and [dk and dv `[2, T, heads_k_stride, head_dim]`] of the windows, the last in `reduce_dtype`.
+
+    All heads are put together when the buffers here are free: with what the kernels need of their rows, they are the
+    most memory that a step takes beside its results.
+    """
     from zigzag_kernels import plan
 
     tokens, kv_heads, head_dim = k.shape
-    dtype = getattr(torch, reduce_dtype)
-    dk, dv = contribution = k.new_empty((2, group.size() * tokens, heads_k_stride, head_dim), dtype=dtype)
-    totals = [own_slot(x, group) for x in contribution]  # the sums come to where this rank's part of them was
-    dq, dkv = None, k.new_empty((2, tokens, kv_heads, head_dim))
+    contribution = k.new_empty(
+        (2, group.size() * tokens, heads_k_stride, head_dim), dtype=getattr(torch, reduce_dtype)
+    )  # fmt: skip
+    sums = contribution.chunk(group.size(), 1)[group.rank()]  # come to where this rank's part of them was
+    dq, dkv = None, []
     rows = []  # of this window and the one before
     current, side, transfers = streams = streams_of(k.device)
     for first_head, k_window, v_window in windows(k, v, heads_k_stride, group, streams):
@@ -155,15 +161,16 @@ def _backward_allgather(
         # For the rows, and so that dQ is not before dK/dV, whose sums travel meanwhile.
         current.wait_stream(side)
         with on(side):
-            plan.backward_keys(*arguments, sequences, part=summed, into=(dk, dv), **strides)
+            plan.backward_keys(*arguments, sequences, part=summed, into=tuple(contribution), **strides)
         dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         transfers.wait_stream(side)
         with on(transfers):
-            for total, x in zip(totals, contribution, strict=True):
+            for total, x in zip(sums, contribution, strict=True):
                 reduce_into(total, x, group=group)
-            for x, total in zip(dkv, totals, strict=True):
-                x[:, first_head : first_head + heads_k_stride] = total
-    return dq, dkv
+            # Memory of `transfers`, which waits for the others before it uses that again.
+            if first_head + heads_k_stride < kv_heads:
+                dkv.append(sums.to(k.dtype, copy=True))
+    return dq, [*dkv, sums]
 
 
 def _backward_ring(
@@ -253,7 +260,11 @@ def parallel_backward(
     strides = {"dout_strides": (dout.stride(0), dout.stride(1))}
     if method == "ring":
         return _backward_ring(*arguments, **strides)
-    return _backward_allgather(*arguments, heads_k_stride, **strides)
+    dq, of_windows = _backward_allgather(*arguments, heads_k_stride, **strides)
+    dkv = k.new_empty((2, *k.shape))
+    for x, window in zip(dkv.split(heads_k_stride, 2), of_windows, strict=True):
+        x.copy_(window)
+    return dq, dkv
 
 
 @parallel_backward.register_fake
