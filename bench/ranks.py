@@ -4,8 +4,8 @@
 
 Three ways, in rounds that take turns: one launch on gathered K/V, the all-gather's windows of KV heads, and the ring's
 steps; the last two without any link, so that their time over one launch is what working in parts costs by itself.
-Everything is checked before it is timed. Ends with status 1 if the slowest rank takes over 1.02 times the fastest, or an
-all-gather call has more memory at its peak than the buffers that K/V and dK/dV of its windows are in.
+Everything is checked before it is timed. Ends with status 1 if the slowest rank takes over 1.02 times the fastest, or
+an all-gather call has more memory at its peak than the buffers that K/V and dK/dV of its windows are in.
 """
 
 import argparse
@@ -277,8 +277,8 @@ def main():
         print(f"\n{case}: W = {case.world_size}, {case.tokens} local tokens, windows of {step.window} KV heads\n")
         print("\n".join(table(times)))
         print(
-            "\nextra memory of one all-gather call: {measured:,} bytes measured, {buffers:,} in two K/V buffers and one "
-            "float32 dK/dV buffer, {predicted:,} predicted for JAX".format(**memory[case.name])
+            "\nextra memory of one all-gather call: {measured:,} bytes measured, {buffers:,} in two K/V buffers and "
+            "one float32 dK/dV buffer, {predicted:,} predicted for JAX".format(**memory[case.name])
         )
         del players, tensors, windows
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from zigzag_torch.shard import sequence_of_rows
 
 ROUNDS, CALLS = 7, 8
 ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls takes, and how many it may be
-HOST_CALLS, HOST_SECONDS = 20, 0.5  # of what one call costs the host, and when fewer will do
+HOST_BURSTS, HOST_CALLS, HOST_SECONDS = 20, 8, 0.5  # to see what a call costs the host, and when fewer bursts will do
 SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
 NAMES = "out", "dq", "dk", "dv"
 CLOSE = 5e-3  # relative error that bfloat16 arithmetic may leave
@@ -140,16 +140,18 @@ def cuda_sample(calls: Sequence[Callable], count: int) -> float:
 
 
 def host_ms(call: Callable, wait: Callable) -> float:
-    """Median milliseconds until one call returns to the host while the device has nothing else to do.
+    """Median milliseconds that one of a few calls keeps the host, one after the other as in a training step.
 
-    Calls that follow each other would wait for room in the device's queue.
+    They are few, so that none waits for room in the device's queue. A call after a wait would be slower: by how much
+    says more of the machine than of the call.
     """
     times, start = [], time.perf_counter()
     wait(call())
-    while len(times) < HOST_CALLS and (len(times) < 3 or time.perf_counter() - start < HOST_SECONDS):
+    while len(times) < HOST_BURSTS and (len(times) < 3 or time.perf_counter() - start < HOST_SECONDS):
         began = time.perf_counter()
-        result = call()
-        times.append((time.perf_counter() - began) * 1e3)
+        for _ in range(HOST_CALLS):
+            result = call()
+        times.append((time.perf_counter() - began) * 1e3 / HOST_CALLS)
         wait(result)
     return statistics.median(times)
 

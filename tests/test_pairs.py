@@ -123,16 +123,21 @@ def test_impossible_lengths(which, values, kernel_backend, monkeypatch):
             pair.results()
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused(monkeypatch):
     pair = Pair((16,), ((4,), (4,)), (0, 3), 4)
     q0, q1, k, v = (tensor(x) for x in pair.inputs)
     for inputs, options, message in (
         ((q0, q1[:, :2], k, v), {}, r"q1: expected heads, .*\(4, 4, 16\), got \(4, 2, 16\)"),
         ((q0, q1, k, v[:8]), {}, r"v: expected the shape of k"),
+        ((q0, q1, k, v.to("meta")), {}, "v: expected the device of q0, .*, got meta"),
         ((q0, q1, k, v), {"softmax_scale": 0.0}, "softmax_scale"),
     ):
         with pytest.raises(ValueError, match=message):
             pair.call(*inputs, **options)
     pair.chunks = (0, 4)
     with pytest.raises(ValueError, match="chunk_idx_1: expected 0 to total_chunks - 1 = 3, got 4"):
+        pair.call(q0, q1, k, v)
+    pair.chunks, elsewhere = (0, 3), [x.to("meta") for x in pair.offsets()]
+    monkeypatch.setattr(pair, "offsets", lambda: elsewhere)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q0: expected the device of q0, .*, got meta"):
         pair.call(q0, q1, k, v)

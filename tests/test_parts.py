@@ -20,6 +20,7 @@ from zigzag_kernels.plan import Part
 from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, make_problem
 
 INTERPRETED = ("w1-odd-group", "w2-uneven", "w2-full", "w2-empty-runs", "w2-all-empty", "w2-padding", "w3")
+INTERPRETED_IN_JAX = ("w1-odd-group", "w2-uneven")
 COMPILED = ("w2-edges", "w2-edges-full", "w3-d96", "w4-d256", "w5-d40", "w8-64-uneven", "w8-one-token-chunks")
 SELECTED = [case for case in CASES if case.name in INTERPRETED + (COMPILED if GPU else ())]
 
@@ -153,13 +154,17 @@ def expected(case, inputs, rank, arithmetic):
 
 @pytest.mark.parametrize("case", SELECTED, ids=str)
 def test_parts_make_the_whole(case):
-    """Every rank: windows of heads give the same bits as one launch, the ring and other layouts the same numbers."""
+    """Every rank: windows of heads give the same bits as one launch, the ring and other layouts the same numbers.
+
+    JAX plays every rank of compiled kernels, but of interpreted ones, which take long, the last rank of two cases.
+    """
     inputs = make_inputs(case)
     gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
     in_order = np.arange(case.total)
     for rank in range(case.world_size):
         seen = []
-        for framework in FRAMEWORKS.values():
+        both = GPU or (case.name in INTERPRETED_IN_JAX and rank == case.world_size - 1)
+        for framework in [FRAMEWORKS["torch"], *([FRAMEWORKS["jax"]] if both else [])]:
             player = Rank(case, inputs, rank, framework)
             whole, windows = player.whole(GATHERED, gathered), player.windows(gathered)
             for name in RESULTS:
@@ -173,4 +178,5 @@ def test_parts_make_the_whole(case):
             for name in RESULTS:
                 where = f"rank {rank} of {case.world_size}: {name} of {kind}"
                 assert_close(where, results[name], exact[name], straightforward[name])
-                assert results[name].tobytes() == seen[1][kind][name].tobytes(), f"{where}: torch and JAX differ"
+                for others in seen[1:]:
+                    assert results[name].tobytes() == others[kind][name].tobytes(), f"{where}: torch and JAX differ"

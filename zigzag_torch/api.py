@@ -19,7 +19,7 @@ from . import ops, parallel, reference
 from .agreement import describe_group, refuse, resolve
 from .collectives import common_rank
 from .launch import choose_backend
-from .shard import as_rank, check_batch, check_tensor
+from .shard import as_rank, check_batch, check_device, check_tensor
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,7 @@ def _check(
     """(backend, batch, problem) of a call, if there is nothing to say against it; a new batch has no tables yet."""
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_tensor(name, x)
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        check_device(name, x, "q", q)
     backend = choose_backend(backend, q.device)
     if isinstance(cu_seqlens, Batch):
         batch = cu_seqlens
@@ -176,8 +175,7 @@ def _check(
     else:
         check_batch(cu_seqlens, rank, world_size)
         batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None, method)
-    if batch.cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {batch.cu_seqlens.device}")
+    check_device("cu_seqlens", batch.cu_seqlens, "q", q)
     problem = ops.problem_of(
         q, k, v, batch.cu_seqlens, world_size, causal, softmax_scale, backend, kv_layout, deterministic
     )  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch, Output
 
 # What code that PyTorch has compiled allocates by, in less than half of the host's time for torch.empty.
-_empty_on_gpu = torch._C._dynamo.guards._empty_strided_cuda
+_empty_on_gpu = cast(Any, torch._C)._dynamo.guards._empty_strided_cuda
 # How Triton 3.6 declares what its function in C takes besides the kernel's own arguments; 3.7 and later have another.
 IN_C = "iiiKKppOOOOOO"
 

@@ -9,7 +9,7 @@ from zigzag_kernels.problem import CONTIGUOUS, check_lengths, make_problem
 
 from . import ops, unfused
 from .launch import choose_backend, target
-from .shard import check_batch, check_tensor
+from .shard import check_batch, check_device, check_tensor
 from .verify import choose_path
 
 
@@ -45,11 +45,13 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     """
     for name, x in {"q0": q0, "q1": q1, "k": k, "v": v}.items():
         check_tensor(name, x)
+        check_device(name, x, "q0", q0)
     if q1.ndim != q0.ndim or q1.shape[1:] != q0.shape[1:] or q1.dtype != q0.dtype:
         raise ValueError(f"q1: expected heads, head_dim and dtype of q0, {tuple(q0.shape)}, got {tuple(q1.shape)}")
     offsets = {"cu_seqlens_q0": cu_seqlens_q0, "cu_seqlens_q1": cu_seqlens_q1, "cu_seqlens_k": cu_seqlens_k}
     for name, cu_seqlens in offsets.items():
         check_batch(cu_seqlens, None, 1)
+        check_device(name, cu_seqlens, "q0", q0)
         if cu_seqlens.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"{name}: expected the shape of cu_seqlens_k, {tuple(cu_seqlens_k.shape)}, "

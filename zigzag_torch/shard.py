@@ -16,6 +16,12 @@ def check_tensor(name: str, x) -> None:
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
+def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`ValueError` unless `x` is where `other` is."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
+
+
 def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int) -> None:
     """`ValueError` for what can be said of the arguments without looking into device memory."""
     check_world_size(world_size)
@@ -23,8 +29,8 @@ def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world
     check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
     if rank is not None:
         check_rank(rank, world_size, isinstance(rank, torch.Tensor))
-    if isinstance(rank, torch.Tensor) and rank.device != cu_seqlens.device:
-        raise ValueError(f"rank: expected the device of cu_seqlens, {cu_seqlens.device}, got {rank.device}")
+    if isinstance(rank, torch.Tensor):
+        check_device("rank", rank, "cu_seqlens", cu_seqlens)
 
 
 def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -73,9 +73,9 @@ def _block(
     dp = issue_scores(dout, v_smem, v_full, i, zero, STAGES)
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
-    if dout.shape[1] == 64:
-        # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials, which
-        # take longer than dP here.
+    if BLOCK_N == 64:
+        # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials. With
+        # 128 keys it was no faster.
         wait_block(v_full, i, STAGES)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds = p * (dp - delta[:, None])

@@ -254,9 +254,8 @@ def load_queries(
 
 @gluon.constexpr_function
 def result_layout(BLOCK_D, dtype):
-    """Layout of `[64, BLOCK_D]` results of `dtype` on their way out: 16 bytes of a row side by side in a thread, 64 in four.
-
-    Rows are in the warps that have them of a product, so that on the way from there numbers stay in their warp.
+    """Layout of `[64, BLOCK_D]` results of `dtype` on their way out: 16 bytes of a row side by side in a thread, 64 in
+    four. Rows are in the warps that have them of a product, so that numbers stay in their warp on the way from there.
     """
     wide = 128 // dtype.primitive_bitwidth
     own, pair = wide.bit_length() - 1, wide.bit_length() + 1
