@@ -60,8 +60,9 @@ def test_the_rules_that_take_them(monkeypatch):
         assert short == ("hopper_dkdv_short", "hopper_dq_short")
         assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
         assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)
-        small = problem(head_dim=64, deterministic=False)
-        assert hopper.takes_fused_backward(small, DOUT_STRIDES) == bool(value)
+        for slower in ({"head_dim": 64}, {"sequences": 64}):
+            asked = problem(deterministic=False, **slower)
+            assert hopper.takes_fused_backward(asked, DOUT_STRIDES) == bool(value), slower
         # dK/dV alone reads q and dout by the copy engine.
         assert hopper.backward_kernels(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
         assert hopper.backward_kernels(problem(q_stride=4100), DOUT_STRIDES) == ("backward_dkdv", "hopper_dq")

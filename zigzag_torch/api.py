@@ -125,9 +125,9 @@ def zigzag_attention_gathered(
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: the same inputs give the same gradients bit for bit. False allows other orders of summation, and
-            does not promise them: on a Hopper GPU with head_dim above 64 one kernel then does the work of two, and a
-            long sequence's backward pass takes 5 % less time and, meanwhile, 4 bytes more for each element of q
-            (`docs/hopper.md`).
+            does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short, one kernel then
+            does the work of two. The backward pass of medium sequences takes 4 % less time, that of long ones as much
+            as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
 
     Returns:
         out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm).

@@ -43,9 +43,11 @@ def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[s
 def takes_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> bool:
     """Whether one kernel does the work of both of `backward_kernels` for `problem`, in no fixed order.
 
-    It was slower than both where head_dim is small.
+    It was slower than both where head_dim is small or chunks are short.
     """
-    return not problem.deterministic and _taken(problem, math.inf, *problem.q_strides, *dout_strides)
+    if problem.deterministic or not _taken(problem, math.inf, *problem.q_strides, *dout_strides):
+        return False
+    return os.environ.get(VARIABLE) == "1" or not _shorter(problem, SHORT)
 
 
 def _taken(problem: Problem, short: float, *strides: int) -> bool:
