@@ -18,9 +18,10 @@ help: ## list the targets
 demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks (ARGS=--steps=20)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# On a GPU the time goes into compiling, on the host; the workers share the GPU's memory.
+# On a GPU the time goes into compiling, on the host; the workers share the GPU's memory. Some tests take a minute: a worker
+# that is done takes what others have not begun.
 test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest -n $(if $(GPU),8,auto) $(ARGS)
+	$(BIN)/python -m pytest -n $(if $(GPU),8,auto) --dist worksteal $(ARGS)
 
 # The release of Triton that the kernels for Hopper are written for, and what JAX needs to lower for a GPU.
 compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, without a GPU
