@@ -267,7 +267,7 @@ def result_layout(BLOCK_D, dtype):
 
 @gluon.jit
 def store_tile(ptr, places, inside, x, HEAD_DIM: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`, of which both know in `result_layout`."""
+    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`, in the layout that `places` is a slice of."""
     LAYOUT: gl.constexpr = places.type.layout.parent
     dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
     ptrs = ptr + places[:, None] + dims[None, :]
