@@ -203,8 +203,8 @@ class Player:
                 self.counts[name] += 1
             return run(made, *inputs)
 
-        def poisoned(output, device):
-            x = allocate(output, device)
+        def poisoned(output, like):
+            x = allocate(output, like)
             return x.fill_(float("nan")) if x.is_floating_point() else x
 
         with mock.patch.multiple(launch, run=counted, allocate=poisoned):

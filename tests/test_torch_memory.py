@@ -23,7 +23,7 @@ def alone(monkeypatch):
         arrays = dict(zip(launched.inputs, (first, *others), strict=True))
         given = (arrays.get(launched.in_place.get(output.name)) for output in launched.outputs)
         return tuple(
-            launch.allocate(output, first.device) if x is None else x
+            launch.allocate(output, first) if x is None else x
             for output, x in zip(launched.outputs, given, strict=True)
         )
 

@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
         for output in launched.outputs:
             x = arrays.pop(launched.in_place.get(output.name), None)
             if x is None:
-                x = launch.allocate(output, first.device)
+                x = launch.allocate(output, first)
                 self.allocated[x.data_ptr()] = self.stream
                 weakref.finalize(x, self.freed.setdefault(self.stream, []).append, x.detach())
             outputs.append(x)

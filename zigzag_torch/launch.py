@@ -23,9 +23,13 @@ IN_C = "iiiKKppOOOOOO"
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """The backend for tensors on `device`: see `zigzag_kernels.backend.choose_backend`."""
+    return backends.choose_backend(backend, _kind(device), ("triton",))
+
+
+@functools.cache
+def _kind(device: torch.device) -> str:
     # PyTorch for AMD GPUs calls them cuda too.
-    kind = "gpu" if device.type == "cuda" and torch.version.hip is None else device.type
-    return backends.choose_backend(backend, kind, ("triton",))
+    return "gpu" if device.type == "cuda" and torch.version.hip is None else device.type
 
 
 def target(backend: str, device: torch.device) -> str:
@@ -50,12 +54,12 @@ for _function in (choose_backend, target):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def allocate(output: "Output", device: torch.device) -> torch.Tensor:
-    """Room for what a launch writes; a GPU is the current device."""
+def allocate(output: "Output", like: torch.Tensor) -> torch.Tensor:
+    """Room for what a launch writes, on the device of `like`: the current one, if that is a GPU."""
     dtype = getattr(torch, output.dtype)
-    if device.type == "cuda":
+    if like.is_cuda:
         return _empty_on_gpu(output.shape, output.strides, dtype)
-    return torch.empty(output.shape, dtype=dtype, device=device)
+    return torch.empty(output.shape, dtype=dtype, device=like.device)
 
 
 def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -67,7 +71,7 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
         for output, place in zip(launch.outputs, launch.places, strict=True):
             x = None if place is None else inputs[place]
             if x is None:
-                x = allocate(output, first.device)
+                x = allocate(output, first)
             if place is not None:
                 inputs[place] = x
             outputs.append(x)

@@ -257,12 +257,11 @@ def differentiable(operator: Operator, differentiate: Callable) -> Callable:
 
     def call(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
         tensors, constants = inputs[:5], inputs[5:]
-        if not _records(tensors):
-            return operator(*inputs)
         straight = _goes_straight(inputs, tensors)
-        if not straight and _transformed(tensors):
-            return operator.registered(*inputs)
-        return eager.apply(operator.function if straight else operator.registered, constants, *tensors)
+        function = operator.function if straight else operator.registered
+        if not _records(tensors) or (not straight and _transformed(tensors)):
+            return function(*inputs)
+        return eager.apply(function, constants, *tensors)
 
     return call
 
