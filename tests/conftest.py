@@ -55,8 +55,8 @@ def _poisoned_outputs(monkeypatch):
 
     allocate = launch.allocate
 
-    def poisoned(output, device):
-        x = allocate(output, device)
+    def poisoned(output, like):
+        x = allocate(output, like)
         return x.fill_(float("nan") if x.is_floating_point() else -1)
 
     monkeypatch.setattr(launch, "allocate", poisoned)

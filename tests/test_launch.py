@@ -103,7 +103,7 @@ if gluon:
     cases += [(forward, (q, kv, kv.clone(), table, *into)), (forward, (q, kv, kv.clone(), table, None, None))]
 kernels, hooks = set(), (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
 for launch, arrays in cases:
-    outputs = {{x.name: torch_launch.allocate(x, torch.device("cpu")) for x in launch.outputs}}
+    outputs = {{x.name: torch_launch.allocate(x, rows) for x in launch.outputs}}
 
     def tritons(*arrays):
         given = dict(zip(launch.inputs, arrays, strict=True))
@@ -120,7 +120,7 @@ for launch, arrays in cases:
         torch_launch.run(launch, *arrays)
 
     with (
-        mock.patch.object(torch_launch, "allocate", lambda output, device: outputs[output.name]),
+        mock.patch.object(torch_launch, "allocate", lambda output, like: outputs[output.name]),
         mock.patch.object(torch_launch, "scratch", scratch),
     ):
         for debug, listened in ((False, ()), (False, hooks[:1]), (False, hooks[1:]), (True, ())):

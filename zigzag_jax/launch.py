@@ -157,7 +157,7 @@ class _HostTensor:
 
 
 def _interpret(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
-    from zigzag_kernels import plan
+    from zigzag_kernels.interpreter import interpret
 
     def on_host(*arrays):
         arrays = [np.ascontiguousarray(x) for x in arrays]
@@ -167,10 +167,7 @@ def _interpret(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[in
         for i, output in aliases.items():
             results[output][...] = arrays[i]
             arrays[i] = results[output]
-        with plan.INTERPRETER:
-            launch.kernel[launch.grid](
-                *map(_HostTensor, arrays), *launch.scalars.values(), *map(_HostTensor, results), **launch.constexprs
-            )
+        interpret(launch, [*map(_HostTensor, arrays)], [*map(_HostTensor, results)])
         return tuple(results)
 
     return jax.pure_callback(on_host, outputs, *arrays)

@@ -11,7 +11,6 @@ pieces, with communication between them.
 
 import functools
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,6 @@ from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_t
 from .segments import build_segments
 
 Run = Callable[..., tuple]
-# Triton's interpreter keeps global state, and JAX's host devices call it from several threads.
-INTERPRETER = threading.Lock()
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
 _ELEMENTS = 4096

@@ -80,10 +80,9 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
 
 
 def _interpret(launch: "Launch", inputs: list, outputs: list) -> None:
-    from zigzag_kernels import plan
+    from zigzag_kernels.interpreter import interpret
 
-    with plan.INTERPRETER:
-        launch.kernel[launch.grid](*inputs, *launch.scalars.values(), *outputs, **launch.constexprs)
+    interpret(launch, inputs, outputs)
 
 
 def _start(launch: "Launch", inputs: list, outputs: list) -> None:

@@ -109,8 +109,8 @@ def key_descriptor(
 def opaque(x):
     """`x`, int32, of which the compiler knows nothing.
 
-    A loop that begins with it stays apart from a first trip written before it: merged, they ran 15 % slower. What a rare
-    branch computes from it is computed in there.
+    A loop that begins with it stays apart from a first trip written before it: merged, they ran 15 % slower. What a
+    rare branch computes from it is computed in there.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
