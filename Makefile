@@ -7,9 +7,10 @@ comma := ,
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEWEST := $(VENV)/newest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile lint clean
+.PHONY: help demo test compile newest lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +29,19 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/offline \
 		triton==3.6.0 jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')
 	PYTHONPATH=$(VENV)/offline $(BIN)/python -m pytest -n auto -k compile $(ARGS) \
-		tests/test_hopper.py tests/test_launch.py tests/test_sanitize.py tests/test_jax.py tests/test_jax_parallel.py
+		tests/test_hopper.py tests/test_launch.py tests/test_sanitize.py tests/test_lowering.py
+
+# Releases of JAX and jax-triton that Python 3.11 does not have, with the newest Triton; then with that of the kernels for
+# Hopper. What is installed here has no PyTorch.
+newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=python3.12)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda13-plugin==0.11.2
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target $(NEWEST)/hopper triton==3.6.0 jax-triton==0.3.1
+	$(NEWEST)/bin/python tests/lowering.py gathered methods
+	PYTHONPATH=$(NEWEST)/hopper $(NEWEST)/bin/python tests/lowering.py hopper
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check

@@ -19,12 +19,9 @@ from conftest import GPU
 from test_jax import (
     BACKENDS,
     KERNELS,
-    LOWERING,
-    NEEDS_PLUGIN,
     assert_same,
     mesh_of,
     offsets,
-    run_python,
     value_and_gradients,
 )
 from test_parts import FRAMEWORKS, Rank
@@ -232,33 +229,6 @@ def test_a_ring_of_any_size_is_a_program_of_the_same_size(world_size):
     assert not sent["all_gather"] + sent["reduce_scatter"]
     # Keys leave in the first step and in those of the loop, gradients in the last one too.
     assert sorted(sent["collective_permute"]) == ["14x4x16xbf16"] * 2 * 2 * 2 + ["14x4x16xf32"] * 3 * 2
-
-
-LOWER_METHODS = """
-from jax.sharding import PartitionSpec as P
-
-for method in ("allgather", "ring"):
-    def step(q, k, v, cu_seqlens):
-        options = {"axis_name": "cp", "method": method}
-        batch = prepare_batch(cu_seqlens, **options)
-        attend = functools.partial(zigzag_attention, heads_k_stride=1, return_lse=True, **options)
-        results, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, batch), q, k, v)
-        return pullback(results)
-
-    mesh = jax.sharding.AbstractMesh((4,), ("cp",))
-    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("cp"),) * 3 + (P(),), out_specs=P("cp")))
-    arrays = (jax.ShapeDtypeStruct((256, heads, 64), "bfloat16") for heads in (4, 2, 2))
-    lowered = step.trace(*arrays, jax.ShapeDtypeStruct((3,), "int32")).lower(lowering_platforms=("cuda",)).as_text()
-    print(lowered.count("custom_call @triton_kernel_call"), lowered.count("output_operand_alias<"))
-"""
-
-
-@NEEDS_PLUGIN
-def test_all_parts_compile_without_a_gpu_and_work_in_place(tmp_path):
-    # Tables, then four kernels for each of two windows, or delta and three for each of three places in the ring. In
-    # place are out, lse and dq of all but the first, in the ring dk and dv too.
-    printed = run_python(LOWERING + LOWER_METHODS, TRITON_CACHE_DIR=str(tmp_path))
-    assert printed.split() == ["9", "3", "11", "10"]
 
 
 REFUSED = {
