@@ -1,4 +1,4 @@
-"""The example that trains in PyTorch gives the same losses on any number of ranks."""
+"""The example that trains in PyTorch gives the same losses on any number of ranks, and as that in JAX."""
 
 import json
 
@@ -34,3 +34,16 @@ def test_training_in_torch_is_the_same_on_one_rank_and_on_several(tmp_path):
     for losses in dealt_out:
         # Float32 summed in another order; see TOLERANCE in examples/demo.py for what mistakes make.
         np.testing.assert_allclose(losses, alone, rtol=0, atol=TOLERANCE)
+
+
+def test_both_frameworks_train_alike(tmp_path):
+    """From the same weights on the same text; `test_jax_processes` is the rest of it."""
+    files = [tmp_path / "torch.json", tmp_path / "jax.json"]
+    commands = ["examples/train_torch.py"], ["examples/train_jax.py", *([] if GPU else ["--devices", "1"])]
+    common = "--steps", "4", "--seed", "1", "--json"
+    environment = {"CUDA_VISIBLE_DEVICES": GPUS[0], "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if GPU else {}
+    started = [start(*command, *common, str(x), **environment) for command, x in zip(commands, files, strict=True)]
+    assert_finished(*started)
+    ours, theirs = (json.loads(file.read_text())["losses"] for file in files)
+    assert len(ours) == 4
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
