@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 comma := ,
+needs = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < ($(1), $(2)))' || { echo \
+	"Python $(1).$(2) or newer is needed, and '$(PYTHON)' is not that. Try: PYTHON=python3.12" >&2; exit 1; }
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
@@ -34,6 +36,7 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 # Releases of JAX and jax-triton that Python 3.11 does not have, with the newest Triton; then with that of the kernels for
 # Hopper. What is installed here has no PyTorch.
 newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=python3.12)
+	$(call needs,3,12)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
@@ -54,8 +57,7 @@ clean: ## remove the environment and all caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
-		"Python 3.11 or newer is needed, and '$(PYTHON)' is not that. Try: make PYTHON=python3.12" >&2; exit 1; }
+	$(call needs,3,11)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(GPU),$(comma)cuda)]'
 	@touch $@

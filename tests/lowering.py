@@ -5,6 +5,7 @@
 In a process of its own: it compiles, where tests may interpret. "hopper" needs the Triton that those kernels are for.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -19,7 +20,7 @@ import jax.export
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import launch, prepare_batch, zigzag_attention, zigzag_attention_gathered
-from zigzag_kernels import hopper
+from zigzag_kernels.hopper import VARIABLE
 
 CALL = "custom_call @triton_kernel_call"
 
@@ -69,9 +70,9 @@ def methods():
         assert (text.count(CALL), text.count("output_operand_alias<")) in expected, method
 
 
-def gluon():
+def hopper():
     """Three of the five are for Hopper, and take memory for their descriptors."""
-    os.environ[hopper.VARIABLE] = "1"
+    os.environ[VARIABLE] = "1"
     launched, run = [], launch.run
     launch.run = lambda made, *arrays: launched.append(made) or run(made, *arrays)
     for head_dim in (64, 128):
@@ -80,20 +81,23 @@ def gluon():
         assert sum(made.scratch > 0 for made in launched) == 3
 
 
-PARTS = {"gathered": gathered, "methods": methods, "hopper": gluon}
+PARTS = {part.__name__: part for part in (gathered, methods, hopper)}
 
 
-def main(names):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=[*PARTS])
+    options = parser.parse_args()
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
     jax_triton = launch._import_jax_triton()
     assert os.environ.get("TRITON_CACHE_DIR") == cache_dir
     # There is no GPU here to ask.
     jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capability=90)
     launch.choose_backend, launch.target = lambda backend: "triton", lambda backend: "9.0"
-    for name in names:
+    for name in options.parts:
         PARTS[name]()
         print(name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or PARTS)
+    main()

@@ -340,19 +340,14 @@ def test_rows_that_no_program_writes_are_nan():
         assert jnp.isnan(result).all()
 
 
-def run_python(code, **environment):
-    """Run `code` in a fresh process without a GPU that compiles kernels; returns what it printed."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment = inherited | {"JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_interpreting_must_be_asked_for_before_triton_is_imported():
     code = """
 from zigzag_jax.launch import choose_backend
 try: choose_backend("interpret")
 except RuntimeError as error: print(error)
 """
-    assert "needs TRITON_INTERPRET=1" in run_python(code)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "needs TRITON_INTERPRET=1" in done.stdout

@@ -119,7 +119,8 @@ def packings(draw):
 
 
 # Few and the same every time: an interpreted case takes seconds, a compiled one five compilations.
-@settings(max_examples=8 if GPU else 20, deadline=None, derandomize=True)
+@pytest.mark.timeout(1200)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=packings(), data=st.data())
 def test_random_packings_match_the_oracle(case, data):
     rank = data.draw(st.integers(0, case.world_size - 1))

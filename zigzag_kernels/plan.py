@@ -320,8 +320,7 @@ def forward(
 
     They are new arrays, or those of `into`, in which what is not of this `part` stays as it is.
     """
-    launch = _forward_launch(problem, part)
-    return run(launch, q, k, v, segments, *into)
+    return run(_forward_launch(problem, part), q, k, v, segments, *into)
 
 
 def backward_rows(
@@ -350,8 +349,7 @@ def backward_keys(
     into: tuple = (None, None),
 ) -> tuple:
     """(dk, dv) in the layout of k and v; `rows` are `backward_rows` of the same part, the rest as in `forward`."""
-    launch = _dkdv_launch(problem, dout_strides, part)
-    return run(launch, q, k, v, dout, *rows, sequences, *into)
+    return run(_dkdv_launch(problem, dout_strides, part), q, k, v, dout, *rows, sequences, *into)
 
 
 def backward_queries(
@@ -369,8 +367,7 @@ def backward_queries(
     into=None,
 ):
     """dq `[T, heads, head_dim]`; arguments as in `backward_keys`."""
-    launch = _dq_launch(problem, dout_strides, part)
-    (dq,) = run(launch, q, k, v, dout, *rows, segments, into)
+    (dq,) = run(_dq_launch(problem, dout_strides, part), q, k, v, dout, *rows, segments, into)
     return dq
 
 
