@@ -50,15 +50,12 @@ RANK = 3
 WORKERS = 8
 GIVE_UP = 1.25  # times the time in use in any case: other cases could not make up for it
 # Which kernel for Hopper serves depends on the shape of a batch: each of these is tuned on the cases that it serves.
+LONG, FEW, SHORT = ("rectangle-d128",), ("short-d128", "packed16-d128"), ("packed64-d128",)
 SERVES = {
     f"hopper_{name}{size}": cases
     for name in ("forward", "dq")
-    for size, cases in (
-        ("", ("rectangle-d128",)),
-        ("_few", ("short-d128", "packed16-d128")),
-        ("_short", ("packed64-d128",)),
-    )
-}
+    for size, cases in (("", LONG), ("_few", FEW), ("_short", SHORT))
+} | {"hopper_dkdv": LONG + FEW, "hopper_dkdv_short": SHORT}
 FUSED = "hopper_fused"  # serves calls that need not be deterministic
 
 

@@ -108,6 +108,16 @@ def test_how_many_heads_a_program_takes(monkeypatch):
         assert (refused != "1 as heads_together") == can
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", config.HOPPER_KERNELS)
+def test_one_stage_is_refused(name, head_dim):
+    """A consumer waits for a block while it has the one before: on a GPU it would wait for ever."""
+    shipped = config.choose_config(name, head_dim, "bfloat16", "9.0")
+    for stages, refused in ((1, "2 or more as num_stages"), (2, None)):
+        tried = dataclasses.replace(shipped, num_stages=stages)
+        assert config.fits(name, tried, head_dim, "bfloat16", "9.0") == refused
+
+
 def test_which_jax_can_launch_them(monkeypatch):
     for version, can in (((0, 10, 0), False), ((0, 10, 1), True), ((0, 11, 2), True)):
         monkeypatch.setattr(jax, "__version_info__", version)

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import triton
 
 import timing
 import tune
-from cases import Case
+from cases import CASES, Case
 from conftest import GPU
-from zigzag_kernels import config
+from test_hopper import problem
+from zigzag_kernels import config, hopper
 from zigzag_kernels.config import Config
 
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
@@ -94,8 +96,20 @@ def test_each_kernel_is_tuned_in_its_own_pass_on_cases_that_it_serves():
         "hopper_dkdv": "backward", "hopper_dq_short": "backward", "hopper_fused": "backward",
     }  # fmt: skip
     assert {kernel: tune.Bench(kernel, []).direction for kernel in expected} == expected
-    assert set(tune.SERVES) <= set(config.KERNELS)
-    assert {case for cases in tune.SERVES.values() for case in cases} == set(tune.NAMES)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_cases_of_each_kernel_are_those_that_it_serves(head_dim, monkeypatch):
+    """The fused one serves all of them."""
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    monkeypatch.setenv(hopper.VARIABLE, "1")
+    served = {kernel: () for kernel in config.HOPPER_KERNELS if kernel != tune.FUSED}
+    for case in CASES:
+        if case.name in tune.NAMES:
+            asked = problem(case.tokens, head_dim, sequences=len(case.lengths), world_size=case.world_size)
+            for kernel in (hopper.forward_kernel(asked), *hopper.backward_kernels(asked, asked.q_strides)):
+                served[kernel] += (case.name,)
+    assert served == tune.SERVES
 
 
 class FakeBench:

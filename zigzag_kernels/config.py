@@ -188,6 +188,8 @@ def fits(kernel: str, config: Config, head_dim: int, dtype: str, target: str) ->
         sizes = [64 * groups for groups in range(2, WARPGROUPS[kernel.split("_")[1]] + 1)]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
+        if config.num_stages == 1:  # a block is waited for before the one before it is done with
+            return "2 or more as num_stages"
     for name in ("BLOCK_M", "BLOCK_N"):
         if name != own and getattr(config, name).bit_count() > 1:
             return f"a power of two as {name}"
