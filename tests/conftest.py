@@ -32,6 +32,10 @@ else:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     # With two threads, jax 0.10 can wait for ever inside a host callback.
     os.environ.setdefault("NPROC", "16")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before NumPy is imported. Workers share the cores, and threads that each of them starts for a product wait for one
+    # another: with 15 on 16 cores the oracle of one case took more than five minutes, so less than 15 seconds.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
