@@ -24,8 +24,11 @@ HEADLINES = {
 }
 SMALL = {"packed64-d128": "64x128", "documents-d128": "real lengths"}
 LONG = "rectangle-d128"
-# Okabe and Ito's colours; those of this library in front.
-COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44")
+# One for each implementation: Okabe and Ito's colours and more, those of this library in front.
+COLOURS = (
+    "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44",
+    "#7B3FA0", "#A8D08D",
+)  # fmt: skip
 
 
 def summarise(times):
@@ -142,7 +145,7 @@ def _draw(path, rows, panels, title, line):
         for i, name in enumerate(timed):
             heights = {cases.index(case): height for (case, x), height in bars.items() if x == name}
             at = [place + (i - (len(timed) - 1) / 2) * width for place in heights]
-            colour = COLOURS[names.index(name) % len(COLOURS)]
+            colour = COLOURS[names.index(name)]
             axes.bar(at, heights.values(), width, color=colour, edgecolor=INK, linewidth=0.4, label=name)
         axes.axhline(line[0], color=INK, linestyle="--", linewidth=1, label=line[1])
         axes.set_title(title.format(panel), fontsize=11)

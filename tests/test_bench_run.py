@@ -178,6 +178,10 @@ def test_table_and_what_is_missing():
     assert report.missing(rows) == ["flex: failed: Oops: x (all cases)", "cudnn: not available: y (two)"]
 
 
+def test_every_implementation_has_a_colour_of_its_own():
+    assert len(set(report.COLOURS)) == len(report.COLOURS) >= len(IMPLEMENTATIONS)
+
+
 def test_rows_of_samples():
     assert report.summarise([9.0, 1.0, 3.0, 2.0, 4.0]) == {"ms": 3.0, "low_ms": 2.0, "high_ms": 4.0}
     assert [timing.calls_per_round(ms) for ms in (0.001, 1.0, 15.0, 600.0)] == [timing.MOST_CALLS, 20, 2, 2]
