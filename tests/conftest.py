@@ -1,5 +1,6 @@
 """Decides, before anything imports triton or jax, whether this run interprets the kernels (no GPU) or compiles them."""
 
+import gc
 import os
 import subprocess
 
@@ -36,6 +37,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before NumPy is imported. Workers share the cores, and threads that each of them starts for a product wait for one
     # another: with 15 on 16 cores the oracle of one case took more than five minutes, so less than 15 seconds.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The interpreter makes objects by the million and no cycles to speak of: looking for some takes a tenth of its time.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """Sharding, positions and padding of both frameworks against the definition, and random packings of kernels."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,21 +30,25 @@ def package(request):
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_shard_unshard_and_positions(package, case):
     module, array = package
+    compiled = jax.jit if module is zigzag_jax else lambda function: function
     offsets = np.array(case.cu_seqlens, np.int32)
     cu_seqlens = array(offsets)
     world_size = case.world_size
     rows = np.arange(1, case.total + 1)
-    shards = [module.shard(array(rows), cu_seqlens, rank, world_size) for rank in range(world_size)]
+    shard = compiled(lambda x, cu_seqlens, rank: module.shard(x, cu_seqlens, rank, world_size))
+    position_ids = compiled(lambda cu_seqlens, rank: module.position_ids(cu_seqlens, rank, world_size, case.tokens))
+    unshard = compiled(lambda x, cu_seqlens: module.unshard(x, cu_seqlens, world_size))
+    shards = [shard(array(rows), cu_seqlens, rank) for rank in range(world_size)]
     for rank, ours in enumerate(shards):
         theirs = oracle.zigzag_rows(case.cu_seqlens, rank, world_size, case.padding)
         np.testing.assert_array_equal(np.asarray(ours), rows[theirs])
-        positions = np.asarray(module.position_ids(cu_seqlens, rank, world_size, case.tokens))
+        positions = np.asarray(position_ids(cu_seqlens, rank))
         wanted = [theirs_row - offsets[offsets <= theirs_row].max() for theirs_row in theirs]
         used = case.tokens - case.padding
         np.testing.assert_array_equal(positions[:used], wanted[:used])
         assert not positions[used:].any()
     gathered = array(np.concatenate([np.asarray(x) for x in shards]))
-    np.testing.assert_array_equal(np.asarray(module.unshard(gathered, cu_seqlens, world_size)), rows)
+    np.testing.assert_array_equal(np.asarray(unshard(gathered, cu_seqlens)), rows)
     local = np.asarray(module.local_cu_seqlens(cu_seqlens, world_size))
     np.testing.assert_array_equal(local, offsets // world_size)
 
