@@ -228,14 +228,14 @@ def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
 
 
 COMPILE = """
-import os, subprocess, sys, tempfile, triton
+import contextlib, io, os, sys, triton
 from zigzag_jax import gluon
 from zigzag_kernels import config, plan
 from zigzag_kernels.hopper import forward
 sys.path.insert(0, {tests!r})
 from test_hopper import problem  # without a GPU it has all that is imported after it interpreted
 os.environ.pop("TRITON_INTERPRET", None)
-ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+triton.knobs.nvidia.dump_ptxas_log = True
 # Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next.
 SPILLS = {{"hopper_dkdv": 16, "hopper_fused": 112, "hopper_dkdv_short": 160, "hopper_dq_short": 96}}
 SPILLS["hopper_forward_short"] = 8
@@ -267,12 +267,16 @@ cases = [
     for lengths in ((8192, 1), (2048, 1), (8192, 64))
     if part == plan.WHOLE or lengths != (2048, 1)
 ]
+reports = {{}}
 for head_dim, dtype, part, tokens, sequences in cases:
     asked = problem(tokens, head_dim, dtype, sequences=sequences)
     for name, launch in launches(asked, part):
         kinds = pointers(launch, dtype)
         constexprs = tuple(launch.constexprs.items())
-        compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+        key = launch.kernel, *kinds, *constexprs
+        report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have the same kernel
         ptx = compiled.asm["ptx"]
         chosen = config.choose_config(name, head_dim, dtype, "9.0")
         bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
@@ -282,11 +286,6 @@ for head_dim, dtype, part, tokens, sequences in cases:
         entry = ptx[ptx.index(".entry") :]
         # Behind its own parameters come global_scratch and profile_scratch.
         assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file.name]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spilt = int(report.split(" bytes spill stores")[0].split()[-1])
         assert spilt <= SPILLS.get(name, 0), (name, head_dim, report)
         assert "C75" not in report, report
