@@ -251,7 +251,8 @@ def main():
     parser.add_argument("--json", type=Path, help="write what was measured to this file too")
     parser.add_argument("--plot", type=Path, help="draw it into this file")
     options = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; medians")
+    gpu = timing.require_gpu()
+    print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}; medians")
     measured, memory = {}, {}
     for case in [case for case in CASES if case.name in NAMES]:
         sizes = {"heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim, "dtype": case.dtype}
@@ -292,7 +293,7 @@ def main():
             for name, times in measured.items()
             for (rank, way, direction), ms in times.items()
         ]
-        options.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows, "memory": memory}))
+        options.json.write_text(json.dumps({"gpu": gpu, "rows": rows, "memory": memory}))
     if options.plot:
         save_plot(options.plot, measured)
     worst = max(spread(times, "one launch", direction) for times in measured.values() for direction in DIRECTIONS)

@@ -123,15 +123,14 @@ def main(arguments=None) -> None:
     options = parser.parse_args(arguments)
     cases = {case.name: case for case in CASES if case.tags & BENCH}
     cases = [cases[name] for name in chosen(list(cases), options.cases)]
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU, and times on a CPU would say nothing of the kernels")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; medians")
+    gpu = timing.require_gpu()
+    print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}; medians")
     with tempfile.TemporaryDirectory() as folder:
         packages = PACKAGE, load(options.revision, Path(folder))
         rows = [row for case in cases for row in compare(case, packages, "cuda")]
     print("", *table(rows), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"gpu": gpu, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def machine(device):
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"gpu": torch.cuda.get_device_name() if device == "cuda" else "none", **versions}
+    return {"gpu": timing.require_gpu() if device == "cuda" else "none", **versions}
 
 
 def chosen(names, patterns):
@@ -239,8 +239,6 @@ def main(arguments=None, device="cuda"):
     cases = [cases[name] for name in chosen(list(cases), options.cases)]
     names = chosen(list(IMPLEMENTATIONS), options.implementations)
     ours = [name for name in names if IMPLEMENTATIONS[name].ours]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU, and times on a CPU would say nothing of the kernels")
     about = machine(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     if device == "cuda":

@@ -266,7 +266,9 @@ def main(arguments: list[str] | None = None, player: Player | None = None, **dra
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packing", type=int, help="play this one alone")
     options = parser.parse_args(arguments)
-    player = player or Player()
+    if player is None:
+        timing.require_gpu()
+        player = Player()
     start = time.monotonic()
     alone = options.packing is not None
     numbers = [options.packing] if alone else itertools.count()

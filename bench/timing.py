@@ -30,6 +30,13 @@ class Calls(NamedTuple):
     results: Callable[[], tuple[torch.Tensor, ...]]  # out, dq, dk, dv
 
 
+def require_gpu() -> str:
+    """The name of the GPU; `SystemExit` where PyTorch sees none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no GPU, which this script needs")
+    return torch.cuda.get_device_name()
+
+
 def inputs(case, device="cuda", seed=0):
     """q, gathered k and v, dout, cu_seqlens of one rank; every row is another draw."""
     generator = torch.Generator(device).manual_seed(seed)

@@ -207,11 +207,11 @@ def main(arguments=None):
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
     parser.add_argument("--output", type=Path, default=Path("tiles.json"))
     options = parser.parse_args(arguments)
+    about = {"gpu": timing.require_gpu(), "torch": torch.__version__, "triton": triton.__version__}
     target = "{}.{}".format(*torch.cuda.get_device_capability())
     names = SERVES.get(options.kernel, NAMES)
     sizes = {"head_dim": options.head_dim, "dtype": options.dtype}
     cases = [replace(case, name=case.name.partition("-")[0], **sizes) for case in CASES if case.name in names]
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     about |= {"kernel": options.kernel, **sizes}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
 

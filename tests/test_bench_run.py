@@ -1,8 +1,10 @@
 """The comparison of attentions on a CPU: tiny cases through all of bench/run.py, and its report of made-up rows."""
 
+import importlib
 import itertools
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -180,6 +182,14 @@ def test_table_and_what_is_missing():
 
 def test_every_implementation_has_a_colour_of_its_own():
     assert len(set(report.COLOURS)) == len(report.COLOURS) >= len(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("command", ["run", "ranks", "stress", "revisions HEAD", "tune --kernel=forward --head-dim=64"])
+def test_without_a_gpu_a_script_says_so(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="PyTorch sees no GPU"):
+        importlib.import_module(sys.argv[0]).main()
 
 
 def test_rows_of_samples():

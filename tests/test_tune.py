@@ -129,7 +129,7 @@ class FakeBench:
 def test_the_whole_search(monkeypatch, tmp_path, capsys):
     tried = [Config(rows, 64, 8, 2) for rows in (64, 256)]
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "made up")
+    monkeypatch.setattr(timing, "require_gpu", lambda: "made up")
     monkeypatch.setattr(tune, "compile_all", lambda kernel, case, overrides: None)
     monkeypatch.setattr(tune, "candidates", lambda *_: tried)
     monkeypatch.setattr(tune, "Bench", FakeBench)
