@@ -10,6 +10,7 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST := $(VENV)/newest
+PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile newest lint clean
@@ -28,7 +29,7 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
 
 # The release of Triton that the kernels for Hopper are written for, and what JAX needs to lower for a GPU.
 compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, without a GPU
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/offline \
+	$(BIN)/python $(PIP) --upgrade --no-deps --target $(VENV)/offline \
 		triton==3.6.0 jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')
 	PYTHONPATH=$(VENV)/offline $(BIN)/python -m pytest -n auto -k compile $(ARGS) \
 		tests/test_hopper.py tests/test_launch.py tests/test_sanitize.py tests/test_lowering.py
@@ -38,10 +39,10 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=python3.12)
 	$(call needs,3,12)
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(NEWEST)/bin/python $(PIP) \
 		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps jax-cuda13-plugin==0.11.2
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2
+	$(NEWEST)/bin/python $(PIP) --upgrade --no-deps \
 		--target $(NEWEST)/hopper triton==3.6.0 jax-triton==0.3.1
 	$(NEWEST)/bin/python tests/lowering.py gathered methods
 	PYTHONPATH=$(NEWEST)/hopper $(NEWEST)/bin/python tests/lowering.py hopper
@@ -59,5 +60,5 @@ clean: ## remove the environment and all caches
 $(INSTALLED): pyproject.toml
 	$(call needs,3,11)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(GPU),$(comma)cuda)]'
+	$(BIN)/python $(PIP) --editable '.[dev$(if $(GPU),$(comma)cuda)]'
 	@touch $@

@@ -237,8 +237,7 @@ from test_hopper import problem  # without a GPU it has all that is imported aft
 os.environ.pop("TRITON_INTERPRET", None)
 triton.knobs.nvidia.dump_ptxas_log = True
 # Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next.
-SPILLS = {{"hopper_dkdv": 16, "hopper_fused": 112, "hopper_dkdv_short": 160, "hopper_dq_short": 96}}
-SPILLS["hopper_forward_short"] = 8
+SPILLS = dict(hopper_dkdv=16, hopper_fused=112, hopper_dkdv_short=160, hopper_dq_short=96, hopper_forward_short=8)
 
 
 def launches(asked, part):
