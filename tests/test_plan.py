@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from zigzag_jax import launch as jax_launch
 from zigzag_kernels import config, plan
 from zigzag_kernels.config import Config
-from zigzag_kernels.problem import make_problem, segment_table_shapes
+from zigzag_kernels.problem import PEER, make_problem, segment_table_shapes
 from zigzag_torch import launch as torch_launch
 
 TARGETS = {"sm_80": "8.0", "sm_86": "8.6", "sm_90": "9.0"}
@@ -130,6 +131,25 @@ def test_grids_cover_every_row_whatever_the_lengths():
         first.append(int(tokens.sum()) * group // block + entries)
         for i, n in enumerate(tokens):
             assert first[i + 1] - first[i] >= -(-int(n) * group // block)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "changes", "together"),
+    [(1, {}, 1), (127, {}, 1), (128, {}, 0), (95, {"window": 16}, 1), (96, {"window": 16}, 0),
+     (1, {"causal": False}, 0), (1, {"kv_layout": PEER}, 0)],
+)  # fmt: skip
+def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, together):
+    changed = replace(problem(), **changes)
+    assert plan._ordered(changed, Config(64, 64, 4, 2), tiles).tiles_together == together
+    assert plan._ordered(changed, Config(64, 64, 4, 2, tiles_together=4), tiles).tiles_together == 4
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(512, 1), (2**15, 0)])
+def test_every_attention_kernel_follows_that_order(tokens, together):
+    asked = replace(problem(head_dim=128, tokens=tokens), deterministic=False)
+    made = [x for x in (*launches(asked), *plan._fused_launches(asked, asked.q_strides)) if "CAUSAL" in x.constexprs]
+    assert [x.constexprs["TILES_TOGETHER"] for x in made] == [together] * 4
+    assert all(x.grid[0] > 1 for x in made)
 
 
 class Recorder:

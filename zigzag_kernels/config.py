@@ -1,9 +1,9 @@
 """Tile sizes as data: one table per architecture, chosen by one function and checked by one `fits()`.
 
 Which table a GPU uses: sm_90 for 9.0 and 10.x, sm_86 (little shared memory) for 8.6, 8.9 and 12.x, sm_80 for the rest.
-The 16-bit entries of sm_90 for head_dim up to 64 and up to 128 were measured on an H100 (`docs/kernels.md`). All others
-are chosen by budget and not measured. The "hopper_" kernels are those of `hopper/`: the rows that a program owns
-(keys, in dK/dV) are shared by warpgroups of 64, and num_warps counts one of these.
+The 16-bit entries of sm_90 were measured (`docs/kernels.md`), all others are chosen by budget and not measured. The
+"hopper_" kernels are those of `hopper/`: the rows that a program owns (keys, in dK/dV) are shared by warpgroups of 64,
+and num_warps counts one of these.
 
 `ZIGZAG_KERNEL_CONFIG=file.json`, read when a problem is first seen, replaces entries, in the shape of `_TABLES` with
 `Config` fields as objects:
@@ -37,8 +37,8 @@ WARPGROUPS = {"forward": 4, "dkdv": 3, "dq": 3, "fused": 2}  # at most; the regi
 @dataclass(frozen=True)
 class Config:
     """Tile and launch parameters of one kernel: query rows and keys a step, warps a program, pipeline depth, and
-    how many tiles of one head run side by side before those of the next head (0: all); with heads_together, a program
-    of a kernel of `hopper/` takes one tile of up to so many KV heads, one after the other."""
+    how many tiles of one head run side by side before those of the next head (0: as the plan has it); with
+    heads_together, a program of a kernel of `hopper/` takes one tile of up to so many KV heads, one after the other."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -74,8 +74,8 @@ _TABLES: dict[str, dict[str, dict[str, dict[int, Config]]]] = {
     "sm_90": {
         "16-bit": {
             "forward": _up_to((128, 64, 4, 3, 1), (128, 128, 8, 3), (128, 64, 8, 2)),
-            "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-            "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+            "backward_dkdv": _up_to((128, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+            "backward_dq": _up_to((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
             "hopper_forward": _up_to((192, 128, 4, 3, 1), (128, 128, 4, 2)),
             "hopper_forward_few": _up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1, 2)),
             "hopper_forward_short": _up_to((256, 64, 4, 4, 1), (128, 64, 4, 4, 0, 8)),

@@ -12,7 +12,7 @@ pieces, with communication between them.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -31,6 +31,8 @@ _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
 _ELEMENTS = 4096
 MANY_PROGRAMS = 384  # about three for each multiprocessor: no fewer are left when a program takes several heads
+MULTIPROCESSORS = 128  # about as many as the GPUs have that models are trained on
+FEW_PROGRAMS = 12 * MULTIPROCESSORS
 _CACHED = 1024  # batches of changing size make new problems without end
 
 
@@ -129,6 +131,17 @@ def _portable(kernel: Any, constexprs: dict[str, Any], config: Config, tiles: in
     return {"kernel": kernel, "constexprs": constexprs, "grid": grid, **resources}
 
 
+def _ordered(problem: Problem, config: Config, tiles: int) -> Config:
+    """`config` with heads side by side where the tiles of one do not fill the GPU, and those of all not many times.
+
+    Heads one after the other would have the heaviest tile of the last begin late, and end alone. Elsewhere that is less
+    than what it takes to read rows of all heads, which do not stay in the L2 cache. Of ring steps one has such tiles.
+    """
+    few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
+    unequal = problem.causal and problem.kv_layout != PEER
+    return replace(config, tiles_together=config.tiles_together or int(few and unequal))
+
+
 def _grid(config: Config, tiles: int, heads: int) -> tuple[int, int, int]:
     """Programs for all tiles of so many heads: see `tile.tile_and_head`."""
     together = config.tiles_together or 1
@@ -146,8 +159,9 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
     (segments, _), _ = segment_table_shapes(problem.sequences)
     name = forward_kernel(problem)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
     tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
+    config = _ordered(problem, config, tiles)
+    constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
     if name == "forward":
         chosen = _portable(attention_forward, constexprs, config, tiles)
     else:
@@ -200,8 +214,9 @@ def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) ->
     _, (sequences, _) = segment_table_shapes(problem.sequences)
     name, _ = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
     tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
+    config = _ordered(problem, config, tiles)
+    constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
     if name == "backward_dkdv":
         chosen = _portable(backward_dkdv, constexprs, config, tiles)
     else:
@@ -225,8 +240,9 @@ def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> L
     (segments, _), _ = segment_table_shapes(problem.sequences)
     _, name = backward_kernels(problem, dout_strides)
     config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
     tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
+    config = _ordered(problem, config, tiles)
+    constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
     if name == "backward_dq":
         chosen = _portable(backward_dq, constexprs, config, tiles)
     else:
@@ -252,6 +268,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
     (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
     config = choose_config("hopper_fused", problem.head_dim, problem.dtype, problem.target)
     tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
+    config = _ordered(problem, config, tiles)
     constexprs = _constexprs(problem, config, WHOLE) | _strides(dout_strides) | {"HEADS": problem.heads}
     shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
     kv_shape = (problem.kv_tokens, problem.window, problem.head_dim)
