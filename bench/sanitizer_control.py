@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
+from zigzag_kernels.hopper.pipeline import load_box
 from zigzag_torch.launch import with_scratch
 
 TILES, PROGRAMS = 5, 2
@@ -66,7 +67,7 @@ def _fill(x_ptr, desc, ring, full, empty, i, TMA: gl.constexpr):
     hopper.mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
     if TMA:
         hopper.mbarrier.expect(full.index(stage), ROWS * ROWS * 2)
-        hopper.tma.async_copy_global_to_shared(desc, [i * ROWS, 0], full.index(stage), ring.index(stage))
+        load_box(desc, [i * ROWS, 0], full.index(stage), ring.index(stage))
     else:
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
         ring.index(stage).store(gl.load(x_ptr + i * ROWS * ROWS + _places(LAYOUT)))

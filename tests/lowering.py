@@ -1,8 +1,8 @@
 """Lowers attention from JAX for an H100, which compiles every kernel, where there is neither a GPU nor PyTorch.
 
-    python tests/lowering.py [gathered methods hopper]
+    python tests/lowering.py gathered methods hopper
 
-In a process of its own: it compiles, where tests may interpret. "hopper" needs the Triton that those kernels are for.
+In a process of its own: it compiles, where tests may interpret. "hopper" needs a Triton that those kernels run with.
 """
 
 import argparse
@@ -86,7 +86,7 @@ PARTS = {part.__name__: part for part in (gathered, methods, hopper)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=[*PARTS])
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     options = parser.parse_args()
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
     jax_triton = launch._import_jax_triton()

@@ -85,6 +85,8 @@ def test_one_problem_and_what_mends_it(case):
         LAPTOP,
         changed(HOPPER, jax=None, jaxlib=None, jax_triton=None),
         changed(HOPPER, torch=None),
+        changed(HOPPER, jax=None, torch="2.14.0", triton="3.8.0"),
+        changed(HOPPER, torch=None, triton="3.9.0", jax_triton="0.4.1", nvidia_cuda_nvcc="13.1.2"),
         changed(LAPTOP, jax_triton=None),
         changed(HOPPER, gpus=[("NVIDIA A100", "8.0")], jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
         changed(HOPPER, environment={"TRITON_INTERPRET": "0", "ZIGZAG_USE_FUSED_TRITON_V2": "0"}),
@@ -99,8 +101,8 @@ def test_what_does_not_concern_everyone_is_a_note():
         (changed(LAPTOP, triton=None), "triton>=3.6"),
         (changed(LAPTOP, numpy="2.4.0"), "numpy<2.4"),
         (changed(LAPTOP, jax="0.10.2", processors=2), "NPROC=16"),
-        (changed(HOPPER, jax=None, torch="2.13.0", triton="3.9.0"), "'triton==3.6.*' 'torch==2.11.*'"),
-        (changed(HOPPER, torch=None, triton="3.8.0", jax_triton="0.4.1"), "'triton==3.6.*' 'jax-triton==0.3.1'"),
+        (changed(HOPPER, jax=None, torch="2.16.0", triton="3.10.0"), "'triton>=3.6,<3.10' 'torch>=2.11'"),
+        (changed(HOPPER, torch=None, triton="3.10.0", jax_triton="0.4.1", nvidia_cuda_nvcc="13.1.2"), "<3.10'"),
         (changed(HOPPER, jax="0.10.0"), "jax>=0.10.1"),
     ):
         (finding,) = diagnose(machine)
@@ -133,7 +135,7 @@ def test_the_packages_ask_for_what_the_doctor_asks_for():
 
 
 def test_the_doctor_knows_what_the_kernels_for_hopper_need():
-    assert hopper.TRITON == "3.6."
+    assert hopper.TRITON == ("3.6.", "3.7.", "3.8.", "3.9.")
     assert launch.GLUON_JAX == (0, 10, 1)
 
 

@@ -23,7 +23,7 @@ from zigzag_kernels.problem import make_problem
 HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
 PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the Triton that these kernels are written for")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs a Triton that these kernels run with")
 
 
 def problem(
@@ -39,7 +39,7 @@ def problem(
 
 
 def test_the_rules_that_take_them(monkeypatch):
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
     for value in (None, "1"):
         if value:
             monkeypatch.setenv(hopper.VARIABLE, value)
@@ -79,8 +79,9 @@ def test_the_rules_that_take_them(monkeypatch):
     with pytest.raises(ValueError, match="ZIGZAG_HOPPER: expected 0 or 1, got 'yes'"):
         hopper.forward_kernel(problem())
     monkeypatch.delenv(hopper.VARIABLE)
-    monkeypatch.setattr(triton, "__version__", "3.9.0")
-    assert hopper.forward_kernel(problem()) == "forward"
+    for release, kernel in (("3.7.1", "hopper_forward"), ("3.9.0", "hopper_forward"), ("3.10.0", "forward")):
+        monkeypatch.setattr(triton, "__version__", release)
+        assert hopper.forward_kernel(problem()) == kernel, release
 
 
 def test_how_many_heads_a_program_takes(monkeypatch):
@@ -99,7 +100,7 @@ def test_how_many_heads_a_program_takes(monkeypatch):
     for name in ("k_strides", "v_strides"):
         apart = dataclasses.replace(problem(), **{name: (2048, 256)})
         assert plan._heads_together(apart, table, enough) == {"HEADS_TOGETHER": 1}
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
     launch = plan._forward_launch.__wrapped__(problem(sequences=64), plan.WHOLE)
     assert launch.constexprs["HEADS_TOGETHER"] == 8
     assert launch.grid == (8192 * 4 // 128 + 2 * 64 + 1, 1, 1)  # one head's tiles, whose programs take all eight
@@ -145,7 +146,7 @@ def recorded(monkeypatch):
     metadata = types.SimpleNamespace(
         name="forward", num_warps=12, shared=1000, global_scratch_size=256, global_scratch_align=128
     )
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
     monkeypatch.setattr(jaxlib, "gpu_triton", Recorder(), raising=False)
     compiled = types.SimpleNamespace(metadata=metadata, asm={"ptx": "ptx"})
     monkeypatch.setattr(gluon, "compile_kernel", lambda *_: compiled)
@@ -236,7 +237,8 @@ sys.path.insert(0, {tests!r})
 from test_hopper import problem  # without a GPU it has all that is imported after it interpreted
 os.environ.pop("TRITON_INTERPRET", None)
 triton.knobs.nvidia.dump_ptxas_log = True
-# Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next.
+# Bytes, with the release that tiles were chosen with: a few numbers a block, in the loops too; with several heads a
+# program, between one head and the next. What other releases make of the kernels is in docs/hopper.md.
 SPILLS = dict(hopper_dkdv=16, hopper_fused=112, hopper_dkdv_short=160, hopper_dq_short=96, hopper_forward_short=8)
 
 
@@ -264,7 +266,7 @@ cases = [
     for head_dim in (64, 128)
     for dtype, part in (("bfloat16", plan.WHOLE), ("float16", plan.Part(accumulate=True, dtype="float32")))
     for lengths in ((8192, 1), (2048, 1), (8192, 64))
-    if part == plan.WHOLE or lengths != (2048, 1)
+    if ({tuned} and (part == plan.WHOLE or lengths != (2048, 1))) or (part, lengths) == (plan.WHOLE, (8192, 1))
 ]
 reports = {{}}
 for head_dim, dtype, part, tokens, sequences in cases:
@@ -286,8 +288,8 @@ for head_dim, dtype, part, tokens, sequences in cases:
         # Behind its own parameters come global_scratch and profile_scratch.
         assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
         spilt = int(report.split(" bytes spill stores")[0].split()[-1])
-        assert spilt <= SPILLS.get(name, 0), (name, head_dim, report)
-        assert "C75" not in report, report
+        assert spilt <= (SPILLS.get(name, 0) if {tuned} else 320), (name, head_dim, report)
+        assert not ({tuned} and "C75" in report), report
         print(name)
 """
 
@@ -298,7 +300,9 @@ def test_they_compile_without_spills_within_their_memory(request, tmp_path, monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv(hopper.VARIABLE, "1")
-    code = COMPILE.format(tests=str(request.path.parent))
+    tuned = triton.__version__.startswith("3.6.")
+    code = COMPILE.format(tests=str(request.path.parent), tuned=tuned)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert set(result.stdout.split()) == set(config.HOPPER_KERNELS)
+    long = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
+    assert set(result.stdout.split()) == (set(config.HOPPER_KERNELS) if tuned else long)

@@ -16,7 +16,7 @@ PLUGIN = importlib.util.find_spec("jax_cuda13_plugin")
 @pytest.mark.parametrize("part", ["gathered", "methods", "hopper"])
 def test_all_kernels_compile_from_jax(request, tmp_path, part):
     if part == "hopper" and not HAS_TRITON:
-        pytest.skip("needs the Triton that these kernels are written for")
+        pytest.skip("needs a Triton that these kernels run with")
     command = [sys.executable, str(request.path.with_name("lowering.py")), part]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)

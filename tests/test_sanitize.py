@@ -138,6 +138,6 @@ def test_the_control_kernels_compile_to_what_they_are_to_show(tmp_path, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and Triton 3.6")
+@pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and a Triton that its kernels run with")
 def test_the_control_kernels_are_right():
     assert len(sanitize.launch(sanitize.CONTROL)) == 6

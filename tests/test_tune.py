@@ -101,7 +101,7 @@ def test_each_kernel_is_tuned_in_its_own_pass_on_cases_that_it_serves():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_cases_of_each_kernel_are_those_that_it_serves(head_dim, monkeypatch):
     """The fused one serves all of them."""
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON + "0")
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
     monkeypatch.setenv(hopper.VARIABLE, "1")
     served = {kernel: () for kernel in config.HOPPER_KERNELS if kernel != tune.FUSED}
     for case in CASES:

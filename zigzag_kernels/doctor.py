@@ -160,11 +160,9 @@ def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
 def _diagnose_hopper(machine: Machine) -> Iterator[Finding]:
     """What keeps the kernels written for Hopper from being taken: the portable ones then run, more slowly."""
     has, versions = machine.has, machine.versions
-    if has("triton", "3.7"):
-        text = f"The kernels for Hopper are written for Triton 3.6, not {versions['triton']}: the portable ones run"
-        command = "pip install 'triton==3.6.*'"
-        command += " 'torch==2.11.*'" * has("torch") + " 'jax-triton==0.3.1'" * has("jax-triton", "0.4")
-        yield Finding(text, command, note=True)
+    if has("triton", "3.10"):
+        text = f"The kernels for Hopper are written for Triton 3.6 to 3.9, not {versions['triton']}: portable ones run"
+        yield Finding(text, "pip install 'triton>=3.6,<3.10'" + " 'torch>=2.11'" * has("torch"), note=True)
     if has("jax", "0.10", "0.10.1"):
         text = f"JAX {versions['jax']} cannot launch the kernels for Hopper, and takes the portable ones"
         yield Finding(text, "pip install 'jax>=0.10.1,<0.12'", note=True)

@@ -14,7 +14,7 @@ from ..problem import DTYPE_BYTES, Problem
 
 VARIABLE = "ZIGZAG_HOPPER"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
-TRITON = "3.6."  # Gluon changes from release to release: with 3.9 the kernels here do not compile
+TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # Gluon changes from release to release: those that the kernels ran with
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty

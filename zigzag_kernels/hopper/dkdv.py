@@ -16,12 +16,14 @@ from .pipeline import (
     block_of,
     issue_scores,
     load_block,
+    load_pointers,
     make_barriers,
     make_stages,
     opaque,
     result_layout,
     specialize_warps,
     store_tile,
+    thread_barrier,
     wait_turn,
 )
 
@@ -51,8 +53,8 @@ def _copy_keys(
     rows = _key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS)
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
     mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
-    async_copy.async_copy_global_to_shared(k, k_ptr + (rows * STRIDE_KT)[:, None] + dims[None, :], mask)
-    async_copy.async_copy_global_to_shared(v, v_ptr + (rows * STRIDE_VT)[:, None] + dims[None, :], mask)
+    load_pointers(k, k_ptr + (rows * STRIDE_KT)[:, None] + dims[None, :], mask)
+    load_pointers(v, v_ptr + (rows * STRIDE_VT)[:, None] + dims[None, :], mask)
     async_copy.commit_group()
 
 
@@ -206,7 +208,7 @@ def _consumer(
         last_whole = begin + whole
         async_copy.wait_group(0)
         hopper.fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
         keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
         zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
@@ -234,7 +236,7 @@ def _consumer(
         if HEADS_TOGETHER > 1:
             k_ptr += STRIDE_KH
             v_ptr += STRIDE_VH
-            gl.thread_barrier()
+            thread_barrier()
             if n < HEADS_TOGETHER - 1:  # the next keys come while these results leave
                 _copy_keys(
                     k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT,

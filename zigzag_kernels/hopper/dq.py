@@ -28,6 +28,7 @@ from .pipeline import (
     row_places,
     specialize_warps,
     store_tile,
+    thread_barrier,
     top_block,
     wait_block,
     wait_turn,
@@ -131,7 +132,7 @@ def _consumer(
         q.store(q_rows)
         dout.store(dout_rows)
         hopper.fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         statistics = n * T.to(gl.int64) * GROUP + q_row * GROUP + rows
         lse2 = gl.load(lse2_ptr + statistics, mask=rows < last_row, other=float("inf"))
         delta = gl.load(delta_ptr + statistics, mask=rows < last_row, other=0.0)

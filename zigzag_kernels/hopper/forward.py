@@ -26,6 +26,7 @@ from .pipeline import (
     result_layout,
     row_places,
     specialize_warps,
+    thread_barrier,
     top_block,
     wait_block,
     wait_turn,
@@ -100,7 +101,7 @@ def _consumer(
         kv_head = first_kv_head + n
         q_buffer.store(q)
         hopper.fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         _, _, blocks = top_block(seen, kv_chunk, SLOTS, BLOCK_N)
         hidden, first_ragged = blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS, BLOCK_N)
         # Blocks are numbered through all heads, as the producer brings them.

@@ -16,7 +16,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
 from .dkdv import _block_tokens, _copy_keys, _half, _key_rows, _producer, _row_descriptor
-from .pipeline import block_of, issue_scores, make_barriers, make_stages, result_layout, specialize_warps, store_tile
+from .pipeline import (
+    block_of,
+    issue_scores,
+    make_barriers,
+    make_stages,
+    result_layout,
+    specialize_warps,
+    store_tile,
+    thread_barrier,
+)
 
 
 @builtin
@@ -159,7 +168,7 @@ def _consumer(
     _copy_keys(k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT)
     async_copy.wait_group(0)
     hopper.fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
     zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)

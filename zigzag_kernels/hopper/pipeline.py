@@ -10,9 +10,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..tile import chunk_row
 
+
+def _renamed(module, name: str, before: str):
+    return getattr(module, name, None) or getattr(module, before)
+
+
+thread_barrier = _renamed(gl, "barrier", "thread_barrier")  # in Triton 3.7
+load_box = _renamed(hopper.tma, "async_load", "async_copy_global_to_shared")  # in 3.8
+load_pointers = _renamed(async_copy, "async_load", "async_copy_global_to_shared")  # in 3.8
 CONSUMER_REGISTERS = {2: 240, 3: 160, 4: 112}  # of a thread, by the number of consumers: all that producers leave
 
 
@@ -155,7 +164,7 @@ def load_block(desc, place, full, buffers, i, STAGES: gl.constexpr, BYTES: gl.co
     """Bring block `i` from `place` into its stage, which is empty."""
     stage = i % STAGES
     hopper.mbarrier.expect(full.index(stage), BYTES)
-    hopper.tma.async_copy_global_to_shared(desc, place, full.index(stage), buffers.index(stage))
+    load_box(desc, place, full.index(stage), buffers.index(stage))
 
 
 @gluon.jit
