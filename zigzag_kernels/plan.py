@@ -135,7 +135,7 @@ def _ordered(problem: Problem, config: Config, tiles: int) -> Config:
     """`config` with heads side by side where the tiles of one do not fill the GPU, and those of all not many times.
 
     Heads one after the other would have the heaviest tile of the last begin late, and end alone. Elsewhere that is less
-    than what it takes to read rows of all heads, which do not stay in the L2 cache. Of ring steps one has such tiles.
+    than it costs to read rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
     """
     few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
     unequal = problem.causal and problem.kv_layout != PEER
