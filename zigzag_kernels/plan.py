@@ -148,9 +148,14 @@ def _grid(config: Config, tiles: int, heads: int) -> tuple[int, int, int]:
     return -(-tiles // together) * together * heads, 1, 1
 
 
-def _tiles(rows: int, block: int, entries: int) -> int:
-    """Tiles of one KV head, an upper bound from static shapes alone: see `tile.locate`."""
-    return rows // block + entries
+def _tiling(problem: Problem, kernel: str, block: str, rows: int, entries: int) -> tuple[Config, int]:
+    """(configuration of `kernel`, tiles of one KV head: an upper bound from static shapes alone, see `tile.locate`).
+
+    `block` is the field that has the rows of a tile.
+    """
+    config = choose_config(kernel, problem.head_dim, problem.dtype, problem.target)
+    tiles = rows // getattr(config, block) + entries
+    return _ordered(problem, config, tiles), tiles
 
 
 @functools.lru_cache(maxsize=_CACHED)
@@ -158,9 +163,7 @@ def _forward_launch(problem: Problem, part: Part) -> Launch:
     check_target(problem.target)
     (segments, _), _ = segment_table_shapes(problem.sequences)
     name = forward_kernel(problem)
-    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
-    config = _ordered(problem, config, tiles)
+    config, tiles = _tiling(problem, name, "BLOCK_M", problem.tokens * problem.group, segments)
     constexprs = _constexprs(problem, config, part) | {"HEADS": problem.heads}
     if name == "forward":
         chosen = _portable(attention_forward, constexprs, config, tiles)
@@ -213,9 +216,7 @@ def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: boo
 def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
     _, (sequences, _) = segment_table_shapes(problem.sequences)
     name, _ = backward_kernels(problem, dout_strides)
-    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
-    config = _ordered(problem, config, tiles)
+    config, tiles = _tiling(problem, name, "BLOCK_N", problem.kv_tokens, sequences)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
     if name == "backward_dkdv":
         chosen = _portable(backward_dkdv, constexprs, config, tiles)
@@ -239,9 +240,7 @@ def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) ->
 def _dq_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
     (segments, _), _ = segment_table_shapes(problem.sequences)
     _, name = backward_kernels(problem, dout_strides)
-    config = choose_config(name, problem.head_dim, problem.dtype, problem.target)
-    tiles = _tiles(problem.tokens * problem.group, config.BLOCK_M, segments)
-    config = _ordered(problem, config, tiles)
+    config, tiles = _tiling(problem, name, "BLOCK_M", problem.tokens * problem.group, segments)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides) | {"HEADS": problem.heads}
     if name == "backward_dq":
         chosen = _portable(backward_dq, constexprs, config, tiles)
@@ -266,9 +265,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
     from .hopper.fused import backward_fused_hopper, clear_sums, finish_dq
 
     (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
-    config = choose_config("hopper_fused", problem.head_dim, problem.dtype, problem.target)
-    tiles = _tiles(problem.kv_tokens, config.BLOCK_N, sequences)
-    config = _ordered(problem, config, tiles)
+    config, tiles = _tiling(problem, "hopper_fused", "BLOCK_N", problem.kv_tokens, sequences)
     constexprs = _constexprs(problem, config, WHOLE) | _strides(dout_strides) | {"HEADS": problem.heads}
     shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
     kv_shape = (problem.kv_tokens, problem.window, problem.head_dim)
