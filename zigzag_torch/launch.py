@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 # What code that PyTorch has compiled allocates by, in less than half of the host's time for torch.empty.
 _empty_on_gpu = cast(Any, torch._C)._dynamo.guards._empty_strided_cuda
-# How Triton 3.6 declares what its function in C takes besides the kernel's own arguments; 3.7 and later have another.
-IN_C = "iiiKKppOOOOOO"
+# How Triton 3.6 declares what its function in C takes besides the kernel's own arguments, and the releases that have
+# the one that came after it.
+IN_C, LATER = "iiiKKppOOOOOO", ("3.7.", "3.8.", "3.9.")
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
@@ -120,30 +121,46 @@ def _again(compiled: Any, grid: tuple[int, int, int], device: int, constants: li
     """
     import triton
     from triton import knobs
-    from triton.backends.nvidia import driver
 
-    call, launcher, active = compiled[grid], compiled.run, cast(Any, triton.runtime.driver.active)
+    call, launch = compiled[grid], _in_c(compiled, grid, triton.__version__)
 
     def through_triton(*arguments) -> None:
         with_scratch(call, *arguments, *constants)
 
-    known = getattr(driver, "_BASE_ARGS_FORMAT", None) == IN_C and type(launcher) is driver.CudaLauncher
-    if not known or launcher.profile_scratch_size:
+    if launch is None:
         return through_triton
-    launch, flags = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    size = launcher.global_scratch_size * launcher.num_ctas * math.prod(grid)
-    function, metadata = compiled.function, compiled.packed_metadata
-    stream_of, runtime = active.get_current_stream, knobs.runtime
+    size = compiled.run.global_scratch_size * compiled.run.num_ctas * math.prod(grid)
+    stream_of, runtime = cast(Any, triton.runtime.driver.active).get_current_stream, knobs.runtime
 
     def start(*arguments) -> None:
         before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(before, "calls", before) or getattr(after, "calls", after):
             through_triton(*arguments)
             return
-        stream, memory = stream_of(device), scratch(size) if size else None
-        launch(*grid, stream, function, *flags, memory, None, metadata, None, None, None, *arguments, *constants)
+        launch(stream_of(device), scratch(size) if size else None, *arguments, *constants)
 
     return start
+
+
+def _in_c(compiled: Any, grid: tuple[int, int, int], release: str) -> Callable | None:
+    """`launch(stream, memory, *arguments)` by what this `release` of Triton has in C; None if that is not known."""
+    from triton.backends.nvidia import driver
+
+    launcher = compiled.run
+    if type(launcher) is not driver.CudaLauncher or launcher.profile_scratch_size:
+        return None
+    launch, metadata = launcher.launch, compiled.packed_metadata
+    flags = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl
+    if getattr(driver, "_BASE_ARGS_FORMAT", None) == IN_C:
+        return lambda stream, memory, *arguments: launch(
+            *grid, stream, *flags, memory, None, metadata, None, None, None, *arguments
+        )
+    if not release.startswith(LATER) or getattr(launcher, "gsan_enabled", False):
+        return None
+    kinds = launcher.arg_annotations, launcher.kernel_signature
+    return lambda stream, memory, *arguments: launch(
+        *grid, stream, *flags, metadata, None, None, None, memory, None, *kinds, arguments
+    )
 
 
 def scratch(size: int) -> torch.Tensor:
