@@ -248,7 +248,7 @@ def launches(asked, part):
     yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
     yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
     if asked.tokens == 8192:
-        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launch(asked, dout, part)
+        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launches(asked, dout, part)[0]
         if part == plan.WHOLE and asked.sequences == 1:
             yield "hopper_fused", plan._fused_launches(asked, dout)[1]
 

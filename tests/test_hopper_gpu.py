@@ -53,7 +53,7 @@ def forced(monkeypatch):
         return make_and_note
 
     monkeypatch.setenv(hopper.VARIABLE, "1")
-    for name in ("_forward_launch", "_dkdv_launch", "_dq_launch", "_fused_launches"):
+    for name in ("_forward_launch", "_dkdv_launches", "_dq_launch", "_fused_launches"):
         monkeypatch.setattr(plan, name, noted(getattr(plan, name).__wrapped__))
     frameworks._jax_attention.cache_clear()
     yield names

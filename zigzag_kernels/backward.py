@@ -82,6 +82,8 @@ def _dkdv_block(
     dk,
     dv,
     MASKED: tl.constexpr,
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
@@ -111,14 +113,17 @@ def _dkdv_block(
         p = tl.where(keys[:, None] < limit[None, :], p, 0.0)
     dout_start, dout_offsets, _ = query_offsets(row, q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
     dout = load_rows(dout_ptr + dout_start, dout_offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
-    dv = dot(cast(p, dout.dtype, INTERPRET), dout, dv, INTERPRET)
-    dp = dot(v, tl.trans(dout), None, INTERPRET)
-    if MASKED:
-        delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-    else:
-        delta = tl.load(delta_ptr + statistics)
-    ds = p * (dp - delta[None, :])
-    return dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET), dv
+    if HAS_DV:
+        dv = dot(cast(p, dout.dtype, INTERPRET), dout, dv, INTERPRET)
+    if HAS_DK:
+        dp = dot(v, tl.trans(dout), None, INTERPRET)
+        if MASKED:
+            delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + statistics)
+        ds = p * (dp - delta[None, :])
+        dk = dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
@@ -158,8 +163,10 @@ def backward_dkdv(
     TILES_TOGETHER: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
 ):
-    """Write dK and dV of the window's KV heads; `ACCUMULATE` adds them to what is there."""
+    """Write dK and dV of the window's KV heads, or what is asked for of them; `ACCUMULATE` adds to what is there."""
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
         sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
@@ -199,14 +206,14 @@ def backward_dkdv(
         for row in range(begin * GROUP, full_row, BLOCK_M):
             dk, dv = _dkdv_block(
                 row, full_row, q_row, diagonal, kv_len, keys, k, v, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dk, dv,
-                True, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
-                BLOCK_M, BLOCK_D, INTERPRET,
+                True, HAS_DK, HAS_DV, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                STRIDE_DOH, BLOCK_M, BLOCK_D, INTERPRET,
             )  # fmt: skip
         for row in range(full_row, end_row, BLOCK_M):
             dk, dv = _dkdv_block(
                 row, end_row, q_row, diagonal, kv_len, keys, k, v, q_ptr, dout_ptr, delta_ptr, lse2_ptr, dk, dv,
-                False, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH,
-                BLOCK_M, BLOCK_D, INTERPRET,
+                False, HAS_DK, HAS_DV, GROUP, HEAD_DIM, SOFTMAX_SCALE * LOG2_E, STRIDE_QT, STRIDE_QH, STRIDE_DOT,
+                STRIDE_DOH, BLOCK_M, BLOCK_D, INTERPRET,
             )  # fmt: skip
 
     dk *= SOFTMAX_SCALE
@@ -214,11 +221,14 @@ def backward_dkdv(
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
     destination = (rows * KV_HEADS + window_head) * HEAD_DIM
-    if ACCUMULATE:
-        dk += load_rows(dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
-        dv += load_rows(dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
-    store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
-    store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    if HAS_DK:
+        if ACCUMULATE:
+            dk += load_rows(dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    if HAS_DV:
+        if ACCUMULATE:
+            dv += load_rows(dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)
 
 
 @triton.jit

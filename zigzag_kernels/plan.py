@@ -19,7 +19,7 @@ import triton
 
 from .backend import INTERPRET
 from .backward import backward_delta, backward_dkdv, backward_dq
-from .config import Config, block_d, choose_config
+from .config import Config, block_d, choose_config, sums_apart
 from .forward import attention_forward
 from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, takes_fused_backward
 from .launches import Launch, Output
@@ -213,26 +213,34 @@ def _delta_launch(problem: Problem, dout_strides: tuple[int, int], has_dlse: boo
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _dkdv_launch(problem: Problem, dout_strides: tuple[int, int], part: Part) -> Launch:
+def _dkdv_launches(problem: Problem, dout_strides: tuple[int, int], part: Part) -> tuple[Launch, ...]:
+    """One for both, or one for dK and one that then adds dV to its results."""
     _, (sequences, _) = segment_table_shapes(problem.sequences)
     name, _ = backward_kernels(problem, dout_strides)
     config, tiles = _tiling(problem, name, "BLOCK_N", problem.kv_tokens, sequences)
     constexprs = _constexprs(problem, config, part) | _strides(dout_strides)
     if name == "backward_dkdv":
-        chosen = _portable(backward_dkdv, constexprs, config, tiles)
+        apart = sums_apart(problem.head_dim, problem.dtype, problem.target)
+        wanted = ((True, False), (False, True)) if apart else ((True, True),)
+        chosen = [
+            _portable(backward_dkdv, constexprs | {"HAS_DK": dk, "HAS_DV": dv}, config, tiles) for dk, dv in wanted
+        ]
     else:
         from .hopper.dkdv import backward_dkdv_hopper
 
         constexprs |= _heads_together(problem, config, tiles)
-        chosen = _hopper(backward_dkdv_hopper, constexprs, config, tiles)
+        chosen = [_hopper(backward_dkdv_hopper, constexprs, config, tiles)]
     shape, dtype = (problem.kv_tokens, problem.window, problem.head_dim), part.dtype or problem.dtype
-    return Launch(
-        target=problem.target,
-        inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
-        scalars={"n_sequences": sequences} | _scalars(problem, part),
-        outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
-        in_place={"dk": "into_dk", "dv": "into_dv"},
-        **chosen,
+    return tuple(
+        Launch(
+            target=problem.target,
+            inputs=("q", "k", "v", "dout", "delta", "lse2", "sequences", "into_dk", "into_dv"),
+            scalars={"n_sequences": sequences} | _scalars(problem, part),
+            outputs=(Output("dk", shape, dtype), Output("dv", shape, dtype)),
+            in_place={"dk": "into_dk", "dv": "into_dv"},
+            **x,
+        )
+        for x in chosen
     )
 
 
@@ -363,7 +371,9 @@ def backward_keys(
     into: tuple = (None, None),
 ) -> tuple:
     """(dk, dv) in the layout of k and v; `rows` are `backward_rows` of the same part, the rest as in `forward`."""
-    return run(_dkdv_launch(problem, dout_strides, part), q, k, v, dout, *rows, sequences, *into)
+    for launch in _dkdv_launches(problem, dout_strides, part):
+        into = run(launch, q, k, v, dout, *rows, sequences, *into)
+    return into
 
 
 def backward_queries(
