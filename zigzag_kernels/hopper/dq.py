@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from ..tile import LOG2_E, load_segment, tile_and_head
 from .pipeline import (
+    SINCE_3_8,
     block_of,
     block_place,
     blocks_to_hide,
@@ -74,10 +75,8 @@ def _block(
     dp = issue_scores(dout, v_smem, v_full, i, zero, STAGES)
     scores = hopper.warpgroup_mma_wait(1, [scores])
     p = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
-    if BLOCK_N == 64:
-        # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials. With
-        # 128 keys it was no faster.
-        wait_block(v_full, i, STAGES)
+    # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials.
+    wait_block(v_full, i, STAGES)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds = p * (dp - delta[:, None])
     # Of blocks of 128 keys ptxas 13.0 otherwise makes a loop that is 7 to 16 % slower; those of 64 are slower so.
@@ -104,8 +103,9 @@ def _consumer(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
-    # The loop over blocks of 64 keys came out 4 % slower with the other layout, and one head stores little.
-    PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and BLOCK_N == 64
+    # The loop over blocks of 64 keys came out 4 % slower with the other layout, and one head stores little. From Triton
+    # 3.8 on it takes what registers there are, which makes the loop without that layout wait for every product.
+    PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and BLOCK_N == 64 and not SINCE_3_8
     RESULT_LAYOUT: gl.constexpr = D_LAYOUT if PLAIN else result_layout(BLOCK_D, dq_ptr.dtype.element_ty)
     SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
     last_row = q_len * GROUP

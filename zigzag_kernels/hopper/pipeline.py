@@ -19,6 +19,7 @@ def _renamed(module, name: str, before: str):
     return getattr(module, name, None) or getattr(module, before)
 
 
+SINCE_3_8 = gl.constexpr(hasattr(hopper.tma, "async_load"))
 thread_barrier = _renamed(gl, "barrier", "thread_barrier")  # in Triton 3.7
 load_box = _renamed(hopper.tma, "async_load", "async_copy_global_to_shared")  # in 3.8
 load_pointers = _renamed(async_copy, "async_load", "async_copy_global_to_shared")  # in 3.8
