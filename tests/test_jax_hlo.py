@@ -17,10 +17,10 @@ OFFSETS = jax.ShapeDtypeStruct((3,), "int32")
 MOVES = "copy", "copy-start", "transpose", "concatenate", "pad", "slice", "dynamic-slice", "dynamic-update-slice"
 
 
-def moved(function, *shapes, least):
-    """Operations of the compiled `function`, also inside of fusions, that move `least` elements or more."""
+def moved(function, *shapes, least, kinds=MOVES):
+    """Operations of the compiled `function`, also inside of fusions, of these `kinds` with `least` elements or more."""
     text = jax.jit(function).lower(*shapes).compile().as_text()
-    operations = re.findall(rf" = \(?\w+\[([\d,]*)\]\S* ({'|'.join(MOVES)})\(", text)
+    operations = re.findall(rf" = \(?\w+\[([\d,]*)\]\S* ({'|'.join(kinds)})\(", text)
     return [(shape, kind) for shape, kind in operations if math.prod(map(int, filter(None, shape.split(",")))) >= least]
 
 
@@ -45,6 +45,21 @@ def test_gathered_keys_are_read_in_place_in_both_directions(kernel_backend):
 
     q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
     assert moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS * HEAD_DIM) == []
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_gradient_of_lse_is_made_only_if_lse_was_asked_for(return_lse, kernel_backend):
+    def step(q, k, v, cu_seqlens, dout):
+        def attend(q, k, v):
+            options = {"backend": kernel_backend, "return_lse": return_lse}
+            results = zigzag_attention_gathered(q, k, v, cu_seqlens, 1, WORLD_SIZE, **options)
+            return results[0] if return_lse else results
+
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
+    made = moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS, kinds=["broadcast"])
+    assert [kind for _, kind in made] == ["broadcast"] * return_lse
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -107,7 +107,7 @@ def zigzag_attention_gathered(
     batch = _as_batch(cu_seqlens, rank, world_size, "allgather")
     problem = _problem(q, k, v, batch, GATHERED, causal, softmax_scale, backend, deterministic)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    out, lse = _attend(parallel.Local(problem), q, k, v, batch, backend)
+    out, lse = _attend(parallel.Local(problem), q, k, v, batch, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -162,10 +162,11 @@ def zigzag_attention(
     _check_varying(batch, axis_name, q, k, v)
     problem = _problem(q, k, v, batch, PEER, causal, softmax_scale, backend, deterministic)
     way = parallel.choose_way(problem, axis_name, method, heads_k_stride, grad_reduce_dtype)
-    out, lse = _attend(way, q, k, v, batch, backend)
+    out, lse = _attend(way, q, k, v, batch, backend, return_lse)
     if batched:
         out = out.reshape(size, length, *out.shape[1:])
-        lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
+        if return_lse:
+            lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -220,10 +221,10 @@ def _problem(q, k, v, batch: Batch, kv_layout: str, causal, softmax_scale, backe
     )
 
 
-def _attend(way: parallel.Way, q, k, v, batch: Batch, backend: str) -> tuple[jax.Array, jax.Array]:
+def _attend(way: parallel.Way, q, k, v, batch: Batch, backend: str, return_lse: bool) -> tuple:
     if backend == "reference":
         return reference.attention(way, q, k, v, batch.cu_seqlens, batch.rank)
-    return vjp.attention(way, q, k, v, *_tables(batch, backend))
+    return vjp.attention(way, q, k, v, *_tables(batch, backend), return_lse)
 
 
 def _describe(x: Array) -> tuple[tuple[int, ...], str, tuple[int, int]]:

@@ -30,30 +30,36 @@ def segment_tables(
 
 
 def attention(
-    way: Way, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sequences: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32).
+    way: Way,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sequences: jax.Array,
+    return_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32 or, unless asked for, None: its gradient would be zeros).
 
     Remat policies know them as "zigzag_out" and "zigzag_lse".
     """
     # A custom rule sees one rank. Cast before it, autodiff sums over the ranks the gradient of what they share.
     axes = launch.varying_axes(q, k, v, segments, sequences)
-    return _attention(way, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
+    return _attention(way, return_lse, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(way, q, k, v, segments, sequences):
-    return _forward(way, q, k, v, segments, sequences)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(way, return_lse, q, k, v, segments, sequences):
+    return _forward(way, return_lse, q, k, v, segments, sequences)[0]
 
 
-def _forward(way, q, k, v, segments, sequences):
+def _forward(way, return_lse, q, k, v, segments, sequences):
     # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward repeats them.
     out, lse = way.forward(q, k, v, segments)
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
-    return (out, lse), (q, k, v, out, lse, segments, sequences)
+    return (out, lse if return_lse else None), (q, k, v, out, lse, segments, sequences)
 
 
-def _backward(way, residuals, cotangents):
+def _backward(way, _, residuals, cotangents):
     q, k, v, out, lse, segments, sequences = residuals
     dq, dk, dv = way.backward(q, k, v, out, lse, *cotangents, segments, sequences)
     return dq, dk, dv, None, None
