@@ -31,7 +31,7 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
     steps = {name: in_numpy(getattr(pipeline, name)) for name in ("top_block", "walk_down")}
     top_block = steps["top_block"]
     next_place = in_numpy(pipeline.next_place, block_place=block_place, **steps)
-    blocks_to_hide, hide = in_numpy(pipeline.blocks_to_hide), in_numpy(pipeline.hide, opaque=lambda x: x)
+    blocks_to_hide, hide = in_numpy(pipeline.blocks_to_hide), in_numpy(pipeline.hide)
     rng = np.random.default_rng(slots)
     for _ in range(200):
         block, kv_row, chunk_length = (int(rng.integers(*x)) for x in ((1, 9), (0, 5), (1, 30)))
@@ -53,7 +53,7 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
             scores = np.broadcast_to(held[slot, row : row + block], (8, block)).view(Scores)
             columns = types.SimpleNamespace(load=lambda _, block=block: np.arange(block))
             place = i, blocks, masked, ragged, chunk_length, slots, block
-            shown, ragged = hide(scores, -1, columns, limits, *place, bool(rng.integers(2)))
+            shown, ragged = hide(scores, -1, columns, limits, *place)
             for visit, keys_shown in zip(visits, shown, strict=True):
                 np.add.at(visit, keys_shown[keys_shown >= 0], 1)
             assert (shown != -2).all()

@@ -79,9 +79,7 @@ def _block(
     wait_block(v_full, i, STAGES)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds = p * (dp - delta[:, None])
-    # Of blocks of 128 keys ptxas 13.0 otherwise makes a loop that is 7 to 16 % slower; those of 64 are slower so.
-    AFRESH: gl.constexpr = BLOCK_N == 128
-    ds, ragged = hide(ds, 0.0, columns_smem, limit, i, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N, AFRESH)
+    ds, ragged = hide(ds, 0.0, columns_smem, limit, i, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N)
     ds_operand = gl.convert_layout(ds.to(dout.dtype), P_LAYOUT)
     return hopper.warpgroup_mma(ds_operand, block_of(k_smem, i, STAGES), dq, is_async=True), ragged
 

@@ -116,7 +116,7 @@ def _consumer(
             scores = hopper.warpgroup_mma_wait(0, [scores])
             hopper.mbarrier.arrive(empty.index(begin % STAGES), count=1)
             scores, ragged = hide(
-                scores, HIDDEN, columns_smem, limit, begin, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N, False
+                scores, HIDDEN, columns_smem, limit, begin, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N
             )
             maximum = gl.max(scores, 1) * SCALE_LOG2
             p = gl.exp2(scores * SCALE_LOG2 - maximum[:, None])
@@ -128,7 +128,7 @@ def _consumer(
                 acc_token = hopper.warpgroup_mma(p_operand, block_of(v_smem, i - 1, STAGES), acc, is_async=True)
                 scores = hopper.warpgroup_mma_wait(1, [s_token])
                 scores, ragged = hide(
-                    scores, HIDDEN, columns_smem, limit, i, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N, False
+                    scores, HIDDEN, columns_smem, limit, i, end, masked, ragged, kv_chunk, SLOTS, BLOCK_N
                 )
                 new_maximum = gl.maximum(maximum, gl.max(scores, 1) * SCALE_LOG2)
                 rescale = gl.exp2(maximum - new_maximum)

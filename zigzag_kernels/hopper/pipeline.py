@@ -119,8 +119,7 @@ def key_descriptor(
 def opaque(x):
     """`x`, int32, of which the compiler knows nothing.
 
-    A loop that begins with it stays apart from a first trip written before it: merged, they ran 15 % slower. What a
-    rare branch computes from it is computed in there.
+    A loop that begins with it stays apart from a first trip written before it: merged, they ran 15 % slower.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
@@ -201,27 +200,16 @@ def blocks_to_hide(blocks, seen_by_all, kv_chunk, SLOTS: gl.constexpr, BLOCK_N: 
 
 @gluon.jit
 def hide(
-    x,
-    INSTEAD: gl.constexpr,
-    columns_smem,
-    limit,
-    i,
-    blocks,
-    masked,
-    ragged,
-    kv_chunk,
-    SLOTS: gl.constexpr,
+    x, INSTEAD: gl.constexpr, columns_smem, limit, i, blocks, masked, ragged, kv_chunk, SLOTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    AFRESH: gl.constexpr,
-):
+):  # fmt: skip
     """(`x` of block `i`, with INSTEAD for keys that a row does not see or behind the chunk's end; next ragged block).
 
-    Whole blocks skip this, and where the block is in the sequence is computed in here alone: with AFRESH from what the
-    compiler cannot carry along with the loop either. The numbers of its keys are read in here too: in registers they
-    would take one for every four keys during the loop.
+    Whole blocks skip this, and where the block is in the sequence is computed in here alone. The numbers of its keys
+    are read in here too: in registers they would take one for every four keys during the loop.
     """
     if (i < masked) | (i == ragged):
-        left = blocks - 1 - (opaque(i) if AFRESH else i)
+        left = blocks - 1 - i
         start = left * BLOCK_N
         if SLOTS > 1:
             per_chunk = (kv_chunk + BLOCK_N - 1) // BLOCK_N
