@@ -149,12 +149,12 @@ assert _allocation._allocator.get() is refused
 
 
 @pytest.mark.parametrize("in_c", [True, False])
-def test_a_compiled_kernel_is_launched_again_as_triton_would(request, tmp_path, monkeypatch, in_c):
+def test_a_compiled_kernel_is_launched_again_as_triton_would(request, tmp_path_factory, monkeypatch, in_c):
     """The same kernel for arrays of the same types and alignment, another one for others, with the same arguments."""
     if in_c and not triton.__version__.startswith(("3.6.", *LATER)):
         pytest.skip("what this release of Triton has in C is not known")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in a process of its own, for this one may interpret
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "launched"))  # both have these kernels
     code = SCRIPT.format(tests=str(request.path.parent), in_c=in_c)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -193,59 +193,62 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
         assert num_warps == launch.num_warps
 
 
+COMPILED = [
+    ("9.0", 128, "bfloat16"),
+    ("9.0", 256, "float16"),
+    ("8.0", 64, "float16"),
+    ("8.6", 256, "bfloat16"),
+    ("9.0", 40, "float32"),
+]
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 sys.path.insert(0, {tests!r})
-from test_plan import launches, problem
+from test_plan import COMPILED, launches, problem
 from zigzag_kernels import config
 SHORT = dict(bfloat16="bf16", float32="fp32", int32="i32", float16="fp16")
 TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank"), "int32")
 STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse"), "float32")
-dtype, target = {dtype!r}, {target!r}
-for launch in launches(problem({head_dim}, dtype, target)):
-    dtypes = [(TABLES | STATISTICS).get(name, dtype) for name in launch.inputs]
-    kinds = ["*" + SHORT[x] for x in dtypes] + ["i32"] * len(launch.scalars)
-    kinds += ["*" + SHORT[x.dtype] for x in launch.outputs]
-    signature = dict(zip(launch.kernel.arg_names, kinds)) | dict.fromkeys(launch.constexprs, "constexpr")
-    aligned = {{(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}}
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, launch.constexprs, aligned),
-        target=GPUTarget("cuda", int(float(target) * 10), 32),
-        options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages),
-    )
-    name = launch.kernel.__name__.removeprefix("attention_")
-    if name in config.KERNELS:
-        arch = config.architecture(target)
-        chosen = config.choose_config(name, {head_dim}, dtype, target)
-        bound = config.shared_memory(name, chosen, {head_dim}, dtype, arch)
-        assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY[arch], (name, compiled.metadata.shared, bound)
-    print(name)
+for target, head_dim, dtype in COMPILED:
+    for launch in launches(problem(head_dim, dtype, target)):
+        dtypes = [(TABLES | STATISTICS).get(name, dtype) for name in launch.inputs]
+        kinds = ["*" + SHORT[x] for x in dtypes] + ["i32"] * len(launch.scalars)
+        kinds += ["*" + SHORT[x.dtype] for x in launch.outputs]
+        signature = dict(zip(launch.kernel.arg_names, kinds)) | dict.fromkeys(launch.constexprs, "constexpr")
+        aligned = {{(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}}
+        compiled = triton.compile(
+            ASTSource(launch.kernel, signature, launch.constexprs, aligned),
+            target=GPUTarget("cuda", int(float(target) * 10), 32),
+            options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages),
+        )
+        name = launch.kernel.__name__.removeprefix("attention_")
+        if name in config.KERNELS:
+            arch = config.architecture(target)
+            chosen = config.choose_config(name, head_dim, dtype, target)
+            bound = config.shared_memory(name, chosen, head_dim, dtype, arch)
+            shared = compiled.metadata.shared
+            assert shared <= bound <= config.SHARED_MEMORY[arch], (target, head_dim, name, shared, bound)
+        print(target, head_dim, dtype, name)
 """
 
 
-@pytest.mark.parametrize(
-    ("target", "head_dim", "dtype"),
-    [
-        ("9.0", 128, "bfloat16"),
-        ("9.0", 256, "float16"),
-        ("8.0", 64, "float16"),
-        ("8.6", 256, "bfloat16"),
-        ("9.0", 40, "float32"),
-    ],
-)
-def test_every_kernel_compiles_within_its_shared_memory(request, target, head_dim, dtype, tmp_path, monkeypatch):
+def test_every_kernel_compiles_within_its_shared_memory(request, tmp_path, monkeypatch):
     """On any machine: Triton brings its own assembler. In a process of its own, for this one interprets."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = COMPILE.format(tests=str(request.path.parent), target=target, head_dim=head_dim, dtype=dtype)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
+    code = COMPILE.format(tests=str(request.path.parent))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    times = 2 if config.sums_apart(head_dim, dtype, target) else 1
-    assert result.stdout.split() == [
-        "build_segments", "forward", "backward_delta", *("backward_dkdv",) * times, "backward_dq"
-    ]  # fmt: skip
+    assert result.stdout.splitlines() == [
+        f"{target} {head_dim} {dtype} {kernel}"
+        for target, head_dim, dtype in COMPILED
+        for kernel in (
+            *("build_segments", "forward", "backward_delta"),
+            *["backward_dkdv"] * (2 if config.sums_apart(head_dim, dtype, target) else 1),
+            "backward_dq",
+        )
+    ]
 
 
 @pytest.mark.parametrize(
