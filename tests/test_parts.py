@@ -19,7 +19,7 @@ from zigzag_kernels import plan
 from zigzag_kernels.plan import Part
 from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, make_problem
 
-INTERPRETED = ("w1-odd-group", "w2-uneven", "w2-full", "w2-empty-runs", "w2-all-empty", "w2-padding", "w3")
+INTERPRETED = ("w1-odd-group", "w2-uneven", "w2-full", "w2-empty-runs", "w2-all-empty", "w2-padding", "w2-d256", "w3")
 INTERPRETED_IN_JAX = ("w1-odd-group", "w2-uneven")
 COMPILED = ("w2-edges", "w2-edges-full", "w3-d96", "w4-d256", "w5-d40", "w8-64-uneven", "w8-one-token-chunks")
 SELECTED = [case for case in CASES if case.name in INTERPRETED + (COMPILED if GPU else ())]
