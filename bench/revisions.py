@@ -50,7 +50,7 @@ def load(revision: str, folder: Path):
 
 
 def launches(package: str, case, tensors, backend: str | None, deterministic: bool = True) -> tuple[dict, tuple]:
-    """({kernel: call}, (out, dq, dk, dv)) of a forward and backward pass of `case` by the plan of `package`."""
+    """({kernel: its calls}, (out, dq, dk, dv)) of a forward and backward pass of `case` by the plan of `package`."""
     plan, problem = (importlib.import_module(f"{package}.{name}") for name in ("plan", "problem"))
     q, k, v, dout, cu_seqlens = tensors
     backend = launch.choose_backend(backend, q.device)
@@ -58,7 +58,7 @@ def launches(package: str, case, tensors, backend: str | None, deterministic: bo
 
     def run(made, *arrays):
         call = partial(launch.run, made, *arrays)
-        calls[made.kernel.fn.__name__] = call
+        calls.setdefault(made.kernel.fn.__name__, []).append(call)
         return call()
 
     asked = problem.make_problem(
@@ -85,14 +85,15 @@ def compare(case, packages, device: str, backend: str | None = None, sample: Cal
         results = []
         for package in packages:
             found, result = launches(package, case, tensors, backend, deterministic)
-            calls |= {(package, kernel): call for kernel, call in found.items()}
+            calls |= {(package, kernel): several for kernel, several in found.items()}
             results.append(result)
         for name, now, before in zip(timing.NAMES, *results, strict=True):
             timing.check_close(f"{case}: {name}, beside that of the other revision", now, before)
     samplers = {}
-    for key, call in calls.items():
-        count = timing.calls_per_round(sample([call], 2))
-        samplers[key] = partial(sample, [call], count)
+    for key, several in calls.items():
+        one = [lambda several=several: [call() for call in several]]
+        count = timing.calls_per_round(sample(one, 2))
+        samplers[key] = partial(sample, one, count)
     with tqdm(total=timing.ROUNDS + 1, desc=f"{case}: timing", unit="round") as bar:
         times = timing.in_turns(samplers, bar.update)
     medians = {key: statistics.median(rounds) for key, rounds in times.items()}

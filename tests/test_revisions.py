@@ -3,14 +3,18 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 import revisions
 import timing
 from cases import Case
 from commands import ROOT
 from conftest import GPU
+from zigzag_kernels.config import sums_apart
+from zigzag_torch import launch
 
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
 TINY = Case(name="tiny", world_size=2, lengths=(16, 8), heads=2, kv_heads=1, head_dim=16, dtype="float16")
@@ -48,6 +52,18 @@ def test_each_kernel_is_timed_beside_its_other_self(packages):
         f"| tiny | {rows[0]['kernel']} | 0.2500 | 0.5000 | 2.000 |",
         "| tiny | new | 2.0000 |  |  |",
     ]
+
+
+def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(packages, monkeypatch):
+    case, rounds = replace(TINY, head_dim=256), []
+    found, _ = revisions.launches(revisions.PACKAGE, case, timing.inputs(case, DEVICE), BACKEND)
+    target = launch.target(launch.choose_backend(BACKEND, torch.device(DEVICE)), torch.device(DEVICE))
+    times = len(found["backward_dkdv"])
+    assert times == 1 + sums_apart(case.head_dim, case.dtype, target)
+    counted = {name: [lambda name=name: rounds.append(name)] * len(several) for name, several in found.items()}
+    monkeypatch.setattr(revisions, "launches", lambda *_: (counted, timing.inputs(case, DEVICE)[:4]))
+    revisions.compare(case, packages, DEVICE, BACKEND, clock(iter([0.25] * 1000)))
+    assert rounds.count("backward_dkdv") == times * rounds.count("backward_dq")
 
 
 def test_results_that_differ_are_not_timed(packages, monkeypatch):
