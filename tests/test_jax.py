@@ -307,6 +307,14 @@ def test_what_must_read_lengths_refuses_traced_ones(name, before, after, advice)
         jax.jit(lambda cu_seqlens: function(*before, cu_seqlens, *after))(jnp.asarray([0, 8], jnp.int32))
 
 
+def test_whether_lse_is_returned_cannot_be_traced():
+    """As of any flag of Python in a traced function, JAX says so."""
+    q, cu_seqlens = jnp.ones((8, 1, 16)), jnp.asarray([0, 8])
+    attend = functools.partial(zigzag_jax.zigzag_attention_gathered, q, q, q, cu_seqlens, 0, 1, backend=KERNELS)
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(lambda flag: attend(return_lse=flag))(True)
+
+
 @functools.cache
 def forward_launch():
     described = (8, 1, 16), "float32", (16, 16)

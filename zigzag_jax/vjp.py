@@ -44,7 +44,7 @@ def attention(
     """
     # A custom rule sees one rank. Cast before it, autodiff sums over the ranks the gradient of what they share.
     axes = launch.varying_axes(q, k, v, segments, sequences)
-    return _attention(way, return_lse, *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
+    return _attention(way, bool(return_lse), *(launch.vary(x, axes) for x in (q, k, v)), segments, sequences)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
