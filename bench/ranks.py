@@ -30,8 +30,10 @@ import timing
 from cases import CASES
 from figures import FAINT, INK, RANK_COLOURS
 from zigzag_kernels import cost, plan
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.plan import Part
-from zigzag_kernels.problem import GATHERED, PEER, make_problem
+from zigzag_kernels.problem import make_problem
 from zigzag_torch import launch, parallel
 from zigzag_torch.ops import describe
 
@@ -62,35 +64,36 @@ class Player:
                 launch.run, cu_seqlens, own, sequences=len(case.lengths), world_size=case.world_size,
                 target=self.target, kv_layout=layout,
             )
-            for layout in (GATHERED, PEER)
+            for layout in (KVLayout.GATHERED, KVLayout.PEER)
         }  # fmt: skip
 
     def problem(self, k, kv_layout):
         kv = describe(k)
         return make_problem(
-            describe(self.q), kv, kv, sequences=len(self.case.lengths), world_size=self.case.world_size,
-            causal=self.case.causal, softmax_scale=None, target=self.target, kv_layout=kv_layout,
+            describe(self.q), kv, kv,
+            make_call_spec(head_dim=self.case.head_dim, backend=self.backend, causal=self.case.causal),
+            sequences=len(self.case.lengths), world_size=self.case.world_size, target=self.target, kv_layout=kv_layout,
             kv_heads=self.case.kv_heads, gluon=launch.can_launch_gluon(self.backend, k, self.q, self.dout),
         )  # fmt: skip
 
     def windows_forward(self, windows):
         """(out, lse); `windows` as from `pack_windows`."""
-        segments, _ = self.tables[GATHERED]
+        segments, _ = self.tables[KVLayout.GATHERED]
         results = None, None
         for i, window in enumerate(windows):
             k, v = window.unbind(1)
             part = Part(i * self.window)
-            problem = self.problem(k, GATHERED)
+            problem = self.problem(k, KVLayout.GATHERED)
             results = plan.forward(launch.run, problem, self.q, k, v, segments, part=part, into=results)
         return results
 
     def windows_backward(self, windows, out, lse, reduce):
         """(dq, [what `reduce` keeps of dk, dv `[W * T, window, head_dim]` float32, whose memory is used again])."""
-        segments, sequences = self.tables[GATHERED]
+        segments, sequences = self.tables[KVLayout.GATHERED]
         dq, into, kept = None, (None, None), []
         for i, window in enumerate(windows):
             k, v = window.unbind(1)
-            problem = self.problem(k, GATHERED)
+            problem = self.problem(k, KVLayout.GATHERED)
             part, summed = Part(i * self.window), Part(i * self.window, dtype="float32")
             rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, part=part, **self.strides)
             arguments = launch.run, problem, self.q, k, v, self.dout, rows
@@ -110,12 +113,12 @@ class Player:
         for step in range(ranks):
             peer = (self.rank - step) % ranks
             rows = slice(peer * tokens, (peer + 1) * tokens)
-            segments, sequences = (table[step] for table in self.tables[PEER])
+            segments, sequences = (table[step] for table in self.tables[KVLayout.PEER])
             yield step, segments, sequences, self.k[rows], self.v[rows], peer
 
     def ring_forward(self):
         """(out, lse)."""
-        problem = self.problem(self.k[: self.case.tokens], PEER)
+        problem = self.problem(self.k[: self.case.tokens], KVLayout.PEER)
         results = None, None
         for step, segments, _, k, v, _ in self.peers():
             part = Part(accumulate=step > 0, dtype="float32")
@@ -127,7 +130,7 @@ class Player:
 
         dk, dv are added to `sums [W, 2, T, kv_heads, head_dim]`; those of the own rank, which come first, replace it.
         """
-        problem = self.problem(self.k[: self.case.tokens], PEER)
+        problem = self.problem(self.k[: self.case.tokens], KVLayout.PEER)
         rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, **self.strides)
         dq, last = None, None
         for step, segments, sequences, k, v, peer in self.peers():
@@ -192,8 +195,8 @@ class Player:
         rows = slice(self.rank * self.case.tokens, (self.rank + 1) * self.case.tokens)
         local = self.q, self.k[rows], self.v[rows]
         constants = (
-            *self.tables[GATHERED], "group", "allgather", self.window, self.case.causal, self.case.head_dim**-0.5,
-            "float32", self.backend,
+            *self.tables[KVLayout.GATHERED], "group", "allgather", self.window, self.case.causal,
+            self.case.head_dim**-0.5, "float32", self.backend,
         )  # fmt: skip
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -49,9 +49,20 @@ def load(revision: str, folder: Path):
     return OTHER
 
 
+def _problem(package: str, arrays: tuple, backend: str, options: dict, **sizes):
+    """Return the `Problem` of `arrays` by `package`, which may be older than `CallSpec`."""
+    make_problem, described = importlib.import_module(f"{package}.problem").make_problem, map(describe, arrays)
+    try:
+        callspec = importlib.import_module(f"{package}.callspec")
+    except ModuleNotFoundError:
+        return make_problem(*described, **options, **sizes)
+    call = callspec.make_call_spec(head_dim=arrays[0].shape[-1], backend=backend, **options)
+    return make_problem(*described, call, **sizes)
+
+
 def launches(package: str, case, tensors, backend: str | None, deterministic: bool = True) -> tuple[dict, tuple]:
     """({kernel: its calls}, (out, dq, dk, dv)) of a forward and backward pass of `case` by the plan of `package`."""
-    plan, problem = (importlib.import_module(f"{package}.{name}") for name in ("plan", "problem"))
+    plan = importlib.import_module(f"{package}.plan")
     q, k, v, dout, cu_seqlens = tensors
     backend = launch.choose_backend(backend, q.device)
     target, rank, calls = launch.target(backend, q.device), min(RANK, case.world_size - 1), {}
@@ -61,11 +72,10 @@ def launches(package: str, case, tensors, backend: str | None, deterministic: bo
         calls.setdefault(made.kernel.fn.__name__, []).append(call)
         return call()
 
-    asked = problem.make_problem(
-        *map(describe, (q, k, v)), sequences=len(case.lengths), world_size=case.world_size, causal=case.causal,
-        softmax_scale=None, target=target, gluon=launch.can_launch_gluon(backend, q, k, v, dout),
-        deterministic=deterministic,
-    )  # fmt: skip
+    gluon = launch.can_launch_gluon(backend, q, k, v, dout)
+    options = {"causal": case.causal, "softmax_scale": None, "deterministic": deterministic}
+    asked = _problem(package, (q, k, v), backend, options, sequences=len(case.lengths), world_size=case.world_size,
+                     target=target, gluon=gluon)  # fmt: skip
     own = torch.tensor([rank], dtype=torch.int32, device=q.device)
     sizes = {"sequences": len(case.lengths), "world_size": case.world_size, "target": target}
     segments, sequences = plan.segment_tables(run, cu_seqlens, own, **sizes)

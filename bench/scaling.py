@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from cases import Case
 from text import documents
+from zigzag_kernels.checks import METHODS
 from zigzag_kernels.cost import Step
-from zigzag_kernels.problem import METHODS
 
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 STRIDES = (1, 2, 4, 8)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import timing
 from cases import CASES
 from planning import Planning
+from zigzag_kernels.checks import DTYPE_BYTES
 from zigzag_kernels.config import (
     HEAD_DIMS,
     HOPPER_KERNELS,
@@ -43,7 +44,6 @@ from zigzag_kernels.config import (
     choose_config,
     fits,
 )
-from zigzag_kernels.problem import DTYPE_BYTES
 
 NAMES = "rectangle-d128", "short-d128", "packed16-d128", "packed64-d128"  # with the head_dim and type asked for
 RANK = 3

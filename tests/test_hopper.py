@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import gluon
 from zigzag_jax import launch as jax_launch
-from zigzag_kernels import config, hopper, plan
-from zigzag_kernels.problem import make_problem
+from zigzag_kernels import config, heuristics, hopper, plan
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
 PORTABLE = ("backward_dkdv", "backward_dq")
@@ -30,11 +31,11 @@ def problem(
     tokens=8192, head_dim=128, dtype="bfloat16", stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
     world_size=8, deterministic=True,
 ):  # fmt: skip
-    q = ((tokens, 32, head_dim), dtype, (q_stride or 32 * head_dim, head_dim))
-    kv = ((world_size * tokens, 8, head_dim), dtype, (stride or 8 * head_dim, head_dim))
+    q = ArraySpec((tokens, 32, head_dim), dtype, (q_stride or 32 * head_dim, head_dim))
+    kv = ArraySpec((world_size * tokens, 8, head_dim), dtype, (stride or 8 * head_dim, head_dim))
     return make_problem(
-        q, kv, kv, sequences=sequences, world_size=world_size, causal=True, softmax_scale=None, target=target,
-        gluon=gluon, deterministic=deterministic,
+        q, kv, kv, make_call_spec(head_dim=head_dim, backend="triton", deterministic=deterministic),
+        sequences=sequences, world_size=world_size, target=target, gluon=gluon,
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_how_many_heads_a_program_takes(monkeypatch):
     def heads(tiles, table=table, **shapes):
         return plan._heads_together(problem(**shapes), table, tiles)["HEADS_TOGETHER"]
 
-    enough = plan.MANY_PROGRAMS
+    enough = heuristics.MANY_PROGRAMS
     assert [heads(tiles) for tiles in (enough, enough // 2, enough // 4, enough // 8, 1)] == [8, 4, 2, 1, 1]
     assert heads(enough, config.Config(128, 64, 4, 4)) == 1
     assert heads(enough, config.Config(128, 64, 4, 4, heads_together=6)) == 2

@@ -21,7 +21,8 @@ from closeness import assert_close
 from conftest import GPU
 from zigzag_jax import launch
 from zigzag_kernels import plan
-from zigzag_kernels.problem import make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 KERNELS = "triton" if GPU else "interpret"
 BACKENDS = (KERNELS, "reference")
@@ -317,10 +318,9 @@ def test_whether_lse_is_returned_cannot_be_traced():
 
 @functools.cache
 def forward_launch():
-    described = (8, 1, 16), "float32", (16, 16)
-    problem = make_problem(
-        *(described,) * 3, sequences=1, world_size=1, causal=True, softmax_scale=None, target=launch.target(KERNELS)
-    )
+    described = ArraySpec((8, 1, 16), "float32", (16, 16))
+    call = make_call_spec(head_dim=16, backend=KERNELS)
+    problem = make_problem(*(described,) * 3, call, sequences=1, world_size=1, target=launch.target(KERNELS))
     found = []
     with pytest.raises(StopIteration):
         plan.forward(lambda launch, *_: found.append(launch) or next(iter(())), problem, None, None, None, None)

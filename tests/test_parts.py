@@ -16,8 +16,10 @@ from closeness import assert_close
 from conftest import GPU
 from frameworks import RESULTS
 from zigzag_kernels import plan
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.plan import Part
-from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, make_problem
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 INTERPRETED = ("w1-odd-group", "w2-uneven", "w2-full", "w2-empty-runs", "w2-all-empty", "w2-padding", "w2-d256", "w3")
 INTERPRETED_IN_JAX = ("w1-odd-group", "w2-uneven")
@@ -66,10 +68,11 @@ class Rank:
 
     def problem(self, kv_layout, k):
         case = self.case
-        kv = (tuple(k.shape), case.dtype, (k.shape[1] * case.head_dim, case.head_dim))
+        kv = ArraySpec(tuple(k.shape), case.dtype, (k.shape[1] * case.head_dim, case.head_dim))
         return make_problem(
-            (tuple(self.q.shape), case.dtype, self.strides), kv, kv, sequences=len(case.lengths),
-            world_size=case.world_size, causal=case.causal, softmax_scale=None, target=TARGET, kv_layout=kv_layout,
+            ArraySpec(tuple(self.q.shape), case.dtype, self.strides), kv, kv,
+            make_call_spec(head_dim=case.head_dim, backend="interpret", causal=case.causal),
+            sequences=len(case.lengths), world_size=case.world_size, target=TARGET, kv_layout=kv_layout,
             kv_heads=case.kv_heads,
         )  # fmt: skip
 
@@ -93,9 +96,9 @@ class Rank:
 
     def windows(self, rows):
         """The same, of gathered keys, one KV head at a time."""
-        run, (segments, sequences) = self.framework.run, self.tables(GATHERED)
+        run, (segments, sequences) = self.framework.run, self.tables(KVLayout.GATHERED)
         parts = [(Part(head), *self.keys(rows, slice(head, head + 1))) for head in range(self.case.kv_heads)]
-        problem = self.problem(GATHERED, parts[0][1])
+        problem = self.problem(KVLayout.GATHERED, parts[0][1])
         out, lse, dq = None, None, None
         for part, k, v in parts:
             out, lse = plan.forward(run, problem, self.q, k, v, segments, part=part, into=(out, lse))
@@ -112,7 +115,7 @@ class Rank:
     def ring(self):
         """The same, one rank's keys at a time; dk and dv of one step are added to those of the step before."""
         case, run = self.case, self.framework.run
-        segments, sequences = self.tables(PEER)
+        segments, sequences = self.tables(KVLayout.PEER)
         if case.world_size == 1:
             segments, sequences = segments[None], sequences[None]
         steps = []
@@ -120,7 +123,7 @@ class Rank:
             peer = (self.rank - step) % case.world_size
             rows = oracle.zigzag_rows(case.cu_seqlens, peer, case.world_size, case.padding)
             steps.append((rows, *self.keys(rows), segments[step], sequences[step]))
-        problem = self.problem(PEER, steps[0][1])
+        problem = self.problem(KVLayout.PEER, steps[0][1])
         out, lse, dq = None, None, None
         parts = [Part(accumulate=step > 0, dtype="float32") for step in range(case.world_size)]
         for part, (_, k, v, segments, _) in zip(parts, steps, strict=True):
@@ -166,10 +169,10 @@ def test_parts_make_the_whole(case):
         both = GPU or (case.name in INTERPRETED_IN_JAX and rank == case.world_size - 1)
         for framework in [FRAMEWORKS["torch"], *([FRAMEWORKS["jax"]] if both else [])]:
             player = Rank(case, inputs, rank, framework)
-            whole, windows = player.whole(GATHERED, gathered), player.windows(gathered)
+            whole, windows = player.whole(KVLayout.GATHERED, gathered), player.windows(gathered)
             for name in RESULTS:
                 assert whole[name].tobytes() == windows[name].tobytes(), f"rank {rank}: {name} of windows"
-            contiguous = player.whole(CONTIGUOUS, in_order)
+            contiguous = player.whole(KVLayout.CONTIGUOUS, in_order)
             contiguous |= {name: contiguous[name][gathered] for name in ("dk", "dv")}
             seen.append({"contiguous": contiguous, "ring": player.ring()})
         exact = expected(case, inputs, rank, oracle.EXACT)

@@ -14,18 +14,22 @@ import torch
 
 from zigzag_jax import launch as jax_launch
 from zigzag_kernels import config, plan
+from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.config import Config
-from zigzag_kernels.problem import PEER, make_problem, segment_table_shapes
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import ArraySpec, make_problem, segment_table_shapes
 from zigzag_torch import launch as torch_launch
 
+FULL = make_call_spec(head_dim=64, backend="triton", causal=False)
 TARGETS = {"sm_80": "8.0", "sm_86": "8.6", "sm_90": "9.0"}
 
 
 def problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=2, gluon=False):
-    q = ((tokens, 8, head_dim), dtype, (8 * head_dim, head_dim))
-    kv = ((world_size * tokens, 2, head_dim), dtype, (2 * head_dim, head_dim))
+    q = ArraySpec((tokens, 8, head_dim), dtype, (8 * head_dim, head_dim))
+    kv = ArraySpec((world_size * tokens, 2, head_dim), dtype, (2 * head_dim, head_dim))
     return make_problem(
-        q, kv, kv, sequences=3, world_size=world_size, causal=True, softmax_scale=None, target=target, gluon=gluon
+        q, kv, kv, make_call_spec(head_dim=head_dim, backend="triton"), sequences=3, world_size=world_size,
+        target=target, gluon=gluon,
     )  # fmt: skip
 
 
@@ -136,7 +140,7 @@ def test_grids_cover_every_row_whatever_the_lengths():
 @pytest.mark.parametrize(
     ("tiles", "changes", "together"),
     [(1, {}, 1), (127, {}, 1), (128, {}, 0), (95, {"window": 16}, 1), (96, {"window": 16}, 0),
-     (1, {"causal": False}, 0), (1, {"kv_layout": PEER}, 0)],
+     (1, {"call": FULL}, 0), (1, {"kv_layout": KVLayout.PEER}, 0)],
 )  # fmt: skip
 def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, together):
     changed = replace(problem(), **changes)
@@ -146,7 +150,8 @@ def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, to
 
 @pytest.mark.parametrize(("tokens", "together"), [(512, 1), (2**15, 0)])
 def test_every_attention_kernel_follows_that_order(tokens, together):
-    asked = replace(problem(head_dim=128, tokens=tokens), deterministic=False)
+    asked = problem(head_dim=128, tokens=tokens)
+    asked = replace(asked, call=replace(asked.call, deterministic=False))
     made = [x for x in (*launches(asked), *plan._fused_launches(asked, asked.q_strides)) if "CAUSAL" in x.constexprs]
     assert [x.constexprs["TILES_TOGETHER"] for x in made] == [together] * 4
     assert all(x.grid[0] > 1 for x in made)
@@ -256,14 +261,16 @@ def test_every_kernel_compiles_within_its_shared_memory(request, tmp_path, monke
 )
 def test_rows_too_far_apart_for_a_tile_are_refused(strides, fits):
     """Offsets inside a tile are int32: a view with longer strides would be read in the wrong place."""
-    kv = ((64, 2, 64), "float16", (128, 64))
-    arguments = {"sequences": 1, "world_size": 1, "causal": True, "softmax_scale": None, "target": "9.0"}
+    kv = ArraySpec((64, 2, 64), "float16", (128, 64))
+    q = ArraySpec((64, 8, 64), "float16", strides)
+    call = make_call_spec(head_dim=64, backend="triton")
+    arguments = {"sequences": 1, "world_size": 1, "target": "9.0"}
     if fits:
-        made = make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
+        made = make_problem(q, kv, kv, call, **arguments)
         plan._delta_launch(made, (512, 64), False, plan.WHOLE)
         return
     with pytest.raises(ValueError, match="q: expected strides"):
-        make_problem(((64, 8, 64), "float16", strides), kv, kv, **arguments)
+        make_problem(q, kv, kv, call, **arguments)
     with pytest.raises(ValueError, match="dout: expected strides"):
         plan._delta_launch(problem(), strides, False, plan.WHOLE)
 

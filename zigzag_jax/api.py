@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.problem import GATHERED, PEER, Problem, batch_shape, check_method, make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.checks import batch_shape, check_method
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import ArraySpec, Problem, make_problem
 
 from . import launch, parallel, reference, vjp
 from .parallel import AxisName
@@ -105,7 +108,7 @@ def zigzag_attention_gathered(
         check_array(name, x)
     backend = launch.choose_backend(backend)
     batch = _as_batch(cu_seqlens, rank, world_size, "allgather")
-    problem = _problem(q, k, v, batch, GATHERED, causal, softmax_scale, backend, deterministic)
+    problem = _problem(q, k, v, batch, KVLayout.GATHERED, causal, softmax_scale, backend, deterministic)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     out, lse = _attend(parallel.Local(problem), q, k, v, batch, backend, return_lse)
     return (out, lse) if return_lse else out
@@ -160,7 +163,7 @@ def zigzag_attention(
     batch = _as_batch(cu_seqlens, rank, world_size, method)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check_varying(batch, axis_name, q, k, v)
-    problem = _problem(q, k, v, batch, PEER, causal, softmax_scale, backend, deterministic)
+    problem = _problem(q, k, v, batch, KVLayout.PEER, causal, softmax_scale, backend, deterministic)
     way = parallel.choose_way(problem, axis_name, method, heads_k_stride, grad_reduce_dtype)
     out, lse = _attend(way, q, k, v, batch, backend, return_lse)
     if batched:
@@ -205,19 +208,24 @@ def _tables(batch: Batch, backend: str) -> tuple[jax.Array, jax.Array]:
     return vjp.segment_tables(batch.cu_seqlens, batch.rank, batch.world_size, batch.method, backend)
 
 
-def _problem(q, k, v, batch: Batch, kv_layout: str, causal, softmax_scale, backend: str, deterministic) -> Problem:
+def _problem(q, k, v, batch: Batch, kv_layout: KVLayout, causal, softmax_scale, backend: str, deterministic) -> Problem:
     return make_problem(
         _describe(q),
         _describe(k),
         _describe(v),
+        make_call_spec(
+            head_dim=q.shape[-1] if q.ndim else 0,
+            backend=backend,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            method=batch.method,
+            deterministic=deterministic,
+        ),
         sequences=batch.cu_seqlens.shape[0] - 1,
         world_size=batch.world_size,
-        causal=causal,
-        softmax_scale=softmax_scale,
         target=launch.target(backend),
         gluon=launch.can_launch_gluon(backend),
         kv_layout=kv_layout,
-        deterministic=deterministic,
     )
 
 
@@ -227,6 +235,6 @@ def _attend(way: parallel.Way, q, k, v, batch: Batch, backend: str, return_lse: 
     return vjp.attention(way, q, k, v, *_tables(batch, backend), return_lse)
 
 
-def _describe(x: Array) -> tuple[tuple[int, ...], str, tuple[int, int]]:
-    """(shape, dtype name, (token, head) strides): what `make_problem` takes; XLA hands kernels dense rows."""
-    return x.shape, str(x.dtype), (x.shape[1] * x.shape[2], x.shape[2]) if x.ndim == 3 else (0, 0)
+def _describe(x: Array) -> ArraySpec:
+    """Return what `make_problem` takes of `x`; XLA hands kernels dense rows."""
+    return ArraySpec(x.shape, str(x.dtype), (x.shape[1] * x.shape[2], x.shape[2]) if x.ndim == 3 else (0, 0))

@@ -10,7 +10,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels import backend as backends
+from zigzag_kernels import backends
+from zigzag_kernels.modes import Backend
 
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Launch
@@ -19,7 +20,7 @@ GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `gluon
 
 
 def choose_backend(backend: str | None) -> str:
-    """The backend on JAX's default platform: see `zigzag_kernels.backend.choose_backend`."""
+    """The backend on JAX's default platform: see `zigzag_kernels.backends.choose_backend`."""
     platform = "rocm" if _is_rocm() else jax.default_backend()
     return backends.choose_backend(backend, platform, ("triton", "jax_triton"))
 
@@ -60,7 +61,7 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
     """Execute `launch` on `arrays`; returns its outputs. Under `vmap` the launches follow one another."""
-    execute = _interpret if launch.target == backends.INTERPRET else _compile
+    execute = _interpret if launch.target == Backend.INTERPRET else _compile
     outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
     inputs = dict(zip(launch.inputs, arrays, strict=True))
     aliases = {}  # of the inputs, by number, to the outputs

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-from zigzag_kernels.problem import GATHERED, MAX_ROWS, Problem, choose_heads_k_stride
+from zigzag_kernels.checks import MAX_ROWS
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import Problem
 
 from . import launch
 
@@ -232,7 +235,9 @@ def choose_way(
     if method == "ring":
         return Ring(problem, axis_name, reduce_dtype)
     strides = stride * problem.head_dim, problem.head_dim
-    problem = dataclasses.replace(problem, window=stride, kv_layout=GATHERED, k_strides=strides, v_strides=strides)
+    problem = dataclasses.replace(
+        problem, window=stride, kv_layout=KVLayout.GATHERED, k_strides=strides, v_strides=strides
+    )
     if problem.kv_tokens > MAX_ROWS:
         raise ValueError(f"k: expected at most {MAX_ROWS} rows on all ranks together, got {problem.kv_tokens}")
     return AllGather(problem, axis_name, reduce_dtype)

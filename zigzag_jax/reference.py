@@ -93,12 +93,12 @@ def _attend(
     q, k, v = (x.astype(jnp.float32) * poison for x in (q, k, v))
 
     visible = (sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
-    if problem.causal:
+    if problem.call.causal:
         visible &= q_position[:, None] >= k_position[None, :]
     alone = ~visible.any(1)  # padding: any finite score will do, the result is replaced
 
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = _einsum("tkgd,skd->kgts", grouped, k) * problem.softmax_scale
+    scores = _einsum("tkgd,skd->kgts", grouped, k) * problem.call.softmax_scale
     scores = jnp.where(visible | alone[:, None], scores, -jnp.inf)
     maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(scores - maximum)

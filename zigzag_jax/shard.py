@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zigzag_kernels.checks import check_cu_seqlens, check_lengths, check_rank, check_world_size
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
-from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
 
 Array = jax.Array | np.ndarray
 

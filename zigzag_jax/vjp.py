@@ -5,7 +5,7 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from zigzag_kernels.problem import GATHERED, PEER
+from zigzag_kernels.modes import Method
 
 from . import launch
 from .parallel import Way
@@ -24,7 +24,7 @@ def segment_tables(
         sequences=cu_seqlens.shape[0] - 1,
         world_size=world_size,
         target=launch.target(backend),
-        kv_layout=PEER if method == "ring" else GATHERED,
+        kv_layout=Method(method).kv_layout,
     )
     return segments, sequences
 

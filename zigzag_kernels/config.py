@@ -15,8 +15,8 @@ import json
 import os
 from dataclasses import dataclass, fields
 
-from .backend import INTERPRET
-from .problem import DTYPE_BYTES, MAX_BLOCK
+from .checks import DTYPE_BYTES, MAX_BLOCK
+from .modes import Backend
 
 OVERRIDE_VARIABLE = "ZIGZAG_KERNEL_CONFIG"
 HOPPER_KERNELS = (
@@ -166,7 +166,7 @@ def sums_apart(head_dim: int, dtype: str, target: str) -> bool:
     that keeps the matrix instructions busy. Measured on sm_90 alone."""
     if head_dim <= 128 or DTYPE_BYTES[dtype] > 2:
         return False
-    return target == INTERPRET or architecture(target) == "sm_90"
+    return target == Backend.INTERPRET or architecture(target) == "sm_90"
 
 
 def registers(kernel: str, config: Config, head_dim: int, apart: bool) -> int:
@@ -231,7 +231,7 @@ def _check_names(path: str, tables: dict, levels: list[tuple[str, tuple[str, ...
 
 def choose_config(kernel: str, head_dim: int, dtype: str, target: str) -> Config:
     """The configuration of `kernel` ("forward", "backward_dkdv" or "backward_dq") on `target`."""
-    if target == INTERPRET:
+    if target == Backend.INTERPRET:
         return _INTERPRET[kernel]
     arch, width = architecture(target), WIDTHS[DTYPE_BYTES[dtype]]
     up_to = min(dim for dim in HEAD_DIMS if dim >= head_dim)

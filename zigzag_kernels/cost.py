@@ -7,15 +7,9 @@ they rest on, and says which were measured. Needs the standard library alone, so
 from dataclasses import dataclass
 from itertools import accumulate
 
+from .checks import DTYPE_BYTES, check_lengths, check_method, check_rank, check_world_size
+from .heuristics import choose_heads_k_stride
 from .layout import chunk_length, row_position
-from .problem import (
-    DTYPE_BYTES,
-    check_lengths,
-    check_method,
-    check_rank,
-    check_world_size,
-    choose_heads_k_stride,
-)
 
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
 

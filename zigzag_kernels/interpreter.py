@@ -5,11 +5,22 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 
+import triton
 from triton.runtime import interpreter
 
-from .launches import Launch
+from .launch import Launch
 
 _LOCK = threading.Lock()  # the interpreter keeps global state, and JAX's host devices call it from several threads
+
+
+@triton.jit
+def _kernel():
+    pass
+
+
+def interpreting() -> bool:
+    """Return whether triton was imported with TRITON_INTERPRET=1: a process interprets or compiles, never both."""
+    return not isinstance(_kernel, triton.JITFunction)
 
 
 def interpret(launch: Launch, inputs: Sequence, outputs: Sequence) -> None:

@@ -15,30 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import triton
-
-from .backend import INTERPRET
+from . import heuristics
 from .backward import backward_delta, backward_dkdv, backward_dq
+from .checks import check_strides, check_target
 from .config import Config, block_d, choose_config, sums_apart
 from .forward import attention_forward
 from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, takes_fused_backward
-from .launches import Launch, Output
-from .problem import CONTIGUOUS, GATHERED, PEER, Problem, check_strides, check_target, segment_table_shapes
+from .launch import Launch, Output
+from .modes import Backend, KVLayout
+from .problem import Problem, segment_table_shapes
 from .segments import build_segments
 
 Run = Callable[..., tuple]
 _DELTA_ROWS = 64
 _TABLE_BLOCK = 64
 _ELEMENTS = 4096
-MANY_PROGRAMS = 384  # about three for each multiprocessor: no fewer are left when a program takes several heads
-MULTIPROCESSORS = 128  # about as many as the GPUs have that models are trained on
-FEW_PROGRAMS = 12 * MULTIPROCESSORS
 _CACHED = 1024  # batches of changing size make new problems without end
-
-
-def interpreting() -> bool:
-    """Whether triton was imported with TRITON_INTERPRET=1: a process interprets or compiles, never both."""
-    return not isinstance(attention_forward, triton.JITFunction)
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ WHOLE = Part()
 @functools.lru_cache(maxsize=_CACHED)
 def _segments_launch(sequences: int, world_size: int, kv_layout: str, target: str) -> Launch:
     check_target(target)
-    steps = world_size if kv_layout == PEER else 1
+    steps = world_size if kv_layout == KVLayout.PEER else 1
     segments_shape, sequences_shape = segment_table_shapes(sequences, steps)
     return Launch(
         kernel=build_segments,
@@ -70,8 +62,8 @@ def _segments_launch(sequences: int, world_size: int, kv_layout: str, target: st
         ),
         constexprs={
             "WORLD_SIZE": world_size,
-            "PEER": kv_layout == PEER,
-            "CONTIGUOUS": kv_layout == CONTIGUOUS,
+            "PEER": kv_layout == KVLayout.PEER,
+            "CONTIGUOUS": kv_layout == KVLayout.CONTIGUOUS,
             "BLOCK": _TABLE_BLOCK,
         },
     )
@@ -87,8 +79,8 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
         "KV_HEADS": problem.window,
         "GROUP": problem.group,
         "HEAD_DIM": problem.head_dim,
-        "CAUSAL": problem.causal,
-        "SOFTMAX_SCALE": problem.softmax_scale,
+        "CAUSAL": problem.call.causal,
+        "SOFTMAX_SCALE": problem.call.softmax_scale,
         "STRIDE_QT": problem.q_strides[0],
         "STRIDE_QH": problem.q_strides[1],
         "STRIDE_KT": problem.k_strides[0],
@@ -100,7 +92,7 @@ def _constexprs(problem: Problem, config: Config, part: Part) -> dict[str, Any]:
         "BLOCK_D": block_d(problem.head_dim),
         "TILES_TOGETHER": config.tiles_together,
         "ACCUMULATE": part.accumulate,
-        "INTERPRET": problem.target == INTERPRET,
+        "INTERPRET": problem.target == Backend.INTERPRET,
     }
 
 
@@ -119,7 +111,7 @@ def _heads_together(problem: Problem, config: Config, tiles: int) -> dict[str, i
     leave programs enough. The copy engine takes them for columns of one row: they have to follow each other there."""
     strides = problem.k_strides[1], problem.v_strides[1], block_d(problem.head_dim)
     heads = math.gcd(config.heads_together, problem.window) if {*strides} == {problem.head_dim} else 1
-    while heads > 1 and tiles * problem.window < heads * MANY_PROGRAMS:
+    while heads > 1 and tiles * problem.window < heads * heuristics.MANY_PROGRAMS:
         heads //= 2
     return {"HEADS_TOGETHER": heads}
 
@@ -137,8 +129,8 @@ def _ordered(problem: Problem, config: Config, tiles: int) -> Config:
     Heads one after the other would have the heaviest tile of the last begin late, and end alone. Elsewhere that is less
     than it costs to read rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
     """
-    few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
-    unequal = problem.causal and problem.kv_layout != PEER
+    few = tiles < heuristics.MULTIPROCESSORS and tiles * problem.window < heuristics.FEW_PROGRAMS
+    unequal = problem.call.causal and problem.kv_layout != KVLayout.PEER
     return replace(config, tiles_together=config.tiles_together or int(few and unequal))
 
 
@@ -307,7 +299,7 @@ def _fused_launches(problem: Problem, dout_strides: tuple[int, int]) -> tuple[La
         inputs=("sums", "segments"),
         scalars={"n_segments": segments, "T": problem.tokens},
         outputs=(Output("dq", shape, problem.dtype),),
-        constexprs={"ROW": row, "SOFTMAX_SCALE": problem.softmax_scale, "BLOCK": _ELEMENTS},
+        constexprs={"ROW": row, "SOFTMAX_SCALE": problem.call.softmax_scale, "BLOCK": _ELEMENTS},
         **elements,
     )
     return clear, fused, finish
@@ -318,7 +310,7 @@ def _strides(dout_strides: tuple[int, int]) -> dict[str, int]:
 
 
 def segment_tables(
-    run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str, kv_layout: str = GATHERED
+    run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str, kv_layout: str = KVLayout.GATHERED
 ) -> tuple:
     """(segments, sequences): the device tables of one batch on one rank, for all its layers.
 

@@ -4,16 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from zigzag_kernels.problem import (
-    GATHERED,
-    METHODS,
-    PEER,
-    Problem,
-    batch_shape,
-    check_method,
-    check_rank,
-    choose_heads_k_stride,
-)
+from zigzag_kernels.checks import METHODS, batch_shape, check_method, check_rank
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.problem import Problem
 
 from . import ops, parallel, reference
 from .agreement import describe_group, refuse, resolve
@@ -139,7 +132,7 @@ def zigzag_attention_gathered(
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     backend, batch, problem = _check(
-        q, k, v, cu_seqlens, rank, world_size, METHODS[0], GATHERED, causal, softmax_scale, backend, deterministic
+        q, k, v, cu_seqlens, rank, world_size, METHODS[0], "gathered", causal, softmax_scale, backend, deterministic
     )
     out, lse = _on_this_rank(q, k, v, batch, problem, backend)
     return (out, lse) if return_lse else out
@@ -147,12 +140,12 @@ def zigzag_attention_gathered(
 
 def _on_this_rank(q, k, v, batch: Batch, problem: Problem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); k and v are here."""
-    constants = batch.world_size, problem.causal, problem.softmax_scale
+    constants = batch.world_size, problem.call.causal, problem.call.softmax_scale
     if backend == "reference":
         return reference.attention(q, k, v, batch.cu_seqlens, batch.rank, *constants)
     batch = _with_tables(batch, backend)
     q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-    options = backend, GATHERED, problem.deterministic
+    options = backend, "gathered", problem.call.deterministic
     return ops.attention(q, k, v, batch.segments, batch.sequences, *constants, *options)
 
 
@@ -241,13 +234,13 @@ def zigzag_attention(
             cu_seqlens = Batch(cu_seqlens, as_rank(rank, q.device), world_size, None, None, method, name)
         check_method(method)
         backend, batch, problem = _check(
-            q, k, v, cu_seqlens, rank, world_size, method, PEER, causal, softmax_scale, backend, deterministic
+            q, k, v, cu_seqlens, rank, world_size, method, "peer", causal, softmax_scale, backend, deterministic
         )
         stride = choose_heads_k_stride(heads_k_stride, problem)
         reduce_dtype = torch.float32 if grad_reduce_dtype is None else grad_reduce_dtype
         if reduce_dtype not in (torch.float32, q.dtype):
             raise ValueError(
-                f"grad_reduce_dtype: expected None, torch.float32 or the dtype of q, {q.dtype}, "
+                f"grad_reduce_dtype: expected None, float32 or the dtype of q, {problem.dtype}, "
                 f"got {grad_reduce_dtype!r}"
             )
     except (ValueError, RuntimeError) as error:
@@ -267,7 +260,7 @@ def zigzag_attention(
 def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, rank: int, method, stride, reduce_dtype, backend):
     """(out, lse) of one rank of several, in the group called `name`."""
     reduce_name = str(reduce_dtype).removeprefix("torch.")
-    constants = name, method, stride, problem.causal, problem.softmax_scale, reduce_name
+    constants = name, method, stride, problem.call.causal, problem.call.softmax_scale, reduce_name
     compared = batch.group_name == name
     if backend == "reference" or not compared:
         own_rank = batch.rank if compared else as_rank(rank, q.device)

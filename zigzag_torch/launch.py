@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zigzag_kernels import backend as backends
+from zigzag_kernels import backends
+from zigzag_kernels.modes import Backend
 
 from . import profiling
 
@@ -23,7 +24,7 @@ IN_C, LATER = "iiiKKppOOOOOO", ("3.7.", "3.8.", "3.9.")
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
-    """The backend for tensors on `device`: see `zigzag_kernels.backend.choose_backend`."""
+    """The backend for tensors on `device`: see `zigzag_kernels.backends.choose_backend`."""
     return backends.choose_backend(backend, _kind(device), ("triton",))
 
 
@@ -66,7 +67,7 @@ def allocate(output: "Output", like: torch.Tensor) -> torch.Tensor:
 def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Execute `launch` on the device of its arrays, asynchronously; returns its outputs: those to be written in place
     are the arrays given for them, all others new."""
-    execute = _interpret if launch.target == backends.INTERPRET else _start
+    execute = _interpret if launch.target == Backend.INTERPRET else _start
     inputs, outputs = [first, *others], []
     with torch.cuda._DeviceGuard(first.get_device()), profiling.region(launch.kernel.fn.__name__, first.device):
         for output, place in zip(launch.outputs, launch.places, strict=True):

@@ -6,7 +6,9 @@ Rows are zigzag rows: of every sequence's 2W chunks rank r holds chunk r, then c
 import torch
 import torch.distributed as dist
 
-from zigzag_kernels.problem import choose_heads_k_stride, make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.problem import make_problem
 
 from . import unfused
 from .agreement import describe_group, refuse, resolve
@@ -74,10 +76,9 @@ def zigzag_llama3_flash_attn_varlen_func(
             describe(q),
             describe(k),
             describe(v),
+            make_call_spec(head_dim=q.shape[-1], backend="reference", causal=causal, softmax_scale=softmax_scale),
             sequences=len(cu_seqlens_q) - 1,
             world_size=1,
-            causal=causal,
-            softmax_scale=softmax_scale,
             target="reference",
         )
         choose_heads_k_stride(heads_k_stride, problem)
@@ -108,7 +109,7 @@ def zigzag_llama3_flash_attn_varlen_func(
                 f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
             )
         if group is not None:
-            options = "unfused", heads_k_stride, causal, problem.softmax_scale, "float32", "unfused"
+            options = "unfused", heads_k_stride, causal, problem.call.softmax_scale, "float32", "unfused"
             agree_on_call(group, q, k, v, problem.sequences, *options)
         return unfused.varlen_attention(
             q,
@@ -118,7 +119,7 @@ def zigzag_llama3_flash_attn_varlen_func(
             group,
             heads_k_stride=heads_k_stride,
             causal=causal,
-            softmax_scale=problem.softmax_scale,
+            softmax_scale=problem.call.softmax_scale,
             deterministic=deterministic,
             n_chunks=n_chunks,
         )

@@ -9,7 +9,9 @@ from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import _SingleLevelFunction as _Function  # Function, less its search for transforms
 
-from zigzag_kernels.problem import CONTIGUOUS, GATHERED, PEER, Problem, make_problem, segment_table_shapes
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import ArraySpec, Problem, make_problem, segment_table_shapes
 
 from . import launch
 
@@ -74,13 +76,13 @@ def _records(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def describe(x: torch.Tensor) -> tuple[tuple[int, ...], str, tuple[int, int]]:
-    """(shape, dtype name, (token, head) strides): what `make_problem` takes."""
+def describe(x: torch.Tensor) -> ArraySpec:
+    """Return what `make_problem` takes of `x`."""
     return _in_plain_values(x.shape, x.dtype, x.stride())
 
 
-def _in_plain_values(shape, dtype, strides) -> tuple[tuple[int, ...], str, tuple[int, int]]:
-    return tuple(shape), str(dtype).removeprefix("torch."), strides[:2] if len(shape) == 3 else (0, 0)
+def _in_plain_values(shape, dtype, strides) -> ArraySpec:
+    return ArraySpec(tuple(shape), str(dtype).removeprefix("torch."), strides[:2] if len(shape) == 3 else (0, 0))
 
 
 def problem_of(
@@ -97,6 +99,7 @@ def problem_of(
         world_size,
         causal,
         softmax_scale,
+        backend,
         launch.target(backend, q.device),
         kv_layout,
         deterministic,
@@ -110,17 +113,26 @@ def problem_of(
     return _make_problem(*given)
 
 
-def _make_problem(q, k, v, sequences, world_size, causal, softmax_scale, target, kv_layout, deterministic, gluon):
-    return make_problem(
-        *(_in_plain_values(*x) for x in (q, k, v)),
-        sequences=sequences,
-        world_size=world_size,
+def _make_problem(
+    q, k, v, sequences, world_size, causal, softmax_scale, backend, target, kv_layout, deterministic, gluon
+):
+    call = make_call_spec(
+        head_dim=q[0][-1] if q[0] else 0,
+        backend=backend,
         causal=causal,
         softmax_scale=softmax_scale,
+        deterministic=deterministic,
+    )
+    return make_problem(
+        _in_plain_values(*q),
+        _in_plain_values(*k),
+        _in_plain_values(*v),
+        call,
+        sequences=sequences,
+        world_size=world_size,
         target=target,
         kv_layout=kv_layout,
-        kv_rows=k[0][0] if kv_layout == CONTIGUOUS else None,
-        deterministic=deterministic,
+        kv_rows=k[0][0] if kv_layout == KVLayout.CONTIGUOUS else None,
         gluon=gluon,
     )
 
@@ -148,7 +160,7 @@ def segment_tables(
 
 @segment_tables.register_fake
 def _(cu_seqlens, rank, world_size, kv_layout, backend):
-    steps = world_size if kv_layout == PEER else 1
+    steps = world_size if kv_layout == KVLayout.PEER else 1
     segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 
@@ -164,7 +176,7 @@ def attention_forward(
     causal: bool,
     softmax_scale: float,
     backend: str,
-    kv_layout: str = GATHERED,
+    kv_layout: str = KVLayout.GATHERED.value,
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[T, heads, head_dim]`, lse `[heads, T]` float32); `deterministic` is for the backward pass."""
@@ -197,7 +209,7 @@ def attention_backward(
     causal: bool,
     softmax_scale: float,
     backend: str,
-    kv_layout: str = GATHERED,
+    kv_layout: str = KVLayout.GATHERED.value,
     deterministic: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) in the layouts and the dtype of q, k, v."""

@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from zigzag_kernels.problem import CONTIGUOUS, check_lengths, make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.checks import check_lengths
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 from . import ops, unfused
 from .launch import choose_backend, target
@@ -63,15 +66,14 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     backend = choose_backend(None, q0.device)
     _, dtype, strides = ops.describe(q0)
     problem = make_problem(
-        ((len(q0) + len(q1), *q0.shape[1:]), dtype, strides),
+        ArraySpec((len(q0) + len(q1), *q0.shape[1:]), dtype, strides),
         ops.describe(k),
         ops.describe(v),
+        make_call_spec(head_dim=q0.shape[-1], backend=backend, causal=causal, softmax_scale=softmax_scale),
         sequences=len(cu_seqlens_k),
         world_size=1,
-        causal=causal,
-        softmax_scale=softmax_scale,
         target=target(backend, q0.device),
-        kv_layout=CONTIGUOUS,
+        kv_layout=KVLayout.CONTIGUOUS,
         kv_rows=len(k),
     )
     pair = _Pair(
@@ -87,13 +89,13 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
         if backend == "reference":
             return unfused_path(q0, q1, k, v)
         q, k, v = (ops.last_dim_contiguous(x) for x in (torch.cat([q0, q1]), k, v))
-        scale = problem.softmax_scale
-        out, lse = ops.attention(q, k, v, *_tables(pair), 1, causal, scale, backend, CONTIGUOUS)
+        scale = problem.call.softmax_scale
+        out, lse = ops.attention(q, k, v, *_tables(pair), 1, causal, scale, backend, KVLayout.CONTIGUOUS.value)
         return _split(out, lse, pair)
 
     def unfused_path(q0, q1, k, v):
         calls = _calls(pair, causal)
-        grouping = unfused.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.softmax_scale, False)
+        grouping = unfused.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.call.softmax_scale, False)
         groups = [q[: len(call.rows)] for q, call in zip((q0, q1), calls, strict=True)]
         out, lse = unfused.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
         return _split(out, lse, pair)

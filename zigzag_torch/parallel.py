@@ -16,7 +16,9 @@ from collections.abc import Iterator
 
 import torch
 
-from zigzag_kernels.problem import GATHERED, PEER, Problem, make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import Method
+from zigzag_kernels.problem import ArraySpec, Problem, make_problem
 
 from . import launch
 from .agreement import agree, resolve
@@ -24,24 +26,23 @@ from .collectives import exchange, gather_into, reduce_into, wait
 from .ops import describe, differentiable, last_dim_contiguous, operator
 from .streams import Streams, on, streams_of
 
-KV_LAYOUT = {"allgather": GATHERED, "ring": PEER}  # of the tables that a method needs
+KV_LAYOUT = {method.value: method.kv_layout.value for method in Method}  # of the tables that a method needs
 
 
 def _problem(q, k, sequences, world_size, method, heads_k_stride, causal, softmax_scale, backend, *others) -> Problem:
     """Of K/V as `windows` or `_ring` deliver them; the kernels read `others` too."""
     tokens, kv_heads, head_dim = k.shape
     ranks, window = (world_size, heads_k_stride) if method == "allgather" else (1, kv_heads)
-    kv = (ranks * tokens, window, head_dim), describe(k)[1], (2 * window * head_dim, head_dim)
+    kv = ArraySpec((ranks * tokens, window, head_dim), describe(k).dtype, (2 * window * head_dim, head_dim))
     return make_problem(
         describe(q),
         kv,
         kv,
+        make_call_spec(head_dim=head_dim, backend=backend, causal=causal, softmax_scale=softmax_scale, method=method),
         sequences=sequences.shape[-2] - 1,
         world_size=world_size,
-        causal=causal,
-        softmax_scale=softmax_scale,
         target=launch.target(backend, q.device),
-        kv_layout=KV_LAYOUT[method],
+        kv_layout=Method(method).kv_layout,
         kv_heads=kv_heads,
         gluon=launch.can_launch_gluon(backend, *others),  # the buffers are ours, and aligned
     )

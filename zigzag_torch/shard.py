@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
+from zigzag_kernels.checks import check_cu_seqlens, check_lengths, check_rank, check_world_size
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
-from zigzag_kernels.problem import check_cu_seqlens, check_lengths, check_rank, check_world_size
 
 from .agreement import compare, describe_group, refuse, resolve
 

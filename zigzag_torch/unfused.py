@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from zigzag_kernels.problem import check_lengths, make_problem
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.checks import check_lengths
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 from . import varlen
 from .collectives import reduce_into
@@ -135,19 +137,18 @@ def execute_grouped_attention(
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
     _, dtype, strides = describe(chunk_q_list[0])
     problem = make_problem(
-        ((kv_buffer.shape[1] // world_size, nheads, head_dim), dtype, strides),
+        ArraySpec((kv_buffer.shape[1] // world_size, nheads, head_dim), dtype, strides),
         describe(kv_buffer[0]),
         describe(kv_buffer[1]),
+        make_call_spec(head_dim=head_dim, backend="reference", causal=causal, softmax_scale=softmax_scale),
         sequences=len(cu_seqlens_k) - 1,
         world_size=world_size,
-        causal=causal,
-        softmax_scale=softmax_scale,
         target="reference",
     )
     sequences = _sequences(cu_seqlens_k, world_size)
     calls = make_calls(chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, sequences, causal)
     rows = sum(len(call.rows) for call in calls)
-    grouping = Grouping(calls, rows, cu_seqlens_k, world_size, causal, problem.softmax_scale, deterministic)
+    grouping = Grouping(calls, rows, cu_seqlens_k, world_size, causal, problem.call.softmax_scale, deterministic)
     k, v = kv_buffer
     out, lse = GroupedAttention.apply(grouping, None, k.shape[1], k, v, *chunk_q_list)
     return out, lse, chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)

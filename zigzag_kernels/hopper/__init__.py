@@ -10,33 +10,29 @@ import os
 
 import triton
 
-from ..problem import DTYPE_BYTES, Problem
+from ..checks import DTYPE_BYTES
+from ..heuristics import FEW_ROWS, SHORT_CHUNK_KEYS, SHORT_CHUNK_KEYS_DKDV, SMALL_HEAD_DIM
+from ..problem import Problem
 
 VARIABLE = "ZIGZAG_HOPPER"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
 TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # Gluon changes from release to release: those that the kernels ran with
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
-SHORT = 96  # keys in a chunk: fewer, and blocks of 128 are mostly empty
-# Up to this head_dim portable kernels are faster with short chunks, of dK/dV with those of fewer than SHORT_DKDV keys,
-# and two kernels for the backward are faster than one.
-FASTER_SHORT = 64
-SHORT_DKDV = 256
-FEW_ROWS = 2**17  # packed query rows of a sequence, all heads: 1024 tiles, about eight for each multiprocessor
 
 
 def forward_kernel(problem: Problem) -> str:
     """Name in the tile tables of the forward kernel for `problem`: one of `config.HOPPER_KERNELS`, or "forward"."""
-    return f"hopper_forward{_size(problem)}" if _taken(problem, SHORT) else "forward"
+    return f"hopper_forward{_size(problem)}" if _taken(problem, SHORT_CHUNK_KEYS) else "forward"
 
 
 def backward_kernels(problem: Problem, dout_strides: tuple[int, int]) -> tuple[str, str]:
     """Names in the tile tables of the dK/dV and the dQ kernel for `problem`."""
     strides = *problem.q_strides, *dout_strides
-    short = "_short" if _shorter(problem, SHORT) else ""
+    short = "_short" if _shorter(problem, SHORT_CHUNK_KEYS) else ""
     return (
-        f"hopper_dkdv{short}" if _taken(problem, SHORT_DKDV, *strides) else "backward_dkdv",
-        f"hopper_dq{_size(problem)}" if _taken(problem, SHORT) else "backward_dq",
+        f"hopper_dkdv{short}" if _taken(problem, SHORT_CHUNK_KEYS_DKDV, *strides) else "backward_dkdv",
+        f"hopper_dq{_size(problem)}" if _taken(problem, SHORT_CHUNK_KEYS) else "backward_dq",
     )
 
 
@@ -45,9 +41,9 @@ def takes_fused_backward(problem: Problem, dout_strides: tuple[int, int]) -> boo
 
     It was slower than both where head_dim is small or chunks are short.
     """
-    if problem.deterministic or not _taken(problem, math.inf, *problem.q_strides, *dout_strides):
+    if problem.call.deterministic or not _taken(problem, math.inf, *problem.q_strides, *dout_strides):
         return False
-    return os.environ.get(VARIABLE) == "1" or not _shorter(problem, SHORT)
+    return os.environ.get(VARIABLE) == "1" or not _shorter(problem, SHORT_CHUNK_KEYS)
 
 
 def _taken(problem: Problem, short: float, *strides: int) -> bool:
@@ -64,13 +60,13 @@ def _taken(problem: Problem, short: float, *strides: int) -> bool:
         and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM
         and all(stride > 0 and stride % ALIGNMENT == 0 for stride in (*problem.k_strides, *problem.v_strides, *strides))
     )
-    pays = wanted == "1" or problem.head_dim > FASTER_SHORT or not _shorter(problem, short)
+    pays = wanted == "1" or problem.head_dim > SMALL_HEAD_DIM or not _shorter(problem, short)
     return wanted != "0" and can_serve and pays
 
 
 def _size(problem: Problem) -> str:
     """Which of the tile tables of a kernel that walks through keys serves `problem`, as the end of its name."""
-    if _shorter(problem, SHORT):
+    if _shorter(problem, SHORT_CHUNK_KEYS):
         return "_short"
     return "_few" if problem.tokens * problem.group * problem.window < FEW_ROWS * problem.sequences else ""
 

@@ -1,0 +1,82 @@
+"""The options of an attention call in one frozen value, which travels from the public call to the launches."""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+
+from .checks import check_flag, check_method, check_softmax_scale
+from .modes import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSpec:
+    """What a caller asks of attention besides its arrays: equal options are equal values.
+
+    Fields mean what the arguments of `zigzag_attention` mean, with their defaults filled in. `heads_k_stride` None
+    leaves the stride to `heuristics.choose_heads_k_stride`; `grad_reduce_dtype` is the name of a dtype; `backend` is
+    one of `modes.Backend`.
+    """
+
+    causal: bool
+    softmax_scale: float
+    backend: str
+    method: Method = Method.ALLGATHER
+    heads_k_stride: int | None = None
+    grad_reduce_dtype: str = "float32"
+    deterministic: bool = True
+
+    @property
+    def key(self) -> str:
+        """The spec as text, for `from_key`: operators of PyTorch take strings, and no values of Python classes."""
+        return _key(self)
+
+    @staticmethod
+    def from_key(key: str) -> "CallSpec":
+        """Return the spec whose `key` this is."""
+        return _from_key(key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(spec: CallSpec) -> str:
+    return json.dumps(dataclasses.asdict(spec))
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_key(key: str) -> CallSpec:
+    fields = json.loads(key)
+    return CallSpec(**fields | {"method": Method(fields["method"])})
+
+
+def make_call_spec(
+    *,
+    head_dim: int,
+    backend: str,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    method: str = Method.ALLGATHER,
+    heads_k_stride: int | None = None,
+    grad_reduce_dtype: str | None = None,
+    deterministic: bool = True,
+) -> CallSpec:
+    """Return the checked `CallSpec` of a call on arrays of `head_dim`.
+
+    `softmax_scale` None is `1 / sqrt(head_dim)`, and `grad_reduce_dtype` None is "float32". Raises `ValueError` for a
+    value that no call accepts; `make_problem` checks the values that depend on the arrays.
+    """
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
+    check_method(method)
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(max(head_dim, 1))  # make_problem refuses a head_dim below 1
+    check_softmax_scale(softmax_scale)
+    return CallSpec(
+        causal=causal,
+        softmax_scale=float(softmax_scale),
+        backend=backend,
+        method=Method(method),
+        heads_k_stride=heads_k_stride,
+        grad_reduce_dtype="float32" if grad_reduce_dtype is None else grad_reduce_dtype,
+        deterministic=deterministic,
+    )
