@@ -32,7 +32,8 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 	$(BIN)/python $(PIP) --upgrade --no-deps --target $(VENV)/offline \
 		triton==3.6.0 jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')
 	PYTHONPATH=$(VENV)/offline $(BIN)/python -m pytest -n auto -k compile $(ARGS) \
-		tests/test_hopper.py tests/test_launch.py tests/test_sanitize.py tests/test_lowering.py
+		tests/kernels/test_hopper.py tests/torch_front/test_launch.py tests/jax_front/test_lowering.py \
+		bench/lab/tests/test_sanitize.py
 
 # Releases of JAX and jax-triton that Python 3.11 does not have, with the newest Triton. There is no PyTorch.
 newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=python3.12)
@@ -41,7 +42,7 @@ newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=pyth
 	$(NEWEST)/bin/python $(PIP) \
 		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
 	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2
-	$(NEWEST)/bin/python tests/lowering.py gathered methods hopper
+	$(NEWEST)/bin/python tests/programs/lowering.py gathered methods hopper
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check

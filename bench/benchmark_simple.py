@@ -6,12 +6,16 @@ Medians of rounds in which the two take turns. Without a GPU both are plain PyTo
 """
 
 import statistics
+import sys
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from grouped import DEVICE, calls, with_gradients
-from timing import in_turns, milliseconds
+from bench.grouped import DEVICE, calls, with_gradients
+from bench.timing import in_turns, milliseconds
 
 WORLD_SIZE, HEAD_DIM = 4, 128
 SIZES = (  # lengths of the sequences on one rank, heads, KV heads

@@ -1,14 +1,10 @@
 """What the simple benchmark and the profile run: the unfused path and its fused stand-in on the same inputs."""
 
-import sys
 from functools import partial
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
 import torch
 
-import pieces
+from tests.support import pieces
 from zigzag_torch import execute_grouped_attention, replace_grouped_attention_with_fused_triton_v2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,9 +5,14 @@
 Prints the profiler's table and the times of every launch, and writes trace.json for chrome://tracing or Perfetto.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from torch.profiler import ProfilerActivity, profile
 
-from grouped import DEVICE, calls, with_gradients
+from bench.grouped import DEVICE, calls, with_gradients
 from zigzag_torch import ZigzagConfig, profile_report
 
 LENGTHS, CALLS = ([2048], 10) if DEVICE == "cuda" else ([256], 2)

@@ -18,17 +18,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import timing
-from cases import CASES
-from figures import FAINT, INK, RANK_COLOURS
+from bench import timing
+from examples.figures import FAINT, INK, RANK_COLOURS
+from tests.support.cases import CASES
 from zigzag_kernels import cost, plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.modes import KVLayout

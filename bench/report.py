@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from figures import FAINT, INK
+from examples.figures import FAINT, INK
 
 DIRECTIONS = "forward", "backward"
 OK = "ok"

@@ -21,16 +21,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from tqdm import tqdm
 
-import report
-import timing
-from cases import BENCH, CASES, QUICK
-from implementations import IMPLEMENTATIONS, TORCH, Unavailable, prepare
+from bench import report, timing
+from bench.compare import IMPLEMENTATIONS, TORCH, Unavailable, prepare
+from tests.support.cases import BENCH, CASES, QUICK
 from zigzag_kernels import cost
 
 PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "nvidia-cudnn-cu13"

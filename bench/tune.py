@@ -22,16 +22,15 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
 from tqdm import tqdm
 
-import timing
-from cases import CASES
-from planning import Planning
+from bench import timing
+from bench.planning import Planning
+from tests.support.cases import CASES
 from zigzag_kernels.checks import DTYPE_BYTES
 from zigzag_kernels.config import (
     HEAD_DIMS,

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,10 @@ import model_torch
 import zigzag_jax
 import zigzag_torch
 from model import Sizes, initial_weights
+from tests.support import closeness, oracle
 from text import batches
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))  # the float64 oracle and the tolerance rule of the tests
-import closeness  # noqa: E402
-import oracle  # noqa: E402
 
 # One packed batch of three sequences, dealt out to four ranks that this one device plays in turn.
 WORLD_SIZE, LENGTHS, HEADS, KV_HEADS, HEAD_DIM = 4, (120, 8, 64), 4, 2, 32

@@ -1,10 +1,15 @@
 """The fused kernels against the unfused path: `python tests/test_triton_fused_zigzag_llama3.py`, or under pytest."""
 
+import sys
+from pathlib import Path
+
 import torch
 
-import pieces
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import zigzag_torch
-from conftest import GPU
+from tests.support import pieces
+from tests.support.machine import GPU
 
 WORLD_SIZE, TOKENS, HEADS, HEAD_DIM = (4, 256, 8, 64) if GPU else (4, 32, 4, 64)
 TOLERANCE = {"atol": 1e-2, "rtol": 1e-2}

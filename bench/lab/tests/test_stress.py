@@ -1,0 +1,140 @@
+"""The stress run: a few launches of tiny packings, what it complains of, and what it does when the device hangs."""
+
+import pytest
+import torch
+
+from bench.lab import stress
+from tests.kernels.test_hopper_gpu import HERE
+from tests.support.machine import GPU
+from zigzag_torch import launch
+
+TINY = {
+    "signatures": (
+        {"world_size": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float16"},
+        {"world_size": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "dtype": "bfloat16", "causal": False},
+    ),
+    "tokens": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A player of tiny packings in the interpreter; no more than three sequences."""
+    if GPU:
+        pytest.skip("kernels are not interpreted here")
+    monkeypatch.setattr(stress, "SEQUENCES", 3)
+    monkeypatch.setattr(stress, "PADDING", 3)
+    monkeypatch.setattr(stress, "AHEAD", 2)
+    return stress.Player("cpu", "interpret", TINY["tokens"])
+
+
+def test_packings_are_of_all_sizes_and_can_be_drawn_again():
+    packings = [stress.draw(0, number) for number in range(500)]
+    assert packings[:20] == [stress.draw(0, number) for number in range(20)]
+    assert packings[0] != stress.draw(1, 0)
+    cases = [packing.case for packing in packings]
+    assert {1, stress.SEQUENCES} <= {len(case.lengths) for case in cases} <= set(range(1, stress.SEQUENCES + 1))
+    assert all(0 < case.tokens <= stress.TOKENS + stress.PADDING for case in cases)
+    local = [length // case.world_size for case in cases for length in case.lengths]
+    assert 0 in local
+    assert max(local) > stress.TOKENS // 2
+    # Chunks far shorter than a tile of 64 rows, about as long, and far longer.
+    for low, high in ((1, 8), (100, 200), (1000, 4097)):
+        assert sum(low <= length < high for length in local) > 50
+    assert {(case.head_dim, case.world_size) for case in cases} == {(128, 1), (128, 2), (128, 8), (64, 4), (64, 8)}
+    assert all(0 <= packing.rank < packing.case.world_size for packing in packings)
+
+
+def test_a_run(small, capsys):
+    """Two forward passes and one backward pass of each packing, twice; the portable kernels' are not counted."""
+    assert stress.main(["--launches", "9"], small, **TINY) == 0
+    counts = {"attention_forward": 8, "backward_dkdv": 4, "backward_dq": 4}
+    assert small.counts == counts
+    line = capsys.readouterr().out.splitlines()[-1]
+    said = "16 launches (8 attention_forward, 4 backward_dkdv, 4 backward_dq) of 2 packings in "
+    assert line.startswith(said)
+    assert line.endswith(" s: no hang, no difference")
+    assert stress.main(["--seconds", "0"], small, **TINY) == 0
+    assert small.counts == counts
+
+
+def test_one_packing_is_played_alone_and_what_differs_is_said(small, monkeypatch, capsys):
+    run, seen = launch.run, []
+
+    def wrong(made, *arrays):
+        results = run(made, *arrays)
+        if made.kernel.fn.__name__ == "backward_dq":
+            seen.append(made)
+            if len(seen) == 2:
+                results[0][0, 1] = float("nan")
+        return results
+
+    monkeypatch.setattr(launch, "run", wrong)
+    assert stress.main(["--packing", "3", "--seed", "5"], small, **TINY) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "--seed 5 --packing 3" in lines[0]
+    assert [line.rpartition("): ")[2] for line in lines[:-1]] == [
+        f"fused and pair: dq is off by nan {measure}" for measure in stress.BOUNDS
+    ]
+    assert lines[-1].endswith(" s: no hang, 2 complaints")
+
+
+def test_an_error_of_the_device_names_the_packings(small, monkeypatch, capsys):
+    def fail(made, *arrays):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(launch, "run", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        stress.main(["--seed", "7"], small, **TINY)
+    assert "--seed 7 --packing 0" in capsys.readouterr().out
+
+
+def test_what_differences_are_too_large():
+    generator = torch.Generator().manual_seed(0)
+    right = [torch.randn(50, 2, 16, generator=generator) for _ in range(4)]
+    assert not stress.complaints(stress.differences(right, right), bitwise=True)
+    close = [x * 1.001 for x in right]
+    assert not stress.complaints(stress.differences(close, right), bitwise=False)
+    assert stress.complaints(stress.differences(close, right), bitwise=True) == [
+        f"out is off by 1.0e-03 {measure}" for measure in stress.BOUNDS
+    ]
+    right[2][7] *= 0.05  # a short row
+    row = [x.clone() for x in right]
+    row[2][7, 1] = 0
+    assert [x.rpartition(" ")[2] for x in stress.complaints(stress.differences(row, right), bitwise=True)] == ["row"]
+    nothing = [torch.zeros(3, 2, 16) for _ in range(4)]
+    assert not stress.complaints(stress.differences(nothing, nothing), bitwise=True)
+
+
+class Event:
+    """Stands for an event in a stream; `queries` until the device has come to it."""
+
+    def __init__(self, queries):
+        self.queries = queries
+
+    def query(self):
+        self.queries -= 1
+        return self.queries < 0
+
+
+def test_the_watchdog_names_the_packing_that_hangs(capsys):
+    case, hangs = stress.draw(0, 0), stress.draw(0, 1)
+    right, event, codes = torch.zeros(1, 4, 2), Event(float("inf")), []
+
+    def end(code):
+        codes.append(code)
+        event.queries = 0
+
+    with stress.Watchdog(0.2, end) as watchdog:
+        assert not stress.Played(case, ["fused and pair"], right, Event(3)).finish(watchdog)
+        assert not codes
+        stress.Played(hangs, ["fused and pair"], right, event).finish(watchdog)
+    assert codes == [stress.HUNG]
+    assert f"no progress for 0.2 s: {hangs}" in capsys.readouterr().out
+    assert not watchdog.thread.is_alive()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and a Triton that its kernels run with")
+def test_some_packings_on_a_gpu(capsys):
+    assert stress.main(["--launches", "100"], signatures=stress.SIGNATURES[:1]) == 0, capsys.readouterr().out

@@ -1,0 +1,220 @@
+"""Times attention between all GPUs of a machine against one GPU that does its share of the work alone.
+
+    torchrun --nproc_per_node=8 bench/scaling/run.py --framework torch [--json FILE] [--trace DIR]
+    python bench/scaling/run.py --framework jax [--json FILE] [--trace DIR]
+
+Efficiency is the time of one GPU for 1 / W of the attention, with the same kernels on K/V gathered beforehand, the mean
+over the shares of all ranks, over the time of a step between the ranks, that of the slowest. Results are checked before
+anything is timed; then all ways take turns. On a machine without a GPU it runs on the CPU, which says nothing of GPUs.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tqdm import tqdm
+
+from examples.text import documents
+from tests.support.cases import Case
+from zigzag_kernels.checks import METHODS
+from zigzag_kernels.cost import Step
+
+HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+STRIDES = (1, 2, 4, 8)
+LONGEST_DOCUMENT = 4096
+DIRECTIONS = "forward", "forward + backward"
+ALONE = "one GPU's share", None
+OUR_KERNELS = "attention_", "backward_"  # how their names begin
+Way = tuple[str, int | None]  # method and heads_k_stride
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch, the ways to attend to it, and how it is timed: the median of rounds of so many steps."""
+
+    case: Case
+    ways: tuple[Way, ...]
+    rounds: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}, {self.case.tokens} tokens a GPU"
+
+
+def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Workload]:
+    """One sequence, at all strides; a long one and real documents, at the stride that is chosen by default."""
+
+    def workload(name, lengths, strides, rounds, steps):
+        sizes = {"world_size": ranks, "lengths": lengths} | HEADS
+        strides = strides or (Step(**sizes).window,)
+        ways = *((METHODS[0], stride) for stride in strides), (METHODS[1], None)
+        return Workload(Case(name=name, **sizes), ways, rounds, steps)
+
+    return [
+        workload("one sequence", (ranks * tokens,), STRIDES, rounds, 4),
+        workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4),
+        workload("one long sequence", (ranks * long_tokens,), None, max(1, rounds // 4), 1),
+    ]
+
+
+def document_lengths(total: int, multiple: int) -> tuple[int, ...]:
+    """Of the documents that the examples train on, in random order, each padded to a `multiple`; `total` in all."""
+    lengths = [-(-len(text) // multiple) * multiple for text in documents(LONGEST_DOCUMENT)]
+    draw, chosen = random.Random(0), []
+    while total:
+        chosen.append(min(draw.choice(lengths), total))
+        total -= chosen[-1]
+    return tuple(chosen)
+
+
+def in_turns(calls: dict, rounds: int, milliseconds: Callable) -> dict:
+    """{key: median of `milliseconds(call)`} of rounds in which the calls take turns, after one that warms up."""
+    times = {key: [] for key in calls}
+    for i in range(rounds + 1):
+        for key, call in calls.items():
+            elapsed = milliseconds(call)
+            if i:
+                times[key].append(elapsed)
+    return {key: statistics.median(measured) for key, measured in times.items()}
+
+
+def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]:
+    """A row for each way and direction, that of one GPU's share first; and the call of each way, forward + backward.
+
+    `ranks` is that of either framework.
+    """
+    ranks.load(workload.case)
+    calls = {(ALONE, i): call for i, call in enumerate(ranks.share_calls())}
+    for way in tqdm(workload.ways, desc=f"{workload.name}: checking", unit="way", disable=not ranks.chief):
+        own = ranks.calls(way)
+        ranks.check(way, *own)
+        calls |= {(way, i): call for i, call in enumerate(own)}
+    times = in_turns(calls, workload.rounds, lambda call: ranks.milliseconds(call, workload.steps))
+    times = {(way, i): ranks.mean(ms) if way == ALONE else ranks.slowest(ms) for (way, i), ms in times.items()}
+    rows = [
+        {
+            "workload": workload.name,
+            "method": way[0],
+            "heads_k_stride": way[1],
+            "direction": DIRECTIONS[direction],
+            "ms": ms,
+            "per_second": 1e3 / ms,
+            "efficiency": times[ALONE, direction] / ms,
+        }
+        for (way, direction), ms in times.items()
+    ]
+    return rows, {way: calls[way, 1] for way in workload.ways}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Markdown: a line for each way, both directions side by side."""
+    header = ["", "method", "stride", *(f"{x}{unit}" for x in DIRECTIONS for unit in (", ms", ", 1/s", ", efficiency"))]
+    lines = {}
+    for row in rows:
+        place = row["workload"], row["method"], str(row["heads_k_stride"] or "")
+        cells = f"{row['ms']:.3f}", f"{row['per_second']:.1f}", f"{100 * row['efficiency']:.1f} %"
+        lines.setdefault(place, []).extend(cells)
+    lines = [[*place, *cells] for place, cells in lines.items()]
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+
+
+def merged(intervals: list[Interval]) -> list[Interval]:
+    """The union of `intervals` (start, end), in order."""
+    result = []
+    for start, end in sorted(intervals):
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(end, result[-1][1])
+        else:
+            result.append((start, end))
+    return result
+
+
+def length(intervals: list[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def overlap(kernels: list[tuple[str, float, float]]) -> dict | None:
+    """What a timeline of one GPU says, `kernels` as (name, start, end) in ms; None if nothing was sent."""
+    sent = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
+    computed = [(start, end) for name, start, end in kernels if name.startswith(OUR_KERNELS)]
+    if not sent or not computed:
+        return None
+    sent, computed = merged(sent), merged(computed)
+    both = [(max(start, a), min(end, b)) for start, end in sent for a, b in computed if start < b and a < end]
+    return {
+        "step_ms": max(sent[-1][1], computed[-1][1]) - min(sent[0][0], computed[0][0]),
+        "attention_ms": length(computed),
+        "communication_ms": length(sent),
+        "beside_attention": length(both) / length(sent),
+    }
+
+
+def trace(ranks, calls: dict[Way, Callable], directory: Path) -> list[dict]:
+    """Writes the timeline of each call into `directory`, and prints what it says of communication."""
+    directory.mkdir(parents=True, exist_ok=True)
+    seen = []
+    for (method, stride), call in calls.items():
+        name = f"{ranks.framework}-{method}{stride or ''}"
+        found = overlap(ranks.timeline(call, directory / name))
+        if not ranks.chief:
+            continue
+        if found is None:
+            print(f"{name}: no communication of a GPU in this trace")
+            continue
+        seen.append({"method": method, "heads_k_stride": stride, **found})
+        print(
+            f"{name}: of {found['step_ms']:.2f} ms attention took {found['attention_ms']:.2f} and communication "
+            f"{found['communication_ms']:.2f}, {100 * found['beside_attention']:.0f} % of it beside attention"
+        )
+    return seen
+
+
+def save(file: Path | None, measured: dict) -> None:
+    if file:
+        file.write_text(json.dumps(measured))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=("torch", "jax"), required=True)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a GPU (default 8192)")
+    parser.add_argument("--long-tokens", type=int, default=65536, help="of a GPU, the long sequence (default 65536)")
+    parser.add_argument("--rounds", type=int, default=20, help="of which the median is taken (default 20)")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    parser.add_argument("--trace", type=Path, help="write the timeline of a step of each way into this directory")
+    options = parser.parse_args()
+    if options.framework == "torch":
+        if "RANK" not in os.environ:
+            parser.error("--framework torch: expected to be started by torchrun")
+        from bench.scaling.torch_ranks import Ranks
+    else:
+        from bench.scaling.jax_ranks import Ranks
+
+    ranks = Ranks()
+    say = print if ranks.chief else lambda *_, **__: None
+    say(", ".join(f"{name} {value}" for name, value in ranks.versions.items()))
+    file = options.json if ranks.chief else None
+    measured = {"versions": ranks.versions, "rows": [], "timelines": []}
+    for i, workload in enumerate(workloads(ranks.size, options.tokens, options.long_tokens, options.rounds)):
+        rows, calls = measure(ranks, workload)
+        measured["rows"] += rows
+        say("\n".join(["", *table(rows)]), flush=True)
+        save(file, measured)  # after each, as a long run may be cut off
+        if options.trace and i == 0:
+            measured["timelines"] = trace(ranks, calls, options.trace)
+            save(file, measured)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

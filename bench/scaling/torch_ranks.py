@@ -1,0 +1,141 @@
+"""The ranks of `scaling.py` in PyTorch: a process for each GPU (NCCL), or several on a CPU (gloo)."""
+
+import json
+import os
+import statistics
+import time
+
+# Before the group is made: what is sent takes the multiprocessors that become free before more tiles of attention do.
+os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from bench import timing
+from zigzag_torch import prepare_batch, zigzag_attention, zigzag_attention_gathered
+from zigzag_torch.collectives import gather_into, reduce_into
+
+MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
+
+
+class Ranks:
+    """This process among those that torchrun started; `chief` is the one that prints."""
+
+    framework = "torch"
+
+    def __init__(self):
+        self.gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if self.gpu else torch.device("cpu")
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.chief = self.rank == 0
+        self.versions = {
+            "ranks": self.size,
+            "gpu": torch.cuda.get_device_name() if self.gpu else "none",
+            "torch": torch.__version__,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if self.gpu else "none",
+        }
+
+    def load(self, case):
+        """Make the rows of this rank, another draw on each, and what it gets if it works alone."""
+        generator = torch.Generator(self.device).manual_seed(self.rank)
+
+        def draw(heads):
+            x = torch.randn(case.tokens, heads, case.head_dim, device=self.device, generator=generator)
+            return x.to(getattr(torch, case.dtype))
+
+        self.case = case
+        self.q, self.k, self.v, self.dout = map(draw, (case.heads, case.kv_heads, case.kv_heads, case.heads))
+        self.k_all, self.v_all = (x.new_empty((case.total, *x.shape[1:])) for x in (self.k, self.v))
+        gather_into(self.k_all, self.k)
+        gather_into(self.v_all, self.v)
+        self.cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=self.device)
+        out, both = self.share_calls()
+        self.alone = out(), *both()
+        if case.tokens * case.total <= MOST_SCORES:
+            tensors = self.q, self.k_all, self.v_all, self.dout, self.cu_seqlens
+            last = case.kv_heads - 1
+            timing.check(case, self.rank, last, self.alone, timing.exact(case, self.rank, last, *tensors))
+
+    def share_calls(self):
+        """(forward, forward + backward) of this rank on K/V of all; they return out, and (dq, dk, dv)."""
+        batch = prepare_batch(self.cu_seqlens, self.rank, self.size)
+        return self._both(
+            (self.q, self.k_all, self.v_all),
+            lambda q, k, v: zigzag_attention_gathered(q, k, v, batch, self.rank, self.size),
+        )
+
+    def calls(self, way):
+        """As `share_calls`, of a step between the ranks."""
+        method, stride = way
+        batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD)
+        options = {"method": method, "heads_k_stride": stride}
+        # The group is not kept: its threads end with it, in `leave`.
+        return self._both(
+            (self.q, self.k, self.v),
+            lambda q, k, v: zigzag_attention(q, k, v, batch, group=dist.group.WORLD, **options),
+        )
+
+    def _both(self, arrays, attend):
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        return lambda: attend(*arrays), lambda: torch.autograd.grad(attend(*leaves), leaves, self.dout)
+
+    def check(self, way, forward, both):
+        """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
+        out, dq, *sums = self.alone
+        expected = [out, dq]
+        for x in sums:
+            expected.append(self.k.new_empty(self.k.shape, dtype=torch.float32))
+            reduce_into(expected[-1], x.float())
+        for name, got, wanted in zip(("out", "dq", "dk", "dv"), (forward(), *both()), expected, strict=True):
+            timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
+
+    def milliseconds(self, call, steps):
+        """Of one of `steps` calls that follow each other, all ranks beginning together."""
+        dist.barrier()
+        if not self.gpu:
+            start = time.perf_counter()
+            for _ in range(steps):
+                call()
+            return (time.perf_counter() - start) * 1e3 / steps
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / steps
+
+    def mean(self, value):
+        return statistics.mean(self._of_all(value))
+
+    def slowest(self, value):
+        return max(self._of_all(value))
+
+    def _of_all(self, value):
+        values: list[float] = [0.0] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def timeline(self, call, path):
+        """[(name, start, end) in ms] of what the GPU of the first rank does in a call; writes `path` + ".json"."""
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.gpu
+        with profile(activities=activities, acc_events=True) as profiler:
+            dist.barrier()  # in here, as profilers take their time to begin
+            call()
+            if self.gpu:
+                torch.cuda.synchronize()
+        if not self.chief:
+            return []
+        file = path.with_suffix(".json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+        kernels = [x for x in events if x.get("cat") == "kernel" and "AllReduce" not in x["name"]]  # but the barrier's
+        return [(x["name"], x["ts"] / 1e3, (x["ts"] + x["dur"]) / 1e3) for x in kernels]
+
+    def leave(self):
+        dist.barrier()
+        dist.destroy_process_group()

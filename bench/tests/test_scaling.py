@@ -1,0 +1,82 @@
+"""The benchmark between GPUs: what it makes of times and timelines, and a tiny run of each framework."""
+
+import json
+
+import pytest
+
+from bench.scaling import run as scaling
+from tests.support.cases import Case
+from tests.support.commands import finish, start
+from tests.support.machine import GPU, GPUS
+
+TINY = "--tokens", "64", "--long-tokens", "128", "--rounds", "1"
+
+
+def test_communication_beside_attention():
+    """1 to 3 is half beside attention that others overlap and touch, 5 to 6 wholly, 8 to 9 not."""
+    kernels = [
+        ("ncclDevKernel_AllGather", 1.0, 3.0),
+        ("attention_forward", 2.0, 4.0),
+        ("backward_dkdv", 3.5, 5.5),
+        ("backward_dq", 5.5, 7.0),
+        ("ncclDevKernel_SendRecv", 5.0, 6.0),
+        ("memset", 7.0, 9.0),
+        ("ncclDevKernel_SendRecv", 8.0, 9.0),
+    ]
+    assert scaling.overlap(kernels) == {
+        "step_ms": 8.0,
+        "attention_ms": 5.0,
+        "communication_ms": 4.0,
+        "beside_attention": 0.5,
+    }
+    assert scaling.overlap(kernels[1:2]) is None
+
+
+def test_documents_fill_the_batch():
+    lengths = scaling.document_lengths(100_000, 16)
+    assert sum(lengths) == 100_000
+    assert all(length > 0 and length % 16 == 0 for length in lengths)
+    assert len(set(lengths)) > 10
+
+
+@pytest.mark.multigpu
+def test_a_wrong_result_is_not_timed():
+    from bench.scaling import jax_ranks
+
+    ranks = jax_ranks.Ranks()
+    ranks.load(Case(name="tiny", world_size=ranks.size, lengths=(16 * ranks.size,), heads=4, kv_heads=2))
+    forward, both = ranks.calls(("ring", None))
+    ranks.check("ring", forward, both)
+    with pytest.raises(AssertionError, match="rank 0, ring: out is off"):
+        ranks.check("ring", lambda: forward()[::-1], both)
+    dq, dk, dv = both()
+    with pytest.raises(AssertionError, match="ring: dk is off"):
+        ranks.check("ring", forward, lambda: (dq, dv, dk))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_a_tiny_run(framework, tmp_path):
+    settings = {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16", "OMP_NUM_THREADS": "1"}
+    settings |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ranks = len(GPUS) or 2
+    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"
+    launcher = torchrun if framework == "torch" else ()
+    files = "--json", str(tmp_path / "measured.json"), "--trace", str(tmp_path / "traces")
+    command = *launcher, "bench/scaling/run.py", "--framework", framework, *TINY, *files
+    ((code, printed, errors),) = finish(start(*command, **settings))
+    assert code == 0, (printed, errors)
+    assert any(line.startswith("| one sequence, 64 tokens a GPU | ring |") for line in printed)
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert measured["versions"]["ranks"] == ranks
+    rows = {(row["workload"], row["method"], row["heads_k_stride"], row["direction"]): row for row in measured["rows"]}
+    assert len(rows) == len(measured["rows"]) == 2 * (6 + 3 + 3)
+    for (workload, *_, direction), row in rows.items():
+        alone = rows[workload, *scaling.ALONE, direction]
+        assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
+        assert row["per_second"] == pytest.approx(1e3 / row["ms"])
+    assert len(list((tmp_path / "traces").iterdir())) == 5
+    assert len(measured["timelines"]) == (5 if GPU else 0)
+    for timeline in measured["timelines"]:
+        assert 0 <= timeline["beside_attention"] <= 1
+        assert 0 < timeline["communication_ms"] <= timeline["step_ms"]

@@ -1,0 +1,33 @@
+"""Fixtures and marks of all tests; which kernels run is decided by `tests/support/machine.py`, imported first."""
+
+import pytest
+
+from tests.support.machine import GPU, GPUS
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("multigpu") and len(GPUS) == 1:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs or more, or a machine without any"))
+
+
+@pytest.fixture(scope="session")
+def kernel_backend() -> str:
+    """The backend that runs the kernels themselves on this machine."""
+    return "triton" if GPU else "interpret"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    """Every output of a launch from torch begins as NaN (integers as -1), so that a row left unwritten is found out."""
+    from zigzag_torch import launch
+
+    allocate = launch.allocate
+
+    def poisoned(output, like):
+        x = allocate(output, like)
+        return x.fill_(float("nan") if x.is_floating_point() else -1)
+
+    monkeypatch.setattr(launch, "allocate", poisoned)

@@ -1,0 +1,116 @@
+"""What the README prints runs as printed, and the demo does what it says."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import ROOT, shell_environment
+from tests.support.machine import GPU
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# (page, number of the block in it, how it is fenced, what it says)
+BLOCKS = [
+    (page.name, number, *block)
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    )
+]
+KINDS = {"python", "python torchrun", "python ring_flash_attn", "sh", "sh gpu", "sh nsys", "sh install", "text"}
+
+
+def blocks(*kinds):
+    return pytest.mark.parametrize(
+        ("kind", "block"),
+        [
+            pytest.param(kind, block, id=f"{page} {number}")
+            for page, number, kind, block in BLOCKS
+            if kind in kinds and not (GPU and page == "README.md")  # that one is printed as it runs on a CPU
+        ],
+    )
+
+
+def run(*command, **environment):
+    """As from a shell in which the tools of this Python come first."""
+    env = shell_environment()
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=env | environment, check=False
+    )
+
+
+def run_python(*arguments, **environment):
+    return run(sys.executable, *arguments, **environment)
+
+
+def assert_ran(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_block_says_what_it_is():
+    assert {kind for _, _, kind, _ in BLOCKS} <= KINDS
+    readme = [block for page, _, _, block in BLOCKS if page == "README.md"]
+    assert [("import torch" in block, "import jax" in block) for block in readme] == [(True, False), (False, True)] * 2
+
+
+@blocks("python", "python torchrun")
+def test_python_block_runs(kind, block):
+    assert_ran(run_python("-W", "error", "-c", block))
+
+
+@pytest.mark.skipif(GPU, reason="as many GPUs as ranks are needed")
+@blocks("python torchrun")
+def test_python_block_runs_on_two_ranks(kind, block, tmp_path):
+    file = tmp_path / "block.py"
+    file.write_text(block)
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)
+    assert_ran(run_python(*command, OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ring_flash_attn") is None, reason="needs the package ring-flash-attn")
+@blocks("python ring_flash_attn")
+def test_python_block_runs_with_the_package(kind, block):
+    stand_ins = "from tests.support import stand_ins; stand_ins.install()\n"
+    assert_ran(run_python("-c", stand_ins + block))
+
+
+@blocks("sh", "sh gpu", "sh nsys")
+def test_shell_block_runs(kind, block):
+    if kind != "sh" and not GPU:
+        pytest.skip("needs a GPU")
+    if kind == "sh nsys" and not shutil.which("nsys"):
+        pytest.skip("needs nsys")
+    if "zigzag-doctor" in block and not (Path(sys.executable).parent / "zigzag-doctor").exists():
+        pytest.skip("needs an installation that has the console script")
+    assert_ran(run("bash", "-e", "-c", block))
+
+
+@blocks("sh install")
+def test_what_is_installed_exists(kind, block):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"pip install -e \.\[(.*?)\]", block)
+    assert asked
+    assert {extra for group in asked for extra in group.split(",")} <= set(extras)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_demo_runs_and_refuses_no_steps():
+    result = run_python("examples/demo.py", "--steps", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "All is well" in result.stdout
+    assert (ROOT / "demo.png").stat().st_size > 10_000
+    result = run_python("examples/demo.py", "--steps", "0")
+    assert result.returncode == 2
+    assert "expected at least 1, got 0" in result.stderr

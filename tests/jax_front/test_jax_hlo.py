@@ -1,0 +1,81 @@
+"""What XLA makes of a step around the kernels: nothing as large as K/V is copied or rearranged."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.support.machine import GPU
+from zigzag_jax import zigzag_attention, zigzag_attention_gathered
+
+WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
+DTYPE = "bfloat16" if GPU else "float32"  # XLA's collectives on a CPU convert all others, there and back
+OFFSETS = jax.ShapeDtypeStruct((3,), "int32")
+MOVES = "copy", "copy-start", "transpose", "concatenate", "pad", "slice", "dynamic-slice", "dynamic-update-slice"
+
+
+def moved(function, *shapes, least, kinds=MOVES):
+    """Operations of the compiled `function`, also inside of fusions, of these `kinds` with `least` elements or more."""
+    text = jax.jit(function).lower(*shapes).compile().as_text()
+    operations = re.findall(rf" = \(?\w+\[([\d,]*)\]\S* ({'|'.join(kinds)})\(", text)
+    return [(shape, kind) for shape, kind in operations if math.prod(map(int, filter(None, shape.split(",")))) >= least]
+
+
+def array(tokens, heads):
+    return jax.ShapeDtypeStruct((tokens, heads, HEAD_DIM), DTYPE)
+
+
+def test_a_move_is_seen():
+    k = array(TOKENS, KV_HEADS)
+    for move in (lambda x: jnp.concatenate([x, 2 * x]), lambda x: jnp.sin(x.transpose(1, 0, 2)), lambda x: x[1:] * 2):
+        assert moved(move, k, least=(TOKENS - 1) * KV_HEADS * HEAD_DIM)
+        assert not moved(move, k, least=2 * TOKENS * KV_HEADS * HEAD_DIM + 1)
+
+
+def test_gathered_keys_are_read_in_place_in_both_directions(kernel_backend):
+    def step(q, k, v, cu_seqlens, dout):
+        def attend(q, k, v):
+            return zigzag_attention_gathered(q, k, v, cu_seqlens, 1, WORLD_SIZE, backend=kernel_backend)
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, pullback(dout)
+
+    q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
+    assert moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS * HEAD_DIM) == []
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_gradient_of_lse_is_made_only_if_lse_was_asked_for(return_lse, kernel_backend):
+    def step(q, k, v, cu_seqlens, dout):
+        def attend(q, k, v):
+            options = {"backend": kernel_backend, "return_lse": return_lse}
+            results = zigzag_attention_gathered(q, k, v, cu_seqlens, 1, WORLD_SIZE, **options)
+            return results[0] if return_lse else results
+
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
+    made = moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS, kinds=["broadcast"])
+    assert [kind for _, kind in made] == ["broadcast"] * return_lse
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_an_all_gather_brings_is_read_in_place_in_both_directions(stride, kernel_backend):
+    """One GPU gathers nothing. A CPU plays four ranks: what one sends, and gets of dK/dV, is less than that."""
+    ranks = 1 if GPU else 4
+    mesh = jax.make_mesh((ranks,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:ranks])
+
+    @jax.shard_map(mesh=mesh, in_specs=(P("cp"), P("cp"), P("cp"), P(), P("cp")), out_specs=P("cp"))
+    def step(q, k, v, cu_seqlens, dout):
+        def attend(q, k, v):
+            options = {"axis_name": "cp", "heads_k_stride": stride, "backend": kernel_backend}
+            return zigzag_attention(q, k, v, cu_seqlens, **options)
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(dout)
+
+    q, kv = array(ranks * TOKENS, HEADS), array(ranks * TOKENS, KV_HEADS)
+    assert moved(step, q, kv, kv, OFFSETS, q, least=ranks * TOKENS * stride * HEAD_DIM) == []

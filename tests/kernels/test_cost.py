@@ -1,0 +1,137 @@
+"""The cost model against counts made another way: masks, messages, buffers and a timeline of events."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tests.support import oracle
+from tests.support.cases import CASES, INTERPRET
+from zigzag_kernels import cost
+from zigzag_kernels.cost import Machine, Step
+
+UNEVEN = {"lengths": (48, 0, 96, 16), "heads": 6, "kv_heads": 2, "head_dim": 16}
+LONG = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+DIRECTIONS = cost.forward, cost.backward
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_are_those_of_the_mask(causal):
+    for case in [case for case in CASES if case.tags & INTERPRET]:
+        for rank in range(case.world_size):
+            seen = 0
+            for length in case.lengths:
+                positions = oracle.rank_positions(length, rank, case.world_size)
+                seen += (np.arange(length)[None, :] <= positions[:, None]).sum() if causal else len(positions) * length
+            assert cost.unmasked_scores(case.lengths, rank, case.world_size, causal) == seen, (case, rank)
+
+
+def received(step):
+    """(forward, backward) bytes that reach one rank, message by message."""
+    size = {"float32": 4, "bfloat16": 2}
+    window = (step.tokens, 2, step.window, step.head_dim)
+    forward = backward = 0
+    for _peer in range(1, step.world_size):
+        for _window in range(0, step.kv_heads, step.window):
+            forward += math.prod(window) * size[step.dtype]
+            backward += math.prod(window) * (size[step.dtype] + size[step.grad_reduce_dtype])
+    if step.ring:  # its gradients make one hop more
+        backward += math.prod(window) * size[step.grad_reduce_dtype]
+    return forward, backward
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("method", ["allgather", "ring"])
+def test_bytes_between_ranks(method, world_size):
+    stride = 1 if method == "allgather" else None
+    for reduce_dtype in ("float32", "bfloat16"):
+        sizes = UNEVEN | {"heads_k_stride": stride, "grad_reduce_dtype": reduce_dtype}
+        step = Step(world_size=world_size, method=method, **sizes)
+        assert tuple(direction(step).moved_bytes for direction in DIRECTIONS) == received(step)
+        if world_size == 1:
+            assert [direction(step).transfers for direction in DIRECTIONS] == [0, 0]
+            assert cost.extra_memory(step) == {"delta, lse in base 2": 2 * 4 * 6 * 160}
+
+
+def test_all_ranks_of_a_batch_cost_the_same():
+    for causal, world_size in itertools.product((True, False), (2, 4, 8)):
+        step = Step(world_size=world_size, causal=causal, **UNEVEN)
+        for direction in DIRECTIONS:
+            assert len({direction(step, rank) for rank in range(world_size)}) == 1
+    all_scores = sum(length * (length + 1) // 2 for length in UNEVEN["lengths"])
+    assert cost.forward(Step(world_size=8, **UNEVEN)).flops == 4 * 16 * 6 * all_scores // 8
+    assert cost.backward(Step(world_size=8, **UNEVEN)).flops == 10 * 16 * 6 * all_scores // 8
+
+
+def test_memory_is_that_of_the_buffers():
+    """Local tokens 160 / 4 = 40; two buffers of K and V of one head from all ranks, and one of float32 dK, dV."""
+    local, heads = (40, 2, 1, 16), (40, 2, 2, 16)
+    gathered = (4, *local)
+    arrays = np.empty((2, 3, 40), "f4"), np.empty(gathered, "f2"), np.empty(gathered, "f2"), np.empty(gathered, "f4")
+    sent = np.empty(local, "f2"), np.empty(local, "f2"), np.empty(local, "f4")
+    step = Step(world_size=4, heads_k_stride=1, **UNEVEN)
+    assert sum(cost.extra_memory(step).values()) == sum(x.nbytes for x in arrays + sent)
+    arrays = np.empty((2, 6, 40), "f4"), np.empty(heads, "f2"), np.empty(heads, "f2"), np.empty((40, 6, 16), "f4")
+    sums = np.empty(heads, "f4"), np.empty(heads, "f4")
+    step = Step(world_size=4, method="ring", **UNEVEN)
+    assert sum(cost.extra_memory(step).values()) == sum(x.nbytes for x in arrays + sums)
+
+
+def test_efficiency_is_a_share_and_falls_with_the_links():
+    machines = [Machine(), Machine(nvlink=200e9, network=20e9), Machine(nvlink=50e9, network=2e9)]
+    for method, ranks_, tokens in itertools.product(("allgather", "ring"), (2, 8, 64, 1024), (1024, 8192, 65536)):
+        step = Step(lengths=(tokens * ranks_,), world_size=ranks_, method=method, **LONG)
+        found = [cost.predict(step, machine).efficiency for machine in machines]
+        assert 1 + 1e-12 >= found[0] >= found[1] >= found[2] > 0, (method, ranks_, tokens, found)
+        if tokens == 1024:
+            assert found[0] > found[1] > found[2]
+    alone = cost.predict(Step(lengths=(65536,), world_size=1, **LONG), Machine())
+    assert alone.efficiency == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "arriving", "leaving"),
+    [(2, 1, 0, 0), (2, 1, 5, 0), (2, 1, 1, 4), (2, 1, 3, 0.5), (2, 5, 1, 2), (0, 0, 3, 2)],
+)
+def test_overlap_is_that_of_a_timeline(before, after, arriving, leaving):
+    """Against events: the link brings K/V of the next part, then takes gradients of this one; parts wait for both."""
+    parts, device, link = 4, 0.0, 0.0
+    for part in range(parts):
+        begin = max(device, link)
+        link = begin + (arriving if part + 1 < parts else 0)
+        link = max(link, begin + before) + leaving
+        device = begin + before + after
+    assert cost._overlapped(parts, before, after, arriving, leaving) == pytest.approx(max(device, link))
+
+
+def test_links():
+    flat, nodes = Machine(node=1), Machine()
+    assert nodes.collective(1, 1e6) == nodes.hop(1, 1e6) == 0
+    assert nodes.collective(8, 33e6) == pytest.approx(7 * 33e6 / 330e9 + 8.4e-6 + 7 * 3.4e-6)
+    # 16 ranks in two nodes: each adapter brings an eighth of what the other node has.
+    slow = dataclasses.replace(nodes, network=1e9)
+    assert slow.collective(16, 1e9) == pytest.approx(1, rel=1e-3)
+    assert flat.collective(16, 45e6) == pytest.approx(15e-3 + 8.4e-6 + 15 * 14e-6)
+    assert nodes.hop(16, 45e6) == flat.hop(2, 45e6) == pytest.approx(1e-3 + 22.4e-6)
+    with pytest.raises(ValueError, match="world_size: expected whole nodes of 8 ranks, got 12"):
+        nodes.hop(12, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (20,)}, "multiples of 2 \\* world_size = 16, got 20"),
+        ({"method": "tree"}, "method: expected"),
+        ({"dtype": "int8"}, "dtype: expected float16, bfloat16, float32, got int8"),
+        ({"heads": 3}, "heads: expected a multiple of the 2 KV heads, got 3"),
+        ({"padding": -1}, "padding: expected at least 0, got -1"),
+        ({"heads_k_stride": 3}, "heads_k_stride: expected a divisor of the 2 KV heads, got 3"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Step(**UNEVEN | {"world_size": 8} | changes)
+    with pytest.raises(ValueError, match="rank: expected 0 to 7, got 8"):
+        cost.forward(Step(world_size=8, **UNEVEN), 8)

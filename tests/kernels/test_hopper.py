@@ -1,0 +1,309 @@
+"""The kernels for Hopper: when they are taken, how JAX launches them, and that they compile within their budgets."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import types
+import zlib
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import pytest
+import triton
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from zigzag_jax import gluon
+from zigzag_jax import launch as jax_launch
+from zigzag_kernels import config, heuristics, hopper, plan
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.problem import ArraySpec, make_problem
+
+HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
+PORTABLE = ("backward_dkdv", "backward_dq")
+DOUT_STRIDES = (4096, 128)
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs a Triton that these kernels run with")
+
+
+def problem(
+    tokens=8192, head_dim=128, dtype="bfloat16", stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
+    world_size=8, deterministic=True,
+):  # fmt: skip
+    q = ArraySpec((tokens, 32, head_dim), dtype, (q_stride or 32 * head_dim, head_dim))
+    kv = ArraySpec((world_size * tokens, 8, head_dim), dtype, (stride or 8 * head_dim, head_dim))
+    return make_problem(
+        q, kv, kv, make_call_spec(head_dim=head_dim, backend="triton", deterministic=deterministic),
+        sequences=sequences, world_size=world_size, target=target, gluon=gluon,
+    )  # fmt: skip
+
+
+def test_the_rules_that_take_them(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    for value in (None, "1"):
+        if value:
+            monkeypatch.setenv(hopper.VARIABLE, value)
+        assert hopper.forward_kernel(problem()) == "hopper_forward"
+        assert hopper.backward_kernels(problem(), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq")
+        assert hopper.forward_kernel(problem(tokens=2048)) == "hopper_forward_few"
+        assert hopper.backward_kernels(problem(tokens=2048), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_few")
+        assert hopper.forward_kernel(problem(sequences=64)) == "hopper_forward_short"
+        short = hopper.forward_kernel(problem(sequences=64, head_dim=64))
+        assert short == ("hopper_forward_short" if value else "forward")
+        short = hopper.backward_kernels(problem(sequences=64, head_dim=64), DOUT_STRIDES)
+        assert short == (("hopper_dkdv_short", "hopper_dq_short") if value else PORTABLE)
+        medium = hopper.backward_kernels(problem(sequences=16, head_dim=64), DOUT_STRIDES)
+        assert medium == ("hopper_dkdv", "hopper_dq_few")
+        shorter = hopper.backward_kernels(problem(sequences=32, head_dim=64), DOUT_STRIDES)
+        assert shorter == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq_few")
+        short = hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES)
+        assert short == ("hopper_dkdv_short", "hopper_dq_short")
+        assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
+        assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)
+        for slower in ({"head_dim": 64}, {"sequences": 64}):
+            asked = problem(deterministic=False, **slower)
+            assert hopper.takes_fused_backward(asked, DOUT_STRIDES) == bool(value), slower
+        # dK/dV alone reads q and dout by the copy engine.
+        assert hopper.backward_kernels(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
+        assert hopper.backward_kernels(problem(q_stride=4100), DOUT_STRIDES) == ("backward_dkdv", "hopper_dq")
+        for cannot in (
+            {"head_dim": 32}, {"head_dim": 136}, {"dtype": "float32"}, {"target": "8.0"}, {"target": "10.0"},
+            {"gluon": False}, {"stride": 1028},
+        ):  # fmt: skip
+            assert hopper.forward_kernel(problem(**cannot)) == "forward", cannot
+            assert hopper.backward_kernels(problem(**cannot), DOUT_STRIDES) == PORTABLE, cannot
+            assert not hopper.takes_fused_backward(problem(deterministic=False, **cannot), DOUT_STRIDES), cannot
+    monkeypatch.setenv(hopper.VARIABLE, "0")
+    assert hopper.forward_kernel(problem()) == "forward"
+    monkeypatch.setenv(hopper.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="ZIGZAG_HOPPER: expected 0 or 1, got 'yes'"):
+        hopper.forward_kernel(problem())
+    monkeypatch.delenv(hopper.VARIABLE)
+    for release, kernel in (("3.7.1", "hopper_forward"), ("3.9.0", "hopper_forward"), ("3.10.0", "forward")):
+        monkeypatch.setattr(triton, "__version__", release)
+        assert hopper.forward_kernel(problem()) == kernel, release
+
+
+def test_how_many_heads_a_program_takes(monkeypatch):
+    """What the table says of short sequences, but no number that does not divide the window, leaves too few programs,
+    or whose keys the copy engine cannot take for columns of one row."""
+    table = config.Config(128, 64, 4, 4, heads_together=8)
+
+    def heads(tiles, table=table, **shapes):
+        return plan._heads_together(problem(**shapes), table, tiles)["HEADS_TOGETHER"]
+
+    enough = heuristics.MANY_PROGRAMS
+    assert [heads(tiles) for tiles in (enough, enough // 2, enough // 4, enough // 8, 1)] == [8, 4, 2, 1, 1]
+    assert heads(enough, config.Config(128, 64, 4, 4)) == 1
+    assert heads(enough, config.Config(128, 64, 4, 4, heads_together=6)) == 2
+    assert heads(enough, head_dim=96) == 1
+    for name in ("k_strides", "v_strides"):
+        apart = dataclasses.replace(problem(), **{name: (2048, 256)})
+        assert plan._heads_together(apart, table, enough) == {"HEADS_TOGETHER": 1}
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    launch = plan._forward_launch.__wrapped__(problem(sequences=64), plan.WHOLE)
+    assert launch.constexprs["HEADS_TOGETHER"] == 8
+    assert launch.grid == (8192 * 4 // 128 + 2 * 64 + 1, 1, 1)  # one head's tiles, whose programs take all eight
+    for name, can in (("hopper_dq", True), ("hopper_fused", False), ("backward_dq", False)):
+        refused = config.fits(name, config.Config(64, 128, 4, 1, heads_together=2), 64, "bfloat16", "9.0")
+        assert (refused != "1 as heads_together") == can
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", config.HOPPER_KERNELS)
+def test_one_stage_is_refused(name, head_dim):
+    """A consumer waits for a block while it has the one before: on a GPU it would wait for ever."""
+    shipped = config.choose_config(name, head_dim, "bfloat16", "9.0")
+    for stages, refused in ((1, "2 or more as num_stages"), (2, None)):
+        tried = dataclasses.replace(shipped, num_stages=stages)
+        assert config.fits(name, tried, head_dim, "bfloat16", "9.0") == refused
+
+
+def test_which_jax_can_launch_them(monkeypatch):
+    for version, can in (((0, 10, 0), False), ((0, 10, 1), True), ((0, 11, 2), True)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        assert jax_launch.can_launch_gluon("triton") == can
+        assert not jax_launch.can_launch_gluon("interpret")
+
+
+class Recorder(types.SimpleNamespace):
+    """Stands for `jaxlib.gpu_triton`: writes down in plain text what a kernel call is made of."""
+
+    def __init__(self):
+        super().__init__(
+            create_array_parameter=lambda zeroed, aligned: f"array({zeroed}, {aligned})",
+            create_scalar_parameter=lambda value, kind: f"{kind}({value})",
+            TritonKernel=lambda *arguments: arguments,
+            TritonKernelCall=lambda *arguments: types.SimpleNamespace(
+                to_proto=lambda name, _: repr((name, *arguments)).encode()
+            ),
+        )
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The forward launches, whole and accumulating, of a problem; nothing is compiled."""
+    metadata = types.SimpleNamespace(
+        name="forward", num_warps=12, shared=1000, global_scratch_size=256, global_scratch_align=128
+    )
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    monkeypatch.setattr(jaxlib, "gpu_triton", Recorder(), raising=False)
+    compiled = types.SimpleNamespace(metadata=metadata, asm={"ptx": "ptx"})
+    monkeypatch.setattr(gluon, "compile_kernel", lambda *_: compiled)
+    parts = plan.WHOLE, plan.Part(accumulate=True, dtype="float32")
+    return metadata, [plan._forward_launch.__wrapped__(problem(tokens=512, world_size=4), part) for part in parts]
+
+
+def shapes(tokens=512, ranks=4):
+    arrays = [((tokens, 32, 128), "bfloat16")] + 2 * [((ranks * tokens, 8, 128), "bfloat16")] + [((3, 8), "int32")]
+    return [jax.ShapeDtypeStruct(*array) for array in arrays]
+
+
+def lowered(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_jax_gives_the_kernel_its_scratch_memory_last(recorded):
+    _, (whole, accumulating) = recorded
+    text = lowered(lambda *arrays: jax_launch.run(whole, *arrays, None, None), *shapes())
+    programs = math.prod(whole.grid)
+    assert whole.scratch == 256
+    assert f"@{gluon.CUSTOM_CALL}" in text
+    assert f"tensor<{256 * programs}xi8>" in text
+    assert "output_operand_alias<" not in text
+    call = gluon._kernel_call(whole, (*shapes(), jnp.zeros(1, jnp.bfloat16), jnp.zeros(1)))
+    assert zlib.decompress(call).decode() == repr(
+        (
+            "forward", ("forward", 12, 1, 1000, "ptx", "", 90), *whole.grid,
+            6 * ["array(0, 16)"] + ["i32(3)", "i32(512)", "i32(512)", "i32(0)"] + 2 * ["array(0, 16)"]
+            + ["array(0, 128)"],
+        )
+    )  # fmt: skip
+    into = [jax.ShapeDtypeStruct(output.shape, output.dtype) for output in accumulating.outputs]
+    text = lowered(lambda *arrays: jax_launch.run(accumulating, *arrays), *shapes(), *into)
+    assert "output_tuple_indices = [0], operand_index = 4" in text
+    assert "output_tuple_indices = [1], operand_index = 5" in text
+
+
+def test_jax_gives_the_fused_backward_the_sums_to_add_to(recorded):
+    asked = problem(tokens=512, world_size=4, deterministic=False)
+    clear, fused, _ = plan._fused_launches.__wrapped__(asked, DOUT_STRIDES)
+    q, k, v, _ = shapes()
+    rows, sequences = (jax.ShapeDtypeStruct(*x) for x in (((8, 2048), "float32"), ((2, 12), "int32")))
+    (sums,) = (jax.ShapeDtypeStruct(output.shape, output.dtype) for output in clear.outputs)
+    arguments = q, k, v, q, rows, rows, sequences, sums
+
+    def run(*arrays):
+        *arrays, sums = arrays
+        return jax_launch.run(fused, *arrays, None, None, sums)
+
+    text = lowered(run, *arguments)
+    assert f"tensor<{384 * math.prod(fused.grid)}xi8>" in text
+    assert text.count("output_operand_alias<") == 1
+    assert "output_tuple_indices = [2], operand_index = 9" in text
+
+
+def test_jax_transforms_and_exports_them(recorded):
+    _, (whole, _) = recorded
+
+    def run(*arrays):
+        return jax_launch.run(whole, *arrays, None, None)
+
+    q, k, v, segments = shapes()
+    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, v)]
+    assert f"@{gluon.CUSTOM_CALL}" in lowered(jax.vmap(run, (0, 0, 0, None)), *stacked, segments)
+    exported = jax.export.export(
+        jax.jit(run), platforms=["cuda"], disabled_checks=jax_launch.export_disabled_checks()
+    )(q, k, v, segments)  # fmt: skip
+    assert f"@{gluon.CUSTOM_CALL}" in exported.mlir_module()
+    mesh = Mesh(jax.devices()[:1], ("cp",))
+    specs = {"mesh": mesh, "in_specs": (P("cp"), P(), P(), P()), "out_specs": (P("cp"), P(None, "cp"))}
+    assert f"@{gluon.CUSTOM_CALL}" in lowered(jax.shard_map(run, **specs), q, k, v, segments)
+
+
+def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
+    metadata, (whole, _) = recorded
+    metadata.global_scratch_size = 384
+    with pytest.raises(RuntimeError, match="expected at most 256 bytes of scratch memory at multiples of 128, got 384"):
+        gluon._kernel_call(whole, tuple(shapes()))
+
+
+COMPILE = """
+import contextlib, io, os, sys, triton
+from zigzag_jax import gluon
+from zigzag_kernels import config, plan
+from zigzag_kernels.hopper import forward
+sys.path.insert(0, {root!r})
+from tests.kernels.test_hopper import problem  # without a GPU it has all that is imported after it interpreted
+os.environ.pop("TRITON_INTERPRET", None)
+triton.knobs.nvidia.dump_ptxas_log = True
+# Bytes, with the release that tiles were chosen with: a few numbers a block, in the loops too; with several heads a
+# program, between one head and the next. What other releases make of the kernels is in docs/hopper.md.
+SPILLS = dict(hopper_dkdv=16, hopper_fused=112, hopper_dkdv_short=160, hopper_dq_short=96, hopper_forward_short=8)
+
+
+def launches(asked, part):
+    # Each kernel, and those that walk through keys with all their tiles.
+    dout = asked.q_strides
+    yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
+    yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
+    if asked.tokens == 8192:
+        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launches(asked, dout, part)[0]
+        if part == plan.WHOLE and asked.sequences == 1:
+            yield "hopper_fused", plan._fused_launches(asked, dout)[1]
+
+
+def pointers(launch, dtype):
+    kinds = {{"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}}
+    kinds |= {{output.name: output.dtype for output in launch.outputs}}
+    names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
+    found = [gluon._POINTERS[kinds.get(name, dtype)] for name in names]
+    return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
+
+
+cases = [
+    (head_dim, dtype, part, *lengths)
+    for head_dim in (64, 128)
+    for dtype, part in (("bfloat16", plan.WHOLE), ("float16", plan.Part(accumulate=True, dtype="float32")))
+    for lengths in ((8192, 1), (2048, 1), (8192, 64))
+    if ({tuned} and (part == plan.WHOLE or lengths != (2048, 1))) or (part, lengths) == (plan.WHOLE, (8192, 1))
+]
+reports = {{}}
+for head_dim, dtype, part, tokens, sequences in cases:
+    asked = problem(tokens, head_dim, dtype, sequences=sequences)
+    for name, launch in launches(asked, part):
+        kinds = pointers(launch, dtype)
+        constexprs = tuple(launch.constexprs.items())
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+        key = launch.kernel, *kinds, *constexprs
+        report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have the same kernel
+        ptx = compiled.asm["ptx"]
+        chosen = config.choose_config(name, head_dim, dtype, "9.0")
+        bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
+        assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
+        assert compiled.metadata.global_scratch_size == launch.scratch
+        assert f".reqntid {{32 * compiled.metadata.num_warps}}" in ptx
+        entry = ptx[ptx.index(".entry") :]
+        # Behind its own parameters come global_scratch and profile_scratch.
+        assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
+        spilt = int(report.split(" bytes spill stores")[0].split()[-1])
+        assert spilt <= (SPILLS.get(name, 0) if {tuned} else 320), (name, head_dim, report)
+        assert not ({tuned} and "C75" in report), report
+        print(name)
+"""
+
+
+@needs_triton
+def test_they_compile_without_spills_within_their_memory(request, tmp_path, monkeypatch):
+    """On any machine: Triton brings its own assembler. In a process of its own, for this one may interpret."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(hopper.VARIABLE, "1")
+    tuned = triton.__version__.startswith("3.6.")
+    code = COMPILE.format(root=str(request.path.parents[2]), tuned=tuned)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    long = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
+    assert set(result.stdout.split()) == (set(config.HOPPER_KERNELS) if tuned else long)

@@ -1,0 +1,189 @@
+"""What the kernels for Hopper compute, on one: against the oracle, in both frameworks, and beside values not finite."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import triton
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import zigzag_jax
+from tests.support import frameworks, oracle
+from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
+from tests.support.closeness import assert_close
+from tests.support.machine import GPU
+from zigzag_kernels import hopper, plan
+
+HERE = GPU and torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(hopper.TRITON)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and Triton 3.6 to 3.9")]
+
+SELECTED = [
+    case
+    for case in CASES
+    if case.tags.isdisjoint(BENCH)
+    and case.dtype != "float32"
+    and hopper.MIN_HEAD_DIM <= case.head_dim <= hopper.MAX_HEAD_DIM
+]
+# Chunks of no whole block, and padding: boxes of keys run over the ends of chunks, sequences and slots.
+UNEVEN = Case(
+    name="hopper-w2", world_size=2, lengths=(1004, 4, 1200, 0), heads=4, kv_heads=2, head_dim=128, dtype="bfloat16",
+    padding=70,
+)  # fmt: skip
+PLAIN = replace(UNEVEN, name="hopper-w1", world_size=1, lengths=(503, 1, 600, 0), head_dim=64, dtype="float16")
+PAIR = {"attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"}
+FUSED = {"attention_forward_hopper", "clear_sums", "backward_fused_hopper", "finish_dq"}
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """They are taken wherever they can serve; the names of the kernels of attention that were launched."""
+    names = set()
+
+    def noted(make):
+        def make_and_note(*arguments):
+            made = make(*arguments)
+            names.update(launch.kernel.fn.__name__ for launch in (made if isinstance(made, tuple) else (made,)))
+            return made
+
+        return make_and_note
+
+    monkeypatch.setenv(hopper.VARIABLE, "1")
+    for name in ("_forward_launch", "_dkdv_launches", "_dq_launch", "_fused_launches"):
+        monkeypatch.setattr(plan, name, noted(getattr(plan, name).__wrapped__))
+    frameworks._jax_attention.cache_clear()
+    yield names
+    frameworks._jax_attention.cache_clear()
+
+
+def rank_arrays(case, rank, inputs):
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    return (
+        inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows],
+        np.ascontiguousarray(inputs["dlse"][:, rows]),
+    )  # fmt: skip
+
+
+def assert_exact(case, rank, inputs, *several):
+    """All the results `several` of one rank are as close to the oracle's as a straightforward computation."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    exact, straightforward = (
+        oracle.rank_attention(
+            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+        )._asdict()
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )  # fmt: skip
+    for i, results in enumerate(several):
+        for name in RESULTS:
+            where = f"rank {rank} of {case.world_size}, result {i}: {name}"
+            assert_close(where, results[name], exact[name], straightforward[name])
+
+
+@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
+def test_they_match_the_oracle_in_both_frameworks(case, forced):
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = rank_arrays(case, rank, inputs)
+        results = frameworks.attend_torch(case, *arrays, rank, "triton")
+        theirs = frameworks.attend_jax(case, *arrays, rank, "triton")
+        assert_exact(case, rank, inputs, results)
+        for name in RESULTS:
+            assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
+    assert forced == PAIR
+
+
+@pytest.mark.parametrize("case", [replace(UNEVEN, heads=16, kv_heads=8), replace(PLAIN, heads=12, kv_heads=4)], ids=str)
+def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypatch):
+    """Each head's rows and keys come while those of the head before are at work, through the same buffers."""
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = *rank_arrays(case, rank, inputs), rank, "triton"
+        alone = frameworks.attend_torch(case, *arrays)
+        assert forced == PAIR
+        for heads in (2, 4, case.kv_heads):
+            with monkeypatch.context() as patch:
+                patch.setattr(plan, "_heads_together", lambda *_, heads=heads: {"HEADS_TOGETHER": heads})
+                together = frameworks.attend_torch(case, *arrays)
+            for name in RESULTS:
+                assert together[name].tobytes() == alone[name].tobytes(), f"rank {rank}, {heads} heads: {name}"
+
+
+@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
+def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
+    inputs, rank = make_inputs(case), case.world_size // 2
+    arrays = *rank_arrays(case, rank, inputs), rank, "triton"
+    attends = frameworks.attend_torch, frameworks.attend_jax
+    assert_exact(case, rank, inputs, *(attend(case, *arrays, deterministic=False) for attend in attends))
+    assert forced == FUSED
+
+
+def beside_foul(case, rank, arrays, clean, foul, **options):
+    """For each sequence, and the padding, the results if it is `foul`: its keys, or else its queries; what may be foul
+    is replaced by that of `clean`."""
+    q, k, v, dout, dlse = arrays
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    keys_of, rows_of = (np.searchsorted(case.cu_seqlens[1:], x, "right") for x in (gathered, rows))
+    for sequence in {*keys_of}:
+        its_keys, its_rows = (of == sequence for of in (keys_of, rows_of))
+        foul_k, foul_v = (np.where(its_keys[:, None, None], np.float32(foul), x) for x in (k, v))
+        foul_q, foul_dout = (np.where(its_rows[:, None, None], np.float32(foul), x) for x in (q, dout))
+        for spoilt in ((q, foul_k, foul_v, dout, dlse), (foul_q, k, v, foul_dout, dlse)):
+            results = frameworks.attend_torch(case, *spoilt, rank, "triton", **options)
+            masks = dict.fromkeys(("out", "dq"), its_rows[:, None, None])
+            masks |= dict.fromkeys(("dk", "dv"), its_keys[:, None, None]) | {"lse": its_rows}
+            yield {name: np.where(mask, clean[name], results[name]) for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("case", [UNEVEN, PLAIN], ids=str)
+@pytest.mark.parametrize("foul", [np.nan, np.inf])
+def test_no_other_sequence_and_no_padding_reaches_a_result(case, foul, forced):
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = rank_arrays(case, rank, inputs)
+        clean = frameworks.attend_torch(case, *arrays, rank, "triton")
+        for results in beside_foul(case, rank, arrays, clean, foul):
+            for name in RESULTS:
+                np.testing.assert_array_equal(results[name], clean[name])
+
+
+@pytest.mark.parametrize("case", [UNEVEN, PLAIN], ids=str)
+@pytest.mark.parametrize("foul", [np.nan, np.inf])
+def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
+    inputs, rank = make_inputs(case), case.world_size // 2
+    arrays = rank_arrays(case, rank, inputs)
+    clean = frameworks.attend_torch(case, *arrays, rank, "triton", deterministic=False)
+    others = [*beside_foul(case, rank, arrays, clean, foul, deterministic=False)]
+    assert_exact(case, rank, inputs, clean, *others)
+    for results in others:
+        for name in ("out", "lse", "dk", "dv"):  # all but dQ have one owner here too
+            np.testing.assert_array_equal(results[name], clean[name])
+    assert forced == FUSED
+
+
+def test_six_of_them_in_one_function_of_jax(forced):
+    """XLA makes CUDA graphs of so many kernels, in which nothing can be allocated; one rank in `shard_map` likewise."""
+    q, k, v, *_ = rank_arrays(PLAIN, 0, make_inputs(PLAIN))
+    q, k, v = (jnp.asarray(x, PLAIN.dtype) for x in (q, k, v))
+    cu_seqlens = jnp.asarray(PLAIN.cu_seqlens, jnp.int32)
+
+    def layers(q, k, v, cu_seqlens):
+        for _ in range(6):
+            q = zigzag_jax.zigzag_attention(q, k, v, cu_seqlens)
+        return q
+
+    one_by_one = layers(q, k, v, cu_seqlens)
+    mesh = Mesh(jax.devices()[:1], ("cp",))
+    together, sharded = (
+        jax.jit(function)
+        for function in (layers, jax.shard_map(layers, mesh=mesh, in_specs=(P("cp"), P(), P(), P()), out_specs=P("cp")))
+    )
+    for _ in range(3):
+        np.testing.assert_array_equal(together(q, k, v, cu_seqlens), one_by_one)
+        np.testing.assert_array_equal(sharded(q, k, v, cu_seqlens), one_by_one)
+    assert forced == {"attention_forward_hopper"}

@@ -1,0 +1,39 @@
+"""Decides, before anything imports triton or jax, whether this process interprets kernels (no GPU) or compiles them."""
+
+import gc
+import os
+import subprocess
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return []
+    numbers = [str(i) for i in range(len(found.stdout.splitlines()))] if found.returncode == 0 else []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return numbers if chosen is None else [name for name in chosen.split(",") if name][: len(numbers)]
+
+
+GPUS = _gpus()
+GPU = bool(GPUS)
+# How long the examples train, and by how much losses may differ between numbers of ranks: sums in another order round
+# differently, and training lets that grow (9.5e-5 in 200 steps on two H200).
+STEPS, TOLERANCE = (200, 5e-4) if GPU else (4, 2e-5)
+# What is set here, and not for the processes that tests start as from a shell.
+CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
+if GPU:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    # With two threads, jax 0.10 can wait for ever inside a host callback.
+    os.environ.setdefault("NPROC", "16")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before NumPy is imported. Workers share the cores, and threads that each of them starts for a product wait for one
+    # another: with 15 on 16 cores the oracle of one case took more than five minutes, so less than 15 seconds.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The interpreter makes objects by the million and no cycles to speak of: looking for some takes a tenth of its time.
+gc.set_threshold(100_000, 50, 100)

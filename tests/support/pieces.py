@@ -1,0 +1,91 @@
+"""The pieces of the published zigzag llama3 path put together for one rank of a case, and what they must give."""
+
+import contextlib
+from unittest import mock
+
+import numpy as np
+import torch
+
+import zigzag_torch
+from tests.support import oracle
+from tests.support.machine import GPU
+from zigzag_torch import launch
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def tensor(x, dtype="float32"):
+    return torch.tensor(x, dtype=getattr(torch, dtype), device=DEVICE)
+
+
+def rank_tensors(case, rank, inputs):
+    """q `[T, ...]` and gathered kv `[2, W * T, ...]` that require gradients, cotangents of the rows that are used."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    used = rows[: case.tokens - case.padding]
+    return (
+        tensor(inputs["q"][rows], case.dtype).requires_grad_(),
+        tensor(np.stack([inputs["k"][gathered], inputs["v"][gathered]]), case.dtype).requires_grad_(),
+        tensor(inputs["dout"][used], case.dtype),
+        tensor(inputs["dlse"][:, used]),
+    )
+
+
+def rank_oracle(case, rank, inputs, arithmetic):
+    """out, lse, dq, dk, dv of one rank by the oracle, the results without padding."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    used = case.tokens - case.padding
+    expected = oracle.rank_attention(
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+        dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+    )  # fmt: skip
+    return expected._asdict() | {"out": expected.out[:used], "lse": expected.lse[:, :used]}
+
+
+def grouped_arguments(q, kv, cu_seqlens, rank, world_size, causal, n_chunks=2):
+    """The arguments of `execute_grouped_attention` from q `[T, heads, d]`, gathered kv and global `cu_seqlens`."""
+    cu_seqlens = cu_seqlens // world_size
+    chunks = zigzag_torch.split_q_by_zigzag_chunk_index(q, cu_seqlens, world_size, rank, n_chunks)
+    of_rank = rank, 2 * world_size - 1 - rank
+    slices = zigzag_torch.compute_kv_slices_for_groups(cu_seqlens, *of_rank, world_size, chunks[1], n_chunks)
+    names = "chunk_q_list", "chunk_cu_seqlens_q_list", "chunk_indices_list"
+    return dict(zip(names, chunks, strict=True)) | {
+        "kv_buffer": kv,
+        "kv_slices": slices,
+        "nheads": q.shape[1],
+        "head_dim": q.shape[2],
+        "softmax_scale": None,
+        "dropout_p": 0.0,
+        "causal": causal,
+        "window_size": (-1, -1),
+        "alibi_slopes": None,
+        "deterministic": False,
+        "world_size": world_size,
+        "cu_seqlens_k": cu_seqlens,
+    }
+
+
+def fused_arguments(arguments, rank):
+    """Those of the fused stand-in, from `grouped_arguments`."""
+    return arguments | {"chunk_idx_0": rank, "chunk_idx_1": 2 * arguments["world_size"] - 1 - rank}
+
+
+def grouped(case, rank, q, kv, n_chunks=2, fused=False, **options):
+    """`execute_grouped_attention`, or its stand-in, on what the other pieces make of `q` and the gathered `kv`."""
+    cu_seqlens = tensor(case.cu_seqlens, "int32")
+    arguments = grouped_arguments(q, kv, cu_seqlens, rank, case.world_size, case.causal, n_chunks)
+    if not fused:
+        return zigzag_torch.execute_grouped_attention(**arguments | options)
+    return zigzag_torch.replace_grouped_attention_with_fused_triton_v2(**fused_arguments(arguments, rank) | options)
+
+
+@contextlib.contextmanager
+def kernels(backend):
+    """In it `backend` is the default: the kernels themselves on a CPU too, where the reference would run. None: it is
+    as always."""
+    choose = launch.choose_backend
+    with contextlib.ExitStack() as stack:
+        for module in (zigzag_torch.api, zigzag_torch.pairs):
+            patch = mock.patch.object(module, "choose_backend", lambda _, device: choose(backend, device))
+            stack.enter_context(patch)
+        yield

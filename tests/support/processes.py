@@ -1,0 +1,52 @@
+"""Real processes that form a group, for tests of what happens between ranks: gloo on a CPU, NCCL on a GPU each."""
+
+import multiprocessing
+import os
+from datetime import timedelta
+
+import ml_dtypes  # noqa: F401  (its import makes "bfloat16" a NumPy dtype)
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
+    """Call `function(rank, world_size, *arguments)` in `world_size` new processes of one default group.
+
+    With the backend "nccl" each has a GPU of its own, the current device.
+
+    The first exception of any of them is raised here, with its traceback, and ends the others. They are forked from a
+    process that has imported what they need, and nothing that starts threads.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["zigzag_kernels.plan", "zigzag_torch", "tests.support.oracle"]
+    )
+    mp.start_processes(
+        _rank, (world_size, str(directory), backend, function, arguments), nprocs=world_size, start_method="forkserver"
+    )
+
+
+def _rank(rank, world_size, directory, backend, function, arguments):
+    torch.set_num_threads(1)  # as many processes as there are ranks share the cores
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    # New memory begins as NaN, so that a row left unwritten is found out. On a GPU that is all that is wanted.
+    torch.use_deterministic_algorithms(True, warn_only=device is not None)
+    if device:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{os.path.join(directory, 'rendezvous')}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+        device_id=device,
+    )
+    function(rank, world_size, *arguments)
+    dist.barrier()  # so that no thread of gloo is busy when Python ends
+    dist.destroy_process_group()
+
+
+def torch_numpy(x):
+    """A tensor as an array of its own type, which torch does not make of bfloat16."""
+    x = x.detach().cpu()
+    return x.view(torch.int16).numpy().view("bfloat16") if x.dtype == torch.bfloat16 else x.numpy()

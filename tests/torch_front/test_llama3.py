@@ -1,0 +1,216 @@
+"""The published names: signatures, both paths, what the flags do, and all ranks of a process group."""
+
+import inspect
+
+import pytest
+import torch
+
+import zigzag_torch
+from tests.support import oracle, pieces
+from tests.support.cases import Case, make_inputs
+from tests.support.closeness import assert_close
+from tests.support.machine import GPU
+from tests.support.pieces import grouped, rank_oracle, rank_tensors, tensor
+from tests.support.processes import run_ranks, torch_numpy
+from zigzag_torch import ZigzagConfig, launch
+
+VARLEN = (
+    "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, heads_k_stride, local_k_slice, dropout_p=0.0, "
+    "softmax_scale=None, causal=False, window_size=(-1, -1), alibi_slopes=None, deterministic=False, "
+    "return_attn_probs=False, group=None, n_chunks=2"
+)
+GROUPED = (
+    "chunk_q_list, chunk_cu_seqlens_q_list, chunk_indices_list, kv_buffer, kv_slices, nheads, head_dim, softmax_scale, "
+    "dropout_p, causal, window_size, alibi_slopes, deterministic, world_size, cu_seqlens_k"
+)
+SIGNATURES = {
+    "zigzag_llama3_flash_attn_varlen_func": f"q, k, v, {VARLEN}",
+    "zigzag_llama3_flash_attn_varlen_kvpacked_func": f"q, kv, {VARLEN}",
+    "zigzag_llama3_flash_attn_varlen_qkvpacked_func": f"qkv, {VARLEN}",
+    "fused_zigzag_llama3_flash_attn_forward_v2": (
+        "q0, q1, k, v, cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k, chunk_idx_0, chunk_idx_1, total_chunks, "
+        "softmax_scale=None, causal=True"
+    ),
+    "split_q_by_zigzag_chunk_index": "q, cu_seqlens_q, world_size, rank, n_chunks=2",
+    "rearrange_kv_from_zigzag_to_contiguous": "kv_buffer, world_size, cu_seqlens",
+    "compute_kv_slices_for_groups": (
+        "cu_seqlens_k, chunk_idx_0, chunk_idx_1, world_size, chunk_cu_seqlens_q_list, n_chunks=2"
+    ),
+    "execute_grouped_attention": GROUPED,
+    "replace_grouped_attention_with_fused_triton_v2": f"{GROUPED}, chunk_idx_0, chunk_idx_1",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    parameters = inspect.signature(getattr(zigzag_torch, name)).parameters.values()
+    plain = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+    assert str(plain) == f"({SIGNATURES[name]})"
+
+
+@pytest.fixture
+def kernels(kernel_backend):
+    with pieces.kernels(kernel_backend):
+        yield
+
+
+CASES = [
+    Case(name="causal", world_size=4, lengths=(24, 0, 8, 32), heads=4, kv_heads=2, padding=3),
+    Case(name="full", world_size=4, lengths=(24, 48), heads=4, kv_heads=2, causal=False, dtype="float16"),
+    Case(name="odd", world_size=1, lengths=(5, 0, 1, 26), heads=2, kv_heads=2, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fused_stand_in_agrees_with_the_unfused_path(case, kernels):
+    """In both directions, which the flag compares; and with the oracle, so that not both are wrong."""
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        q, kv, dout, dlse = rank_tensors(case, rank, inputs)
+        with ZigzagConfig(verify_correctness=True):
+            out, lse, info = grouped(case, rank, q, kv, fused=True)
+            gradients = torch.autograd.grad((out, lse), (q, kv), (dout, dlse))
+        assert info.keys() == {"chunk_indices_list", "chunk_cu_seqlens_q_list", "kv_slices"}
+        results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, gradients[0], *gradients[1]), strict=True))
+        exact = rank_oracle(case, rank, inputs, oracle.EXACT)
+        straightforward = rank_oracle(case, rank, inputs, oracle.straightforward(case.dtype))
+        for name, x in results.items():
+            assert_close(f"rank {rank}: {name}", x.detach().float().cpu().numpy(), exact[name], straightforward[name])
+
+
+def test_any_number_of_groups_fused(kernels):
+    case = CASES[0]
+    inputs = make_inputs(case)
+    q, kv, *_ = rank_tensors(case, 1, inputs)
+    expected = grouped(case, 1, q, kv, fused=True)
+    for n_chunks in (1, 8):
+        for ours, theirs in zip(grouped(case, 1, q, kv, n_chunks, fused=True)[:2], expected, strict=False):
+            assert torch.equal(ours, theirs)
+
+
+def test_without_the_flag_nothing_is_launched(kernels, monkeypatch):
+    def launched(*_):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(launch, "run", launched)
+    case = CASES[0]
+    q, kv, dout, dlse = rank_tensors(case, 1, make_inputs(case))
+    monkeypatch.setenv("ZIGZAG_USE_FUSED_TRITON_V2", "0")
+    out, lse, _ = grouped(case, 1, q, kv, fused=True)
+    torch.autograd.grad((out, lse), (q, kv), (dout, dlse))
+    expected, *_ = grouped(case, 1, q, kv)
+    assert torch.equal(out, expected)
+    local = tensor([0, *case.lengths], "int32").cumsum(0, dtype=torch.int32)
+    whole = zigzag_torch.zigzag_llama3_flash_attn_varlen_func(
+        kv[0], kv[0], kv[1], local, local, 0, 0, 1, slice(0), causal=True
+    )
+    whole.sum().backward()
+    monkeypatch.setenv("ZIGZAG_USE_FUSED_TRITON_V2", "1")
+    with pytest.raises(AssertionError, match="launched"):
+        grouped(case, 1, q, kv, fused=True)
+
+
+def test_chunks_of_no_rank_are_refused():
+    case = CASES[0]
+    q, kv, *_ = rank_tensors(case, 1, make_inputs(case))
+    with pytest.raises(ValueError, match=r"chunk_idx_1: expected 2 \* world_size - 1 - chunk_idx_0 = 7, got 6"):
+        grouped(case, 1, q, kv, fused=True, chunk_idx_0=0)
+
+
+def varlen_calls(case, q, k, v, group=None):
+    """What the three functions give on this rank, with every stride, fused or not as the flags say."""
+    cu_seqlens_k = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)
+    rest = cu_seqlens_k // case.world_size, cu_seqlens_k, 0, 0
+    options = {"causal": case.causal, "return_attn_probs": True, "group": group}
+    results = []
+    for heads_k_stride in (1, case.kv_heads):
+        call = *rest, heads_k_stride, slice(0)
+        results.append(zigzag_torch.zigzag_llama3_flash_attn_varlen_func(q, k, v, *call, **options))
+        kv = torch.stack([k, v], 1)
+        results.append(zigzag_torch.zigzag_llama3_flash_attn_varlen_kvpacked_func(q, kv, *call, **options))
+        if case.heads == case.kv_heads:
+            qkv = torch.stack([q, k, v], 1)
+            results.append(zigzag_torch.zigzag_llama3_flash_attn_varlen_qkvpacked_func(qkv, *call, **options))
+    return results
+
+
+def test_one_device_needs_no_group(kernels):
+    case = CASES[-1]
+    q, kv, *_ = rank_tensors(case, 0, make_inputs(case))
+    expected, expected_lse, _ = grouped(case, 0, q, kv)
+    with ZigzagConfig(verify_correctness=True):
+        for out, lse, _ in varlen_calls(case, q, *kv):
+            torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(lse, expected_lse)
+            out.sum().backward()
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    q, k, offsets = torch.zeros(8, 4, 16), torch.zeros(8, 2, 16), torch.tensor([0, 8], dtype=torch.int32)
+
+    def call(k=k, cu_seqlens_k=offsets, heads_k_stride=1, **options):
+        function = zigzag_torch.zigzag_llama3_flash_attn_varlen_func
+        return function(q, k, k, offsets, cu_seqlens_k, 8, 8, heads_k_stride, slice(0, 8), **options)
+
+    for options, error, message in (
+        ({"heads_k_stride": 0}, ValueError, "heads_k_stride: expected a divisor of the 2 KV heads, got 0"),
+        ({"heads_k_stride": 3}, ValueError, "heads_k_stride: expected a divisor of the 2 KV heads, got 3"),
+        ({"n_chunks": 3}, ValueError, r"n_chunks: expected 1 to 2 \* world_size = 2, got 3"),
+        ({"k": k[:4]}, ValueError, r"k: expected world_size \* tokens = .* 8 rows, got 4"),
+        ({"cu_seqlens_k": offsets[:1]}, ValueError, r"cu_seqlens_k: expected the shape of cu_seqlens_q, .* got \(1,\)"),
+        ({"dropout_p": 0.5}, NotImplementedError, "dropout_p"),
+        ({"window_size": (4, 4)}, NotImplementedError, "window_size"),
+        ({"alibi_slopes": q}, NotImplementedError, "alibi_slopes"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call(**options)
+    contradiction = {"cu_seqlens_k": torch.tensor([0, 4], dtype=torch.int32)}
+    assert call(**contradiction).isnan().all()
+    monkeypatch.setenv("ZIGZAG_USE_FUSED_TRITON_V2", "0")
+    with pytest.raises(ValueError, match=r"cu_seqlens_k: expected 1 times cu_seqlens_q, \[0, 8\], got \[0, 4\]"):
+        call(**contradiction)
+
+
+def whole_batch(case, arithmetic):
+    """out, lse, dq, dk, dv of all ranks together."""
+    inputs = make_inputs(case)
+    whole = inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, case.causal
+    gradients = oracle.attention_gradients(*whole, None, inputs["dout"], inputs["dlse"], arithmetic=arithmetic)
+    return *oracle.attention(*whole, arithmetic=arithmetic), *gradients
+
+
+def check_rank(rank, world_size, cases, flags, backend):
+    """Every call of every case against the oracle, in the group of this process."""
+    for case in cases:
+        inputs = make_inputs(case)
+        rows = oracle.zigzag_rows(case.cu_seqlens, rank, world_size, case.padding)
+        q, k, v = (torch.tensor(inputs[x][rows], dtype=getattr(torch, case.dtype)).requires_grad_() for x in "qkv")
+        cotangents = torch.tensor(inputs["dout"][rows], dtype=q.dtype), torch.tensor(inputs["dlse"][:, rows])
+        expected = [whole_batch(case, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype))]
+        with pieces.kernels(backend), ZigzagConfig(**flags):
+            calls = varlen_calls(case, q, k, v)
+            assert len(calls) == (6 if case.heads == case.kv_heads else 4)
+            for out, lse, third in calls:
+                assert third is None
+                results = out, lse, *torch.autograd.grad((out, lse), (q, k, v), cotangents)
+                for name, result, *wanted in zip(("out", "lse", "dq", "dk", "dv"), results, *expected, strict=True):
+                    wanted = [x[:, rows] if name == "lse" else x[rows] for x in wanted]
+                    assert_close(f"{case}, {flags}, rank {rank}: {name}", torch_numpy(result), *wanted)
+
+
+GQA = Case(name="gqa", world_size=4, lengths=(40, 0, 8, 16), heads=4, kv_heads=2, padding=2)
+FULL = Case(name="full", world_size=4, lengths=(16, 24), heads=2, kv_heads=2, causal=False, dtype="bfloat16")
+
+
+@pytest.mark.skipif(GPU, reason="the ranks share one CPU")
+@pytest.mark.parametrize(
+    ("flags", "cases", "backend"),
+    [
+        ({"use_fused_triton_v2": False}, [GQA, FULL], None),
+        ({"verify_correctness": True}, [GQA, FULL], None),
+        ({}, [GQA], "interpret"),
+    ],
+    ids=["unfused", "both", "kernels"],
+)
+def test_all_ranks_of_a_group(flags, cases, backend, tmp_path):
+    run_ranks(4, tmp_path, check_rank, cases, flags, backend)

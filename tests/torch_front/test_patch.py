@@ -1,0 +1,116 @@
+"""The patch of the published ring_flash_attn package: the real one, with stand-ins for what it needs besides torch."""
+
+import importlib.util
+import sys
+import types
+from unittest import mock
+
+import pytest
+import torch
+
+import zigzag_torch.patch
+from tests.support import stand_ins
+from tests.support.processes import run_ranks
+from zigzag_torch import ZigzagConfig, patch_ring_flash_attn
+from zigzag_torch.patch import _REPLACED
+
+LENGTHS, HEAD_DIM = (8, 0, 16), 16  # of the sequences on every rank
+
+
+def attention_calls(package, rank, world_size):
+    """All functions that are replaced, called as their package says; names and results with gradients.
+
+    In float16: its ring adds up gradients in place of what it adds if they are float32. On one rank it would send to
+    itself, which gloo does not do: there without the ring.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    local = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+    *lengths, k_slice = package.llama3_flash_attn_prepare_cu_seqlens(local * world_size, True, rank, world_size)
+    arguments = {"llama3_flash_attn_varlen": (*lengths, 1, k_slice)}
+    if world_size > 1:
+        arguments |= {"zigzag_ring_flash_attn_varlen": (local, max(LENGTHS)), "zigzag_ring_flash_attn": ()}
+    results = {}
+    for name, lengths in arguments.items():
+        shapes = ((sum(LENGTHS), heads, HEAD_DIM) for heads in (4, 2, 2))
+        q, k, v = (torch.randn(shape, generator=generator).half() for shape in shapes)
+        if not lengths:
+            q, k, v = (x.unflatten(0, (3, -1)) for x in (q, k, v))
+        packed = {
+            "func": (q, k, v),
+            "kvpacked_func": (q, torch.stack([k, v], -3)),
+            "qkvpacked_func": (torch.stack([k, v, k + v], -3),),
+        }
+        for form, tensors in packed.items():
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            function = getattr(package, f"{name}_{form}")
+            out, lse, _ = function(*leaves, *lengths, causal=True, return_attn_probs=True)
+            assert function(*leaves, *lengths, causal=True).equal(out)
+            dout = torch.randn(out.shape, generator=generator).half()
+            results[f"{name}_{form}"] = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return results
+
+
+def check_patch(rank, world_size):
+    """The package itself, patched, patched with its functions chosen by flag, and after the patch is undone."""
+    stand_ins.install()
+    import ring_flash_attn
+
+    own = attention_calls(ring_flash_attn, rank, world_size)
+    assert len(own) == (3 if world_size == 1 else 9)
+    with mock.patch.object(zigzag_torch.patch, "zigzag_attention", wraps=zigzag_torch.zigzag_attention) as fused:
+        with ZigzagConfig(verify_correctness=True), patch_ring_flash_attn():
+            patched = attention_calls(ring_flash_attn, rank, world_size)
+        calls = 2 * (3 if world_size == 1 else 6)  # the contiguous layout agrees on one rank only
+        assert fused.call_count == calls
+        patch = patch_ring_flash_attn()
+        with pytest.raises(RuntimeError, match="is patched already"):
+            patch_ring_flash_attn()
+        with ZigzagConfig(use_fused_triton_v2=False):
+            by_flag = attention_calls(ring_flash_attn, rank, world_size)
+        q, cu_seqlens = torch.zeros(4, 2, HEAD_DIM), torch.tensor([0, 4], dtype=torch.int32)
+        with pytest.raises(NotImplementedError, match="dropout_p"):
+            ring_flash_attn.zigzag_ring_flash_attn_varlen_func(q, q, q, cu_seqlens, 4, dropout_p=0.1, causal=True)
+        patch.undo()
+        patch.undo()
+        undone = attention_calls(ring_flash_attn, rank, world_size)
+        assert fused.call_count == calls
+    for name, expected in own.items():
+        for ours, theirs in zip(patched[name], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2, msg=lambda m, name=name: f"{name}: {m}")
+        for results in (by_flag, undone):
+            assert all(torch.equal(a, b) for a, b in zip(results[name], expected, strict=True)), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ring_flash_attn") is None, reason="needs the package ring-flash-attn")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_patched_package_gives_the_same(world_size, tmp_path):
+    run_ranks(world_size, tmp_path, check_patch)
+
+
+def fake_package(monkeypatch, **changed):
+    """Modules with functions of the right parameters, but for those `changed`."""
+    for module_name, (function_name, parameters) in _REPLACED.items():
+        names = changed.get(module_name, parameters).replace(" ", ", ")
+        namespace = {}
+        exec(f"class {function_name}:\n    @staticmethod\n    def forward({names}): pass", namespace)
+        module = types.ModuleType(f"ring_flash_attn.{module_name}")
+        setattr(module, function_name, namespace[function_name])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "ring_flash_attn", types.ModuleType("ring_flash_attn"))
+
+
+def test_a_changed_package_is_left_alone(monkeypatch):
+    fake_package(monkeypatch, llama3_flash_attn_varlen="ctx q k v cu_seqlens")
+    before = {name: dict(vars(sys.modules[f"ring_flash_attn.{name}"])) for name in _REPLACED}
+    with pytest.raises(RuntimeError, match=r"expected llama3_flash_attn_varlen\.Llama3.* got ctx q k v cu_seqlens$"):
+        patch_ring_flash_attn()
+    assert before == {name: vars(sys.modules[f"ring_flash_attn.{name}"]) for name in _REPLACED}
+    monkeypatch.delattr(sys.modules["ring_flash_attn.zigzag_ring_flash_attn"], "ZigZagRingFlashAttnFunc")
+    with pytest.raises(RuntimeError, match="got no such function"):
+        patch_ring_flash_attn()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ring_flash_attn", None)
+    with pytest.raises(ImportError, match=r"expected ring_flash_attn 0\.1\.8, which failed"):
+        patch_ring_flash_attn()

@@ -1,0 +1,158 @@
+"""Ranks that call differently hear the same error, and none waits for ever."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import zigzag_torch
+from tests.support.machine import GPU
+from tests.support.processes import run_ranks
+from zigzag_torch import agreement
+
+pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
+TOKENS, HEADS, KV_HEADS, WORLD_SIZE = 8, 4, 2, 3
+CU_SEQLENS = torch.tensor([0, 6, 24], dtype=torch.int32)
+
+
+def call(rank, odd=None, scale=1.0, **changed):
+    """Attention of one rank; the rank `odd` (all, if None) has the `changed` arguments."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = {"q": (TOKENS, HEADS, 16), "k": (TOKENS, KV_HEADS, 16), "v": (TOKENS, KV_HEADS, 16)}
+    arguments = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    arguments |= {"cu_seqlens": CU_SEQLENS, "group": dist.group.WORLD, "method": "ring", "softmax_scale": scale}
+    if odd is None or rank == odd:
+        arguments |= changed
+    return zigzag_torch.zigzag_attention(**arguments)
+
+
+def halves(*names):
+    """`names` with one dtype less precise than everybody else's."""
+    return {name: torch.zeros((TOKENS, HEADS if name == "q" else KV_HEADS, 16), dtype=torch.float16) for name in names}
+
+
+def longer(*names, rows):
+    return {name: torch.zeros(rows, HEADS if name == "q" else KV_HEADS, 16) for name in names}
+
+
+DIFFERENCES = (
+    (longer("q", "k", "v", rows=10), r"k: ranks 0, 2 have .*, rank 1 has \(\(10, 2, 16\), 'float32'\)"),
+    (halves("q", "k", "v"), r"v: ranks 0, 2 have .*, rank 1 has \(\(8, 2, 16\), 'float16'\)"),
+    ({"causal": False}, "causal: ranks 0, 2 have True, rank 1 has False$"),
+    ({"softmax_scale": 0.5}, "softmax_scale: ranks 0, 2 have .*, rank 1 has 0.5$"),
+    ({"method": "allgather"}, "method: ranks 0, 2 have ring, rank 1 has allgather$"),
+    ({"heads_k_stride": 1}, "heads_k_stride: ranks 0, 2 have 2, rank 1 has 1$"),
+    ({"backend": "interpret"}, "backend: ranks 0, 2 have reference, rank 1 has interpret$"),
+    ({"cu_seqlens": CU_SEQLENS[[0, 2]]}, "sequences: ranks 0, 2 have 2, rank 1 has 1$"),
+    # Faults that a rank finds itself.
+    ({"causal": "yes"}, "^rank 1: causal: expected True or False, got 'yes'$"),
+    (longer("k", "v", rows=9), "^rank 1: k: expected world_size"),
+    ({"cu_seqlens": None} | longer("q", "k", "v", rows=7), "^rank 1: q: expected an even number .* got 7$"),
+)
+
+
+def check_agreement(rank, world_size):
+    good = call(rank)
+    for number, (changed, message) in enumerate(DIFFERENCES, start=2):
+        with pytest.raises(ValueError, match=message):
+            call(rank, odd=1, scale=float(number), **changed)  # a scale that they have not agreed upon
+    with pytest.raises(ValueError, match=r"^causal: expected True or False, got 'yes'$"):
+        call(rank, causal="yes")  # the same fault on all ranks reads as on one device
+    assert torch.equal(call(rank), good)  # the ranks are still in step
+
+    def never(*_):
+        raise AssertionError("asked again")
+
+    ask, agreement.compare = agreement.compare, never
+    assert torch.equal(call(rank), good)
+    agreement.compare = ask
+
+    check_lengths(rank, world_size)
+    check_groups(rank)
+    check_absence(rank)
+
+
+def check_lengths(rank, world_size):
+    """The host does not look at the lengths, the device does; `validate` does on request."""
+    for method in ("allgather", "ring"):
+        other = torch.tensor([0, 12, 24], dtype=torch.int32)
+        tensors = [torch.randn(TOKENS, heads, 16, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        mine = other if rank == 2 else CU_SEQLENS
+        for backend in ("interpret", "reference"):
+            options = {"group": dist.group.WORLD, "method": method, "backend": backend}
+            batch = zigzag_torch.prepare_batch(mine, **options)
+            for argument in (mine, batch, zigzag_torch.prepare_batch(mine, rank, world_size, method=method)):
+                if argument is not batch and backend == "interpret":
+                    continue
+                out, lse = zigzag_torch.zigzag_attention(*tensors, argument, return_lse=True, **options)
+                for x in (out, lse, *torch.autograd.grad(out.sum() + lse.sum(), tensors)):
+                    assert x.isnan().all(), (rank, options)
+    zigzag_torch.validate(CU_SEQLENS, world_size, total=24, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"cu_seqlens\[1\]: ranks 0, 1 have 6, rank 2 has 12$"):
+        zigzag_torch.validate(mine, world_size, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"^rank 2: world_size: expected the size of the group, 3, got 4$"):
+        zigzag_torch.validate(CU_SEQLENS, 4 if rank == 2 else world_size, group=dist.group.WORLD)
+    ring = zigzag_torch.prepare_batch(CU_SEQLENS, group=dist.group.WORLD, method="ring")
+    with pytest.raises(ValueError, match=r"^rank 0: method: expected that of the prepared batch, 'ring', got 'allg"):
+        call(rank, cu_seqlens=ring, method="allgather" if rank == 0 else "ring", scale=20.0)
+    with pytest.raises(ValueError, match="rank: expected None or that in the group, "):
+        zigzag_torch.prepare_batch(CU_SEQLENS, rank + 1, group=dist.group.WORLD)
+
+
+def check_groups(rank):
+    pair = dist.new_group([0, 1])
+    if rank == 2:
+        with pytest.raises(ValueError, match=r"group: expected .* that this process is in, .* got int -100"):
+            call(rank, group=pair)
+    else:
+        call(rank, group=pair, cu_seqlens=torch.tensor([0, 16], dtype=torch.int32))
+
+
+def check_absence(rank):
+    """Nobody waits for a rank that does not come: not in the agreement, nor, when the process is gone, for its data."""
+    os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = "1"
+    group = dist.new_group([0, 1, 2])
+    if rank != 1:
+        with pytest.raises(RuntimeError, match=r"^rank 1 did not make this call within 1 s"):
+            call(rank, group=group)
+    last = dist.new_group([0, 1, 2])
+    os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = "60"
+    call(rank, group=last)
+    if rank == 1:
+        os._exit(0)  # as if it had crashed
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        call(rank, group=last)  # rank 2 sends to rank 0, and neither gets anything from rank 1
+    assert time.monotonic() - started < 30
+    os._exit(0)  # what is left of the group cannot be taken down together
+
+
+@pytest.mark.timeout(120)
+def test_ranks_agree_before_data_moves(tmp_path):
+    run_ranks(WORLD_SIZE, tmp_path, check_agreement)
+
+
+FAILS = """
+import torch, torch.distributed as dist, zigzag_torch
+dist.init_process_group("gloo")
+q = torch.randn(4, 1, 16)
+for step in range(2):
+    zigzag_torch.zigzag_attention(q, q, q, group=dist.group.WORLD)
+    if dist.get_rank() == 1:
+        raise OSError("out of disk")
+"""
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, check=False)
+    assert result.returncode != 0
+    assert "OSError: out of disk" in result.stderr
