@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.planning import Planning
 from bench.timing import Calls, autograd_calls, places, torch_calls
 from tests.support import pieces
-from zigzag_torch import execute_grouped_attention, varlen
+from zigzag_torch import execute_grouped_attention
+from zigzag_torch.compat import flash2
 from zigzag_torch.shard import position_order
 
 TORCH, JAX = FRAMEWORKS = ("torch", "jax")
@@ -46,7 +47,7 @@ class Slices(NamedTuple):
     """Every run of a rank's rows with the keys that it sees, as one packed batch for attention that knows no zigzag."""
 
     rows: torch.Tensor  # of the gathered buffer, in the order in which they are copied together
-    lengths: varlen.Lengths
+    lengths: flash2.Lengths
 
     def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Gradients of the copied rows summed into the layout of the gathered buffer, in float32."""
@@ -69,7 +70,7 @@ def slices(case, rank, cu_seqlens) -> Slices:
     seen = [end - start for start, end in keys]
     offsets = (cu_seqlens.new_tensor([*accumulate(x, initial=0)]) for x in (queries, seen))
     return Slices(
-        torch.cat([order[start:end] for start, end in keys]), varlen.Lengths(*offsets, max(queries), max(seen))
+        torch.cat([order[start:end] for start, end in keys]), flash2.Lengths(*offsets, max(queries), max(seen))
     )
 
 
@@ -115,16 +116,16 @@ def flash2_torch(case, rank, sets):
         copied = slices(case, rank, cu_seqlens)
         keys, values = k[copied.rows], v[copied.rows]
         options = copied.lengths, case.causal, case.head_dim**-0.5
-        out, lse = varlen.forward(q, keys, values, *options)
+        out, lse = flash2.forward(q, keys, values, *options)
 
         def backward():
-            return varlen.backward(dout, None, q, keys, values, out, lse, *options, False)
+            return flash2.backward(dout, None, q, keys, values, out, lse, *options, False)
 
         def results():
             dq, dk, dv = backward()
             return out, dq, copied.spread(dk, k), copied.spread(dv, v)
 
-        return Calls(lambda: varlen.forward(q, keys, values, *options)[0], backward, results)
+        return Calls(lambda: flash2.forward(q, keys, values, *options)[0], backward, results)
 
     return [calls(*tensors) for tensors in sets]
 

@@ -1,28 +1,34 @@
-"""Zigzag attention for PyTorch: context-parallel attention over packed batches in one fused Triton launch."""
+"""Zigzag attention for PyTorch: context-parallel attention over packed batches in one fused Triton launch.
+
+`__all__` is the public surface. Every other name in this package may change without notice.
+"""
+
+from zigzag_kernels import __version__
 
 from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
-from .llama3 import (
-    replace_grouped_attention_with_fused_triton_v2,
-    zigzag_llama3_flash_attn_varlen_func,
-    zigzag_llama3_flash_attn_varlen_kvpacked_func,
-    zigzag_llama3_flash_attn_varlen_qkvpacked_func,
-)
-from .pairs import fused_zigzag_llama3_flash_attn_forward_v2
-from .patch import patch_ring_flash_attn
-from .profiling import profile_report
-from .reference import merge_partials
-from .settings import ZigzagConfig
-from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
-from .unfused import (
+from .compat.flags import ZigzagConfig
+from .compat.grouped import (
     compute_kv_slices_for_groups,
     execute_grouped_attention,
     rearrange_kv_from_zigzag_to_contiguous,
     split_q_by_zigzag_chunk_index,
 )
+from .compat.llama3 import (
+    replace_grouped_attention_with_fused_triton_v2,
+    zigzag_llama3_flash_attn_varlen_func,
+    zigzag_llama3_flash_attn_varlen_kvpacked_func,
+    zigzag_llama3_flash_attn_varlen_qkvpacked_func,
+)
+from .compat.ring_flash_attn import patch_ring_flash_attn
+from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
+from .profiling import profile_report
+from .reference import merge_partials
+from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
 
 __all__ = [
     "Batch",
     "ZigzagConfig",
+    "__version__",
     "compute_kv_slices_for_groups",
     "execute_grouped_attention",
     "fused_zigzag_llama3_flash_attn_forward_v2",

@@ -1,24 +1,30 @@
-"""Named ranges around launches, for torch's profiler and for nsys, and the times that `profile_report` prints."""
+"""Names and times of launches, for torch's profiler, for nsys, and for `profile_report`. Off until switched on."""
 
 import contextlib
 import statistics
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 
 import torch
-
-from .settings import enabled
 
 _lock = threading.Lock()  # the backward pass runs in threads of its own
 _milliseconds: dict[str, list[float]] = defaultdict(list)
 _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 _OFF = contextlib.nullcontext()
+_wanted: Callable[[], bool] = bool  # False
 
 
-def region(name: str, device: torch.device):
-    """A context around the launch of `name` on `device`; does nothing unless the flag `profile_kernels` is set."""
-    return _recorded(name, device) if enabled("profile_kernels") else _OFF
+def record_while(wanted: Callable[[], bool]) -> None:
+    """Name and time the launches for which `wanted()` is true; every launch asks."""
+    global _wanted
+    _wanted = wanted
+
+
+def region(name: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the context for the launch of `name` on `device`, which does nothing unless launches are recorded."""
+    return _recorded(name, device) if _wanted() else _OFF
 
 
 @contextlib.contextmanager
@@ -46,7 +52,7 @@ def _recorded(name: str, device: torch.device):
 
 
 def _collect() -> None:
-    """Turn the events that are over into times, so that their number does not grow."""
+    """Turn completed events into times, so that the number of events does not grow."""
     while _pending and _pending[0][2].query():
         name, start, end = _pending.popleft()
         _milliseconds[name].append(start.elapsed_time(end))
@@ -55,9 +61,9 @@ def _collect() -> None:
 def profile_report(reset: bool = False) -> None:
     """Print calls, total and median time of every kernel launched under ZIGZAG_PROFILE_KERNELS=1, in milliseconds.
 
-    Waits for the launches to end; `reset` forgets them afterwards. Times on a GPU are between two events around the
-    launch, so that a GPU that has caught up with the host counts the time it waits for the launch, and kernels that run
-    side by side both count the time they share. Launches in a captured CUDA graph have names but no times.
+    The host waits for the launches to end; `reset` forgets them afterwards. A time on a GPU lies between two events
+    around the launch: it includes the wait for the host if the GPU is idle, and kernels that run side by side both
+    count the time they share. Launches in a captured CUDA graph have names but no times.
     """
     with _lock:
         for _, _, end in _pending:

@@ -10,6 +10,7 @@ import zigzag_torch
 from tests.support import oracle
 from tests.support.machine import GPU
 from zigzag_torch import launch
+from zigzag_torch.compat import two_chunks
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -85,7 +86,7 @@ def kernels(backend):
     as always."""
     choose = launch.choose_backend
     with contextlib.ExitStack() as stack:
-        for module in (zigzag_torch.api, zigzag_torch.pairs):
+        for module in (zigzag_torch.api, two_chunks):
             patch = mock.patch.object(module, "choose_backend", lambda _, device: choose(backend, device))
             stack.enter_context(patch)
         yield

@@ -8,11 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
-import zigzag_torch.patch
+import zigzag_torch
 from tests.support import stand_ins
 from tests.support.processes import run_ranks
 from zigzag_torch import ZigzagConfig, patch_ring_flash_attn
-from zigzag_torch.patch import _REPLACED
+from zigzag_torch.compat import ring_flash_attn as patching
 
 LENGTHS, HEAD_DIM = (8, 0, 16), 16  # of the sequences on every rank
 
@@ -57,7 +57,7 @@ def check_patch(rank, world_size):
 
     own = attention_calls(ring_flash_attn, rank, world_size)
     assert len(own) == (3 if world_size == 1 else 9)
-    with mock.patch.object(zigzag_torch.patch, "zigzag_attention", wraps=zigzag_torch.zigzag_attention) as fused:
+    with mock.patch.object(patching, "zigzag_attention", wraps=zigzag_torch.zigzag_attention) as fused:
         with ZigzagConfig(verify_correctness=True), patch_ring_flash_attn():
             patched = attention_calls(ring_flash_attn, rank, world_size)
         calls = 2 * (3 if world_size == 1 else 6)  # the contiguous layout agrees on one rank only
@@ -89,7 +89,7 @@ def test_the_patched_package_gives_the_same(world_size, tmp_path):
 
 def fake_package(monkeypatch, **changed):
     """Modules with functions of the right parameters, but for those `changed`."""
-    for module_name, (function_name, parameters) in _REPLACED.items():
+    for module_name, (function_name, parameters) in patching.REPLACED.items():
         names = changed.get(module_name, parameters).replace(" ", ", ")
         namespace = {}
         exec(f"class {function_name}:\n    @staticmethod\n    def forward({names}): pass", namespace)
@@ -101,10 +101,10 @@ def fake_package(monkeypatch, **changed):
 
 def test_a_changed_package_is_left_alone(monkeypatch):
     fake_package(monkeypatch, llama3_flash_attn_varlen="ctx q k v cu_seqlens")
-    before = {name: dict(vars(sys.modules[f"ring_flash_attn.{name}"])) for name in _REPLACED}
+    before = {name: dict(vars(sys.modules[f"ring_flash_attn.{name}"])) for name in patching.REPLACED}
     with pytest.raises(RuntimeError, match=r"expected llama3_flash_attn_varlen\.Llama3.* got ctx q k v cu_seqlens$"):
         patch_ring_flash_attn()
-    assert before == {name: vars(sys.modules[f"ring_flash_attn.{name}"]) for name in _REPLACED}
+    assert before == {name: vars(sys.modules[f"ring_flash_attn.{name}"]) for name in patching.REPLACED}
     monkeypatch.delattr(sys.modules["ring_flash_attn.zigzag_ring_flash_attn"], "ZigZagRingFlashAttnFunc")
     with pytest.raises(RuntimeError, match="got no such function"):
         patch_ring_flash_attn()

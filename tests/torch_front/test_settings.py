@@ -6,38 +6,39 @@ import torch
 
 import zigzag_jax
 from tests.support.machine import GPU
-from zigzag_torch import ZigzagConfig, profile_report, profiling, settings, verify, zigzag_attention
+from zigzag_torch import ZigzagConfig, profile_report, profiling, zigzag_attention
+from zigzag_torch.compat import flags, verify
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def _no_flags_from_outside(monkeypatch):
-    for variable in settings._DEFAULTS:
+    for variable in flags.DEFAULTS:
         monkeypatch.delenv(variable, raising=False)
 
 
 def test_flags_are_read_at_call_time(monkeypatch):
     assert ZigzagConfig() == ZigzagConfig(use_fused_triton_v2=True, verify_correctness=False, profile_kernels=False)
-    for name, variable in settings._VARIABLES.items():
+    for name, variable in flags.VARIABLES.items():
         for value in ("1", "0"):
             monkeypatch.setenv(variable, value)
-            assert settings.enabled(name) is (value == "1")
+            assert flags.enabled(name) is (value == "1")
         monkeypatch.setenv(variable, "yes")
         with pytest.raises(ValueError, match=f"{variable}: expected 0 or 1, got 'yes'"):
-            settings.enabled(name)
+            flags.enabled(name)
 
 
 def test_a_config_wins_over_the_environment_while_it_is_in_force(monkeypatch):
     monkeypatch.setenv("ZIGZAG_VERIFY_CORRECTNESS", "1")
     config = ZigzagConfig(use_fused_triton_v2=False)
     with config:
-        assert not settings.enabled("use_fused_triton_v2")
-        assert settings.enabled("verify_correctness")
+        assert not flags.enabled("use_fused_triton_v2")
+        assert flags.enabled("verify_correctness")
         with ZigzagConfig(verify_correctness=False), config:
-            assert settings.enabled("verify_correctness")
-        assert settings.enabled("verify_correctness")
-    assert settings.enabled("use_fused_triton_v2")
+            assert flags.enabled("verify_correctness")
+        assert flags.enabled("verify_correctness")
+    assert flags.enabled("use_fused_triton_v2")
     with pytest.raises(ValueError, match="profile_kernels: expected True or False, got 1"):
         ZigzagConfig(profile_kernels=1)
 

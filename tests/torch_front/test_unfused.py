@@ -5,12 +5,13 @@ import inspect
 import pytest
 import torch
 
+import zigzag_torch
 from tests.support import oracle
 from tests.support.cases import BENCH, CASES, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, grouped, rank_oracle, rank_tensors, tensor
-from zigzag_torch import unfused, varlen
+from zigzag_torch.compat import flash2
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
 CASE = Case(name="chunks", world_size=3, lengths=(12, 0, 30, 6), heads=4, kv_heads=2)
@@ -52,11 +53,11 @@ def test_the_pieces_on_an_example():
     """Two sequences of 16 and 8 tokens on four ranks; rank 1 holds chunks 1 and 6."""
     local = tensor([0, 4, 6], "int32")
     q = torch.arange(6.0, device=DEVICE).reshape(6, 1, 1)
-    q_list, cu_seqlens_list, indices_list = unfused.split_q_by_zigzag_chunk_index(q, local, 4, 1)
+    q_list, cu_seqlens_list, indices_list = zigzag_torch.split_q_by_zigzag_chunk_index(q, local, 4, 1)
     assert [x.flatten().tolist() for x in q_list] == [[0, 1, 4], [2, 3, 5]]
     assert [x.tolist() for x in cu_seqlens_list] == [[0, 2, 3], [0, 2, 3]]
     assert [x.tolist() for x in indices_list] == [[0, 1, 4], [2, 3, 5]]
-    slices = unfused.compute_kv_slices_for_groups(local, 1, 6, 4, cu_seqlens_list)
+    slices = zigzag_torch.compute_kv_slices_for_groups(local, 1, 6, 4, cu_seqlens_list)
     assert [ranges for ranges, _ in slices] == [[(0, 4), (16, 18)], [(0, 14), (16, 23)]]
     assert [cu_seqlens.tolist() for _, cu_seqlens in slices] == [[0, 4, 6], [0, 14, 21]]
 
@@ -67,22 +68,24 @@ def test_keys_in_position_order():
     buffer = rows.expand(2, -1)[..., None, None].contiguous()
     ordered = torch.arange(44, device=DEVICE).expand(2, -1)[..., None, None]
     offsets = tensor(cu_seqlens, "int32")
-    local = unfused.rearrange_kv_from_zigzag_to_contiguous(buffer, 4, offsets // 4)
+    local = zigzag_torch.rearrange_kv_from_zigzag_to_contiguous(buffer, 4, offsets // 4)
     assert torch.equal(local, ordered)
     without_padding = torch.cat([part[:, :-1] for part in buffer.split(11, dim=1)], dim=1)
     for bounds in (offsets, offsets // 4):  # global or local
-        assert torch.equal(unfused.rearrange_kv_from_zigzag_to_contiguous(without_padding, 4, bounds), ordered[:, :40])
+        assert torch.equal(
+            zigzag_torch.rearrange_kv_from_zigzag_to_contiguous(without_padding, 4, bounds), ordered[:, :40]
+        )
 
 
 def test_what_does_not_fit_is_refused():
     q, local = torch.zeros(6, 4, 16, device=DEVICE), tensor([0, 6], "int32")
     kv = torch.zeros(2, 18, 2, 16, device=DEVICE)
     with pytest.raises(ValueError, match="n_chunks: expected 1 to 2 \\* world_size = 6, got 7"):
-        unfused.split_q_by_zigzag_chunk_index(q, local, 3, 0, 7)
+        zigzag_torch.split_q_by_zigzag_chunk_index(q, local, 3, 0, 7)
     with pytest.raises(ValueError, match=r"multiples of 2 \* world_size = 6, got 15"):
-        unfused.split_q_by_zigzag_chunk_index(q, tensor([0, 5], "int32"), 3, 0)
+        zigzag_torch.split_q_by_zigzag_chunk_index(q, tensor([0, 5], "int32"), 3, 0)
     with pytest.raises(ValueError, match="cu_seqlens: expected to end at or before the 18 rows there are, got 36"):
-        unfused.rearrange_kv_from_zigzag_to_contiguous(kv, 3, tensor([0, 6, 12], "int32"))
+        zigzag_torch.rearrange_kv_from_zigzag_to_contiguous(kv, 3, tensor([0, 6, 12], "int32"))
     case = Case(name="refused", world_size=3, lengths=(18,), heads=4, kv_heads=2)
     for option, error, message in (
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: only 0 is supported, got 0.1"),
@@ -103,12 +106,12 @@ def test_what_does_not_fit_is_refused():
 def test_a_deterministic_backward_leaves_the_global_setting_as_it_was():
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with varlen._deterministic(True):
+        with flash2.deterministic_algorithms(True):
             assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    with varlen._deterministic(True):
+    with flash2.deterministic_algorithms(True):
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -139,13 +142,13 @@ def test_how_flash_attention_is_called(name, monkeypatch):
             torch.testing.assert_close(given, expected)
         return torch.autograd.grad(results[0], leaves, grad_out)
 
-    dense = varlen.reference.varlen_attention
+    dense = flash2.reference.varlen_attention
     for name_of_operator, stand_in in (("_flash_attention_forward", forward), ("_flash_attention_backward", backward)):
         schema = getattr(torch.ops.aten, name_of_operator).default._schema
         positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
         assert positional == list(inspect.signature(stand_in).parameters)[: len(positional)]
         monkeypatch.setattr(torch.ops.aten, name_of_operator, stand_in)
-    monkeypatch.setattr(varlen, "_is_flash", lambda _: True)
+    monkeypatch.setattr(flash2, "is_flash", lambda _: True)
     case = next(case for case in CASES if case.name == name)
     for rank in range(case.world_size):
         check_rank(case, rank)

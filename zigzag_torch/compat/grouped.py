@@ -15,13 +15,13 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-from . import varlen
-from .collectives import reduce_into
-from .ops import describe
-from .parallel import windows
-from .profiling import region
-from .shard import check_batch, check_tensor, position_order
-from .streams import streams_of
+from ..collectives import reduce_into
+from ..ops import describe
+from ..parallel import windows
+from ..profiling import region
+from ..shard import check_batch, check_tensor, position_order
+from ..streams import streams_of
+from . import flash2
 
 KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
 
@@ -228,7 +228,7 @@ class Call(NamedTuple):
 
     rows: torch.Tensor
     ranges: list[tuple[int, int]]
-    lengths: varlen.Lengths
+    lengths: flash2.Lengths
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def make_calls(
             ranges = [sequence for sequence in sequences for _ in range(per_sequence)]
             cu_seqlens_k = offsets(ranges, cu_seqlens_k)
         longest = max(lengths, default=0), max((end - start for start, end in ranges), default=0)
-        calls.append(Call(rows, ranges, varlen.Lengths(cu_seqlens_q, cu_seqlens_k, *longest)))
+        calls.append(Call(rows, ranges, flash2.Lengths(cu_seqlens_q, cu_seqlens_k, *longest)))
     return calls
 
 
@@ -292,7 +292,7 @@ class GroupedAttention(torch.autograd.Function):
                 with region("unfused_forward", q.device):
                     k_slice, v_slice = (_slice(x, call) for x in keys)
                     options = call.lengths, grouping.causal, grouping.softmax_scale
-                    results = varlen.forward(q[:, mine], k_slice, v_slice, *options)
+                    results = flash2.forward(q[:, mine], k_slice, v_slice, *options)
                 out[call.rows, mine], lse[mine, call.rows] = results
         ctx.save_for_backward(k, v, out, lse, *chunk_q)
         ctx.constants = grouping, group, heads_k_stride
@@ -318,7 +318,7 @@ class GroupedAttention(torch.autograd.Function):
                 with region("unfused_backward", q.device):
                     k_slice, v_slice = (_slice(x, call) for x in keys)
                     qkv = q[:, mine], k_slice, v_slice
-                    gradients = varlen.backward(dout[call.rows, mine], dlse_rows, *qkv, *results, *options)
+                    gradients = flash2.backward(dout[call.rows, mine], dlse_rows, *qkv, *results, *options)
                 dq[:, mine], *dslices = gradients
                 _add_slices(dkeys, dslices, call)
             for into, dx in zip((dk, dv), dkeys, strict=True):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from .. import reference
 
 
 class Lengths(NamedTuple):
@@ -21,7 +21,7 @@ class Lengths(NamedTuple):
     max_seqlen_k: int
 
 
-def _is_flash(q: torch.Tensor) -> bool:
+def is_flash(q: torch.Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -29,7 +29,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
-    if not _is_flash(q):
+    if not is_flash(q):
         return reference.varlen_attention(q, k, v, *lengths[:2], causal, softmax_scale)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_bounded(lengths), 0.0, causal, False, scale=softmax_scale
@@ -51,13 +51,13 @@ def backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of `forward` for the cotangents of its results; `dlse` may be None."""
-    if not _is_flash(q):
+    if not is_flash(q):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             results = forward(q, k, v, lengths, causal, softmax_scale)
         dq, dk, dv = torch.autograd.grad(results, (q, k, v), (dout, torch.zeros_like(lse) if dlse is None else dlse))
         return dq, dk, dv
-    with _deterministic(deterministic):
+    with deterministic_algorithms(deterministic):
         dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, lengths, causal, softmax_scale)
         if dlse is None:
             return dq, dk, dv
@@ -84,7 +84,7 @@ def _bounded(lengths: Lengths) -> Lengths:
 
 
 @contextlib.contextmanager
-def _deterministic(wanted: bool):
+def deterministic_algorithms(wanted: bool):
     """FlashAttention-2 inside PyTorch sums dQ in a fixed order only if all of PyTorch is to be deterministic."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:

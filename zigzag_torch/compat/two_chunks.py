@@ -10,9 +10,10 @@ from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-from . import ops, unfused
-from .launch import choose_backend, target
-from .shard import check_batch, check_device, check_tensor
+from .. import ops
+from ..launch import choose_backend, target
+from ..shard import check_batch, check_device, check_tensor
+from . import grouped
 from .verify import choose_path
 
 
@@ -95,9 +96,9 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
 
     def unfused_path(q0, q1, k, v):
         calls = _calls(pair, causal)
-        grouping = unfused.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.call.softmax_scale, False)
+        grouping = grouped.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.call.softmax_scale, False)
         groups = [q[: len(call.rows)] for q, call in zip((q0, q1), calls, strict=True)]
-        out, lse = unfused.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
+        out, lse = grouped.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
         return _split(out, lse, pair)
 
     out0, out1, lse0, lse1 = choose_path(fused_path, unfused_path, q0, q1, k, v)
@@ -120,7 +121,7 @@ def _split(out: torch.Tensor, lse: torch.Tensor, pair: _Pair) -> tuple[torch.Ten
     return *out.split(pair.rows), *lse.split(pair.rows, 1)
 
 
-def _calls(pair: _Pair, causal: bool) -> list[unfused.Call]:
+def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
     """One attention call a group, whose keys end where its rows do; `ValueError` for impossible lengths."""
     bounds = pair.cu_seqlens_k.tolist()
     check_lengths(bounds, 1, pair.keys)
@@ -137,10 +138,10 @@ def _calls(pair: _Pair, causal: bool) -> list[unfused.Call]:
                     f"got {q_end - q_start} of chunk {chunk} of {pair.total_chunks}"
                 )
             ranges.append((start, last))
-        slices.append((ranges, unfused.offsets(ranges, pair.cu_seqlens_k)))
+        slices.append((ranges, grouped.offsets(ranges, pair.cu_seqlens_k)))
         indices.append(torch.arange(first, first + q_bounds[-1], device=cu_seqlens.device))
         first += rows
-    return unfused.make_calls(list(pair.cu_seqlens_q), indices, slices, list(pairwise(bounds)), causal)
+    return grouped.make_calls(list(pair.cu_seqlens_q), indices, slices, list(pairwise(bounds)), causal)
 
 
 def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:

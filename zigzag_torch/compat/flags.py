@@ -1,13 +1,19 @@
-"""The three flags, read when they are needed: from the innermost `ZigzagConfig` in force, else from the environment."""
+"""The three flags of the published names, as environment variables and as `ZigzagConfig`.
 
+Each call reads them anew: from the innermost `ZigzagConfig` in force, else from the environment.
+"""
+
+import functools
 import os
 from dataclasses import dataclass, field, fields
 
-_DEFAULTS = {"ZIGZAG_USE_FUSED_TRITON_V2": "1", "ZIGZAG_VERIFY_CORRECTNESS": "0", "ZIGZAG_PROFILE_KERNELS": "0"}
+from .. import profiling
+
+DEFAULTS = {"ZIGZAG_USE_FUSED_TRITON_V2": "1", "ZIGZAG_VERIFY_CORRECTNESS": "0", "ZIGZAG_PROFILE_KERNELS": "0"}
 
 
 def _from_environment(variable: str) -> bool:
-    value = os.environ.get(variable, _DEFAULTS[variable])
+    value = os.environ.get(variable, DEFAULTS[variable])
     if value not in ("0", "1"):
         raise ValueError(f"{variable}: expected 0 or 1, got {value!r}")
     return value == "1"
@@ -19,7 +25,7 @@ def _flag(variable: str):
 
 @dataclass(frozen=True, kw_only=True)
 class ZigzagConfig:
-    """The flags as an object: what is not given is what the environment says now.
+    """The flags as an object; flags that are not given keep the value of the environment.
 
     `with ZigzagConfig(use_fused_triton_v2=False): ...` puts it in force for the whole process, as the environment is:
     the backward pass runs in threads of its own.
@@ -33,7 +39,7 @@ class ZigzagConfig:
     """Name every launch for the profilers and record its time for `profile_report`."""
 
     def __post_init__(self):
-        for name in _VARIABLES:
+        for name in VARIABLES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
@@ -45,10 +51,13 @@ class ZigzagConfig:
         _in_force.pop()
 
 
-_VARIABLES = {field.name: field.metadata["variable"] for field in fields(ZigzagConfig)}
+VARIABLES = {field.name: field.metadata["variable"] for field in fields(ZigzagConfig)}
 _in_force: list[ZigzagConfig] = []
 
 
 def enabled(name: str) -> bool:
-    """The flag `name`, a field of `ZigzagConfig`, as it is now."""
-    return getattr(_in_force[-1], name) if _in_force else _from_environment(_VARIABLES[name])
+    """Return the present value of the flag `name`, a field of `ZigzagConfig`."""
+    return getattr(_in_force[-1], name) if _in_force else _from_environment(VARIABLES[name])
+
+
+profiling.record_while(functools.partial(enabled, "profile_kernels"))

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from .api import zigzag_attention
+from ..api import zigzag_attention
+from .grouped import refuse_unsupported
 from .llama3 import agreed_cu_seqlens, default_group, group_size
-from .unfused import refuse_unsupported
 from .verify import choose_path
 
 _OPTIONS = "dropout_p softmax_scale causal window_size alibi_slopes deterministic return_softmax group"
-_REPLACED = {  # module: autograd function, the parameters of its forward
+REPLACED = {  # module: autograd function, the parameters of its forward
     "zigzag_ring_flash_attn_varlen": ("ZigZagRingFlashAttnVarlenFunc", f"ctx q k v cu_seqlens max_seqlen {_OPTIONS}"),
     "zigzag_ring_flash_attn": ("ZigZagRingFlashAttnFunc", f"ctx q k v {_OPTIONS}"),
     "llama3_flash_attn_varlen": (
@@ -43,7 +43,7 @@ def patch_ring_flash_attn() -> "Patch":
         RuntimeError: its functions are not those of version 0.1.8, or are patched already. Nothing is replaced then.
     """
     found = {}
-    for name, (function_name, parameters) in _REPLACED.items():
+    for name, (function_name, parameters) in REPLACED.items():
         try:
             module = importlib.import_module(f"ring_flash_attn.{name}")
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""The names of the published zigzag llama3 functions, fused by default: see `settings` for the flags.
+"""The names of the published zigzag llama3 functions, fused by default: see `flags`.
 
 Rows are zigzag rows: of every sequence's 2W chunks rank r holds chunk r, then chunk 2W - 1 - r.
 """
@@ -10,12 +10,12 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.problem import make_problem
 
-from . import unfused
-from .agreement import describe_group, refuse, resolve
-from .api import zigzag_attention, zigzag_attention_gathered
-from .ops import describe
-from .parallel import agree_on_call
-from .shard import check_batch, check_tensor
+from ..agreement import describe_group, refuse, resolve
+from ..api import zigzag_attention, zigzag_attention_gathered
+from ..ops import describe
+from ..parallel import agree_on_call
+from ..shard import check_batch, check_tensor
+from . import grouped
 from .verify import choose_path
 
 
@@ -62,7 +62,7 @@ def zigzag_llama3_flash_attn_varlen_func(
     group = default_group(group)
     world_size = group_size(group)
     try:
-        unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+        grouped.refuse_unsupported(dropout_p, window_size, alibi_slopes)
         for name, x in {"q": q, "k": k, "v": v}.items():
             check_tensor(name, x)
         check_batch(cu_seqlens_q, None, world_size)
@@ -82,7 +82,7 @@ def zigzag_llama3_flash_attn_varlen_func(
             target="reference",
         )
         choose_heads_k_stride(heads_k_stride, problem)
-        unfused.check_n_chunks(n_chunks, world_size)
+        grouped.check_n_chunks(n_chunks, world_size)
     except (ValueError, NotImplementedError) as error:
         if group is not None:
             refuse(group, error)
@@ -111,7 +111,7 @@ def zigzag_llama3_flash_attn_varlen_func(
         if group is not None:
             options = "unfused", heads_k_stride, causal, problem.call.softmax_scale, "float32", "unfused"
             agree_on_call(group, q, k, v, problem.sequences, *options)
-        return unfused.varlen_attention(
+        return grouped.varlen_attention(
             q,
             k,
             v,
@@ -234,7 +234,7 @@ def replace_grouped_attention_with_fused_triton_v2(
     chunk_cu_seqlens_q_list: list[torch.Tensor],
     chunk_indices_list: list[torch.Tensor],
     kv_buffer: torch.Tensor,
-    kv_slices: list[unfused.KVSlice],
+    kv_slices: list[grouped.KVSlice],
     nheads: int,
     head_dim: int,
     softmax_scale: float | None,
@@ -252,13 +252,13 @@ def replace_grouped_attention_with_fused_triton_v2(
 
     `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's.
     """
-    unfused.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    grouped.refuse_unsupported(dropout_p, window_size, alibi_slopes)
     if chunk_idx_1 != 2 * world_size - 1 - chunk_idx_0:
         raise ValueError(
             f"chunk_idx_1: expected 2 * world_size - 1 - chunk_idx_0 = {2 * world_size - 1 - chunk_idx_0}, "
             f"got {chunk_idx_1}"
         )
-    unfused.check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    grouped.check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
 
     def fused_path(kv_buffer, *chunk_q):
         k, v = kv_buffer
@@ -277,7 +277,7 @@ def replace_grouped_attention_with_fused_triton_v2(
         return out[:rows], lse[:, :rows]
 
     def unfused_path(kv_buffer, *chunk_q):
-        out, lse, _ = unfused.execute_grouped_attention(
+        out, lse, _ = grouped.execute_grouped_attention(
             list(chunk_q),
             chunk_cu_seqlens_q_list,
             chunk_indices_list,
@@ -297,7 +297,7 @@ def replace_grouped_attention_with_fused_triton_v2(
         return out, lse
 
     out, lse = choose_path(fused_path, unfused_path, kv_buffer, *chunk_q_list)
-    return out, lse, unfused.chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
+    return out, lse, grouped.chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
 
 
 class _InLocalOrder(torch.autograd.Function):

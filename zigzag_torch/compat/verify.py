@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .settings import enabled
+from .flags import enabled
 
 TOLERANCE = 1e-2  # absolute and relative: what 16-bit results of two orders of summation may differ by
 
