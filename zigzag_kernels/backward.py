@@ -8,17 +8,15 @@ heads of the group. Grids: (tiles, kv_heads).
 import triton
 import triton.language as tl
 
+from .base2 import LOG2_E
+from .segments.lookup import load_half, load_segment, load_sequence, tile_and_head
 from .tile import (
-    LOG2_E,
     cast,
     dot,
     key_rows,
     load_rows,
-    load_segment,
-    load_sequence,
     query_offsets,
     store_rows,
-    tile_and_head,
     visible_keys,
 )
 
@@ -168,7 +166,7 @@ def backward_dkdv(
 ):
     """Write dK and dV of the window's KV heads, or what is asked for of them; `ACCUMULATE` adds to what is there."""
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+    halves_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
         sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
     )
     if first_key >= n_keys:
@@ -190,11 +188,7 @@ def backward_dkdv(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for half in range(2):
-        half_ptr = entry_ptr + 4 + 4 * half
-        q_row = tl.load(half_ptr)
-        q_len = tl.load(half_ptr + 1)
-        kv_len = tl.load(half_ptr + 3) if CAUSAL else n_keys
-        diagonal = tl.load(half_ptr + 2) if CAUSAL else kv_len
+        q_row, q_len, diagonal, kv_len = load_half(halves_ptr, half, n_keys, CAUSAL)
         end_key = tl.minimum(first_key + BLOCK_N, n_keys)
         begin = tl.maximum(first_key - diagonal, 0)  # first token that sees the first key of the tile
         begin = tl.where(first_key < kv_len, tl.minimum(begin, q_len), q_len)

@@ -1,23 +1,21 @@
 """The forward kernel: one program attends one tile of query rows to the keys it sees, in place in the K/V buffer.
 
-FlashAttention-2 (Dao, arXiv:2307.08691) over the segments of `tile.py`. Grid: tiles × KV heads of the window.
+FlashAttention-2 (Dao, arXiv:2307.08691) over the tables of `segments`. Grid: tiles × KV heads of the window.
 """
 
 import triton
 import triton.language as tl
 
+from .base2 import LN_2, LOG2_E
+from .segments.lookup import load_segment, tile_and_head
 from .tile import (
-    LN_2,
-    LOG2_E,
     cast,
     dot,
     key_rows,
     load_rows,
-    load_segment,
     online_softmax_update,
     query_offsets,
     store_rows,
-    tile_and_head,
     visible_keys,
 )
 

@@ -24,7 +24,7 @@ from .hopper import DESCRIPTOR_BYTES, backward_kernels, forward_kernel, takes_fu
 from .launch import Launch, Output
 from .modes import Backend, KVLayout
 from .problem import Problem, segment_table_shapes
-from .segments import build_segments
+from .segments.build import build_segments
 
 Run = Callable[..., tuple]
 _DELTA_ROWS = 64

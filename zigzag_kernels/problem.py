@@ -17,9 +17,7 @@ from .checks import (
     check_world_size,
 )
 from .modes import KVLayout
-
-SEGMENT_FIELDS = 8
-SEQUENCE_FIELDS = 12
+from .segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 
 
 class ArraySpec(NamedTuple):

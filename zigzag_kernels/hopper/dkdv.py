@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..tile import LOG2_E, chunk_row, load_sequence, tile_and_head
+from ..base2 import LOG2_E
+from ..segments.lookup import chunk_row, load_half, load_sequence, load_sequence_rows, tile_and_head
 from .pipeline import (
     block_of,
     issue_scores,
@@ -59,17 +60,14 @@ def _copy_keys(
 
 
 @gluon.jit
-def _half(half_ptr, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS: gl.constexpr):
-    """(q_row, diagonal, kv_len, first token, blocks, masked blocks) of the rows of one half that see key `first_key`.
+def _half(halves_ptr, half, first_key, n_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS: gl.constexpr):
+    """(q_row, diagonal, kv_len, first token, blocks, masked blocks) of the rows of a half that see key `first_key`.
 
     Whole blocks of TOKENS end with the segment; the first may begin before the first row that sees the key, or before
     token 0 (`_block_tokens`). The first few are masked: not all of their rows see all keys of the tile. A block that
     would begin before token 0 is one of them.
     """
-    q_row = gl.load(half_ptr)
-    q_len = gl.load(half_ptr + 1)
-    kv_len = gl.load(half_ptr + 3) if CAUSAL else n_keys
-    diagonal = gl.load(half_ptr + 2) if CAUSAL else kv_len
+    q_row, q_len, diagonal, kv_len = load_half(halves_ptr, half, n_keys, CAUSAL)
     begin = gl.minimum(gl.maximum(first_key - diagonal, 0), q_len)
     begin = gl.where(first_key < kv_len, begin, q_len)
     blocks = (q_len - begin + TOKENS - 1) // TOKENS
@@ -128,7 +126,7 @@ def _producer(
     # have none of those, and would only wait here to learn it.
     for run in range(4 * HEADS_TOGETHER):
         q_row, diagonal, kv_len, first, blocks, masked = _half(
-            halves_ptr + run % 2 * 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
+            halves_ptr, run % 2, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
         )
         head, is_whole = run // 4, run % 4 < 2
         for block in range(gl.where(is_whole, masked, 0), gl.where(is_whole, blocks, masked)):
@@ -268,14 +266,14 @@ def backward_dkdv_hopper(
     TOKENS: gl.constexpr = BLOCK_M // PACK
     tile, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
-    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+    halves_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
         sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
     )
     if first_key >= n_keys:
         return
 
-    _, _, _, _, late_blocks, late_masked = _half(entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
-    _, _, _, _, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
+    _, _, _, _, late_blocks, late_masked = _half(halves_ptr, 0, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
+    _, _, _, _, early_blocks, early_masked = _half(halves_ptr, 1, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     blocks = (late_blocks + early_blocks) * (GROUP // PACK)
     whole = blocks - (late_masked + early_masked) * (GROUP // PACK)
     kv_head = (first_kv_head + window_head).to(gl.int64)
@@ -283,8 +281,7 @@ def backward_dkdv_hopper(
     WARPGROUPS: gl.constexpr = BLOCK_N // 64
     KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    sequence_row = gl.load(entry_ptr + 8)
-    sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
+    sequence_row, sequence_rows = load_sequence_rows(halves_ptr)
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     k_smem = gl.allocate_shared_memory(dtype, [WARPGROUPS, 64, BLOCK_D], KEY_SMEM)
@@ -309,7 +306,7 @@ def backward_dkdv_hopper(
             BLOCK_D, STAGES, HEADS_TOGETHER, ACCUMULATE,
         ), WARPGROUPS,
         (_producer, (
-            q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+            q_ptr, dout_ptr, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
             q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL, GROUP,
             HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
             HEADS_TOGETHER,

@@ -9,7 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..tile import LN_2, LOG2_E, load_segment, tile_and_head
+from ..base2 import LN_2, LOG2_E
+from ..segments.lookup import load_segment, tile_and_head
 from .pipeline import (
     block_of,
     block_place,

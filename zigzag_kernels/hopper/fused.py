@@ -14,7 +14,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..tile import LOG2_E, SEGMENT_FIELDS, load_sequence, tile_and_head
+from ..base2 import LOG2_E
+from ..segments.lookup import load_sequence, load_sequence_rows, tables_are_invalid, tile_and_head
 from .dkdv import _block_tokens, _copy_keys, _half, _key_rows, _producer, _row_descriptor
 from .pipeline import (
     block_of,
@@ -218,18 +219,17 @@ def backward_fused_hopper(
     TOKENS: gl.constexpr = BLOCK_M // PACK
     PARTS: gl.constexpr = GROUP // PACK
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    entry_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
+    halves_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
         sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
     )
     if first_key >= n_keys:
         return
 
-    sequence_row = gl.load(entry_ptr + 8)
-    sequence_rows = gl.load(entry_ptr + 4) + gl.load(entry_ptr + 5) - sequence_row
+    sequence_row, sequence_rows = load_sequence_rows(halves_ptr)
     late_row, _, _, late_first, late_blocks, late_masked = _half(
-        entry_ptr + 4, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
+        halves_ptr, 0, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
     )
-    _, _, _, early_first, early_blocks, early_masked = _half(entry_ptr + 8, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
+    _, _, _, early_first, early_blocks, early_masked = _half(halves_ptr, 1, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
     blocks = (late_blocks + early_blocks) * PARTS
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
     whole = gl.where(first_key + BLOCK_N > n_keys, 0, blocks - (late_masked + early_masked) * PARTS)
@@ -270,7 +270,7 @@ def backward_fused_hopper(
             BLOCK_D, STAGES, ACCUMULATE,
         ), 2,
         (_producer, (
-            q_ptr, dout_ptr, lse2_ptr, delta_ptr, entry_ptr + 4, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
+            q_ptr, dout_ptr, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
             q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL, GROUP,
             HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
         ), 1),
@@ -307,8 +307,7 @@ def finish_dq(
     BLOCK: tl.constexpr,
 ):
     """dQ from the sums of `backward_fused_hopper`; NaN if the tables are impossible, as in `load_segment`."""
-    last_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
-    impossible = (tl.load(last_ptr + 1) > T) | (tl.load(last_ptr + 4) < 0)
+    impossible = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < T.to(tl.int64) * ROW
     dq = tl.load(sums_ptr + places, mask=inside) * tl.where(impossible, float("nan"), SOFTMAX_SCALE)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..tile import chunk_row
+from ..segments.lookup import chunk_row
 
 
 def _renamed(module, name: str, before: str):

@@ -1,0 +1,33 @@
+"""The columns of both tables as constants for kernels: `columns.py` says what the columns hold.
+
+Kernels import each constant by its own name, because Triton's cache key covers global constants alone. Through a
+module or a class (`fields.Q_ROW`) a kernel that was compiled for other columns would be found in the cache and run.
+"""
+
+import triton.language as tl
+
+from . import columns
+from .columns import HalfColumn, SegmentColumn, SequenceColumn
+
+SEGMENT_TOKENS_BEFORE = tl.constexpr(SegmentColumn.TOKENS_BEFORE.value)
+SEGMENT_Q_ROW = tl.constexpr(SegmentColumn.Q_ROW.value)
+SEGMENT_Q_LEN = tl.constexpr(SegmentColumn.Q_LEN.value)
+SEGMENT_POSITION = tl.constexpr(SegmentColumn.POSITION.value)
+SEGMENT_KV_LEN = tl.constexpr(SegmentColumn.KV_LEN.value)
+SEGMENT_KV_ROW = tl.constexpr(SegmentColumn.KV_ROW.value)
+SEGMENT_KV_CHUNK = tl.constexpr(SegmentColumn.KV_CHUNK.value)
+SEGMENT_KEYS = tl.constexpr(SegmentColumn.KEYS.value)
+SEGMENT_FIELDS = tl.constexpr(columns.SEGMENT_FIELDS)
+
+SEQUENCE_KEYS_BEFORE = tl.constexpr(SequenceColumn.KEYS_BEFORE.value)
+SEQUENCE_KV_ROW = tl.constexpr(SequenceColumn.KV_ROW.value)
+SEQUENCE_KV_CHUNK = tl.constexpr(SequenceColumn.KV_CHUNK.value)
+SEQUENCE_KEYS = tl.constexpr(SequenceColumn.KEYS.value)
+SEQUENCE_HALVES = tl.constexpr(SequenceColumn.LATE_HALF.value)
+SEQUENCE_FIELDS = tl.constexpr(columns.SEQUENCE_FIELDS)
+
+HALF_Q_ROW = tl.constexpr(HalfColumn.Q_ROW.value)
+HALF_Q_LEN = tl.constexpr(HalfColumn.Q_LEN.value)
+HALF_POSITION = tl.constexpr(HalfColumn.POSITION.value)
+HALF_KV_LEN = tl.constexpr(HalfColumn.KV_LEN.value)
+HALF_FIELDS = tl.constexpr(len(HalfColumn))

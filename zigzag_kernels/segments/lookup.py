@@ -1,0 +1,192 @@
+"""How a kernel finds its work in the segment tables: device functions that all attention kernels share.
+
+Portable kernels and those for Hopper both call them: they use nothing that Gluon lacks.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .fields import (
+    HALF_FIELDS,
+    HALF_KV_LEN,
+    HALF_POSITION,
+    HALF_Q_LEN,
+    HALF_Q_ROW,
+    SEGMENT_FIELDS,
+    SEGMENT_KEYS,
+    SEGMENT_KV_CHUNK,
+    SEGMENT_KV_LEN,
+    SEGMENT_KV_ROW,
+    SEGMENT_POSITION,
+    SEGMENT_Q_LEN,
+    SEGMENT_Q_ROW,
+    SEQUENCE_FIELDS,
+    SEQUENCE_HALVES,
+    SEQUENCE_KEYS,
+    SEQUENCE_KV_CHUNK,
+    SEQUENCE_KV_ROW,
+)
+
+
+class QueryTile(NamedTuple):
+    """A tile of query rows: where it begins in its segment, and the segment. All fields are int32 scalars."""
+
+    row: tl.tensor  # first row of the tile inside the segment; the tile is empty if the segment ends before it
+    q_row: tl.tensor  # local row of the segment's first token
+    q_len: tl.tensor  # tokens of the segment
+    diagonal: tl.tensor  # token `t` of the segment sees the keys below `diagonal + t + 1`
+    kv_len: tl.tensor  # ... and below `kv_len`; negative: every row becomes NaN
+    kv_row: tl.tensor  # row of the sequence's first key in the first slot of the K/V buffer
+    kv_chunk: tl.tensor  # keys of one chunk of the sequence
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys: where it begins in its sequence, and the sequence. All but the pointer are scalars."""
+
+    halves_ptr: tl.tensor  # the sequence's two segments in the sequence table, for `load_half`
+    first_key: tl.tensor  # of the tile inside the sequence; the tile is empty if the sequence ends before it
+    n_keys: tl.tensor  # keys of the sequence
+    kv_row: tl.tensor
+    kv_chunk: tl.tensor
+    poison: tl.tensor  # whether every row becomes NaN
+
+
+class Half(NamedTuple):
+    """One of the two segments of a sequence, as a tile of keys needs it; the fields are those of `QueryTile`."""
+
+    q_row: tl.tensor
+    q_len: tl.tensor
+    diagonal: tl.tensor
+    kv_len: tl.tensor
+
+
+@triton.jit
+def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Find (entry that tile number `tile` works on, number of the tile inside the entry) by binary search.
+
+    The first column of a table counts the tokens of all entries before. Entry `e` owns the tiles from
+    `tokens_before * GROUP // BLOCK + e` on: at least as many as its own rows fill, whatever the lengths, so that the
+    table does not depend on the tile size and at most one tile an entry finds nothing to do.
+    """
+    low = 0
+    high = n_entries - 1
+    while low < high:
+        step = (high - low) // 4 + 1
+        passed = 0
+        for i in tl.static_range(1, 4):  # three loads that do not wait for each other
+            entry = tl.minimum(low + i * step, high)
+            mine = tl.load(table_ptr + entry * FIELDS) * GROUP // BLOCK + entry <= tile
+            passed += (mine & (low + i * step <= high)).to(tl.int32)
+        low += passed * step
+        high = tl.minimum(low + step - 1, high)
+    return low, tile - (tl.load(table_ptr + low * FIELDS) * GROUP // BLOCK + low)
+
+
+@triton.jit
+def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
+    """Return (tile number, KV head of the window) of this program.
+
+    `TILES_TOGETHER` tiles of one head (0: all of them) come before those of the next head.
+    """
+    program = tl.program_id(0)
+    if TILES_TOGETHER == 0:
+        tiles = tl.num_programs(0) // KV_HEADS
+        return program % tiles, program // tiles
+    else:
+        head = program // TILES_TOGETHER
+        return head // KV_HEADS * TILES_TOGETHER + program % TILES_TOGETHER, head % KV_HEADS
+
+
+@triton.jit
+def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Load the `QueryTile` number `tile` from the segment table.
+
+    The last tile of a segment comes first: under a causal mask it is the heaviest, and light ones fill the last gaps.
+
+    The last entry is the padding behind the last sequence: its length is known here only (`T` is not in the table),
+    and `kv_len < 0` there means that `build_segments` found the lengths or the rank invalid. Then, and when the
+    sequences need more rows than there are, that entry is all there is, and its rows become NaN.
+    """
+    used = tl.load(segments_ptr + (n_segments - 1) * SEGMENT_FIELDS + SEGMENT_Q_ROW)
+    segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
+    overfull = used > T
+    segment = tl.where(overfull, n_segments - 1, segment)
+    block = tl.where(overfull, tile, block)
+    padding = segment == n_segments - 1
+    entry_ptr = segments_ptr + segment * SEGMENT_FIELDS
+    q_row = tl.where(overfull, 0, tl.load(entry_ptr + SEGMENT_Q_ROW))
+    q_len = tl.where(padding, T - q_row, tl.load(entry_ptr + SEGMENT_Q_LEN))
+    kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (SEGMENT_KV_LEN if CAUSAL else SEGMENT_KEYS)))
+    diagonal = tl.load(entry_ptr + SEGMENT_POSITION) if CAUSAL else kv_len
+    last_block = (q_len * GROUP - 1) // BLOCK_M
+    block = tl.where(block <= last_block, last_block - block, block)
+    return QueryTile(
+        row=block * BLOCK_M,
+        q_row=q_row,
+        q_len=q_len,
+        diagonal=diagonal,
+        kv_len=kv_len,
+        kv_row=tl.load(entry_ptr + SEGMENT_KV_ROW),
+        kv_chunk=tl.load(entry_ptr + SEGMENT_KV_CHUNK),
+    )
+
+
+@triton.jit
+def tables_are_invalid(segments_ptr, n_segments, T):
+    """Return whether every row becomes NaN, for a kernel that reads no tile: the conditions of `load_segment`."""
+    padding_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
+    return (tl.load(padding_ptr + SEGMENT_Q_ROW) > T) | (tl.load(padding_ptr + SEGMENT_KV_LEN) < 0)
+
+
+@triton.jit
+def load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Load the `KeyTile` number `tile` from the sequence table.
+
+    The padding entry and invalid tables are as in `load_segment`.
+    """
+    used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + SEQUENCE_KV_ROW)
+    sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
+    overfull = used > slot_rows
+    sequence = tl.where(overfull, n_sequences - 1, sequence)
+    block = tl.where(overfull, tile, block)
+    entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS
+    kv_row = tl.where(overfull, 0, tl.load(entry_ptr + SEQUENCE_KV_ROW))
+    padding = sequence == n_sequences - 1
+    poison = overfull | (tl.load(entry_ptr + SEQUENCE_KEYS) < 0)
+    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
+    kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + SEQUENCE_KV_CHUNK))
+    n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + SEQUENCE_KEYS))
+    return KeyTile(
+        halves_ptr=entry_ptr + SEQUENCE_HALVES,
+        first_key=block * BLOCK_N,
+        n_keys=n_keys,
+        kv_row=kv_row,
+        kv_chunk=kv_chunk,
+        poison=poison,
+    )
+
+
+@triton.jit
+def load_half(halves_ptr, half, n_keys, CAUSAL: tl.constexpr):
+    """Load one `Half` of the sequence of a `KeyTile`: 0 is the late chunk, 1 the early one."""
+    half_ptr = halves_ptr + HALF_FIELDS * half
+    q_row = tl.load(half_ptr + HALF_Q_ROW)
+    q_len = tl.load(half_ptr + HALF_Q_LEN)
+    kv_len = tl.load(half_ptr + HALF_KV_LEN) if CAUSAL else n_keys
+    diagonal = tl.load(half_ptr + HALF_POSITION) if CAUSAL else kv_len
+    return Half(q_row=q_row, q_len=q_len, diagonal=diagonal, kv_len=kv_len)
+
+
+@triton.jit
+def load_sequence_rows(halves_ptr):
+    """Load (first local row, number of rows) of the sequence of a `KeyTile`: its early chunk, then its late one."""
+    first = tl.load(halves_ptr + HALF_FIELDS + HALF_Q_ROW)
+    return first, tl.load(halves_ptr + HALF_Q_ROW) + tl.load(halves_ptr + HALF_Q_LEN) - first
+
+
+@triton.jit
+def chunk_row(chunk, kv_chunk, slot_rows, SLOTS: tl.constexpr):
+    """Return the first row of chunk number `chunk` of a sequence, from the sequence's first row in the K/V buffer."""
+    return tl.where(chunk < SLOTS, chunk * slot_rows, (2 * SLOTS - 1 - chunk) * slot_rows + kv_chunk)
