@@ -14,7 +14,7 @@ from .parallel import Way
 def segment_tables(
     cu_seqlens: jax.Array, rank: jax.Array, world_size: int, method: str, backend: str
 ) -> tuple[jax.Array, jax.Array]:
-    """(segments, sequences) of `cu_seqlens [N + 1]` and `rank [1]`, int32: see `zigzag_kernels.segments`."""
+    """(segments, sequences) of `cu_seqlens [N + 1]` and `rank [1]`, int32: see `zigzag_kernels.segments.columns`."""
     from zigzag_kernels import plan
 
     segments, sequences = plan.segment_tables(

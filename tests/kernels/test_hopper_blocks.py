@@ -1,5 +1,6 @@
 """Which keys and rows the kernels for Hopper bring, in which order, and what they hide: their own code, on NumPy."""
 
+import itertools
 import types
 
 import numpy as np
@@ -25,7 +26,7 @@ class Scores(np.ndarray):
 def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
     """The walk of the producer and the masks of the consumers, on a buffer that says which key each row holds."""
     from zigzag_kernels.hopper import pipeline
-    from zigzag_kernels.tile import chunk_row
+    from zigzag_kernels.segments.lookup import chunk_row
 
     block_place = in_numpy(pipeline.block_place, chunk_row=in_numpy(chunk_row))
     steps = {name: in_numpy(getattr(pipeline, name)) for name in ("top_block", "walk_down")}
@@ -76,8 +77,9 @@ class Entry(tuple):
 def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     """The order of the producer of dK/dV, and where the fused kernel adds dQ: never before the first row of a half."""
     from zigzag_kernels.hopper import dkdv, fused
+    from zigzag_kernels.segments.lookup import load_half
 
-    half, block_tokens = in_numpy(dkdv._half), in_numpy(dkdv._block_tokens)
+    half, block_tokens = in_numpy(dkdv._half, load_half=in_numpy(load_half)), in_numpy(dkdv._block_tokens)
     block_place = in_numpy(fused._block_place, _block_tokens=block_tokens)
     rng = np.random.default_rng(causal)
     clamped = 0
@@ -87,9 +89,10 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
         first_row, ends = 7, [(int(x), int(rng.integers(0, keys + 1))) for x in rng.integers(0, keys, 2)]
         # The late half lies behind the early one.
         entries = [(first_row + (1 - n) * length, length, *end) for n, end in enumerate(ends)]
+        halves = Entry(itertools.chain(*entries))
         for first_key in range(0, keys, tile):
             tile_keys = np.arange(first_key, min(first_key + tile, keys))
-            found = [half(Entry(entry), first_key, keys, causal, tile, tokens) for entry in entries]
+            found = [half(halves, n, first_key, keys, causal, tile, tokens) for n in range(2)]
             pairs = np.zeros((2, length, len(tile_keys)), int)  # how often each row met each key
             places = []
             for run in range(4):

@@ -7,16 +7,16 @@ import triton.language as tl
 from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, tensor
 from zigzag_kernels import plan
-from zigzag_kernels.tile import load_segment
+from zigzag_kernels.segments.lookup import load_segment
 from zigzag_torch import launch
 
 
 @triton.jit
 def _place_of_tile(segments_ptr, n_segments, T, places_ptr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     tile = tl.program_id(0)
-    row, q_row, q_len, _, _, _, _ = load_segment(segments_ptr, n_segments, tile, T, True, GROUP, BLOCK_M)
-    tl.store(places_ptr + 2 * tile, tl.where(row < q_len * GROUP, q_row, -1))
-    tl.store(places_ptr + 2 * tile + 1, row)
+    queries = load_segment(segments_ptr, n_segments, tile, T, True, GROUP, BLOCK_M)
+    tl.store(places_ptr + 2 * tile, tl.where(queries.row < queries.q_len * GROUP, queries.q_row, -1))
+    tl.store(places_ptr + 2 * tile + 1, queries.row)
 
 
 def test_the_heaviest_segment_comes_first_and_its_last_rows():

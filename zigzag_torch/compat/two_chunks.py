@@ -9,6 +9,7 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import ArraySpec, make_problem
+from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from .. import ops
 from ..launch import choose_backend, target
@@ -145,7 +146,7 @@ def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
 
 
 def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """(segments, sequences) as the kernels read them (`zigzag_kernels.tile`), heaviest entry first.
+    """(segments, sequences) as the kernels read them (`zigzag_kernels.segments.columns`), heaviest entry first.
 
     Rows behind the last sequence of a group are one more sequence, without keys. Where anything is impossible the last
     entry, that of the padding, claims more rows than there are, and all becomes NaN.
@@ -168,8 +169,10 @@ def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:
     sequences = torch.stack([zero, cu_seqlens_k, zero, length, *groups[1], *groups[0]], 1)
     used_rows, used_keys = nothing + tokens, cu_seqlens_k[-1:]
     return (
-        _ordered(torch.cat(segments), weight, 2, used_rows, torch.where(valid, used_rows, tokens + 1)),
-        _ordered(sequences, length, 3, used_keys, torch.where(valid, used_keys, pair.keys + 1)),
+        _ordered(
+            torch.cat(segments), weight, SegmentColumn.Q_LEN, used_rows, torch.where(valid, used_rows, tokens + 1)
+        ),
+        _ordered(sequences, length, SequenceColumn.KEYS, used_keys, torch.where(valid, used_keys, pair.keys + 1)),
     )
 
 
