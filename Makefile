@@ -42,7 +42,7 @@ newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=pyth
 	$(NEWEST)/bin/python $(PIP) \
 		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
 	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2
-	$(NEWEST)/bin/python tests/programs/lowering.py gathered methods hopper
+	$(NEWEST)/bin/python -m tests.programs.lowering gathered methods hopper
 
 lint: $(INSTALLED) ## style, types and import contracts
 	$(BIN)/ruff check

@@ -38,7 +38,9 @@ TOLERANCE = 2e-5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
-    steps = parser.parse_args().steps
+    parser.add_argument("--picture", type=Path, default=ROOT / "demo.png", help="where to draw (default demo.png)")
+    options = parser.parse_args()
+    steps, picture = options.steps, options.picture
     if steps < 1:
         parser.error(f"--steps: expected at least 1, got {steps}")
     started = time.perf_counter()
@@ -48,7 +50,6 @@ def main() -> int:
     right = check_kernels(device)
     losses = train(device, steps)
     close = compare(losses)
-    picture = ROOT / "demo.png"
     figures.save_demo(picture, losses, TOLERANCE)
     print(f"\n{picture.name} shows the layout, the work of each rank and the losses.")
     print(f"{'All is well' if right and close else 'FAILED'}, after {time.perf_counter() - started:.0f} s.")

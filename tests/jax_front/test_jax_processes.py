@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.support.commands import finish, free_port, start
+from tests.support.commands import finish, free_port, start, start_program
 from tests.support.machine import GPU, GPUS, STEPS, TOLERANCE
 
 
@@ -43,40 +43,11 @@ def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_pat
         np.testing.assert_allclose(losses, one, rtol=0, atol=TOLERANCE, err_msg=where)
 
 
-FAILING = """
-import os, sys
-import jax, numpy as np, zigzag_jax
-from jax.sharding import NamedSharding, PartitionSpec as P
-
-process, port, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(
-    f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=5, shutdown_timeout_seconds=5
-)
-mesh = jax.make_mesh((2,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
-x = np.ones((16, 2, 16), np.float32)
-x = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("cp")), lambda index: x[index])
-
-def attend(**options):
-    out = jax.jit(zigzag_jax.make_zigzag_attention(mesh, method="ring", **options))(x, x, x)
-    return np.asarray(out.addressable_shards[0].data)
-
-assert (attend() == 1).all()
-print("once", flush=True)
-if process == 1 and how == "dies":
-    os._exit(3)
-attend(heads_k_stride=3 if process == 1 else None)
-print("twice", flush=True)
-"""
-
-
 @pytest.mark.skipif(GPU, reason="processes of a CPU")
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_process_that_fails_ends_the_others(how):
     port = str(free_port())
-    waiting, failing = finish(*(start("-c", FAILING, str(process), port, how) for process in range(2)))
+    waiting, failing = finish(*(start_program("failing_jax_rank", str(process), port, how) for process in range(2)))
     assert waiting[1] == failing[1] == ["once"]
     assert waiting[0] != 0
     assert failing[0] != 0

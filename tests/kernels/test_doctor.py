@@ -6,16 +6,15 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.support.commands import HANGS, ROOT
 from tests.support.machine import GPU
 from zigzag_jax import launch
 from zigzag_kernels import doctor, hopper
 from zigzag_kernels.doctor import Machine, describe, diagnose
 
-ROOT = Path(__file__).parents[2]
 WELL = {"gpu": True, "cuda": "13.0", "amd": False, "backend": "triton", "seconds": 0.5}
 HOPPER = Machine(
     versions={
@@ -142,7 +141,7 @@ def test_the_doctor_knows_what_the_kernels_for_hopper_need():
 def run_doctor(**environment):
     command = [sys.executable, "-m", "zigzag_kernels.doctor"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=ROOT, env=env, check=False)
 
 
 def test_on_this_machine():

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 import types
 import zlib
 
@@ -15,28 +13,16 @@ import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from tests.support.commands import lines_of
+from tests.support.problems import hopper_problem as problem
 from zigzag_jax import gluon
 from zigzag_jax import launch as jax_launch
 from zigzag_kernels import config, heuristics, hopper, plan
-from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.problem import ArraySpec, make_problem
 
 HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
 PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs a Triton that these kernels run with")
-
-
-def problem(
-    tokens=8192, head_dim=128, dtype="bfloat16", stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
-    world_size=8, deterministic=True,
-):  # fmt: skip
-    q = ArraySpec((tokens, 32, head_dim), dtype, (q_stride or 32 * head_dim, head_dim))
-    kv = ArraySpec((world_size * tokens, 8, head_dim), dtype, (stride or 8 * head_dim, head_dim))
-    return make_problem(
-        q, kv, kv, make_call_spec(head_dim=head_dim, backend="triton", deterministic=deterministic),
-        sequences=sequences, world_size=world_size, target=target, gluon=gluon,
-    )  # fmt: skip
 
 
 def test_the_rules_that_take_them(monkeypatch):
@@ -229,81 +215,9 @@ def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
         gluon._kernel_call(whole, tuple(shapes()))
 
 
-COMPILE = """
-import contextlib, io, os, sys, triton
-from zigzag_jax import gluon
-from zigzag_kernels import config, plan
-from zigzag_kernels.hopper import forward
-sys.path.insert(0, {root!r})
-from tests.kernels.test_hopper import problem  # without a GPU it has all that is imported after it interpreted
-os.environ.pop("TRITON_INTERPRET", None)
-triton.knobs.nvidia.dump_ptxas_log = True
-# Bytes, with the release that tiles were chosen with: a few numbers a block, in the loops too; with several heads a
-# program, between one head and the next. What other releases make of the kernels is in docs/hopper.md.
-SPILLS = dict(hopper_dkdv=16, hopper_fused=112, hopper_dkdv_short=160, hopper_dq_short=96, hopper_forward_short=8)
-
-
-def launches(asked, part):
-    # Each kernel, and those that walk through keys with all their tiles.
-    dout = asked.q_strides
-    yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
-    yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
-    if asked.tokens == 8192:
-        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launches(asked, dout, part)[0]
-        if part == plan.WHOLE and asked.sequences == 1:
-            yield "hopper_fused", plan._fused_launches(asked, dout)[1]
-
-
-def pointers(launch, dtype):
-    kinds = {{"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}}
-    kinds |= {{output.name: output.dtype for output in launch.outputs}}
-    names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
-    found = [gluon._POINTERS[kinds.get(name, dtype)] for name in names]
-    return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
-
-
-cases = [
-    (head_dim, dtype, part, *lengths)
-    for head_dim in (64, 128)
-    for dtype, part in (("bfloat16", plan.WHOLE), ("float16", plan.Part(accumulate=True, dtype="float32")))
-    for lengths in ((8192, 1), (2048, 1), (8192, 64))
-    if ({tuned} and (part == plan.WHOLE or lengths != (2048, 1))) or (part, lengths) == (plan.WHOLE, (8192, 1))
-]
-reports = {{}}
-for head_dim, dtype, part, tokens, sequences in cases:
-    asked = problem(tokens, head_dim, dtype, sequences=sequences)
-    for name, launch in launches(asked, part):
-        kinds = pointers(launch, dtype)
-        constexprs = tuple(launch.constexprs.items())
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
-        key = launch.kernel, *kinds, *constexprs
-        report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have the same kernel
-        ptx = compiled.asm["ptx"]
-        chosen = config.choose_config(name, head_dim, dtype, "9.0")
-        bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
-        assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
-        assert compiled.metadata.global_scratch_size == launch.scratch
-        assert f".reqntid {{32 * compiled.metadata.num_warps}}" in ptx
-        entry = ptx[ptx.index(".entry") :]
-        # Behind its own parameters come global_scratch and profile_scratch.
-        assert entry[: entry.index("{{")].count(".param ") == len(kinds) + 2
-        spilt = int(report.split(" bytes spill stores")[0].split()[-1])
-        assert spilt <= (SPILLS.get(name, 0) if {tuned} else 320), (name, head_dim, report)
-        assert not ({tuned} and "C75" in report), report
-        print(name)
-"""
-
-
 @needs_triton
-def test_they_compile_without_spills_within_their_memory(request, tmp_path, monkeypatch):
-    """On any machine: Triton brings its own assembler. In a process of its own, for this one may interpret."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv(hopper.VARIABLE, "1")
-    tuned = triton.__version__.startswith("3.6.")
-    code = COMPILE.format(root=str(request.path.parents[2]), tuned=tuned)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_they_compile_without_spills_within_their_memory(tmp_path):
+    """In a process of its own, for this one may interpret."""
+    names = lines_of("compile_hopper", TRITON_CACHE_DIR=str(tmp_path), **{hopper.VARIABLE: "1"})
     long = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
-    assert set(result.stdout.split()) == (set(config.HOPPER_KERNELS) if tuned else long)
+    assert set(names) == (set(config.HOPPER_KERNELS) if triton.__version__.startswith("3.6.") else long)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -12,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.programs.compile_portable import PROBLEMS
+from tests.support.commands import lines_of
+from tests.support.problems import launches
+from tests.support.problems import small_problem as problem
 from zigzag_jax import launch as jax_launch
 from zigzag_kernels import config, plan
 from zigzag_kernels.callspec import make_call_spec
@@ -22,25 +25,6 @@ from zigzag_torch import launch as torch_launch
 
 FULL = make_call_spec(head_dim=64, backend="triton", causal=False)
 TARGETS = {"sm_80": "8.0", "sm_86": "8.6", "sm_90": "9.0"}
-
-
-def problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=2, gluon=False):
-    q = ArraySpec((tokens, 8, head_dim), dtype, (8 * head_dim, head_dim))
-    kv = ArraySpec((world_size * tokens, 2, head_dim), dtype, (2 * head_dim, head_dim))
-    return make_problem(
-        q, kv, kv, make_call_spec(head_dim=head_dim, backend="triton"), sequences=3, world_size=world_size,
-        target=target, gluon=gluon,
-    )  # fmt: skip
-
-
-def launches(problem, part=plan.WHOLE):
-    return [
-        plan._segments_launch(problem.sequences, problem.world_size, problem.kv_layout, problem.target),
-        plan._forward_launch(problem, part),
-        plan._delta_launch(problem, problem.q_strides, True, part),
-        *plan._dkdv_launches(problem, problem.q_strides, part),
-        plan._dq_launch(problem, problem.q_strides, part),
-    ]
 
 
 ENTRIES = [
@@ -198,56 +182,11 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
         assert num_warps == launch.num_warps
 
 
-COMPILED = [
-    ("9.0", 128, "bfloat16"),
-    ("9.0", 256, "float16"),
-    ("8.0", 64, "float16"),
-    ("8.6", 256, "bfloat16"),
-    ("9.0", 40, "float32"),
-]
-COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-sys.path.insert(0, {root!r})
-from tests.kernels.test_plan import COMPILED, launches, problem
-from zigzag_kernels import config
-SHORT = dict(bfloat16="bf16", float32="fp32", int32="i32", float16="fp16")
-TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank"), "int32")
-STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse"), "float32")
-for target, head_dim, dtype in COMPILED:
-    for launch in launches(problem(head_dim, dtype, target)):
-        dtypes = [(TABLES | STATISTICS).get(name, dtype) for name in launch.inputs]
-        kinds = ["*" + SHORT[x] for x in dtypes] + ["i32"] * len(launch.scalars)
-        kinds += ["*" + SHORT[x.dtype] for x in launch.outputs]
-        signature = dict(zip(launch.kernel.arg_names, kinds)) | dict.fromkeys(launch.constexprs, "constexpr")
-        aligned = {{(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}}
-        compiled = triton.compile(
-            ASTSource(launch.kernel, signature, launch.constexprs, aligned),
-            target=GPUTarget("cuda", int(float(target) * 10), 32),
-            options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages),
-        )
-        name = launch.kernel.__name__.removeprefix("attention_")
-        if name in config.KERNELS:
-            arch = config.architecture(target)
-            chosen = config.choose_config(name, head_dim, dtype, target)
-            bound = config.shared_memory(name, chosen, head_dim, dtype, arch)
-            shared = compiled.metadata.shared
-            assert shared <= bound <= config.SHARED_MEMORY[arch], (target, head_dim, name, shared, bound)
-        print(target, head_dim, dtype, name)
-"""
-
-
-def test_every_kernel_compiles_within_its_shared_memory(request, tmp_path, monkeypatch):
-    """On any machine: Triton brings its own assembler. In a process of its own, for this one interprets."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = COMPILE.format(root=str(request.path.parents[2]))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines() == [
+def test_every_kernel_compiles_within_its_shared_memory(tmp_path):
+    """In a process of its own, for this one interprets."""
+    assert lines_of("compile_portable", TRITON_CACHE_DIR=str(tmp_path)) == [
         f"{target} {head_dim} {dtype} {kernel}"
-        for target, head_dim, dtype in COMPILED
+        for target, head_dim, dtype in PROBLEMS
         for kernel in (
             *("build_segments", "forward", "backward_delta"),
             *["backward_dkdv"] * (2 if config.sums_apart(head_dim, dtype, target) else 1),

@@ -1,6 +1,6 @@
 """Lowers attention from JAX for an H100, which compiles every kernel, where there is neither a GPU nor PyTorch.
 
-    python tests/programs/lowering.py gathered methods hopper
+    python -m tests.programs.lowering gathered methods hopper
 
 In a process of its own: it compiles, where tests may interpret. "hopper" needs a Triton that those kernels run with.
 """
@@ -8,12 +8,9 @@ In a process of its own: it compiles, where tests may interpret. "hopper" needs 
 import argparse
 import functools
 import os
-import sys
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.export

@@ -1,14 +1,25 @@
-"""Commands that tests start as from a shell, several side by side."""
+"""Commands and programs that tests start in processes of their own, as from a shell."""
 
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support.machine import CHOSEN
 
 ROOT = Path(__file__).parents[2]
+# Seconds. Ends a process that hangs, however busy the machine is; no test expects to come near it.
+HANGS = 1500
+
+
+class Ended(NamedTuple):
+    """A process that is over: its exit code, its lines of output without Gloo's own, and its errors."""
+
+    code: int
+    lines: list[str]
+    errors: str
 
 
 def shell_environment():
@@ -29,17 +40,34 @@ def start(*command, **environment):
     )
 
 
-def finish(*processes, timeout=240):
-    """(exit code, lines of output without Gloo's own, errors) of each; none outlives the test."""
+def finish(*processes):
+    """`Ended` for each of the processes; none outlives the test."""
     try:
-        results = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
-        return [
-            (code, [line for line in output.splitlines() if not line.startswith("[Gloo]")], errors)
-            for output, errors, code in results
-        ]
+        results = [(*process.communicate(timeout=HANGS), process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return [
+        Ended(code, [line for line in output.splitlines() if not line.startswith("[Gloo]")], errors)
+        for output, errors, code in results
+    ]
+
+
+def start_program(name, *arguments, **environment):
+    """The program `name` of `tests/programs`, under way."""
+    return start("-m", f"tests.programs.{name}", *arguments, **environment)
+
+
+def run_program(name, *arguments, **environment):
+    """`Ended` for the program `name` of `tests/programs`."""
+    return finish(start_program(name, *arguments, **environment))[0]
+
+
+def lines_of(name, *arguments, **environment):
+    """The lines that the program `name` prints; `AssertionError` with its errors if it fails."""
+    ended = run_program(name, *arguments, **environment)
+    assert ended.code == 0, ended.errors[-4000:]
+    return ended.lines
 
 
 def free_port():

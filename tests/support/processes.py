@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.commands import HANGS
+
 
 def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
     """Call `function(rank, world_size, *arguments)` in `world_size` new processes of one default group.
@@ -38,7 +40,7 @@ def _rank(rank, world_size, directory, backend, function, arguments):
         init_method=f"file://{os.path.join(directory, 'rendezvous')}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=HANGS),
         device_id=device,
     )
     function(rank, world_size, *arguments)

@@ -1,6 +1,7 @@
 """The patch of the published ring_flash_attn package: the real one, with stand-ins for what it needs besides torch."""
 
 import importlib.util
+import inspect
 import sys
 import types
 from unittest import mock
@@ -90,11 +91,15 @@ def test_the_patched_package_gives_the_same(world_size, tmp_path):
 def fake_package(monkeypatch, **changed):
     """Modules with functions of the right parameters, but for those `changed`."""
     for module_name, (function_name, parameters) in patching.REPLACED.items():
-        names = changed.get(module_name, parameters).replace(" ", ", ")
-        namespace = {}
-        exec(f"class {function_name}:\n    @staticmethod\n    def forward({names}): pass", namespace)
+        names = changed.get(module_name, parameters)
+
+        def forward(*_):
+            pass
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names.split()]
+        forward.__signature__ = inspect.Signature(parameters)
         module = types.ModuleType(f"ring_flash_attn.{module_name}")
-        setattr(module, function_name, namespace[function_name])
+        setattr(module, function_name, types.SimpleNamespace(forward=forward))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "ring_flash_attn", types.ModuleType("ring_flash_attn"))
 

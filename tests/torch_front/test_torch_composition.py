@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import zigzag_torch
+from tests.support.commands import ROOT
 from tests.support.machine import GPU
 from tests.support.processes import run_ranks
 
@@ -97,7 +97,7 @@ def check_registration(tensors, rank, world_size, group):
 
 def check_documentation(rank, world_size, group):
     """What docs/parallel.md prints, as printed."""
-    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if "zigzag_torch" in block)
     names = {}

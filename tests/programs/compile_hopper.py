@@ -1,0 +1,95 @@
+"""Compiles the kernels for Hopper, and checks their memory, parameters and spills.
+
+    ZIGZAG_HOPPER=1 python -m tests.programs.compile_hopper
+
+Needs no GPU, but a Triton that these kernels run with. With the release that tiles were chosen with, 3.6, it compiles
+all of them and knows how much each may spill; with another, those that take the longest sequence. Prints the names.
+"""
+
+import contextlib
+import io
+
+import triton
+
+from tests.support.problems import hopper_problem
+from zigzag_jax import gluon
+from zigzag_kernels import config, plan
+
+TUNED = triton.__version__.startswith("3.6.")
+# Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next. What
+# other releases make of the kernels is in docs/hopper.md.
+SPILLS = {
+    "hopper_dkdv": 16,
+    "hopper_fused": 112,
+    "hopper_dkdv_short": 160,
+    "hopper_dq_short": 96,
+    "hopper_forward_short": 8,
+}
+SPILLS_UNTUNED = 320
+LONG, FEW, SHORT = LENGTHS = (8192, 1), (2048, 1), (8192, 64)  # tokens, sequences
+WHOLE, PART = plan.WHOLE, plan.Part(accumulate=True, dtype="float32")
+
+
+def cases():
+    """(head_dim, type, part, (tokens, sequences)) of all that is compiled."""
+    for head_dim in (64, 128):
+        for dtype, part in (("bfloat16", WHOLE), ("float16", PART)):
+            for lengths in LENGTHS:
+                if (TUNED and (part == WHOLE or lengths != FEW)) or (part, lengths) == (WHOLE, LONG):
+                    yield head_dim, dtype, part, lengths
+
+
+def launches(asked, part):
+    """(name, launch) of each kernel; those that walk through keys with all their tiles."""
+    dout = asked.q_strides
+    yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
+    yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
+    if asked.tokens == LONG[0]:
+        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launches(asked, dout, part)[0]
+        if part == WHOLE and asked.sequences == 1:
+            yield "hopper_fused", plan._fused_launches(asked, dout)[1]
+
+
+def pointers(launch, dtype):
+    """The types of a kernel's arguments, in their order."""
+    kinds = {"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}
+    kinds |= {output.name: output.dtype for output in launch.outputs}
+    names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
+    found = [gluon._POINTERS[kinds.get(name, dtype)] for name in names]
+    return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
+
+
+def check(name, launch, compiled, kinds, head_dim, dtype):
+    """The kernel keeps within its shared memory, and has the parameters and threads that the launch gives it."""
+    ptx = compiled.asm["ptx"]
+    chosen = config.choose_config(name, head_dim, dtype, "9.0")
+    bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
+    assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
+    assert compiled.metadata.global_scratch_size == launch.scratch
+    assert f".reqntid {32 * compiled.metadata.num_warps}" in ptx
+    entry = ptx[ptx.index(".entry") :]
+    # Behind its own parameters come global_scratch and profile_scratch.
+    assert entry[: entry.index("{")].count(".param ") == len(kinds) + 2
+
+
+def main():
+    triton.knobs.nvidia.dump_ptxas_log = True
+    reports = {}
+    for head_dim, dtype, part, (tokens, sequences) in cases():
+        asked = hopper_problem(tokens, head_dim, dtype, sequences=sequences)
+        for name, launch in launches(asked, part):
+            kinds = pointers(launch, dtype)
+            constexprs = tuple(launch.constexprs.items())
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+            key = launch.kernel, *kinds, *constexprs
+            report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have one kernel
+            check(name, launch, compiled, kinds, head_dim, dtype)
+            spilt = int(report.split(" bytes spill stores")[0].split()[-1])
+            assert spilt <= (SPILLS.get(name, 0) if TUNED else SPILLS_UNTUNED), (name, head_dim, report)
+            assert not (TUNED and "C75" in report), report
+            print(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Compiles every portable kernel for several GPUs, and checks that its shared memory is what the tile table expects.
+
+    python -m tests.programs.compile_portable
+
+Needs no GPU: Triton brings its own assembler. Prints a line for each kernel: target, head_dim, type, name.
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.support.problems import launches, small_problem
+from zigzag_kernels import config
+
+PROBLEMS = (
+    ("9.0", 128, "bfloat16"),
+    ("9.0", 256, "float16"),
+    ("8.0", 64, "float16"),
+    ("8.6", 256, "bfloat16"),
+    ("9.0", 40, "float32"),
+)
+NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank"), "int32")
+STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse"), "float32")
+
+
+def compile_launch(launch, target, dtype):
+    """The compiled kernel of `launch`, all of whose arrays begin at multiples of 16 bytes."""
+    kinds = ["*" + NAMES[(TABLES | STATISTICS).get(name, dtype)] for name in launch.inputs]
+    kinds += ["i32"] * len(launch.scalars) + ["*" + NAMES[output.dtype] for output in launch.outputs]
+    signature = dict(zip(launch.kernel.arg_names, kinds, strict=False)) | dict.fromkeys(launch.constexprs, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}
+    return triton.compile(
+        ASTSource(launch.kernel, signature, launch.constexprs, aligned),
+        target=GPUTarget("cuda", int(float(target) * 10), 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+
+
+def main():
+    for target, head_dim, dtype in PROBLEMS:
+        for launch in launches(small_problem(head_dim, dtype, target)):
+            compiled = compile_launch(launch, target, dtype)
+            name = launch.kernel.__name__.removeprefix("attention_")
+            if name in config.KERNELS:
+                arch = config.architecture(target)
+                chosen = config.choose_config(name, head_dim, dtype, target)
+                bound = config.shared_memory(name, chosen, head_dim, dtype, arch)
+                shared = compiled.metadata.shared
+                assert shared <= bound <= config.SHARED_MEMORY[arch], (target, head_dim, name, shared, bound)
+            print(target, head_dim, dtype, name)
+
+
+if __name__ == "__main__":
+    main()

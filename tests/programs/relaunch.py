@@ -1,0 +1,167 @@
+"""Launches kernels from PyTorch for the first time and again, and checks that Triton is handed the same each time.
+
+    python -m tests.programs.relaunch [--in-c]
+
+Needs no GPU: Triton compiles for one, and a stand-in for its launcher, or with --in-c for the function in C that the
+launcher calls, writes down what it is to launch.
+"""
+
+import argparse
+import itertools
+import types
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
+from triton.runtime import _allocation
+
+from tests.support.problems import small_problem
+from zigzag_kernels import hopper, plan
+from zigzag_torch import launch as torch_launch
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--in-c", action="store_true")
+IN_C = parser.parse_args().in_c
+recorded, handles = [], itertools.count(1)
+
+
+def record(*arguments):
+    recorded.append(arguments)
+
+
+class Driver:
+    """Stands for Triton's driver: a GPU of compute capability 9.0, on whose stream 7 everything is launched."""
+
+    utils = types.SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *_: ("module", next(handles), 32, 0, 1024),
+        unload_module=lambda module: None,
+        launch=record,
+    )
+    launcher_cls = driver.CudaLauncher if IN_C else lambda *_: record
+
+    @staticmethod
+    def get_current_device():
+        return 0
+
+    @staticmethod
+    def get_current_stream(*_):
+        return 7
+
+    @staticmethod
+    def get_current_target():
+        return GPUTarget("cuda", 90, 32)
+
+
+def plain(x):
+    """What becomes of an argument in the end; hooks that call nobody are none."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    if isinstance(x, knobs.HookChain):
+        return tuple(x.calls) or None
+    if hasattr(x, "extras"):  # what hooks are told, made for every launch
+        return str(x.data) if listened else None
+    return tuple(map(plain, x)) if isinstance(x, list | tuple) else x
+
+
+def launched(call, *arrays):
+    recorded.clear()
+    sizes.clear()
+    call(*arrays)
+    (arguments,) = recorded
+    return plain(arguments), tuple(sizes)
+
+
+def misaligned(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def refused(*_):
+    raise AssertionError("the user's allocator was asked")
+
+
+def scratch(size):
+    sizes.append(size)
+    return memory
+
+
+def portable_cases():
+    """(launch, arrays): other kinds of arrays for one kernel, aligned or not."""
+    made = small_problem(16, "float32")
+    tables = plan._segments_launch(3, 4, "gathered", "9.0")
+    delta = plan._delta_launch(made, made.q_strides, True, plan.WHOLE)
+    lengths, rank = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    rows, statistics = torch.zeros(made.tokens, made.heads, made.head_dim), torch.zeros(made.heads, made.tokens)
+    return [
+        (tables, (lengths, rank)),
+        (delta, (rows, rows.clone(), statistics, statistics.clone())),
+        (delta, (rows, misaligned(rows), statistics, statistics)),
+        (delta, (rows, rows.half(), statistics, statistics)),
+    ]
+
+
+def hopper_cases():
+    """The same for a kernel that has memory for descriptors, whose outputs are given or not."""
+    forward = plan._forward_launch(small_problem(128, gluon=True), plan.WHOLE)
+    q, kv = torch.zeros(512, 8, 128, dtype=torch.bfloat16), torch.zeros(1024, 2, 128, dtype=torch.bfloat16)
+    into = torch.zeros_like(q), torch.zeros(8, 512)
+    table = torch.zeros(7, 8, dtype=torch.int32)
+    return [(forward, (q, kv, kv.clone(), table, *into)), (forward, (q, kv, kv.clone(), table, None, None))]
+
+
+if IN_C:  # until 3.6 a function for each kernel, then one for all that is told of each kernel's arguments
+    driver.library_dirs = list
+    driver.compile_module_from_src = lambda **_: types.SimpleNamespace(launch=record)
+    driver.annotate_arguments = driver.make_kernel_signature = list
+triton.runtime.driver.set_active(Driver())
+triton.set_allocator(refused)
+sizes, memory, listened = [], torch.zeros(128), ()
+like = torch.zeros(1)
+has_gluon = triton.__version__.startswith(hopper.TRITON)
+kernels, hooks = set(), (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
+    outputs = {x.name: torch_launch.allocate(x, like) for x in launch.outputs}
+
+    def tritons(*arrays, launch=launch, outputs=outputs):
+        """The launch by Triton's own call."""
+        given = dict(zip(launch.inputs, arrays, strict=True))
+        for name, place in launch.in_place.items():
+            given[place] = outputs[name] if given[place] is None else given[place]
+        written = [given.get(launch.in_place.get(name), x) for name, x in outputs.items()]
+        torch_launch.with_scratch(
+            launch.kernel[launch.grid], *given.values(), *launch.scalars.values(), *written, **launch.constexprs,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+
+    def ours(*arrays, launch=launch):
+        torch_launch.run(launch, *arrays)
+
+    with (
+        mock.patch.object(torch_launch, "allocate", lambda output, like, outputs=outputs: outputs[output.name]),
+        mock.patch.object(torch_launch, "scratch", scratch),
+    ):
+        for debug, listened in ((False, ()), (False, hooks[:1]), (False, hooks[1:]), (True, ())):
+            knobs.runtime.debug = debug
+            for hook in hooks:
+                (hook.add if hook in listened else hook.remove)(print)
+            expected = launched(tritons, *arrays)
+            assert bool(expected[1]) == bool(launch.scratch and IN_C)
+            assert str(expected).count(str(print)) == len(listened)
+            kernels.add(expected[0][4])
+            launched(ours, *arrays)
+            again = tuple(x if x is None or x.data_ptr() % 16 else x.clone() for x in arrays)
+            with (
+                mock.patch.object(triton.JITFunction, "run", side_effect=AssertionError("launched by Triton's call")),
+                ThreadPoolExecutor() as thread,
+            ):
+                assert launched(ours, *arrays) == expected, launch
+                other = launched(ours, *again)
+                assert thread.submit(launched, ours, *again).result() == other
+            assert other == launched(tritons, *again), launch
+# One for each kind of arrays, with and without debugging.
+assert len(kernels) == 2 * (4 + has_gluon), kernels
+assert _allocation._allocator.get() is refused
