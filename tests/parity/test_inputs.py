@@ -211,6 +211,19 @@ def test_impossible_device_data_gives_nan_everywhere(package, cu_seqlens, rank, 
         assert np.isnan(np.asarray(lse.tolist())).all()
 
 
+@pytest.mark.parametrize("faulty", [3, 66])
+def test_one_uneven_sequence_among_seventy_gives_nan_everywhere(faulty, kernel_backend):
+    """The builder of the tables looks at 64 sequences together."""
+    cu_seqlens = torch.full((71,), 4, dtype=torch.int32)
+    cu_seqlens[0], cu_seqlens[faulty + 1] = 0, 6  # no multiple of 2 * world_size
+    device = "cuda" if GPU else "cpu"
+    q, kv = (torch.randn(rows, 1, 16, device=device) for rows in (141, 282))
+    batch = cu_seqlens.cumsum(0, dtype=torch.int32).to(device), 0, 2
+    out, lse = zigzag_torch.zigzag_attention_gathered(q, kv, kv, *batch, return_lse=True, backend=kernel_backend)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
 def test_impossible_device_data_gives_nan_gradients(kernel_backend):
     device = "cuda" if GPU else "cpu"
     q, k, v = (torch.randn(n, 1, 16, device=device, requires_grad=True) for n in (4, 8, 8))

@@ -1,0 +1,75 @@
+"""One rank's attention by the plan alone: on arrays and with tiles of any kind, in Triton's interpreter."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tests.support import oracle
+from tests.support.cases import RESULTS
+from tests.support.closeness import assert_close
+from tests.support.processes import torch_numpy
+from zigzag_kernels import plan
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.problem import ArraySpec, make_problem
+from zigzag_torch import launch as torch_launch
+
+
+@functools.cache
+def _interpreted(launch):
+    constexprs = launch.constexprs | ({"INTERPRET": True} if "INTERPRET" in launch.constexprs else {})
+    return replace(launch, target="interpret", constexprs=constexprs)
+
+
+def interpret(launch, *arrays):
+    """Runs a launch for any GPU in the interpreter: a `run` for the functions of `plan`."""
+    return torch_launch.run(_interpreted(launch), *arrays)
+
+
+def rank_tensors(case, inputs, rank):
+    """q, gathered k and v, dout, dlse of a rank of `case`, from global arrays."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    arrays = inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows]
+    dlse = torch.tensor(np.ascontiguousarray(inputs["dlse"][:, rows]))
+    return *(torch.tensor(x, dtype=getattr(torch, case.dtype)) for x in arrays), dlse
+
+
+def attend(q, k, v, dout, dlse, cu_seqlens, rank, world_size, target="interpret", run=interpret, into=None):
+    """{name: tensor} for each of RESULTS, with gathered K/V and the tiles of `target`; a causal mask.
+
+    Results for which `into` has a tensor are written there.
+    """
+    into = dict.fromkeys(RESULTS) | (into or {})
+    sizes = {"sequences": len(cu_seqlens) - 1, "world_size": world_size, "target": target}
+    call = make_call_spec(head_dim=q.shape[2], backend="triton")
+    problem = make_problem(_spec(q), _spec(k), _spec(v), call, **sizes)
+    lengths, rank = torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor([rank], dtype=torch.int32)
+    segments, sequences = plan.segment_tables(run, lengths, rank, **sizes)
+    out, lse = plan.forward(run, problem, q, k, v, segments, into=(into["out"], into["lse"]))
+    strides = {"dout_strides": dout.stride()[:2]}
+    rows = plan.backward_rows(run, problem, out, lse, dout, dlse, **strides)
+    arguments = run, problem, q, k, v, dout, rows
+    dk, dv = plan.backward_keys(*arguments, sequences, into=(into["dk"], into["dv"]), **strides)
+    dq = plan.backward_queries(*arguments, segments, into=into["dq"], **strides)
+    return dict(zip(RESULTS, (out, lse, dq, dk, dv), strict=True))
+
+
+def assert_matches_the_oracle(case, inputs, rank, results):
+    """Asserts that `results` of a rank are as close to the float64 oracle as the tolerance rule says."""
+    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    exact, straightforward = (
+        oracle.rank_attention(
+            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+        )._asdict()
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )  # fmt: skip
+    for name in RESULTS:
+        where = f"{case}, rank {rank}: {name}"
+        assert_close(where, torch_numpy(results[name]), exact[name], straightforward[name])
+
+
+def _spec(x):
+    return ArraySpec(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.stride()[:2])
