@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
 from tests.support import oracle
-from tests.support.cases import Case, make_inputs
+from tests.support.cases import RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.commands import lines_of
 from tests.support.machine import GPU
+from tests.support.rank import batch_results, gathered_rows, rank_arrays, rank_rows, rows_of_results
 from zigzag_jax import launch
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
@@ -28,13 +29,10 @@ SMALL = Case(name="jax-small", world_size=2, lengths=(12, 0, 20), heads=4, kv_he
 RING = Case(name="jax-ring", world_size=4, lengths=(24, 8, 40), heads=4, kv_heads=2)
 
 
-def rank_arrays(case, rank=1, seed=0):
+def jax_arrays(case, rank=1, seed=0):
     """q, k, v, dout, dlse as `rank` holds them, K/V gathered."""
-    inputs = make_inputs(case, seed)
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    arrays = inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows]
-    return *(jnp.asarray(x, case.dtype) for x in arrays), jnp.asarray(inputs["dlse"][:, rows])
+    *arrays, dlse = rank_arrays(case, make_inputs(case, seed), rank)
+    return *(jnp.asarray(x, case.dtype) for x in arrays), jnp.asarray(dlse)
 
 
 def offsets(case):
@@ -76,14 +74,14 @@ def launches(function, *args):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_eager_calls_take_numpy_arrays_and_give_the_bits_of_jit(dtype):
     function = value_and_gradients(attention(SMALL, KERNELS))
-    arrays = rank_arrays(dataclasses.replace(SMALL, dtype=dtype))
+    arrays = jax_arrays(dataclasses.replace(SMALL, dtype=dtype))
     eager = function(*map(np.asarray, arrays), np.asarray(SMALL.cu_seqlens, np.int32), 1)
     assert_same(eager, jax.jit(function)(*arrays, offsets(SMALL), jnp.int32(1)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vmap_over_arrays_lengths_and_ranks(backend):
-    batch = [rank_arrays(SMALL, rank, seed=rank) for rank in (0, 1)]
+    batch = [jax_arrays(SMALL, rank, seed=rank) for rank in (0, 1)]
     stacked = [jnp.stack(arrays) for arrays in zip(*batch, strict=True)]
     lengths = jnp.asarray([SMALL.cu_seqlens, [0, 4, 28, 32]], jnp.int32)
     ranks = jnp.arange(2, dtype=jnp.int32)
@@ -96,7 +94,7 @@ def test_vmap_over_arrays_lengths_and_ranks(backend):
 
 
 def test_checkpoint_policy_saves_what_the_backward_needs():
-    q, k, v, dout, _ = rank_arrays(SMALL)
+    q, k, v, dout, _ = jax_arrays(SMALL)
     prepare = functools.partial(zigzag_jax.prepare_batch, world_size=SMALL.world_size, backend=KERNELS)
     batch = jax.jit(prepare)(offsets(SMALL), jnp.int32(1))
 
@@ -116,7 +114,7 @@ def test_checkpoint_policy_saves_what_the_backward_needs():
 
 
 def test_scan_over_layers_shares_one_batch():
-    q, k, v, dout, _ = rank_arrays(SMALL)
+    q, k, v, dout, _ = jax_arrays(SMALL)
     scales = jnp.asarray([1.0, 0.5, 2.0], jnp.float32)
 
     def loss(scales, cu_seqlens, rank, backend):
@@ -154,7 +152,7 @@ def test_shard_map_gives_the_dense_gradients(replicated, backend):
     """K/V gathered in user code, or given whole to every rank: autodiff then owes the sum over the ranks."""
     mesh = mesh_of(RING.world_size)
     inputs = make_inputs(RING)
-    rows = oracle.gathered_rows(RING.cu_seqlens, RING.world_size)
+    rows = gathered_rows(RING)
     arrays = *(inputs[name][rows] for name in ("q", "k", "v", "dout")), inputs["dlse"][:, rows]
 
     def body(q, k, v, dout, dlse, cu_seqlens):
@@ -169,22 +167,18 @@ def test_shard_map_gives_the_dense_gradients(replicated, backend):
         return value_and_gradients(attend)(q, k, v, dout, dlse)
 
     results = sharded(body, mesh, P() if replicated else P("cp"))(*arrays, offsets(RING))
-    q, k, v, dout, dlse = (inputs[name] for name in ("q", "k", "v", "dout", "dlse"))
     expected, straightforward = (
-        (
-            *oracle.attention(q, k, v, RING.cu_seqlens, RING.causal, arithmetic=arithmetic),
-            *oracle.attention_gradients(q, k, v, RING.cu_seqlens, RING.causal, None, dout, dlse, arithmetic),
-        )
+        rows_of_results(batch_results(RING, inputs, arithmetic), rows)
         for arithmetic in (oracle.EXACT, oracle.straightforward(RING.dtype))
     )
-    for field, result, *wanted in zip(oracle.RankResult._fields, results, expected, straightforward, strict=True):
-        assert_close(field, result, *(x[:, rows] if field == "lse" else x[rows] for x in wanted))
+    for name, result in zip(RESULTS, results, strict=True):
+        assert_close(name, result, expected[name], straightforward[name])
 
 
 def test_gradient_of_shard_map_of_vmap_on_two_mesh_axes():
     """Sequences split over "cp", a batch dimension over "dp", each device mapping over its share of it."""
     mesh = mesh_of(2, SMALL.world_size, names=("dp", "cp"))
-    stacked = [jnp.stack([scale * x for scale in (1.0, 0.5, 2.0, -1.0)]) for x in rank_arrays(SMALL)[:3]]
+    stacked = [jnp.stack([scale * x for scale in (1.0, 0.5, 2.0, -1.0)]) for x in jax_arrays(SMALL)[:3]]
     q, k, v = jnp.concatenate([stacked[0]] * SMALL.world_size, 1), *stacked[1:]
     lengths = jnp.asarray([SMALL.cu_seqlens, [0, 4, 28, 32]] * 2, jnp.int32)
 
@@ -205,7 +199,7 @@ def test_gradient_of_shard_map_of_vmap_on_two_mesh_axes():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeated_last_offset_changes_nothing(backend):
     function = jax.jit(value_and_gradients(attention(SMALL, backend)))
-    arrays = rank_arrays(SMALL)
+    arrays = jax_arrays(SMALL)
     padded = jnp.concatenate([offsets(SMALL), jnp.full(3, SMALL.cu_seqlens[-1], jnp.int32)])
     assert_same(function(*arrays, padded, 1), function(*arrays, offsets(SMALL), 1))
 
@@ -221,7 +215,7 @@ def test_impossible_traced_values_give_nan(backend):
         ((4, 12, 12, 32), 1),  # not from the start
         ((0, 12, 12, 40), 1),  # beyond the end
     ):
-        results = function(*rank_arrays(SMALL), jnp.asarray(cu_seqlens, jnp.int32), jnp.int32(rank))
+        results = function(*jax_arrays(SMALL), jnp.asarray(cu_seqlens, jnp.int32), jnp.int32(rank))
         assert all(jnp.isnan(result).all() for result in results), (cu_seqlens, rank)
 
 
@@ -243,7 +237,7 @@ def test_shard_and_unshard_under_jit_with_a_traced_rank():
     parts = []
     for rank in range(case.world_size):
         part = jax.jit(zigzag_jax.shard, static_argnums=3)(x, offsets(case), jnp.int32(rank), case.world_size)
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+        rows = rank_rows(case, rank)
         assert_same([part], [x[rows]])
         positions = jax.jit(zigzag_jax.position_ids, static_argnums=(2, 3))(
             offsets(case), jnp.int32(rank), case.world_size, case.tokens
@@ -268,7 +262,7 @@ def test_shard_inside_shard_map():
 
     x = make_inputs(RING)["k"]
     part, positions = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P("cp")))(x, offsets(RING))
-    rows = oracle.gathered_rows(RING.cu_seqlens, RING.world_size)
+    rows = gathered_rows(RING)
     starts = np.repeat(RING.cu_seqlens[:-1], RING.lengths)
     assert_same((part, positions), (x[rows], rows - starts[rows]))
 

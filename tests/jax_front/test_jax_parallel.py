@@ -21,12 +21,12 @@ from tests.jax_front.test_jax import (
 )
 from tests.parity.test_parts import FRAMEWORKS, Rank
 from tests.support import cases, oracle
-from tests.support.cases import Case, make_inputs
+from tests.support.cases import RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU
+from tests.support.rank import batch_results, gathered_rows, rows_of_results
 
 METHODS = ("allgather", "ring")
-RESULTS = oracle.RankResult._fields
 CASES = (
     Case(name="w1", world_size=1, lengths=(9, 0, 14), heads=4, kv_heads=2, padding=2, dtype="bfloat16"),
     Case(name="w2", world_size=2, lengths=(12, 0, 20, 0), heads=4, kv_heads=2, padding=3),
@@ -43,13 +43,9 @@ WINDOWS = Case(name="windows", world_size=2, lengths=(28,), heads=4, kv_heads=4,
 SMALL = Case(name="small", world_size=2, lengths=(8, 20), dtype="bfloat16")
 
 
-def rows_of(case):
-    return oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-
-
 def global_arrays(case, seed=0):
     """q, k, v, dout, dlse of the whole batch, the rows of the ranks behind one another."""
-    inputs, rows = make_inputs(case, seed), rows_of(case)
+    inputs, rows = make_inputs(case, seed), gathered_rows(case)
     arrays = (jnp.asarray(inputs[name][rows], case.dtype) for name in ("q", "k", "v", "dout"))
     return *arrays, jnp.asarray(inputs["dlse"][:, rows])
 
@@ -57,11 +53,8 @@ def global_arrays(case, seed=0):
 @functools.cache
 def expected(case, arithmetic, seed):
     """RESULTS of the unsharded batch, in the row order of `global_arrays`."""
-    inputs, rows = make_inputs(case, seed), rows_of(case)
-    q, k, v, dout, dlse = (inputs[name] for name in ("q", "k", "v", "dout", "dlse"))
-    out, lse = oracle.attention(q, k, v, case.cu_seqlens, case.causal, arithmetic=arithmetic)
-    gradients = oracle.attention_gradients(q, k, v, case.cu_seqlens, case.causal, None, dout, dlse, arithmetic)
-    return out[rows], lse[:, rows], *(x[rows] for x in gradients)
+    results = batch_results(case, make_inputs(case, seed), arithmetic)
+    return tuple(rows_of_results(results, gathered_rows(case)).values())
 
 
 def assert_right(case, results, seed=0):
@@ -109,7 +102,7 @@ def test_the_bits_are_those_of_the_launches_in_torch(method):
     results = spread(case, method=method, heads_k_stride=1, backend=KERNELS)(*global_arrays(case), offsets(case))
     for rank in range(case.world_size):
         player = Rank(case, make_inputs(case), rank, FRAMEWORKS["torch"])
-        wanted = player.ring() if method == "ring" else player.windows(rows_of(case))
+        wanted = player.ring() if method == "ring" else player.windows(gathered_rows(case))
         rows = slice(rank * case.tokens, (rank + 1) * case.tokens)
         for name, result in zip(RESULTS[:3], results[:3], strict=True):
             ours = result[:, rows] if name == "lse" else result[rows]

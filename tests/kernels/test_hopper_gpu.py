@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
-from tests.support import frameworks, oracle
+from tests.support import frameworks
 from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
-from tests.support.closeness import assert_close
 from tests.support.machine import GPU
+from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_rows
 from zigzag_kernels import hopper, plan
 
 HERE = GPU and torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(hopper.TRITON)
@@ -59,39 +59,14 @@ def forced(monkeypatch):
     frameworks._jax_attention.cache_clear()
 
 
-def rank_arrays(case, rank, inputs):
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    return (
-        inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows],
-        np.ascontiguousarray(inputs["dlse"][:, rows]),
-    )  # fmt: skip
-
-
-def assert_exact(case, rank, inputs, *several):
-    """All the results `several` of one rank are as close to the oracle's as a straightforward computation."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    exact, straightforward = (
-        oracle.rank_attention(
-            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-        )._asdict()
-        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
-    )  # fmt: skip
-    for i, results in enumerate(several):
-        for name in RESULTS:
-            where = f"rank {rank} of {case.world_size}, result {i}: {name}"
-            assert_close(where, results[name], exact[name], straightforward[name])
-
-
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
 def test_they_match_the_oracle_in_both_frameworks(case, forced):
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = rank_arrays(case, rank, inputs)
+        arrays = rank_arrays(case, inputs, rank)
         results = frameworks.attend_torch(case, *arrays, rank, "triton")
         theirs = frameworks.attend_jax(case, *arrays, rank, "triton")
-        assert_exact(case, rank, inputs, results)
+        assert_rank_is_right(case, inputs, rank, {"torch": results})
         for name in RESULTS:
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
     assert forced == PAIR
@@ -102,7 +77,7 @@ def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypat
     """Each head's rows and keys come while those of the head before are at work, through the same buffers."""
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = *rank_arrays(case, rank, inputs), rank, "triton"
+        arrays = *rank_arrays(case, inputs, rank), rank, "triton"
         alone = frameworks.attend_torch(case, *arrays)
         assert forced == PAIR
         for heads in (2, 4, case.kv_heads):
@@ -116,9 +91,10 @@ def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypat
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
 def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
     inputs, rank = make_inputs(case), case.world_size // 2
-    arrays = *rank_arrays(case, rank, inputs), rank, "triton"
-    attends = frameworks.attend_torch, frameworks.attend_jax
-    assert_exact(case, rank, inputs, *(attend(case, *arrays, deterministic=False) for attend in attends))
+    arrays = *rank_arrays(case, inputs, rank), rank, "triton"
+    attends = {"torch": frameworks.attend_torch, "jax": frameworks.attend_jax}
+    named = {name: attend(case, *arrays, deterministic=False) for name, attend in attends.items()}
+    assert_rank_is_right(case, inputs, rank, named)
     assert forced == FUSED
 
 
@@ -126,8 +102,8 @@ def beside_foul(case, rank, arrays, clean, foul, **options):
     """For each sequence, and the padding, the results if it is `foul`: its keys, or else its queries; what may be foul
     is replaced by that of `clean`."""
     q, k, v, dout, dlse = arrays
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    rows = rank_rows(case, rank)
+    gathered = gathered_rows(case)
     keys_of, rows_of = (np.searchsorted(case.cu_seqlens[1:], x, "right") for x in (gathered, rows))
     for sequence in {*keys_of}:
         its_keys, its_rows = (of == sequence for of in (keys_of, rows_of))
@@ -145,7 +121,7 @@ def beside_foul(case, rank, arrays, clean, foul, **options):
 def test_no_other_sequence_and_no_padding_reaches_a_result(case, foul, forced):
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = rank_arrays(case, rank, inputs)
+        arrays = rank_arrays(case, inputs, rank)
         clean = frameworks.attend_torch(case, *arrays, rank, "triton")
         for results in beside_foul(case, rank, arrays, clean, foul):
             for name in RESULTS:
@@ -156,10 +132,10 @@ def test_no_other_sequence_and_no_padding_reaches_a_result(case, foul, forced):
 @pytest.mark.parametrize("foul", [np.nan, np.inf])
 def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
     inputs, rank = make_inputs(case), case.world_size // 2
-    arrays = rank_arrays(case, rank, inputs)
+    arrays = rank_arrays(case, inputs, rank)
     clean = frameworks.attend_torch(case, *arrays, rank, "triton", deterministic=False)
     others = [*beside_foul(case, rank, arrays, clean, foul, deterministic=False)]
-    assert_exact(case, rank, inputs, clean, *others)
+    assert_rank_is_right(case, inputs, rank, {"clean": clean} | {f"foul {i}": x for i, x in enumerate(others)})
     for results in others:
         for name in ("out", "lse", "dk", "dv"):  # all but dQ have one owner here too
             np.testing.assert_array_equal(results[name], clean[name])
@@ -168,7 +144,7 @@ def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
 
 def test_six_of_them_in_one_function_of_jax(forced):
     """XLA makes CUDA graphs of so many kernels, in which nothing can be allocated; one rank in `shard_map` likewise."""
-    q, k, v, *_ = rank_arrays(PLAIN, 0, make_inputs(PLAIN))
+    q, k, v, *_ = rank_arrays(PLAIN, make_inputs(PLAIN), 0)
     q, k, v = (jnp.asarray(x, PLAIN.dtype) for x in (q, k, v))
     cu_seqlens = jnp.asarray(PLAIN.cu_seqlens, jnp.int32)
 

@@ -5,10 +5,10 @@ import contextlib
 import pytest
 from triton.runtime import interpreter as triton_interpreter
 
-from tests.parity.test_attention import parts
 from tests.support.cases import CASES, make_inputs
 from tests.support.frameworks import attend_torch
 from tests.support.machine import GPU
+from tests.support.rank import rank_arrays
 from zigzag_kernels import interpreter
 
 pytestmark = pytest.mark.skipif(GPU, reason="this process compiles")
@@ -20,7 +20,7 @@ def state():
 
 
 def results(case):
-    inputs = parts(case, make_inputs(case), 1)
+    inputs = rank_arrays(case, make_inputs(case), 1)
     return {name: x.tobytes() for name, x in attend_torch(case, *inputs, 1, "interpret").items()}
 
 

@@ -16,27 +16,11 @@ from tests.support.cases import BENCH, CASES, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.frameworks import RESULTS, attend_jax, attend_torch
 from tests.support.machine import GPU
+from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_results
 from zigzag_kernels import plan
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
 IN_CI = [case for case in CASES if "interpret" in case.tags]
-
-
-def parts(case, inputs, rank):
-    """What `rank` holds of the global `inputs`, K/V gathered: the arguments of `attend_torch` before the rank."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    q, dout, dlse = inputs["q"][rows], inputs["dout"][rows], inputs["dlse"][:, rows]
-    return q, inputs["k"][gathered], inputs["v"][gathered], dout, dlse
-
-
-def expected(case, inputs, rank, arithmetic):
-    _, _, _, dout, dlse = parts(case, inputs, rank)
-    result = oracle.rank_attention(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-        dout=dout, dlse=dlse, arithmetic=arithmetic,
-    )  # fmt: skip
-    return result._asdict()
 
 
 @pytest.mark.parametrize("case", SELECTED, ids=str)
@@ -45,11 +29,11 @@ def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
     sums = dict.fromkeys(("dk", "dv"), 0.0)
     straightforward_sums = dict(sums)
     for rank in range(case.world_size):
-        arguments = *parts(case, inputs, rank), rank, kernel_backend
+        arguments = *rank_arrays(case, inputs, rank), rank, kernel_backend
         ours = attend_torch(case, *arguments)
         theirs = attend_jax(case, *arguments)
-        exact = expected(case, inputs, rank, oracle.EXACT)
-        straightforward = expected(case, inputs, rank, oracle.straightforward(case.dtype))
+        exact = rank_results(case, inputs, rank, oracle.EXACT)
+        straightforward = rank_results(case, inputs, rank, oracle.straightforward(case.dtype))
         for name in RESULTS:
             where = f"rank {rank} of {case.world_size}: {name}"
             assert_close(f"torch, {where}", ours[name], exact[name], straightforward[name])
@@ -63,7 +47,7 @@ def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
     _, *whole = oracle.attention_gradients(
         inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, case.causal, None, inputs["dout"], inputs["dlse"]
     )
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    gathered = gathered_rows(case)
     for name, dense in zip(sums, whole, strict=True):
         assert_close(f"sum over ranks: {name}", sums[name], dense[gathered], straightforward_sums[name])
 
@@ -73,20 +57,17 @@ def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
 def test_reference_matches_the_oracle(case, attend):
     inputs = make_inputs(case, seed=1)
     for rank in range(case.world_size):
-        result = attend(case, *parts(case, inputs, rank), rank, "reference")
-        exact = expected(case, inputs, rank, oracle.EXACT)
-        straightforward = expected(case, inputs, rank, oracle.straightforward(case.dtype))
-        for name in RESULTS:
-            assert_close(f"rank {rank}: {name}", result[name], exact[name], straightforward[name])
+        result = attend(case, *rank_arrays(case, inputs, rank), rank, "reference")
+        assert_rank_is_right(case, inputs, rank, {"reference": result})
 
 
 def test_one_wrong_rank_is_found_out(kernel_backend):
     """The comparison above can fail: the result of rank 1 is not taken for that of rank 0."""
     case = next(case for case in CASES if case.name == "w2-uneven")
     inputs = make_inputs(case)
-    exact = expected(case, inputs, 0, oracle.EXACT)
-    straightforward = expected(case, inputs, 0, oracle.straightforward(case.dtype))
-    wrong = attend_torch(case, *parts(case, inputs, 0), 1, kernel_backend)
+    exact = rank_results(case, inputs, 0, oracle.EXACT)
+    straightforward = rank_results(case, inputs, 0, oracle.straightforward(case.dtype))
+    wrong = attend_torch(case, *rank_arrays(case, inputs, 0), 1, kernel_backend)
     for name in RESULTS:
         with pytest.raises(AssertionError, match=name):
             assert_close(name, wrong[name], exact[name], straightforward[name])
@@ -111,7 +92,7 @@ def asked(monkeypatch):
 def test_whether_to_be_deterministic_reaches_the_backward_pass(attend, kernel_backend, asked):
     """And where no other kernel serves, the same bits come of it."""
     case = replace(next(case for case in CASES if case.name == "w1"), lengths=(9, 2))
-    arguments = *parts(case, make_inputs(case), 0), 0, kernel_backend
+    arguments = *rank_arrays(case, make_inputs(case), 0), 0, kernel_backend
     fixed, free = (attend(case, *arguments, deterministic=deterministic) for deterministic in (True, False))
     assert asked == [True, False]
     for name in RESULTS:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 import zigzag_torch
-from tests.support import oracle
 from tests.support.machine import GPU
+from tests.support.rank import rank_arrays, rank_results
 from zigzag_torch import launch
 from zigzag_torch.compat import two_chunks
 
@@ -21,26 +21,21 @@ def tensor(x, dtype="float32"):
 
 def rank_tensors(case, rank, inputs):
     """q `[T, ...]` and gathered kv `[2, W * T, ...]` that require gradients, cotangents of the rows that are used."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    used = rows[: case.tokens - case.padding]
+    q, k, v, dout, dlse = rank_arrays(case, inputs, rank)
+    used = case.tokens - case.padding
     return (
-        tensor(inputs["q"][rows], case.dtype).requires_grad_(),
-        tensor(np.stack([inputs["k"][gathered], inputs["v"][gathered]]), case.dtype).requires_grad_(),
-        tensor(inputs["dout"][used], case.dtype),
-        tensor(inputs["dlse"][:, used]),
+        tensor(q, case.dtype).requires_grad_(),
+        tensor(np.stack([k, v]), case.dtype).requires_grad_(),
+        tensor(dout[:used], case.dtype),
+        tensor(dlse[:, :used]),
     )
 
 
 def rank_oracle(case, rank, inputs, arithmetic):
     """out, lse, dq, dk, dv of one rank by the oracle, the results without padding."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
     used = case.tokens - case.padding
-    expected = oracle.rank_attention(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-        dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-    )  # fmt: skip
-    return expected._asdict() | {"out": expected.out[:used], "lse": expected.lse[:, :used]}
+    expected = rank_results(case, inputs, rank, arithmetic)
+    return expected | {"out": expected["out"][:used], "lse": expected["lse"][:, :used]}
 
 
 def grouped_arguments(q, kv, cu_seqlens, rank, world_size, causal, n_chunks=2):

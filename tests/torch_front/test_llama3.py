@@ -7,11 +7,12 @@ import torch
 
 import zigzag_torch
 from tests.support import oracle, pieces
-from tests.support.cases import Case, make_inputs
+from tests.support.cases import RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU
 from tests.support.pieces import grouped, rank_oracle, rank_tensors, tensor
 from tests.support.processes import run_ranks, torch_numpy
+from tests.support.rank import batch_results, rank_arrays, rank_rows, rows_of_results
 from zigzag_torch import ZigzagConfig, launch
 
 VARLEN = (
@@ -71,7 +72,7 @@ def test_the_fused_stand_in_agrees_with_the_unfused_path(case, kernels):
             out, lse, info = grouped(case, rank, q, kv, fused=True)
             gradients = torch.autograd.grad((out, lse), (q, kv), (dout, dlse))
         assert info.keys() == {"chunk_indices_list", "chunk_cu_seqlens_q_list", "kv_slices"}
-        results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, gradients[0], *gradients[1]), strict=True))
+        results = dict(zip(RESULTS, (out, lse, gradients[0], *gradients[1]), strict=True))
         exact = rank_oracle(case, rank, inputs, oracle.EXACT)
         straightforward = rank_oracle(case, rank, inputs, oracle.straightforward(case.dtype))
         for name, x in results.items():
@@ -171,31 +172,27 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         call(**contradiction)
 
 
-def whole_batch(case, arithmetic):
-    """out, lse, dq, dk, dv of all ranks together."""
-    inputs = make_inputs(case)
-    whole = inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, case.causal
-    gradients = oracle.attention_gradients(*whole, None, inputs["dout"], inputs["dlse"], arithmetic=arithmetic)
-    return *oracle.attention(*whole, arithmetic=arithmetic), *gradients
-
-
 def check_rank(rank, world_size, cases, flags, backend):
     """Every call of every case against the oracle, in the group of this process."""
     for case in cases:
         inputs = make_inputs(case)
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, world_size, case.padding)
-        q, k, v = (torch.tensor(inputs[x][rows], dtype=getattr(torch, case.dtype)).requires_grad_() for x in "qkv")
-        cotangents = torch.tensor(inputs["dout"][rows], dtype=q.dtype), torch.tensor(inputs["dlse"][:, rows])
-        expected = [whole_batch(case, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype))]
+        rows = rank_rows(case, rank)
+        *arrays, dlse = rank_arrays(case, inputs, rank, key_rows=rows)
+        q, k, v, dout = (torch.tensor(x, dtype=getattr(torch, case.dtype)) for x in arrays)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        expected, straightforward = (
+            rows_of_results(batch_results(case, inputs, x), rows)
+            for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+        )
         with pieces.kernels(backend), ZigzagConfig(**flags):
-            calls = varlen_calls(case, q, k, v)
+            calls = varlen_calls(case, *leaves)
             assert len(calls) == (6 if case.heads == case.kv_heads else 4)
             for out, lse, third in calls:
                 assert third is None
-                results = out, lse, *torch.autograd.grad((out, lse), (q, k, v), cotangents)
-                for name, result, *wanted in zip(("out", "lse", "dq", "dk", "dv"), results, *expected, strict=True):
-                    wanted = [x[:, rows] if name == "lse" else x[rows] for x in wanted]
-                    assert_close(f"{case}, {flags}, rank {rank}: {name}", torch_numpy(result), *wanted)
+                results = out, lse, *torch.autograd.grad((out, lse), leaves, (dout, torch.tensor(dlse)))
+                for name, result in zip(RESULTS, results, strict=True):
+                    where = f"{case}, {flags}, rank {rank}: {name}"
+                    assert_close(where, torch_numpy(result), expected[name], straightforward[name])
 
 
 GQA = Case(name="gqa", world_size=4, lengths=(40, 0, 8, 16), heads=4, kv_heads=2, padding=2)

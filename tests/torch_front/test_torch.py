@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import zigzag_torch
-from tests.support import oracle
 from tests.support.cases import Case, make_inputs
 from tests.support.machine import GPU
+from tests.support.rank import rank_arrays
 
 DEVICE = "cuda" if GPU else "cpu"
 CASE = Case(name="torch", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2, padding=2)
@@ -18,10 +18,7 @@ CASE = Case(name="torch", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2
 
 def tensors(case=CASE, rank=1):
     """q, gathered k and v, dout of `rank`, and cu_seqlens."""
-    inputs = make_inputs(case)
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    arrays = inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows]
+    *arrays, _ = rank_arrays(case, make_inputs(case), rank)
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
     return *(torch.tensor(x, dtype=getattr(torch, case.dtype), device=DEVICE) for x in arrays), cu_seqlens
 

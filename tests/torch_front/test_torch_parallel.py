@@ -11,6 +11,7 @@ from tests.support.cases import CASES, RESULTS, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU, GPUS
 from tests.support.processes import run_ranks, torch_numpy
+from tests.support.rank import batch_results, gathered_rows, rank_arrays, rank_results, rank_rows, rows_of_results
 
 pytestmark = pytest.mark.multigpu
 METHODS = ("allgather", "ring")
@@ -55,11 +56,10 @@ def find(name):
 
 def local(case, inputs, rank):
     """(q, k, v, dout, dlse, cu_seqlens) of a rank as tensors."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    dtype = getattr(torch, case.dtype)
-    q, k, v, dout = (torch.tensor(inputs[name][rows]).to(DEVICE, dtype) for name in ("q", "k", "v", "dout"))
+    *arrays, dlse = rank_arrays(case, inputs, rank, key_rows=rank_rows(case, rank))
+    q, k, v, dout = (torch.tensor(x).to(DEVICE, getattr(torch, case.dtype)) for x in arrays)
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
-    return q, k, v, dout, torch.tensor(np.ascontiguousarray(inputs["dlse"][:, rows]), device=DEVICE), cu_seqlens
+    return q, k, v, dout, torch.tensor(dlse, device=DEVICE), cu_seqlens
 
 
 def attend(q, k, v, dout, dlse, cu_seqlens, function=zigzag_torch.zigzag_attention, **options):
@@ -70,25 +70,13 @@ def attend(q, k, v, dout, dlse, cu_seqlens, function=zigzag_torch.zigzag_attenti
     return dict(zip(RESULTS, (out.detach(), lse.detach(), *gradients), strict=True))
 
 
-def whole(case, inputs, arithmetic):
-    """RESULTS of the batch that nobody dealt out."""
-    return oracle.rank_attention(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, 0, 1, case.causal,
-        dout=inputs["dout"], dlse=inputs["dlse"], arithmetic=arithmetic,
-    )._asdict()  # fmt: skip
-
-
 def rounded_sums(case, inputs):
     """dk and dv as a plain computation that adds up the contributions of the ranks in the case's own type."""
     arithmetic = oracle.straightforward(case.dtype)
     sums = {name: np.zeros(inputs["k"].shape, np.float32) for name in ("dk", "dv")}
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    gathered = gathered_rows(case)
     for rank in range(case.world_size):
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-        contribution = oracle.rank_attention(
-            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-        )._asdict()  # fmt: skip
+        contribution = rank_results(case, inputs, rank, arithmetic)
         for name, total in sums.items():
             total[gathered] = arithmetic.rounded(total[gathered] + contribution[name])
     return sums
@@ -109,7 +97,7 @@ def check_cases(rank, world_size, expected):
     for name, (exact, straightforward, sums) in expected.items():
         case = find(name)
         *tensors, cu_seqlens = local(case, make_inputs(case), rank)
-        rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+        rows = rank_rows(case, rank)
         options = list(options_of(case))
         for backend, count in zip((KERNELS, "reference"), TRIED[world_size][name], strict=True):
             for chosen in options[:count]:
@@ -117,10 +105,10 @@ def check_cases(rank, world_size, expected):
                 batch = zigzag_torch.prepare_batch(cu_seqlens, method=chosen["method"], **common)
                 results = attend(*tensors, batch, causal=case.causal, **chosen, **common)
                 plain = straightforward | (sums if "grad_reduce_dtype" in chosen else {})
+                exact_mine, plain_mine = (rows_of_results(x, rows) for x in (exact, plain))
                 for result, x in results.items():
-                    mine = (slice(None), rows) if result == "lse" else rows
                     where = f"rank {rank} of {world_size}, {name}, {backend}, {chosen}: {result}"
-                    assert_close(where, torch_numpy(x), exact[result][mine], plain[result][mine])
+                    assert_close(where, torch_numpy(x), exact_mine[result], plain_mine[result])
 
 
 @pytest.mark.parametrize(("world_size", "names"), TESTS)
@@ -131,6 +119,8 @@ def test_ranks_match_the_oracle_of_the_whole_batch(world_size, names, tmp_path):
     for name in names:
         case = find(name)
         inputs = make_inputs(case)
-        exact, straightforward = (whole(case, inputs, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype)))
+        exact, straightforward = (
+            batch_results(case, inputs, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+        )
         expected[name] = exact, straightforward, rounded_sums(case, inputs)
     run_ranks(world_size, tmp_path, check_cases, expected, backend="nccl" if GPU else "gloo")

@@ -1,0 +1,72 @@
+"""The arrays that one rank of a case holds, as NumPy, and the results that the oracle says it must produce of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.support import oracle
+from tests.support.cases import RESULTS
+from tests.support.closeness import assert_close
+
+
+class RankArrays(NamedTuple):
+    """The inputs of one rank and the cotangents of its results, T rows; K/V of any rows that it attends to."""
+
+    q: np.ndarray  # [T, heads, head_dim]
+    k: np.ndarray  # [rows, kv_heads, head_dim]
+    v: np.ndarray  # [rows, kv_heads, head_dim]
+    dout: np.ndarray  # [T, heads, head_dim]
+    dlse: np.ndarray  # [heads, T]
+
+
+def rank_rows(case, rank):
+    """Global row that each local row of `rank` holds, padding included: `[T]`."""
+    return oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+
+
+def gathered_rows(case):
+    """Global row that each row of the gathered buffer holds, the ranks behind one another: `[world_size * T]`."""
+    return oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+
+
+def rank_arrays(case, inputs, rank, key_rows=None):
+    """`RankArrays` of the global `inputs`, K/V of the global `key_rows`, by default gathered."""
+    rows = rank_rows(case, rank)
+    key_rows = gathered_rows(case) if key_rows is None else key_rows
+    dlse = np.ascontiguousarray(inputs["dlse"][:, rows])
+    return RankArrays(inputs["q"][rows], inputs["k"][key_rows], inputs["v"][key_rows], inputs["dout"][rows], dlse)
+
+
+def rank_results(case, inputs, rank, arithmetic):
+    """{name: array} for each of RESULTS: what `rank` must produce, dK/dV of gathered rows."""
+    rows = rank_rows(case, rank)
+    return oracle.rank_attention(
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+        dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+    )._asdict()  # fmt: skip
+
+
+def batch_results(case, inputs, arithmetic):
+    """{name: array} for each of RESULTS: those of the whole batch, in global order."""
+    return oracle.rank_attention(
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, 0, 1, case.causal,
+        dout=inputs["dout"], dlse=inputs["dlse"], arithmetic=arithmetic,
+    )._asdict()  # fmt: skip
+
+
+def rows_of_results(results, rows):
+    """`results` of the whole batch at the global `rows`."""
+    return {name: x[:, rows] if name == "lse" else x[rows] for name, x in results.items()}
+
+
+def assert_rank_is_right(case, inputs, rank, named):
+    """Results of one rank, `named` by where they are from, are as close to the oracle's as a straightforward
+    computation."""
+    exact, straightforward = (
+        rank_results(case, inputs, rank, arithmetic)
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    for origin, results in named.items():
+        for name in RESULTS:
+            where = f"{origin}, rank {rank} of {case.world_size}: {name}"
+            assert_close(where, results[name], exact[name], straightforward[name])
