@@ -36,15 +36,17 @@ def rank_tensors(case, inputs, rank):
     return *(torch.tensor(x, dtype=getattr(torch, case.dtype)) for x in arrays), dlse
 
 
-def attend(q, k, v, dout, dlse, cu_seqlens, rank, world_size, target="interpret", run=interpret, into=None):
-    """{name: tensor} for each of RESULTS, with gathered K/V and the tiles of `target`; a causal mask.
+def attend(
+    q, k, v, dout, dlse, cu_seqlens, rank, world_size, causal=True, target="interpret", run=interpret, into=None
+):  # fmt: skip
+    """{name: tensor} for each of RESULTS, with gathered K/V and the tiles of `target`.
 
     Results for which `into` has a tensor are written there.
     """
     into = dict.fromkeys(RESULTS) | (into or {})
     sizes = {"sequences": len(cu_seqlens) - 1, "world_size": world_size, "target": target}
-    call = make_call_spec(head_dim=q.shape[2], backend="triton")
-    problem = make_problem(_spec(q), _spec(k), _spec(v), call, **sizes)
+    call = make_call_spec(head_dim=q.shape[2], backend="triton", causal=causal)
+    problem = make_problem(spec(q), spec(k), spec(v), call, **sizes)
     lengths, rank = torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor([rank], dtype=torch.int32)
     segments, sequences = plan.segment_tables(run, lengths, rank, **sizes)
     out, lse = plan.forward(run, problem, q, k, v, segments, into=(into["out"], into["lse"]))
@@ -71,5 +73,5 @@ def assert_matches_the_oracle(case, inputs, rank, results):
         assert_close(where, torch_numpy(results[name]), exact[name], straightforward[name])
 
 
-def _spec(x):
+def spec(x):
     return ArraySpec(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.stride()[:2])
