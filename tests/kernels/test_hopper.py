@@ -71,6 +71,34 @@ def test_the_rules_that_take_them(monkeypatch):
         assert hopper.forward_kernel(problem()) == kernel, release
 
 
+def which_read_by_the_copy_engine(asked, dout_strides):
+    """{first result: whether its kernel is one for Hopper} of the kernels that a forward and a backward pass launch."""
+    found = {}
+
+    def run(launch, *_):
+        if "CAUSAL" in launch.constexprs:
+            found[launch.outputs[0].name] = launch.scratch > 0
+        return (None,) * len(launch.outputs)
+
+    plan.forward(run, asked, *[None] * 4)
+    plan.backward(run, asked, *[None] * 9, dout_strides=dout_strides)
+    return found
+
+
+@pytest.mark.parametrize("strides", [(4100, 128), (0, 128), (4096, 132), (4096, 0)], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_rows_that_the_copy_engine_cannot_address_are_left_to_the_portable_kernels(name, strides, monkeypatch):
+    """It wants multiples of 16 bytes, and no row twice; dQ and out read q and dout without it."""
+    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    given = {f"{x}_strides": getattr(problem(), f"{x}_strides") for x in "qkv"} | {"dout_strides": DOUT_STRIDES}
+    given[f"{name}_strides"] = strides
+    dout_strides = given.pop("dout_strides")
+    kept = name in ("q", "dout")
+    for deterministic in (True, False):
+        asked = dataclasses.replace(problem(sequences=3, deterministic=deterministic), **given)
+        assert which_read_by_the_copy_engine(asked, dout_strides) == {"out": kept, "dk": False, "dq": kept}
+
+
 def test_how_many_heads_a_program_takes(monkeypatch):
     """What the table says of short sequences, but no number that does not divide the window, leaves too few programs,
     or whose keys the copy engine cannot take for columns of one row."""

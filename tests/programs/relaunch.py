@@ -7,6 +7,7 @@ launcher calls, writes down what it is to launch.
 """
 
 import argparse
+import contextlib
 import itertools
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,9 @@ def record(*arguments):
 
 
 class Driver:
-    """Stands for Triton's driver: a GPU of compute capability 9.0, on whose stream 7 everything is launched."""
+    """Stands for Triton's driver: GPUs of compute capability 9.0, each with one stream for everything."""
 
+    current = 0
     utils = types.SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 232448},
         load_binary=lambda *_: ("module", next(handles), 32, 0, 1024),
@@ -46,11 +48,11 @@ class Driver:
 
     @staticmethod
     def get_current_device():
-        return 0
+        return Driver.current
 
     @staticmethod
-    def get_current_stream(*_):
-        return 7
+    def get_current_stream(gpu):
+        return 7 + max(gpu, 0)  # -1 is the device of a tensor on the CPU
 
     @staticmethod
     def get_current_target():
@@ -74,6 +76,17 @@ def launched(call, *arrays):
     call(*arrays)
     (arguments,) = recorded
     return plain(arguments), tuple(sizes)
+
+
+@contextlib.contextmanager
+def on_gpu(number):
+    """In it tensors are on this GPU, which is the current one."""
+    with (
+        mock.patch.object(Driver, "current", number),
+        mock.patch.object(torch.Tensor, "get_device", return_value=number),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+    ):
+        yield
 
 
 def misaligned(x):
@@ -122,7 +135,7 @@ triton.set_allocator(refused)
 sizes, memory, listened = [], torch.zeros(128), ()
 like = torch.zeros(1)
 has_gluon = triton.__version__.startswith(hopper.TRITON)
-kernels, hooks = set(), (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+kernels, loaded, hooks = set(), set(), (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
 for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
     outputs = {x.name: torch_launch.allocate(x, like) for x in launch.outputs}
 
@@ -162,6 +175,12 @@ for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
                 other = launched(ours, *again)
                 assert thread.submit(launched, ours, *again).result() == other
             assert other == launched(tritons, *again), launch
+        for gpu in (1, 2, 1, 2):
+            with on_gpu(gpu):
+                expected = launched(tritons, *arrays)
+                assert [launched(ours, *arrays) for _ in range(2)] == [expected] * 2, (gpu, launch)
+                loaded.add((gpu, expected[0][4]))
 # One for each kind of arrays, with and without debugging.
 assert len(kernels) == 2 * (4 + has_gluon), kernels
+assert len({kernel for _, kernel in loaded}) == len(loaded) == 2 * (4 + has_gluon), loaded  # every GPU has its own
 assert _allocation._allocator.get() is refused

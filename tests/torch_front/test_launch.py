@@ -9,7 +9,7 @@ from zigzag_torch.launch import LATER
 
 @pytest.mark.parametrize("in_c", [True, False])
 def test_a_compiled_kernel_is_launched_again_as_triton_would(tmp_path_factory, in_c):
-    """The same kernel for arrays of the same types and alignment, another one for others, with the same arguments."""
+    """The same kernel for arrays of the same types and alignment on the same GPU, another one for others."""
     if in_c and not triton.__version__.startswith(("3.6.", *LATER)):
         pytest.skip("what this release of Triton has in C is not known")
     cache = tmp_path_factory.getbasetemp() / "launched"  # both have these kernels
