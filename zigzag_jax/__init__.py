@@ -1,22 +1,21 @@
-"""Zigzag attention for JAX: context-parallel attention over packed batches in one fused Triton launch."""
+"""Zigzag attention for JAX: context-parallel attention over packed batches in one fused Triton launch.
 
-from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
+The names in `__all__` are public. The modules behind them are not, and may change.
+"""
+
+from zigzag_kernels import __version__
+
+from .api import zigzag_attention, zigzag_attention_gathered
+from .batch import Batch, prepare_batch
 from .launch import export_disabled_checks
 from .mesh import make_zigzag_attention
 from .reference import merge_partials
-from .shard import (
-    cu_seqlens_from_segment_ids,
-    local_cu_seqlens,
-    pad_to_zigzag,
-    position_ids,
-    shard,
-    unpad,
-    unshard,
-    validate,
-)
+from .segment_ids import cu_seqlens_from_segment_ids
+from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
 
 __all__ = [
     "Batch",
+    "__version__",
     "cu_seqlens_from_segment_ids",
     "export_disabled_checks",
     "local_cu_seqlens",

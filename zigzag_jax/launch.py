@@ -1,70 +1,66 @@
-"""The only place in this package that launches a kernel, jax-triton's quirks with it, and the choice of the backend."""
+"""The only place in this package that launches a kernel, with the choice of the backend and jax-triton's quirks."""
 
 import inspect
 import os
 import warnings
-from typing import TYPE_CHECKING
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 
 from zigzag_kernels import backends
+from zigzag_kernels.launch import Launch
 from zigzag_kernels.modes import Backend
+from zigzag_kernels.problem import ArraySpec
 
-if TYPE_CHECKING:
-    from zigzag_kernels.plan import Launch
+from .arguments import Array
+from .axes import vary, varying_axes
 
-GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `gluon.py` uses
+GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `launch_gluon` uses
 
 
 def choose_backend(backend: str | None) -> str:
-    """The backend on JAX's default platform: see `zigzag_kernels.backends.choose_backend`."""
+    """Return the backend that `backend` means on JAX's default platform: see `zigzag_kernels.backends`."""
     platform = "rocm" if _is_rocm() else jax.default_backend()
     return backends.choose_backend(backend, platform, ("triton", "jax_triton"))
 
 
 def _is_rocm() -> bool:
-    """JAX calls any GPU "gpu"; these kernels are for NVIDIA's."""
+    """Return whether the GPU is AMD's: JAX calls any GPU "gpu", and these kernels are for NVIDIA's."""
     return jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower()
 
 
 def target(backend: str) -> str:
-    """What `Problem.target` says of the default device under `backend`."""
+    """Return `Problem.target` of the default device under `backend`."""
     if backend != "triton":
         return backend
     return jax.devices()[0].compute_capability
 
 
 def can_launch_gluon(backend: str) -> bool:
-    """What `Problem.gluon` says: Triton compiles, and jaxlib has the custom call. All arrays of XLA are aligned."""
+    """Return `Problem.gluon`: whether jaxlib has the custom call for Gluon kernels. All arrays of XLA are aligned."""
     return backend == "triton" and jax.__version_info__ >= GLUON_JAX
 
 
+def describe(x: Array) -> ArraySpec:
+    """Return `x` as `make_problem` takes it; XLA hands kernels dense rows."""
+    return ArraySpec(x.shape, str(x.dtype), (x.shape[1] * x.shape[2], x.shape[2]) if x.ndim == 3 else (0, 0))
+
+
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """What `jax.export.export(..., disabled_checks=...)` needs to accept the kernels of any jax-triton."""
+    """Return the safety checks that `jax.export.export` has to skip to accept the kernels.
+
+    Pass them as `jax.export.export(..., disabled_checks=export_disabled_checks())`.
+    """
     names = ("triton_kernel_call", "triton_kernel_call_ffi")
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
 
 
-def varying_axes(*arrays: jax.Array) -> tuple[str, ...]:
-    """The mesh axes along which any of `arrays` varies: none outside `shard_map` or if it does not check them."""
-    return tuple(sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))))
-
-
-def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x` typed as varying along `axes`; the transpose sums a gradient over those along which `x` did not vary."""
-    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Execute `launch` on `arrays`; returns its outputs. Under `vmap` the launches follow one another."""
-    execute = _interpret if launch.target == Backend.INTERPRET else _compile
+def run(launch: Launch, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Execute `launch` on `arrays` and return its outputs. Under `vmap` the launches follow one another."""
     outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
     inputs = dict(zip(launch.inputs, arrays, strict=True))
-    aliases = {}  # of the inputs, by number, to the outputs
+    aliases = {}  # number of an input → number of the output that is written in its memory
     for i, output in enumerate(launch.outputs):
         place = launch.in_place.get(output.name)
         if place and inputs[place] is None:
@@ -75,29 +71,39 @@ def run(launch: "Launch", *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
 
     @jax.custom_batching.sequential_vmap
     def launch_once(*arrays):
-        # Not every kind of call says that its results vary where its operands do, or takes operands that differ in it.
+        # Some calls give results that do not vary where their operands do, or refuse operands that vary differently.
         axes = varying_axes(*arrays)
         arrays = tuple(vary(x, axes) for x in arrays)
         with jax.named_scope(f"zigzag::{launch.kernel.fn.__name__}"):  # for profilers
-            return tuple(vary(x, axes) for x in execute(launch, outputs, arrays, aliases))
+            return tuple(vary(x, axes) for x in _execute(launch, outputs, arrays, aliases))
 
     return launch_once(*arrays)
 
 
-def _compile(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
-    if launch.scratch:
-        from . import gluon
+def _execute(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
+    if launch.target == Backend.INTERPRET:
+        from . import interpret
 
-        return gluon.call(launch, outputs, arrays, aliases)
-    jax_triton = _import_jax_triton()
+        return interpret.call(launch, outputs, arrays, aliases)
+    if launch.scratch:
+        from . import launch_gluon
+
+        return launch_gluon.call(launch, outputs, arrays, aliases)
+    return _call_jax_triton(launch, outputs, arrays, aliases)
+
+
+def _call_jax_triton(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
+    jax_triton = import_jax_triton()
     arguments: tuple = (*arrays, *launch.scalars.values())
     since_04 = "out_type" in inspect.signature(jax_triton.triton_call).parameters
-    if since_04 and aliases:  # there the kernel gets what is written in place once, here behind the scalars
+    if since_04 and aliases:
+        # An aliased operand of 0.4 is the output itself. It goes behind the scalars, where kernels have their outputs,
+        # and a pointer that nothing reads takes the place of the input.
         places = tuple(arrays[i] for i in aliases)
         unused = {i: jnp.zeros(1, arrays[i].dtype) for i in aliases}
         arguments = (*(unused.get(i, x) for i, x in enumerate(arrays)), *launch.scalars.values(), *places)
         aliases = {len(arguments) - len(places) + i: output for i, output in enumerate(aliases.values())}
-    with warnings.catch_warnings():  # 0.4 would have a mutable reference for each result that is written in place
+    with warnings.catch_warnings():  # 0.4 recommends a mutable reference for each result that is written in place
         warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
         return jax_triton.triton_call(
             *arguments,
@@ -111,8 +117,11 @@ def _compile(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int,
         )
 
 
-def _import_jax_triton():
-    """The module, imported on first use: it fails without a GPU plugin, and it clears Triton's cache directory."""
+def import_jax_triton():
+    """Import jax-triton and keep `TRITON_CACHE_DIR`, which its import clears.
+
+    Only called where the backend is "triton": without a GPU plugin of JAX the import fails.
+    """
     name = "TRITON_CACHE_DIR"
     cache_dir = os.environ.get(name)
     try:
@@ -122,53 +131,3 @@ def _import_jax_triton():
         if cache_dir is not None:
             os.environ[name] = cache_dir
     return jax_triton
-
-
-class _HostTensor:
-    """What Triton's interpreter asks of a tensor, and of its storage, for a NumPy array that is already on the host."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.dtype = array.dtype
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    def size(self):
-        return self.array.shape
-
-    def stride(self):
-        return tuple(step // self.array.itemsize for step in self.array.strides)
-
-    def storage_offset(self):
-        return 0
-
-    def untyped_storage(self):
-        return self
-
-    cpu = untyped_storage
-
-    def new_empty(self, *_, **__):
-        return self
-
-    def set_(self, *_):
-        pass
-
-    copy_ = set_
-
-
-def _interpret(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
-    from zigzag_kernels.interpreter import interpret
-
-    def on_host(*arrays):
-        arrays = [np.ascontiguousarray(x) for x in arrays]
-        results = [np.empty(output.shape, output.dtype) for output in outputs]
-        for x in results:
-            x.view(np.uint8).fill(0xFF)  # NaN, or -1: what a kernel forgets to write is found out
-        for i, output in aliases.items():
-            results[output][...] = arrays[i]
-            arrays[i] = results[output]
-        interpret(launch, [*map(_HostTensor, arrays)], [*map(_HostTensor, results)])
-        return tuple(results)
-
-    return jax.pure_callback(on_host, outputs, *arrays)

@@ -1,4 +1,4 @@
-"""Attention of whole arrays that lie spread over a mesh: `shard_map` around `zigzag_attention`, with the specs."""
+"""Attention for callers outside `shard_map`: whole arrays, sharded over the axes of a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .api import zigzag_attention
-from .parallel import AxisName, axis_names
-from .shard import Array, check_array
+from .arguments import Array, check_array
+from .axes import AxisName, axis_names
 
 
 def make_zigzag_attention(
@@ -20,22 +20,30 @@ def make_zigzag_attention(
     batch_axis: AxisName | None = None,
     **options,
 ) -> Callable[..., jax.Array | tuple[jax.Array, jax.Array]]:
-    """`attention(q, k, v, cu_seqlens=None)` of arrays that are sharded over `mesh`, or become so; for jit and grad.
+    """Make a function `attention(q, k, v, cu_seqlens=None)` of arrays that are sharded over `mesh`.
+
+    The function wraps `zigzag_attention` in `shard_map` with the right specs, and works under `jit` and `grad`.
 
     Args:
-        axis: over which the tokens are spread, in zigzag order: the rows of rank 0, then those of rank 1 (see `shard`).
-        head_axis: over which the heads of q and of k and v are spread (tensor parallelism).
-        batch_axis: over which the first dimension of `[batch, ...]` inputs is spread (data parallelism).
-        options: those of `zigzag_attention`, for all calls.
+        mesh: the mesh of devices.
+        axis: mesh axis, or axes, over which tokens are sharded in zigzag order: the rows of rank 0, then those of
+            rank 1, and so on (see `shard`).
+        head_axis: mesh axis over which heads are sharded (tensor parallelism).
+        batch_axis: mesh axis over which the first dimension of `[batch, ...]` inputs is sharded (data parallelism).
+        options: keyword arguments of `zigzag_attention`, the same for all calls.
 
-    The returned function takes
+    Returns:
+        A function that takes one of
 
-    - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence,
-    - `[batch, W * T, heads, head_dim]` and None, for sequences of equal length, or `cu_seqlens [batch, N + 1]`, where
-      each of the batch is packed,
+        - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence;
+        - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
+        - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
-    and gives out in the shape of q; with `return_lse`, (out, lse `[heads, W * T]` or `[batch, heads, W * T]` float32).
-    It raises as `zigzag_attention`, and `ValueError` for an axis that the mesh does not have.
+        and returns out in the shape of q; with `return_lse`, (out, lse `[heads, W * T]` or `[batch, heads, W * T]`
+        float32). It raises as `zigzag_attention`.
+
+    Raises:
+        ValueError: an axis that `mesh` does not have.
     """
     for name in (name for axes in (axis, head_axis, batch_axis) for name in axis_names(axes)):
         if name not in mesh.axis_names:

@@ -1,7 +1,7 @@
-"""The same attention in plain jax.numpy, dense and differentiable: the backend of machines without a GPU.
+"""Dense attention in plain jax.numpy, differentiable by JAX: the default backend on machines without a GPU.
 
-Memory is proportional to heads * T * W * T scores; products and softmax are float32 whatever the inputs are. Between
-ranks the same collectives bring the same keys as to the kernels, and autodiff finds those of the backward.
+It needs memory for heads * T * W * T float32 scores. Products and softmax are float32 whatever the inputs are. Between
+ranks the collectives of the transport deliver the same K/V as to the kernels, and autodiff transposes them.
 """
 
 import functools
@@ -12,33 +12,35 @@ import jax.numpy as jnp
 from zigzag_kernels.layout import impossible, row_position
 from zigzag_kernels.problem import Problem
 
-from .parallel import AllGather, Local, Ring, Way
-from .shard import check_array, sequence_of_rows
+from .arguments import check_array
+from .parallel import AllGather, Local, Ring, Transport
+from .shard import sequence_of_rows
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def attention(
-    way: Way, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array, rank: jax.Array
+    transport: Transport, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array, rank: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'."""
-    problem = way.problem
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank."""
+    problem = transport.problem
     attend = functools.partial(_attend, problem, cu_seqlens=cu_seqlens, rank=rank)
     everyone = jnp.arange(problem.world_size)
-    if not isinstance(way, Local):
-        k, v = (x.astype(way.reduce_dtype) for x in (k, v))  # of the sums that autodiff makes of the collectives
-    if isinstance(way, AllGather):
+    if not isinstance(transport, Local):
+        # Autodiff sums dK/dV over the ranks in the dtype in which the collectives carry K/V.
+        k, v = (x.astype(problem.call.grad_reduce_dtype) for x in (k, v))
+    if isinstance(transport, AllGather):
         parts = []
-        for head in way.first_heads:
+        for head in transport.first_heads:
             queries = slice(head * problem.group, (head + problem.window) * problem.group)
-            parts.append(attend(q[:, queries], *way.gather(k, v, head), everyone))
+            parts.append(attend(q[:, queries], *transport.gather(k, v, head), everyone))
         out, lse = zip(*parts, strict=True)
         return jnp.concatenate(out, axis=1), jnp.concatenate(lse)
-    if isinstance(way, Ring):
+    if isinstance(transport, Ring):
         parts = []
         for step in range(problem.world_size):
             if step:
-                k, v = way.pass_on(k, v)
+                k, v = transport.pass_on(k, v)
             parts.append(attend(q.astype(jnp.float32), k, v, (rank - step) % problem.world_size))
         out, lse = zip(*parts, strict=True)
         out, lse = merge_partials(jnp.stack(out), jnp.stack(lse))
@@ -47,10 +49,16 @@ def attention(
 
 
 def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention to all keys out of the attentions to n parts of them; differentiable.
+    """Combine attention to n disjoint parts of the keys into attention to all of them; differentiable.
 
-    `out [n, T, heads, head_dim]` and `lse [n, heads, T]` (natural logarithm; -inf: no key in this part) to
-    (out `[T, heads, head_dim]` in its dtype, lse `[heads, T]` float32). `ValueError` for other shapes.
+    Args:
+        out: `[n, T, heads, head_dim]`, the result for each part.
+        lse: `[n, heads, T]`, natural logarithm; -inf where a row attends to no key of the part.
+
+    Returns:
+        (out `[T, heads, head_dim]` in the dtype of `out`, lse `[heads, T]` float32).
+
+    Raises `ValueError` for other shapes.
     """
     for name, x in {"out": out, "lse": lse}.items():
         check_array(name, x)
@@ -79,7 +87,10 @@ def _attend(
     cu_seqlens: jax.Array,
     rank: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) of `q` and the keys of the ranks `slots [n]`: `k, v [n * T, kv_heads, head_dim]`, rank-major."""
+    """Return (out, lse) of `q` for the keys of the ranks `slots [n]`.
+
+    k and v are `[n * T, kv_heads, head_dim]`, rank-major.
+    """
     tokens, heads, head_dim = q.shape
     world_size, kv_heads, dtype = problem.world_size, k.shape[1], q.dtype
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
@@ -88,14 +99,14 @@ def _attend(
     k_position = jnp.broadcast_to(k_position, (len(slots), tokens)).reshape(-1)
     k_sequence = jnp.tile(sequence, len(slots))
 
-    # A factor of the results, and of the inputs for the sake of the gradients.
+    # A factor of the results, and of the inputs so that gradients are NaN, too.
     poison = jnp.where(impossible(cu_seqlens, rank, world_size, tokens), jnp.nan, 1.0)
     q, k, v = (x.astype(jnp.float32) * poison for x in (q, k, v))
 
     visible = (sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
     if problem.call.causal:
         visible &= q_position[:, None] >= k_position[None, :]
-    alone = ~visible.any(1)  # padding: any finite score will do, the result is replaced
+    alone = ~visible.any(1)  # padding: any finite score serves, as the result is replaced
 
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
     scores = _einsum("tkgd,skd->kgts", grouped, k) * problem.call.softmax_scale

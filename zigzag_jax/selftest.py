@@ -1,6 +1,6 @@
-"""A tiny attention with its gradients against JAX's own: `python -m zigzag_jax.selftest` prints one line of JSON.
+"""Compares a tiny attention and its gradients with JAX's own: `python -m zigzag_jax.selftest` prints a line of JSON.
 
-`zigzag-doctor` runs it in a process of its own, so that whatever is broken breaks there.
+`zigzag-doctor` runs it in a process of its own, which contains any crash.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def difference(dtype) -> float:
-    """The largest difference of out, dq, dk and dv, each relative to its largest value, for one causal sequence."""
+    """Return the largest error of out, dq, dk and dv, relative to the largest value of each, for causal sequences."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (jax.random.normal(keys[i], (1, 96, heads, 64), dtype) for i, heads in enumerate((4, 2, 2, 4)))
 

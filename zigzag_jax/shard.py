@@ -1,4 +1,4 @@
-"""Dealing a packed batch out to the ranks and putting it together again; all of it off the attention's hot path."""
+"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and padding lengths to fit."""
 
 import itertools
 
@@ -6,41 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.checks import check_cu_seqlens, check_lengths, check_rank, check_world_size
+from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
 
-Array = jax.Array | np.ndarray
-
-
-def check_array(name: str, x) -> None:
-    """`ValueError` unless `x` is a JAX or NumPy array, traced ones included."""
-    if not isinstance(x, Array):
-        raise ValueError(f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}")
-
-
-def check_batch(cu_seqlens: Array, rank: int | Array | None, world_size: int) -> None:
-    """`ValueError` for what can be said of the arguments without their values."""
-    check_world_size(world_size)
-    check_array("cu_seqlens", cu_seqlens)
-    check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
-    if rank is not None:
-        check_rank(rank, world_size, isinstance(rank, Array | np.generic))
-
-
-def as_rank(rank: int | Array) -> jax.Array:
-    """`[1]` int32: a rank that `check_batch` accepts, as kernels read it."""
-    return jnp.asarray(rank, jnp.int32).reshape(1)
+from .arguments import Array, as_rank, check_batch
 
 
 def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(sequence, offset behind its first local row, global length) of the rows `[0, tokens)` of any rank, int32.
+    """Return (sequence, offset from its first local row, global length) of each of `tokens` local rows, int32.
 
-    Rows behind the last sequence have sequence -1, offset and length 0.
+    The three are the same on every rank. Rows behind the last sequence have sequence -1, offset 0 and length 0.
     """
     cu_seqlens = jnp.asarray(cu_seqlens)
     rows = jnp.arange(tokens, dtype=jnp.int32)
     starts = cu_seqlens // world_size
-    # Unrolled, because the types of a loop's carry would have to say along which mesh axes `starts` varies.
+    # Unrolled: the type of a loop's carry would have to name the mesh axes along which `starts` varies.
     sequence = jnp.searchsorted(starts, rows, side="right", method="scan_unrolled").astype(jnp.int32) - 1
     inside = rows < starts[-1]
     sequence = jnp.where(inside, sequence, -1)
@@ -52,16 +32,26 @@ def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[j
 
 
 def local_cu_seqlens(cu_seqlens: Array, world_size: int) -> jax.Array:
-    """`[N + 1]` int32: where the sequences start in the local rows of any rank."""
+    """Return the offsets of the sequences in the local rows of a rank, `[N + 1]` int32, equal on all ranks.
+
+    Args:
+        cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
+        world_size: number of ranks.
+    """
     check_batch(cu_seqlens, None, world_size)
     return jnp.asarray(cu_seqlens) // world_size
 
 
 def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array:
-    """`[T]` int32: position in its sequence of every local row of `rank` (for RoPE); 0 for padding.
+    """Return the position of every local row in its sequence, `[T]` int32, for example for RoPE; 0 for padding.
 
-    `tokens` is T; without it the last value of `cu_seqlens` is read, which waits for the device. `ValueError` if that
-    is traced.
+    Args:
+        cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
+        rank: an int, or an array of one integer, which may be traced.
+        world_size: number of ranks.
+        tokens: T. Without it the last offset is read, which waits for the device.
+
+    Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced.
     """
     check_batch(cu_seqlens, rank, world_size)
     if tokens is None:
@@ -71,7 +61,7 @@ def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: 
 
 
 def _global_rows(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int) -> jax.Array:
-    """`[T]`: row of the unsharded batch that each local row holds; padding is dealt out evenly behind the sequences."""
+    """Return the row of the whole batch that each local row holds, `[T]`; padding is dealt out evenly."""
     cu_seqlens, rank = jnp.asarray(cu_seqlens), as_rank(rank)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
@@ -82,10 +72,16 @@ def _global_rows(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: 
 
 
 def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> jax.Array:
-    """The zigzag rows `[total / W, ...]` of `rank` out of the unsharded batch `x [total, ...]`; differentiable.
+    """Return the rows of a whole batch that belong to `rank`, in zigzag order; differentiable.
 
-    Rows of `x` behind the last sequence are padding and dealt out evenly. `ValueError` if `total` is not a multiple
-    of W.
+    Args:
+        x: `[total, ...]`, the whole batch. Rows behind the last sequence are padding and dealt out evenly.
+        cu_seqlens: `[N + 1]` int32, offsets of its sequences; may be traced.
+        rank: an int, or an array of one integer, which may be traced.
+        world_size: number of ranks; `ValueError` unless it divides `total`.
+
+    Returns:
+        `[total / world_size, ...]`.
     """
     check_batch(cu_seqlens, rank, world_size)
     _check_rows(x, world_size)
@@ -93,7 +89,13 @@ def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> ja
 
 
 def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
-    """The unsharded batch `[total, ...]` out of the rank-major rows `x [W * T, ...]` of all ranks: undoes `shard`."""
+    """Return the whole batch in its original order: undoes `shard`.
+
+    Args:
+        x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on.
+        cu_seqlens: `[N + 1]` int32, as for `shard`.
+        world_size: number of ranks.
+    """
     check_batch(cu_seqlens, None, world_size)
     _check_rows(x, world_size)
     cu_seqlens = jnp.asarray(cu_seqlens)
@@ -112,11 +114,17 @@ def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
 def pad_to_zigzag(
     x: Array, cu_seqlens: Array, world_size: int, total: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(`x` with zeros behind each sequence so that all lengths are multiples of 2W, its `cu_seqlens`).
+    """Append zeros to each sequence so that its length is a multiple of 2W; with one rank lengths stay as they are.
 
-    `total` pads the end too, to a fixed number of rows (a multiple of W). Lengths are read on the host: `ValueError` if
-    `cu_seqlens` is traced. With one rank lengths stay as they are. Padded positions are keys like any other behind
-    their sequence: under a causal mask no real token sees them.
+    Args:
+        x: `[rows, ...]`, the packed batch.
+        cu_seqlens: `[N + 1]` int32, its offsets, which are read on the host: `ValueError` if traced.
+        world_size: W, the number of ranks.
+        total: number of rows of the result, a multiple of W; zeros behind the last sequence fill it up.
+
+    Returns:
+        (padded `x`, its `cu_seqlens`). Attention treats the zeros as tokens at the end of their sequence, so that with
+        a causal mask no real token attends to them.
     """
     lengths = _host_lengths(x, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
@@ -133,7 +141,13 @@ def pad_to_zigzag(
 
 
 def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
-    """The rows of the original batch out of a padded one; `cu_seqlens` is the original: undoes `pad_to_zigzag`."""
+    """Return the rows of a padded batch that are no padding: undoes `pad_to_zigzag`.
+
+    Args:
+        x: `[rows, ...]`, the padded batch.
+        cu_seqlens: `[N + 1]` int32, the offsets before padding, which are read on the host: `ValueError` if traced.
+        world_size: number of ranks.
+    """
     lengths = _host_lengths(None, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     if x.shape[0] < sum(padded):
@@ -142,41 +156,18 @@ def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
 
 
 def validate(cu_seqlens: Array, world_size: int, total: int | None = None) -> None:
-    """`ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; reads it on the host, so call it once.
+    """Raise `ValueError` unless the sequences can be dealt out to `world_size` ranks.
 
-    `total` is the number of rows of the unsharded batch. The attention itself cannot look at traced values: it answers
-    impossible lengths with NaN.
+    Attention cannot look at values on a device and returns NaN for invalid lengths; this names the fault. It reads
+    `cu_seqlens` on the host, which waits for the device, so call it once.
+
+    Args:
+        cu_seqlens: `[N + 1]` int32, offsets in the whole batch; `ValueError` if traced.
+        world_size: number of ranks.
+        total: rows of the whole batch, if the sequences are to be checked against them.
     """
     check_batch(cu_seqlens, None, world_size)
     check_lengths(_on_host(cu_seqlens), world_size, total)
-
-
-def cu_seqlens_from_segment_ids(segment_ids: Array, max_sequences: int, positions: Array | None = None) -> jax.Array:
-    """`cu_seqlens [max_sequences + 1]` int32 of a batch packed by `segment_ids [total]`, in order; may be traced.
-
-    The tokens of a sequence are neighbours with the same id, and 0 is padding. A sequence begins where the id changes,
-    whatever the ids are; with `positions [total]` also where the position is 0, for packings that give neighbours the
-    same id. Padding behind the last sequence belongs to none, padding between two is a sequence of its own, and counts.
-    The last value is repeated up to `max_sequences`; where there are more, it is -1, which `validate` refuses and
-    attention answers with NaN. For `[batch, total]` use `jax.vmap`.
-    """
-    given = {"segment_ids": segment_ids} if positions is None else {"segment_ids": segment_ids, "positions": positions}
-    for name, x in given.items():
-        check_array(name, x)
-        if x.ndim != 1 or x.shape != segment_ids.shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name}: expected integers [total], got shape {x.shape} {x.dtype}")
-    if isinstance(max_sequences, bool) or not isinstance(max_sequences, int) or max_sequences < 1:
-        raise ValueError(f"max_sequences: expected a positive int, got {max_sequences!r}")
-    ids = jnp.asarray(segment_ids)
-    rows = jnp.arange(len(ids), dtype=jnp.int32)
-    end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)
-    begins = (rows == 0) | (ids != jnp.roll(ids, 1))
-    if positions is not None:
-        begins |= (ids != 0) & (jnp.asarray(positions) == 0)
-    begins &= rows < end
-    (starts,) = jnp.nonzero(begins, size=max_sequences, fill_value=end)
-    last = jnp.where(begins.sum() > max_sequences, -1, end)
-    return jnp.append(starts, last).astype(jnp.int32)
 
 
 def _check_rows(x: Array, world_size: int) -> None:
@@ -199,7 +190,7 @@ def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[i
 
 
 def _padded_rows(lengths: list[int], padded: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(row in the padded batch of every original row, padded `cu_seqlens`), int32."""
+    """Return (row of each original row in the padded batch, padded `cu_seqlens`), int32."""
     starts = np.cumsum([0, *padded], dtype=np.int32)
     shift = np.repeat(starts[:-1] - np.cumsum([0, *lengths], dtype=np.int32)[:-1], lengths)
     return np.arange(sum(lengths), dtype=np.int32) + shift, starts

@@ -79,7 +79,7 @@ class Ranks:
         """(forward, forward + backward) of a step between the ranks; they return out, and (dq, dk, dv)."""
         method, stride = way
         rows, replicated = P("cp"), P()
-        specs = Batch(replicated, rows, self.size, method, rows, rows)
+        specs = Batch(replicated, rows, self.size, method, rows, rows, compared_by="cp")
 
         def spread(function, in_specs, out_specs):
             return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs))

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from tests.support.commands import lines_of
 from tests.support.problems import hopper_problem as problem
-from zigzag_jax import gluon
 from zigzag_jax import launch as jax_launch
+from zigzag_jax import launch_gluon
 from zigzag_kernels import config, heuristics, hopper, plan
 
 HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
@@ -164,7 +164,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
     monkeypatch.setattr(jaxlib, "gpu_triton", Recorder(), raising=False)
     compiled = types.SimpleNamespace(metadata=metadata, asm={"ptx": "ptx"})
-    monkeypatch.setattr(gluon, "compile_kernel", lambda *_: compiled)
+    monkeypatch.setattr(launch_gluon, "compile_kernel", lambda *_: compiled)
     parts = plan.WHOLE, plan.Part(accumulate=True, dtype="float32")
     return metadata, [plan._forward_launch.__wrapped__(problem(tokens=512, world_size=4), part) for part in parts]
 
@@ -183,10 +183,10 @@ def test_jax_gives_the_kernel_its_scratch_memory_last(recorded):
     text = lowered(lambda *arrays: jax_launch.run(whole, *arrays, None, None), *shapes())
     programs = math.prod(whole.grid)
     assert whole.scratch == 256
-    assert f"@{gluon.CUSTOM_CALL}" in text
+    assert f"@{launch_gluon.CUSTOM_CALL}" in text
     assert f"tensor<{256 * programs}xi8>" in text
     assert "output_operand_alias<" not in text
-    call = gluon._kernel_call(whole, (*shapes(), jnp.zeros(1, jnp.bfloat16), jnp.zeros(1)))
+    call = launch_gluon.kernel_call(whole, (*shapes(), jnp.zeros(1, jnp.bfloat16), jnp.zeros(1)))
     assert zlib.decompress(call).decode() == repr(
         (
             "forward", ("forward", 12, 1, 1000, "ptx", "", 90), *whole.grid,
@@ -226,21 +226,21 @@ def test_jax_transforms_and_exports_them(recorded):
 
     q, k, v, segments = shapes()
     stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, v)]
-    assert f"@{gluon.CUSTOM_CALL}" in lowered(jax.vmap(run, (0, 0, 0, None)), *stacked, segments)
+    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.vmap(run, (0, 0, 0, None)), *stacked, segments)
     exported = jax.export.export(
         jax.jit(run), platforms=["cuda"], disabled_checks=jax_launch.export_disabled_checks()
     )(q, k, v, segments)  # fmt: skip
-    assert f"@{gluon.CUSTOM_CALL}" in exported.mlir_module()
+    assert f"@{launch_gluon.CUSTOM_CALL}" in exported.mlir_module()
     mesh = Mesh(jax.devices()[:1], ("cp",))
     specs = {"mesh": mesh, "in_specs": (P("cp"), P(), P(), P()), "out_specs": (P("cp"), P(None, "cp"))}
-    assert f"@{gluon.CUSTOM_CALL}" in lowered(jax.shard_map(run, **specs), q, k, v, segments)
+    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.shard_map(run, **specs), q, k, v, segments)
 
 
 def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
     metadata, (whole, _) = recorded
     metadata.global_scratch_size = 384
     with pytest.raises(RuntimeError, match="expected at most 256 bytes of scratch memory at multiples of 128, got 384"):
-        gluon._kernel_call(whole, tuple(shapes()))
+        launch_gluon.kernel_call(whole, tuple(shapes()))
 
 
 @needs_triton

@@ -79,7 +79,7 @@ def asked(monkeypatch):
     asked, backward = [], plan.backward
 
     def noted(run, problem, *arrays, **strides):
-        asked.append(problem.deterministic)
+        asked.append(problem.call.deterministic)
         return backward(run, problem, *arrays, **strides)
 
     monkeypatch.setattr(plan, "backward", noted)

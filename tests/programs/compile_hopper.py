@@ -12,7 +12,7 @@ import io
 import triton
 
 from tests.support.problems import hopper_problem
-from zigzag_jax import gluon
+from zigzag_jax import launch_gluon
 from zigzag_kernels import config, plan
 
 TUNED = triton.__version__.startswith("3.6.")
@@ -55,7 +55,7 @@ def pointers(launch, dtype):
     kinds = {"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}
     kinds |= {output.name: output.dtype for output in launch.outputs}
     names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
-    found = [gluon._POINTERS[kinds.get(name, dtype)] for name in names]
+    found = [launch_gluon.POINTER_KINDS[kinds.get(name, dtype)] for name in names]
     return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
 
 
@@ -81,7 +81,9 @@ def main():
             kinds = pointers(launch, dtype)
             constexprs = tuple(launch.constexprs.items())
             with contextlib.redirect_stdout(io.StringIO()) as log:
-                compiled = gluon.compile_kernel(launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1)
+                compiled = launch_gluon.compile_kernel(
+                    launch.kernel, "9.0", tuple(kinds), constexprs, launch.num_warps, 1
+                )
             key = launch.kernel, *kinds, *constexprs
             report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have one kernel
             check(name, launch, compiled, kinds, head_dim, dtype)

@@ -86,7 +86,7 @@ def main():
     parser.add_argument("parts", nargs="+", choices=PARTS)
     options = parser.parse_args()
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
-    jax_triton = launch._import_jax_triton()
+    jax_triton = launch.import_jax_triton()
     assert os.environ.get("TRITON_CACHE_DIR") == cache_dir
     # There is no GPU here to ask.
     jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capability=90)

@@ -1,26 +1,28 @@
-"""Gluon kernels from JAX: Triton itself compiles them, and the custom call of jaxlib for Triton kernels runs them.
+"""Launches of Gluon kernels: Triton compiles them, and jaxlib's custom call for Triton kernels runs them.
 
-jax-triton, which launches all others, cannot; each of these is seen in its releases and can be reported there:
+jax-triton, which launches all other kernels, cannot launch these. Each reason is visible in its releases and can be
+reported there:
 
-- 0.3 compiles any kernel as plain Triton, and gives none the global memory in which it could make descriptors for the
-  copy engine. 0.4 takes Triton 3.6 for one without an NVIDIA backend, for want of `TMA_TF32` in its driver.
+- jax-triton 0.3 compiles every kernel as plain Triton, and provides no global memory, where the kernels make their
+  descriptors for the copy engine. 0.4 concludes that Triton 3.6 has no NVIDIA backend, because its driver lacks
+  `TMA_TF32`.
 - 0.4 sends Gluon modules through the passes of plain Triton (`make_ttir`, `make_ttgir` instead of `gluon_to_ttgir`),
-  which wait for every matrix instruction where it is issued.
-- 0.4 starts `num_warps` warps, where a warp-specialised kernel needs those of all its partitions: the `num_warps` that
+  which wait for every matrix instruction as soon as it is issued.
+- 0.4 starts `num_warps` warps. A warp-specialised kernel needs the warps of all its partitions: the `num_warps` that
   compilation leaves in the metadata.
-- From 0.11.1 on jaxlib allocates that memory at each launch, which fails in a CUDA graph, and XLA makes one of
+- From 0.11.1 on jaxlib allocates the global memory at each launch. That fails in a CUDA graph, and XLA makes a graph of
   five kernels in a row (CUDA_ERROR_NOT_SUPPORTED).
 
-So that memory is one more result here, for XLA to allocate, and jaxlib is not told of it. Behind its own parameters a
-kernel of Triton has two hidden ones, `global_scratch` and `profile_scratch`, for which jaxlib appends null pointers to
-the parameters that it is given. The driver reads as many as the kernel declares: with the workspace given last, that is
-`global_scratch`, and the first null pointer `profile_scratch`.
+So the memory is one more result here, which XLA allocates, and jaxlib does not know about it. Behind its own parameters
+a Triton kernel has two hidden ones, `global_scratch` and `profile_scratch`. jaxlib appends null pointers for both to
+the parameters that it is given, and the driver reads as many as the kernel declares. With the memory given last, it
+becomes `global_scratch`, and the first null pointer becomes `profile_scratch`.
 """
 
 import functools
 import math
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +30,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-if TYPE_CHECKING:
-    from zigzag_kernels.plan import Launch
+from zigzag_kernels.launch import Launch
 
 CUSTOM_CALL = "triton_kernel_call_ffi"
-_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
-_ALIGNED, _SCRATCH_ALIGNED = 16, 128  # what kernels may count on; XLA's buffers begin at larger multiples
+POINTER_KINDS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+_ALIGNED, _SCRATCH_ALIGNED = 16, 128  # bytes that kernels rely on; XLA's buffers begin at larger multiples
 
 
-def call(launch: "Launch", outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
-    """Execute `launch` on `arrays`: see `launch.run`."""
+def call(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int]) -> tuple:
+    """Execute `launch` on `arrays` and return results of the shapes and dtypes `outputs`.
+
+    `aliases` maps the number of an input to the number of the output that is written in its memory.
+    """
     results = *outputs, jax.ShapeDtypeStruct((launch.scratch * math.prod(launch.grid),), jnp.int8)
     execute = jax.ffi.ffi_call(CUSTOM_CALL, results, input_output_aliases=aliases)
-    return tuple(execute(*arrays, opaque=_kernel_call(launch, arrays))[:-1])
+    return tuple(execute(*arrays, opaque=kernel_call(launch, arrays))[:-1])
 
 
-def _kernel_call(launch: "Launch", arrays: tuple) -> bytes:
-    """What jaxlib's custom call takes: the kernel, its grid and its parameters in order."""
+def kernel_call(launch: Launch, arrays: tuple) -> bytes:
+    """Return the operand of jaxlib's custom call: the kernel, its grid and its parameters in order."""
     from jaxlib import gpu_triton
 
-    inputs, outputs = (tuple(_POINTERS[str(x.dtype)] for x in group) for group in (arrays, launch.outputs))
+    inputs, outputs = (tuple(POINTER_KINDS[str(x.dtype)] for x in group) for group in (arrays, launch.outputs))
     kinds = *inputs, *("i32" for _ in launch.scalars), *outputs
     constexprs, options = tuple(launch.constexprs.items()), (launch.num_warps, launch.num_stages)
     kernel = compile_kernel(launch.kernel, launch.target, kinds, constexprs, *options)
@@ -71,7 +75,7 @@ def _kernel_call(launch: "Launch", arrays: tuple) -> bytes:
 def compile_kernel(
     kernel: Any, target: str, kinds: tuple[str, ...], constexprs: tuple, num_warps: int, num_stages: int
 ) -> Any:
-    """The compiled Gluon `kernel` for arguments of `kinds`, as a launch from PyTorch compiles it: aligned pointers."""
+    """Compile the Gluon `kernel` for arguments of `kinds`, as a launch from PyTorch does: with aligned pointers."""
     signature = dict(zip(kernel.arg_names, kinds, strict=False)) | {name: "constexpr" for name, _ in constexprs}
     aligned = {(i,): [["tt.divisibility", _ALIGNED]] for i, kind in enumerate(kinds) if kind[0] == "*"}
     source = GluonASTSource(kernel, signature, dict(constexprs), aligned)

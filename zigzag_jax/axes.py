@@ -1,0 +1,32 @@
+"""Mesh axes inside `shard_map`: the place of a shard on an axis, and the axes along which an array varies."""
+
+import jax
+
+AxisName = str | tuple[str, ...]
+
+
+def axis_names(axis_name: AxisName | None) -> tuple[str, ...]:
+    """Return the names of one axis, of several, or of none."""
+    return () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def place_on(axis_name: AxisName) -> tuple[jax.Array, int]:
+    """Return (rank, world_size) of this shard; `ValueError` outside of a `shard_map` over that axis."""
+    try:
+        return jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(f"axis_name: expected a mesh axis of the shard_map around this, got {axis_name!r}") from None
+
+
+def varying_axes(*arrays: jax.Array) -> tuple[str, ...]:
+    """Return the mesh axes along which any of `arrays` varies: none outside `shard_map` or with `check_vma=False`."""
+    return tuple(sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))))
+
+
+def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return `x` typed as varying along `axes`.
+
+    Along an axis on which `x` did not vary, the transpose sums the gradient over the ranks.
+    """
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,0 +1,42 @@
+"""Transports: how K/V reach the rank whose queries attend to them, and how dK/dV return.
+
+A transport is static and has two functions, `forward` and `backward`, which each shard calls. Collectives and kernels
+alternate in them, so that XLA can overlap both. Each `optimization_barrier` keeps an operation from starting before
+others are complete, which bounds the memory.
+"""
+
+import dataclasses
+
+from zigzag_kernels.checks import MAX_ROWS
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.modes import KVLayout, Method
+from zigzag_kernels.problem import Problem
+
+from ..axes import AxisName
+from .allgather import AllGather
+from .local import Local
+from .ring import Ring
+from .transport import Residuals, Tables
+
+__all__ = ["AllGather", "Local", "Residuals", "Ring", "Tables", "Transport", "choose_transport"]
+
+Transport = Local | AllGather | Ring
+
+
+def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
+    """Return the transport that `problem.call` asks for; `ValueError` for options out of range.
+
+    `problem` describes this rank's own q, k and v.
+    """
+    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
+    if axis_name is None or problem.world_size == 1:
+        return Local(problem)
+    if problem.call.method == Method.RING:
+        return Ring(problem, axis_name)
+    strides = stride * problem.head_dim, problem.head_dim
+    problem = dataclasses.replace(
+        problem, window=stride, kv_layout=KVLayout.GATHERED, k_strides=strides, v_strides=strides
+    )
+    if problem.kv_tokens > MAX_ROWS:
+        raise ValueError(f"k: expected at most {MAX_ROWS} rows on all ranks together, got {problem.kv_tokens}")
+    return AllGather(problem, axis_name)

@@ -1,0 +1,90 @@
+"""Attention to K/V that an all-gather brings from all ranks, a window of KV heads at a time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import optimization_barrier
+
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from ..axes import AxisName
+from .transport import Residuals, Tables, move_again
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Gathers `problem.window` KV heads of K/V while the window before them is attended to.
+
+    A window's results are written in place into the arrays of all heads. At most two windows are in memory: the
+    transfer of the next one starts when the one before the current is no longer needed. The backward pass gathers K/V
+    again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype` while it computes dQ of the same window.
+    """
+
+    problem: Problem
+    axis_name: AxisName
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        results: tuple = None, None
+        coming = self.gather(k, v, 0)
+        for head in self.first_heads:
+            here = coming
+            if head + self.problem.window < self.problem.kv_heads:
+                k, v, here, results = optimization_barrier((k, v, here, results))
+                coming = self.gather(k, v, head + self.problem.window)
+            part = plan.Part(first_kv_head=head)
+            results = plan.forward(launch.run, self.problem, q, *here, tables.segments, part=part, into=results)
+        return results
+
+    def backward(
+        self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return (dq, dk, dv) as `Local.backward`; dk and dv belong to this rank's k and v, summed over the ranks."""
+        from zigzag_kernels import plan
+
+        problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
+        q, k, v, out, lse = residuals
+        k, v, dout = move_again(k, v, dout)
+        dq: Any = None
+        dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
+        coming = self.gather(k, v, 0)
+        for head in self.first_heads:
+            here = coming
+            if head + problem.window < problem.kv_heads:
+                k, v, here, dq = optimization_barrier((k, v, here, dq))
+                coming = self.gather(k, v, head + problem.window)
+            # dK/dV and dQ of the window before are complete here, so that one buffer serves the contributions of all
+            # windows, and one each their delta and lse. Everything in this window but its transfer reads this dout,
+            # and so starts no earlier.
+            dout, dq, dk, dv = optimization_barrier((dout, dq, dk, dv))
+            part, summed = plan.Part(head), plan.Part(head, dtype=problem.call.grad_reduce_dtype)
+            rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides)
+            arguments = launch.run, problem, q, here[0], here[1], dout, rows
+            contributions = plan.backward_keys(*arguments, tables.sequences, part=summed, **strides)
+            dk, dv = (self._add_window(x, head, of_all) for x, of_all in zip((dk, dv), contributions, strict=True))
+            dq = plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides)
+        return dq, dk, dv
+
+    def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
+        """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""
+        window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(gradient, window, head, axis=1)
+
+    @property
+    def first_heads(self) -> range:
+        """First KV head of each window."""
+        return range(0, self.problem.kv_heads, self.problem.window)
+
+    def gather(self, k: jax.Array, v: jax.Array, head: int) -> tuple[jax.Array, jax.Array]:
+        """Return K/V `[world_size * T, window, head_dim]`, rank-major, of the window that begins at KV head `head`."""
+
+        def window(x):
+            x = jax.lax.slice_in_dim(x, head, head + self.problem.window, axis=1)
+            return jax.lax.all_gather(x, self.axis_name, tiled=True)
+
+        return window(k), window(v)

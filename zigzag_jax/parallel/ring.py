@@ -1,0 +1,90 @@
+"""Attention to K/V that travel from rank to rank."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.lax import optimization_barrier
+
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from ..axes import AxisName
+from .transport import Residuals, Tables, move_again
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Passes K/V of all heads to the next rank while this rank attends to them.
+
+    At step `s` a rank holds the K/V of rank `(rank - s) % world_size` and uses table `s`. Each step folds its results
+    into the float32 results so far. dK/dV travel behind their K/V in `problem.call.grad_reduce_dtype`, in each step
+    while dQ of that step is computed, and return to their rank after `world_size` hops.
+
+    Compile time does not depend on `world_size`: the steps are a loop. The first step stands before the loop, because
+    there are no results to fold into, and the last behind it, because it sends no K/V.
+    """
+
+    problem: Problem
+    axis_name: AxisName
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        def step(k, v, segments, results):
+            part = plan.Part(accumulate=results is not None, dtype="float32")
+            into = results or (None, None)
+            return plan.forward(launch.run, self.problem, q, k, v, segments, part=part, into=into)
+
+        out, lse = self._around(step, k, v, tables.segments)
+        return out.astype(q.dtype), lse
+
+    def backward(
+        self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return (dq, dk, dv) as `Local.backward`; dk and dv belong to this rank's k and v, summed over the ranks."""
+        from zigzag_kernels import plan
+
+        problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
+        q, k, v, out, lse = residuals
+        k, v, dout = move_again(k, v, dout)
+        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=plan.WHOLE, **strides)
+
+        def step(k, v, tables, gradients):
+            dq, dk, dv = gradients or (None, None, None)
+            arguments = launch.run, problem, q, k, v, dout, rows
+            part = plan.Part(accumulate=gradients is not None, dtype=problem.call.grad_reduce_dtype)
+            dk, dv = plan.backward_keys(*arguments, tables.sequences, part=part, into=(dk, dv), **strides)
+            dk, dv = self.pass_on(dk, dv)
+            part = plan.Part(accumulate=gradients is not None, dtype="float32")
+            return plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides), dk, dv
+
+        dq, dk, dv = self._around(step, k, v, tables)
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    def _around(self, step, k, v, tables):
+        """Call `step(k, v, table, result) -> result` for the K/V of each rank, and return the last result.
+
+        The first result is None. `tables` is a pytree of arrays with one entry per step.
+        """
+
+        def hop(carry, table, last=False):
+            k, v, result = optimization_barrier(carry)  # K/V are sent no earlier than they are attended to
+            coming = (k, v) if last else self.pass_on(k, v)
+            return (*coming, step(k, v, table, result)), None
+
+        def select(steps):
+            return jax.tree.map(lambda table: table[steps], tables)
+
+        carry, _ = hop((k, v, None), select(0))
+        # K/V alternate between two buffers. A trip of the loop has to end in the buffer that it began in, and XLA
+        # copies K/V if it does not: with two hops a trip, it does.
+        carry, _ = jax.lax.scan(hop, carry, select(slice(1, -1)), unroll=2)
+        (_, _, result), _ = hop(carry, select(-1), last=True)
+        return result
+
+    def pass_on(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Send `arrays` to the next rank and return those of the rank before this one."""
+        world_size = self.problem.world_size
+        following = [(rank, (rank + 1) % world_size) for rank in range(world_size)]
+        return jax.lax.ppermute(arrays, self.axis_name, following)
