@@ -7,7 +7,6 @@ import types
 from dataclasses import replace
 
 import jax
-import numpy as np
 import pytest
 import torch
 
@@ -107,18 +106,6 @@ def test_a_bad_override_says_what_is_wrong(override, tables, message):
     override(tables)
     with pytest.raises(ValueError, match=message):
         config.choose_config("forward", 64, "bfloat16", "9.0")
-
-
-def test_grids_cover_every_row_whatever_the_lengths():
-    """The arithmetic of `tile.locate`: each entry owns at least the tiles that its rows fill, within the grid."""
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        group, block, entries = (int(rng.integers(1, n)) for n in (9, 130, 12))
-        tokens = rng.integers(0, 300, entries) * rng.integers(0, 2, entries)
-        first = [int(before) * group // block + i for i, before in enumerate(np.cumsum(tokens) - tokens)]
-        first.append(int(tokens.sum()) * group // block + entries)
-        for i, n in enumerate(tokens):
-            assert first[i + 1] - first[i] >= -(-int(n) * group // block)
 
 
 @pytest.mark.parametrize(
