@@ -6,9 +6,9 @@ import pytest
 import triton
 
 from bench import timing, tune
-from tests.kernels.test_hopper import problem
 from tests.support.cases import CASES, Case
 from tests.support.machine import GPU
+from tests.support.problems import hopper_problem as problem
 from zigzag_kernels import config, hopper
 from zigzag_kernels.config import Config
 

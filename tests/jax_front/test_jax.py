@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
@@ -18,13 +16,12 @@ from tests.support.closeness import assert_close
 from tests.support.commands import lines_of
 from tests.support.machine import GPU
 from tests.support.rank import batch_results, gathered_rows, rank_arrays, rank_rows, rows_of_results
+from tests.support.spread import BACKENDS, KERNELS, assert_same, mesh_of, offsets, value_and_gradients
 from zigzag_jax import launch
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-KERNELS = "triton" if GPU else "interpret"
-BACKENDS = (KERNELS, "reference")
 SMALL = Case(name="jax-small", world_size=2, lengths=(12, 0, 20), heads=4, kv_heads=2, padding=2)
 RING = Case(name="jax-ring", world_size=4, lengths=(24, 8, 40), heads=4, kv_heads=2)
 
@@ -33,10 +30,6 @@ def jax_arrays(case, rank=1, seed=0):
     """q, k, v, dout, dlse as `rank` holds them, K/V gathered."""
     *arrays, dlse = rank_arrays(case, make_inputs(case, seed), rank)
     return *(jnp.asarray(x, case.dtype) for x in arrays), jnp.asarray(dlse)
-
-
-def offsets(case):
-    return jnp.asarray(case.cu_seqlens, jnp.int32)
 
 
 def attention(case, backend):
@@ -48,21 +41,6 @@ def attention(case, backend):
         )
 
     return call
-
-
-def value_and_gradients(function):
-    """`(q, k, v, dout, dlse, *rest) -> out, lse, dq, dk, dv`."""
-
-    def call(q, k, v, dout, dlse, *rest):
-        results, pullback = jax.vjp(lambda *qkv: function(*qkv, *rest), q, k, v)
-        return *results, *pullback((dout, dlse))
-
-    return call
-
-
-def assert_same(results, expected):
-    for result, wanted in zip(results, expected, strict=True):
-        np.testing.assert_array_equal(result, wanted)
 
 
 def launches(function, *args):
@@ -130,13 +108,6 @@ def test_scan_over_layers_shares_one_batch():
         for backend in BACKENDS
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), results, expected)
-
-
-def mesh_of(*shape, names=("cp",)):
-    count = math.prod(shape)
-    if jax.device_count() < count:
-        pytest.skip(f"needs {count} devices")
-    return Mesh(np.array(jax.devices()[:count]).reshape(shape), names)
 
 
 def sharded(body, mesh, kv_spec):

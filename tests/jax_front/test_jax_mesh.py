@@ -10,11 +10,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
-from tests.jax_front.test_jax import KERNELS, assert_same, mesh_of, offsets, value_and_gradients
-from tests.jax_front.test_jax_parallel import METHODS, assert_right, expected, global_arrays
 from tests.support import oracle
 from tests.support.cases import Case, make_inputs
 from tests.support.closeness import assert_close
+from tests.support.spread import (
+    KERNELS,
+    METHODS,
+    assert_batch_is_right,
+    assert_same,
+    batch_in_rank_order,
+    global_arrays,
+    mesh_of,
+    offsets,
+    value_and_gradients,
+)
 
 CASE = Case(name="mesh", world_size=2, lengths=(8, 0, 20), heads=4, kv_heads=2, padding=2)
 FOUR = dataclasses.replace(CASE, world_size=4, lengths=(8, 24))
@@ -34,7 +43,7 @@ def test_heads_spread_over_a_second_axis(method):
     )
     results = whole(attend, CASE)
     assert results[0].sharding.spec == P("cp", "tp")
-    assert_right(CASE, results)
+    assert_batch_is_right(CASE, results)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -44,7 +53,7 @@ def test_tokens_spread_over_two_axes_in_a_third(method):
     attend = zigzag_jax.make_zigzag_attention(
         mesh, ("node", "gpu"), method=method, return_lse=True, backend="reference"
     )
-    assert_right(FOUR, whole(attend, FOUR))
+    assert_batch_is_right(FOUR, whole(attend, FOUR))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,7 +68,7 @@ def test_packed_batches_spread_over_a_data_axis(method):
     lengths = jnp.stack([offsets(case) for case in cases])
     results = jax.jit(value_and_gradients(lambda *qkv: attend(*qkv, lengths)))(*arrays)
     for i, case in enumerate(cases):
-        assert_right(case, [x[i] for x in results])
+        assert_batch_is_right(case, [x[i] for x in results])
 
 
 def test_equal_lengths_on_a_mesh_whose_axes_are_types():
@@ -135,5 +144,7 @@ def test_attention_of_a_batch_packed_by_segment_ids():
     cu_seqlens = zigzag_jax.cu_seqlens_from_segment_ids(ids, 6)
     attend = zigzag_jax.make_zigzag_attention(mesh_of(2), backend=KERNELS)
     out = attend(*global_arrays(case)[:3], cu_seqlens)
-    exact, straightforward = (expected(case, x, 0) for x in (oracle.EXACT, oracle.straightforward(case.dtype)))
+    exact, straightforward = (
+        batch_in_rank_order(case, x, 0) for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
     assert_close("out", out, exact[0], straightforward[0])

@@ -11,22 +11,23 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
-from tests.jax_front.test_jax import (
+from tests.support import cases
+from tests.support.cases import RESULTS, Case, make_inputs
+from tests.support.machine import GPU
+from tests.support.parts import FRAMEWORKS, Rank
+from tests.support.rank import gathered_rows
+from tests.support.spread import (
     BACKENDS,
     KERNELS,
+    METHODS,
+    assert_batch_is_right,
     assert_same,
+    global_arrays,
     mesh_of,
     offsets,
     value_and_gradients,
 )
-from tests.parity.test_parts import FRAMEWORKS, Rank
-from tests.support import cases, oracle
-from tests.support.cases import RESULTS, Case, make_inputs
-from tests.support.closeness import assert_close
-from tests.support.machine import GPU
-from tests.support.rank import batch_results, gathered_rows, rows_of_results
 
-METHODS = ("allgather", "ring")
 CASES = (
     Case(name="w1", world_size=1, lengths=(9, 0, 14), heads=4, kv_heads=2, padding=2, dtype="bfloat16"),
     Case(name="w2", world_size=2, lengths=(12, 0, 20, 0), heads=4, kv_heads=2, padding=3),
@@ -41,27 +42,6 @@ SPREAD_CASES = [
 ]
 WINDOWS = Case(name="windows", world_size=2, lengths=(28,), heads=4, kv_heads=4, dtype="bfloat16")
 SMALL = Case(name="small", world_size=2, lengths=(8, 20), dtype="bfloat16")
-
-
-def global_arrays(case, seed=0):
-    """q, k, v, dout, dlse of the whole batch, the rows of the ranks behind one another."""
-    inputs, rows = make_inputs(case, seed), gathered_rows(case)
-    arrays = (jnp.asarray(inputs[name][rows], case.dtype) for name in ("q", "k", "v", "dout"))
-    return *arrays, jnp.asarray(inputs["dlse"][:, rows])
-
-
-@functools.cache
-def expected(case, arithmetic, seed):
-    """RESULTS of the unsharded batch, in the row order of `global_arrays`."""
-    results = batch_results(case, make_inputs(case, seed), arithmetic)
-    return tuple(rows_of_results(results, gathered_rows(case)).values())
-
-
-def assert_right(case, results, seed=0):
-    exact = expected(case, oracle.EXACT, seed)
-    straightforward = expected(case, oracle.straightforward(case.dtype), seed)
-    for name, result, *wanted in zip(RESULTS, results, exact, straightforward, strict=True):
-        assert_close(name, result, *wanted)
 
 
 def spread(case, check_vma=True, prepared=False, cu_spec=P(), **options):  # noqa: B008
@@ -91,7 +71,7 @@ def spread(case, check_vma=True, prepared=False, cu_spec=P(), **options):  # noq
 def test_all_ranks_give_the_results_of_the_whole_batch(case, method, backend):
     results = spread(case, method=method, backend=backend)(*global_arrays(case), offsets(case))
     assert [str(x.dtype) for x in results] == [case.dtype, "float32", *[case.dtype] * 3]
-    assert_right(case, results)
+    assert_batch_is_right(case, results)
 
 
 @pytest.mark.multigpu
@@ -114,9 +94,9 @@ def test_the_bits_are_those_of_the_launches_in_torch(method):
 def test_windows_of_heads_give_the_same_bits(backend):
     arrays = *global_arrays(WINDOWS), offsets(WINDOWS)
     whole, *windows = (spread(WINDOWS, heads_k_stride=stride, backend=backend)(*arrays) for stride in (4, 2, 1))
-    assert_right(WINDOWS, whole)
+    assert_batch_is_right(WINDOWS, whole)
     for results in windows:
-        assert_right(WINDOWS, results)
+        assert_batch_is_right(WINDOWS, results)
         if backend == KERNELS:
             assert_same(results, whole)
 
@@ -127,7 +107,7 @@ def test_types_unchecked_and_tables_prepared_give_the_same_bits(method):
     case = SMALL
     arrays = *global_arrays(case), jnp.append(offsets(case), jnp.full(2, case.cu_seqlens[-1], jnp.int32))
     results = spread(case, method=method, backend=KERNELS)(*arrays)
-    assert_right(case, results)
+    assert_batch_is_right(case, results)
     other = spread(case, method=method, backend=KERNELS, check_vma=False, prepared=True)(*arrays[:-1], offsets(case))
     assert_same(other, results)
 
@@ -140,7 +120,7 @@ def test_sums_over_ranks_in_the_type_of_the_inputs(method, backend):
     options = {"method": method, "backend": backend}
     exact, rounded = (spread(SMALL, grad_reduce_dtype=x, **options)(*arrays) for x in (None, jnp.bfloat16))
     assert_same(exact[:3], rounded[:3])
-    assert_right(SMALL, rounded)
+    assert_batch_is_right(SMALL, rounded)
     for ours, theirs in zip(exact[3:], rounded[3:], strict=True):
         assert (ours != theirs).any()
 

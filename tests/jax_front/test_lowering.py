@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from tests.kernels.test_hopper import HAS_TRITON
 from tests.support.commands import lines_of
+from tests.support.hopper import COMPILES
 
 PLUGIN = importlib.util.find_spec("jax_cuda13_plugin")
 
@@ -13,6 +13,6 @@ PLUGIN = importlib.util.find_spec("jax_cuda13_plugin")
 @pytest.mark.skipif(PLUGIN is None, reason="needs JAX's CUDA plugin, not a GPU")
 @pytest.mark.parametrize("part", ["gathered", "methods", "hopper"])
 def test_all_kernels_compile_from_jax(tmp_path, part):
-    if part == "hopper" and not HAS_TRITON:
+    if part == "hopper" and not COMPILES:
         pytest.skip("needs a Triton that these kernels run with")
     assert lines_of("lowering", part, TRITON_CACHE_DIR=str(tmp_path)) == [part]

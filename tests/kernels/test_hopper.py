@@ -14,15 +14,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tests.support.commands import lines_of
+from tests.support.hopper import needs_triton
 from tests.support.problems import hopper_problem as problem
 from zigzag_jax import launch as jax_launch
 from zigzag_jax import launch_gluon
 from zigzag_kernels import config, heuristics, hopper, plan
 
-HAS_TRITON = triton.__version__.startswith(hopper.TRITON)
 PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs a Triton that these kernels run with")
 
 
 def test_the_rules_that_take_them(monkeypatch):

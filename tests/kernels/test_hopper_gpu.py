@@ -6,20 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
 from tests.support import frameworks
 from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
-from tests.support.machine import GPU
+from tests.support.hopper import needs_hopper
 from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_rows
 from zigzag_kernels import hopper, plan
 
-HERE = GPU and torch.cuda.get_device_capability() == (9, 0) and triton.__version__.startswith(hopper.TRITON)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and Triton 3.6 to 3.9")]
+pytestmark = [pytest.mark.gpu, needs_hopper]
 
 SELECTED = [
     case

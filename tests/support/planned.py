@@ -3,13 +3,11 @@
 import functools
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from tests.support import oracle
 from tests.support.cases import RESULTS
-from tests.support.closeness import assert_close
 from tests.support.processes import torch_numpy
+from tests.support.rank import assert_rank_is_right, rank_arrays
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.problem import ArraySpec, make_problem
@@ -29,11 +27,8 @@ def interpret(launch, *arrays):
 
 def rank_tensors(case, inputs, rank):
     """q, gathered k and v, dout, dlse of a rank of `case`, from global arrays."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    gathered = oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
-    arrays = inputs["q"][rows], inputs["k"][gathered], inputs["v"][gathered], inputs["dout"][rows]
-    dlse = torch.tensor(np.ascontiguousarray(inputs["dlse"][:, rows]))
-    return *(torch.tensor(x, dtype=getattr(torch, case.dtype)) for x in arrays), dlse
+    *arrays, dlse = rank_arrays(case, inputs, rank)
+    return *(torch.tensor(x, dtype=getattr(torch, case.dtype)) for x in arrays), torch.tensor(dlse)
 
 
 def attend(
@@ -60,17 +55,7 @@ def attend(
 
 def assert_matches_the_oracle(case, inputs, rank, results):
     """Asserts that `results` of a rank are as close to the float64 oracle as the tolerance rule says."""
-    rows = oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
-    exact, straightforward = (
-        oracle.rank_attention(
-            inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
-            dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
-        )._asdict()
-        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
-    )  # fmt: skip
-    for name in RESULTS:
-        where = f"{case}, rank {rank}: {name}"
-        assert_close(where, torch_numpy(results[name]), exact[name], straightforward[name])
+    assert_rank_is_right(case, inputs, rank, {str(case): {name: torch_numpy(x) for name, x in results.items()}})
 
 
 def spec(x):

@@ -3,9 +3,8 @@
 import pytest
 
 from bench.lab import sanitize
-from tests.kernels.test_hopper import needs_triton
-from tests.kernels.test_hopper_gpu import HERE
 from tests.support.commands import ROOT, finish, start
+from tests.support.hopper import needs_hopper, needs_triton
 
 DKDV = ROOT / "zigzag_kernels" / "hopper" / "dkdv.py"
 SOURCE = DKDV.read_text(encoding="utf-8").splitlines()
@@ -113,6 +112,6 @@ def test_the_control_kernels_compile_to_what_they_are_to_show(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and a Triton that its kernels run with")
+@needs_hopper
 def test_the_control_kernels_are_right():
     assert len(sanitize.launch(sanitize.CONTROL)) == 6

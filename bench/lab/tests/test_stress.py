@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.lab import stress
-from tests.kernels.test_hopper_gpu import HERE
+from tests.support.hopper import needs_hopper
 from tests.support.machine import GPU
 from zigzag_torch import launch
 
@@ -135,6 +135,6 @@ def test_the_watchdog_names_the_packing_that_hangs(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HERE, reason="needs a Hopper GPU and a Triton that its kernels run with")
+@needs_hopper
 def test_some_packings_on_a_gpu(capsys):
     assert stress.main(["--launches", "100"], signatures=stress.SIGNATURES[:1]) == 0, capsys.readouterr().out

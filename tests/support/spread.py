@@ -1,0 +1,68 @@
+"""A batch of JAX spread over a mesh, or whole: its arrays, what is differentiated, and what must come of it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from tests.support import oracle
+from tests.support.cases import RESULTS, make_inputs
+from tests.support.closeness import assert_close
+from tests.support.machine import GPU
+from tests.support.rank import batch_results, gathered_rows, rows_of_results
+
+METHODS = ("allgather", "ring")
+KERNELS = "triton" if GPU else "interpret"
+BACKENDS = (KERNELS, "reference")
+
+
+def offsets(case):
+    return jnp.asarray(case.cu_seqlens, jnp.int32)
+
+
+def global_arrays(case, seed=0):
+    """q, k, v, dout, dlse of the whole batch, the rows of the ranks behind one another."""
+    inputs, rows = make_inputs(case, seed), gathered_rows(case)
+    arrays = (jnp.asarray(inputs[name][rows], case.dtype) for name in ("q", "k", "v", "dout"))
+    return *arrays, jnp.asarray(inputs["dlse"][:, rows])
+
+
+@functools.cache
+def batch_in_rank_order(case, arithmetic, seed):
+    """RESULTS of the unsharded batch, in the row order of `global_arrays`."""
+    results = batch_results(case, make_inputs(case, seed), arithmetic)
+    return tuple(rows_of_results(results, gathered_rows(case)).values())
+
+
+def assert_batch_is_right(case, results, seed=0):
+    """The `results` of all ranks behind one another are those that the oracle has for the whole batch."""
+    exact = batch_in_rank_order(case, oracle.EXACT, seed)
+    straightforward = batch_in_rank_order(case, oracle.straightforward(case.dtype), seed)
+    for name, result, *wanted in zip(RESULTS, results, exact, straightforward, strict=True):
+        assert_close(name, result, *wanted)
+
+
+def value_and_gradients(function):
+    """`(q, k, v, dout, dlse, *rest) -> out, lse, dq, dk, dv`."""
+
+    def call(q, k, v, dout, dlse, *rest):
+        results, pullback = jax.vjp(lambda *qkv: function(*qkv, *rest), q, k, v)
+        return *results, *pullback((dout, dlse))
+
+    return call
+
+
+def assert_same(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+def mesh_of(*shape, names=("cp",)):
+    count = math.prod(shape)
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+    return Mesh(np.array(jax.devices()[:count]).reshape(shape), names)
