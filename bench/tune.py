@@ -32,17 +32,10 @@ from bench import timing
 from bench.planning import Planning
 from tests.support.cases import CASES
 from zigzag_kernels.checks import DTYPE_BYTES
-from zigzag_kernels.config import (
-    HEAD_DIMS,
-    HOPPER_KERNELS,
-    KERNELS,
-    OVERRIDE_VARIABLE,
-    WIDTHS,
-    Config,
-    architecture,
-    choose_config,
-    fits,
-)
+from zigzag_kernels.families import FAMILIES, choose_tiles, family_of, kernels_by_name
+from zigzag_kernels.modes import LengthClass, Operation
+from zigzag_kernels.tiles import override
+from zigzag_kernels.tiles.config import KernelId, TileConfig
 
 NAMES = "rectangle-d128", "short-d128", "packed16-d128", "packed64-d128"  # with the head_dim and type asked for
 RANK = 3
@@ -51,18 +44,20 @@ GIVE_UP = 1.25  # times the time in use in any case: other cases could not make 
 # Which kernel for Hopper serves depends on the shape of a batch: each of these is tuned on the cases that it serves.
 LONG, FEW, SHORT = ("rectangle-d128",), ("short-d128", "packed16-d128"), ("packed64-d128",)
 SERVES = {
-    f"hopper_{name}{size}": cases
-    for name in ("forward", "dq")
-    for size, cases in (("", LONG), ("_few", FEW), ("_short", SHORT))
-} | {"hopper_dkdv": LONG + FEW, "hopper_dkdv_short": SHORT}
-FUSED = "hopper_fused"  # serves calls that need not be deterministic
+    KernelId("hopper", operation, length_class): cases
+    for operation in (Operation.FORWARD, Operation.DQ)
+    for length_class, cases in zip(LengthClass, (LONG, FEW, SHORT), strict=True)
+} | {
+    KernelId("hopper", Operation.DKDV): LONG + FEW,
+    KernelId("hopper", Operation.DKDV, LengthClass.SHORT): SHORT,
+}
 
 
 @dataclass(frozen=True)
 class Trial:
     """A configuration with its time relative to the one in use, by case, or with what was wrong with it."""
 
-    config: Config
+    config: TileConfig
     relative: dict[str, float] | None = None
     failure: str | None = None
 
@@ -74,17 +69,16 @@ class Trial:
 
 def candidates(kernel, head_dim, dtype, target):
     """Every configuration of `kernel` worth a try: blocks that fit, at least 4 warps, up to 4 stages."""
-    blocks, warps = (32, 64, 128, 192, 256), (4,) if kernel in HOPPER_KERNELS else (4, 8)
-    heads = (1, 2, 4, 8) if kernel.endswith(("_few", "_short")) else (1,)
-    every = itertools.starmap(Config, itertools.product(blocks, blocks[:-1], warps, (1, 2, 3, 4), (0, 1), heads))
+    blocks, fits = (32, 64, 128, 192, 256), family_of(kernel).fits
+    heads = (1,) if kernel.length_class is LengthClass.LONG else (1, 2, 4, 8)
+    every = itertools.starmap(TileConfig, itertools.product(blocks, blocks[:-1], (4, 8), (1, 2, 3, 4), (0, 1), heads))
     return [config for config in every if fits(kernel, config, head_dim, dtype, target) is None]
 
 
 def entry(kernel, head_dim, dtype, target, config):
-    """The override that puts `config` in force: nested names as `zigzag_kernels.config` has them."""
-    up_to = min(dim for dim in HEAD_DIMS if dim >= head_dim)
-    fields = asdict(config)
-    return {architecture(target): {WIDTHS[DTYPE_BYTES[dtype]]: {kernel: {str(up_to): fields}}}}
+    """The contents of an override file that puts `config` in force."""
+    place = override.find_entry(family_of(kernel).architecture(target), kernel, head_dim, dtype)
+    return override.as_tables(place, config)
 
 
 def merged(tables, new):
@@ -112,31 +106,31 @@ class Bench:
 
     def __init__(self, kernel, cases, device="cuda", backend=None):
         self.kernel, self.cases, self.device, self.backend = kernel, cases, device, backend
-        self.direction = "forward" if "forward" in kernel else "backward"
+        self.direction = "forward" if kernel.operation is Operation.FORWARD else "backward"
         self.inputs = {case.name: timing.inputs(case, device) for case in cases}
         self.expected = {case.name: timing.exact(case, RANK, 0, *self.inputs[case.name]) for case in cases}
         self.in_use = {case.name: self.calls(case, None) for case in cases}
 
-    def calls(self, case, override):
-        """(planning, call) of a pass whose results are right; `override` None is the configuration in use."""
-        planning = Planning(**environment(self.kernel, override))
+    def calls(self, case, tiles):
+        """(planning, call) of a pass whose results are right; `tiles` None is the configuration in use."""
+        planning = Planning(**environment(self.kernel, tiles))
         with planning:
             calls = timing.torch_calls(
-                case, RANK, *self.inputs[case.name], backend=self.backend, deterministic=self.kernel != FUSED
+                case, RANK, *self.inputs[case.name], backend=self.backend, deterministic=is_deterministic(self.kernel)
             )
             timing.check(case, RANK, 0, calls.results(), self.expected[case.name])
-        if planning.takes_hopper_kernels != (self.kernel in HOPPER_KERNELS):
-            raise RuntimeError(f"{case}: another kernel than {self.kernel} serves")
+        if self.kernel not in planning.planner.kernels:
+            raise RuntimeError(f"{case}: another kernel than {override.kernel_name(self.kernel)} serves")
         return planning, getattr(calls, self.direction)
 
-    def relative(self, override):
-        """{case: time under `override` over that of the configuration in use, medians of rounds in turns}.
+    def relative(self, tiles):
+        """{case: time with the file `tiles` over that of the configuration in use, medians of rounds in turns}.
 
         `RuntimeError` if it is hopeless.
         """
         result = {}
         for case in self.cases:
-            both = {"in use": self.in_use[case.name], "tried": self.calls(case, override)}
+            both = {"in use": self.in_use[case.name], "tried": self.calls(case, tiles)}
             times = timing.in_turns({name: self.sampler(*x) for name, x in both.items()})
             medians = {name: statistics.median(x) for name, x in times.items()}
             result[case.name] = medians["tried"] / medians["in use"]
@@ -156,16 +150,21 @@ class Bench:
         return sample
 
 
-def environment(kernel, override):
-    """Variables under which the kind of `kernel` is taken, with the tiles of the file `override`."""
-    tiles = {OVERRIDE_VARIABLE: str(override)} if override else {}
-    return {"ZIGZAG_HOPPER": "1" if kernel in HOPPER_KERNELS else "0", **tiles}
+def is_deterministic(kernel):
+    """Whether `kernel` serves calls that ask for the same bits each time."""
+    return kernel.operation is not Operation.FUSED_BACKWARD
 
 
-def compile_one(kernel, case, override):
-    """Leave the kernels under `override` in Triton's cache; what goes wrong will again, in the search."""
-    with contextlib.suppress(Exception), Planning(**environment(kernel, override)):
-        timing.torch_calls(case, RANK, *timing.inputs(case), deterministic=kernel != FUSED).results()
+def environment(kernel, tiles):
+    """Variables under which the family of `kernel` serves wherever it can, with the file `tiles` if there is one."""
+    families = {family.variable: str(int(family.name == kernel.family)) for family in FAMILIES if family.variable}
+    return families | ({override.VARIABLE: str(tiles)} if tiles else {})
+
+
+def compile_one(kernel, case, tiles):
+    """Leave the kernels with the file `tiles` in Triton's cache; what goes wrong will again, in the search."""
+    with contextlib.suppress(Exception), Planning(**environment(kernel, tiles)):
+        timing.torch_calls(case, RANK, *timing.inputs(case), deterministic=is_deterministic(kernel)).results()
     torch.cuda.empty_cache()
 
 
@@ -180,7 +179,7 @@ def compile_all(kernel, case, overrides):
 
 def write_overrides(folder, configs, entry_of):
     """{config: file with its override}, over the tables that are in force already."""
-    before = os.environ.get(OVERRIDE_VARIABLE)
+    before = os.environ.get(override.VARIABLE)
     tables = json.loads(Path(before).read_text(encoding="utf-8")) if before else {}
     paths = {}
     for i, config in enumerate(configs):
@@ -201,32 +200,33 @@ def save(path, trials, entry_of, about):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kernel", choices=KERNELS, required=True)
+    parser.add_argument("--kernel", choices=kernels_by_name(), required=True)
     parser.add_argument("--head-dim", type=int, required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
     parser.add_argument("--output", type=Path, default=Path("tiles.json"))
     options = parser.parse_args(arguments)
     about = {"gpu": timing.require_gpu(), "torch": torch.__version__, "triton": triton.__version__}
     target = "{}.{}".format(*torch.cuda.get_device_capability())
-    names = SERVES.get(options.kernel, NAMES)
+    kernel = kernels_by_name()[options.kernel]
+    names = SERVES.get(kernel, NAMES)
     sizes = {"head_dim": options.head_dim, "dtype": options.dtype}
     cases = [replace(case, name=case.name.partition("-")[0], **sizes) for case in CASES if case.name in names]
     about |= {"kernel": options.kernel, **sizes}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
 
     def entry_of(config):
-        return entry(options.kernel, options.head_dim, options.dtype, target, config)
+        return entry(kernel, options.head_dim, options.dtype, target, config)
 
     try:
-        used = choose_config(options.kernel, options.head_dim, options.dtype, target)
-    except KeyError:
+        used = choose_tiles(kernel, options.head_dim, options.dtype, target)
+    except LookupError:
         parser.error(f"there is no {options.kernel} for head_dim {options.head_dim} on {target}")
-    configs = candidates(options.kernel, options.head_dim, options.dtype, target)
+    configs = candidates(kernel, options.head_dim, options.dtype, target)
     configs = [used, *(config for config in configs if config != used)]
     with tempfile.TemporaryDirectory() as folder:
         paths = write_overrides(folder, configs, entry_of)
-        compile_all(options.kernel, cases[-1], paths.values())
-        bench = Bench(options.kernel, cases)
+        compile_all(kernel, cases[-1], paths.values())
+        bench = Bench(kernel, cases)
         with tqdm(total=len(configs), desc="timing") as bar:
             trials = search(configs, lambda config: bench.relative(paths[config]), lambda _: bar.update())
     for trial in trials[:10]:
@@ -239,7 +239,7 @@ def main(arguments=None):
         return 1
     save(options.output, trials, entry_of, about)
     print(f"{len(trials)} configurations, {failures} of which failed; in use: {used}")
-    print(f"{options.output} has the best one; try it with {OVERRIDE_VARIABLE}={options.output}")
+    print(f"{options.output} has the best one; try it with {override.VARIABLE}={options.output}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Head dims 64 and 128 with tile sizes of your own: `python examples/custom_config.py`.
 
-ZIGZAG_KERNEL_CONFIG names a JSON file whose entries replace those of `zigzag_kernels/config.py`. It is read when a
+ZIGZAG_KERNEL_CONFIG names a JSON file whose entries replace those of `zigzag_kernels/tiles/`. It is read when a
 problem is first seen, so it is set before the first call. Tile sizes are of compiled kernels: without a GPU this runs
 the plain reference, and shows which file would have been read.
 """
@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 
-from zigzag_kernels.config import architecture, choose_config
+from zigzag_kernels.families import choose_tiles, family_of, kernels_by_name
 from zigzag_torch import ZigzagConfig, fused_zigzag_llama3_flash_attn_forward_v2
 
 TILES = {
@@ -24,13 +24,14 @@ def main():
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     target = ".".join(map(str, torch.cuda.get_device_capability())) if gpu else "9.0"
-    tables = {architecture(target): {"16-bit": {"forward": TILES}}}
+    kernel = kernels_by_name()["forward"]
+    tables = {family_of(kernel).architecture(target).name: {"16-bit": {"forward": TILES}}}
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(tables, file)
     os.environ["ZIGZAG_KERNEL_CONFIG"] = file.name
     try:
         for head_dim in (64, 128):
-            print(f"head_dim {head_dim}: {choose_config('forward', head_dim, 'float16', target)}")
+            print(f"head_dim {head_dim}: {choose_tiles(kernel, head_dim, 'float16', target)}")
             q0, q1 = (torch.randn(128, 8, head_dim, dtype=torch.float16, device=device) for _ in range(2))
             k, v = (torch.randn(1024, 8, head_dim, dtype=torch.float16, device=device) for _ in range(2))
             # Rank 0 of 4: chunks 0 and 7 of a sequence of 1024 tokens.

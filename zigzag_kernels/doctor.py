@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import NamedTuple
 
+from . import families
+
 FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPUs
     "PyTorch": ("torch", "zigzag_torch", "pip install --force-reinstall torch"),
     "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10,<0.12'"),
 }
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
-FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS", "ZIGZAG_HOPPER")
+FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
 
 
 class Finding(NamedTuple):
@@ -106,15 +108,17 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
         yield Finding(f"Triton {versions['triton']} is too old", "pip install --upgrade 'triton>=3.6'")
     if has("jax"):
         yield from _diagnose_jax(machine)
-    for name, capability in machine.gpus:
+    for name, capability in dict.fromkeys(machine.gpus):
         if _release(capability) < (8, 0):
             text = f"{name} has compute capability {capability}, and the kernels need 8.0 or newer"
             yield Finding(text, "export CUDA_VISIBLE_DEVICES=")
+        else:
+            yield from _diagnose_tiles(name, capability)
     if any(capability == "9.0" for _, capability in machine.gpus) and has("triton", "3.6"):
         yield from _diagnose_hopper(machine)
     if gpu and machine.environment.get("TRITON_INTERPRET", "0") != "0":
         yield Finding("TRITON_INTERPRET is set, so that nothing is compiled for the GPU", "unset TRITON_INTERPRET")
-    for flag in FLAGS:
+    for flag in (*FLAGS, *(family.variable for family in families.FAMILIES if family.variable)):
         value = machine.environment.get(flag, "0")
         if value not in ("0", "1"):
             yield Finding(f"{flag} is {value!r}, neither 0 nor 1", f"unset {flag}")
@@ -126,6 +130,18 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
             yield Finding(f"{name} does not see the GPU", install)
         if error := report.get("error"):
             yield Finding(f"The self-test of {name} failed: {error}", f"python -m {module}.selftest")
+
+
+def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
+    """A GPU that no tiles were measured on: its kernels are right, and may be slower than they could be."""
+    measured = [target for architecture in families.architectures() for target in architecture.measured_on]
+    if capability in measured:
+        return
+    used = {family.architecture(capability).name for family in families.FAMILIES if family.has_tiles_for(capability)}
+    text = (
+        f"{name}, compute capability {capability}, takes the tiles of {' and '.join(sorted(used))}, not measured on it"
+    )
+    yield Finding(text, "python bench/tune.py --kernel forward --head-dim 128", note=True)
 
 
 def _diagnose_jax(machine: Machine) -> Iterator[Finding]:

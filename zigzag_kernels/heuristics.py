@@ -1,34 +1,41 @@
-"""Every threshold by which this library chooses between two right ways, with its unit and where it was measured.
+"""Every threshold by which this library chooses between two right ways, with its unit, its GPU and its measurement.
 
-Thresholds change speed and memory, never results. The measurements are in `docs/kernels.md` (portable kernels),
-`docs/hopper.md` (kernels for Hopper) and `docs/parallel.md` (transfers).
+Thresholds change speed and memory, never results.
 """
 
 from typing import Protocol
 
-# Transfers between ranks: H200 and H100, docs/parallel.md.
+# How many KV heads an all-gather brings, on H200 and H100: docs/parallel.md#measuring-it, "two KV heads at a time".
 FILLING_ROWS = 2**16
 """Query rows that fill a GPU: 512 tiles of 128 rows, several for each multiprocessor of any GPU so far."""
 LASTING_SCORES = 2**30
-"""Scores of one KV head that keep a GPU busy for half a millisecond (H200); a host took 0.4 ms to send a window."""
+"""Scores of one KV head that keep an H200 busy for half a millisecond; a host took 0.4 ms to send a window off."""
 
-# Order of programs and heads in a program: H100 and H200, docs/kernels.md.
+# In which order programs take tiles, on H200: docs/kernels.md#measured, "heads side by side".
 MULTIPROCESSORS = 128
-"""Multiprocessors of a GPU that models are trained on, about."""
+"""Multiprocessors, about, of a GPU that models are trained on (an H100 and an H200 have 132)."""
 FEW_PROGRAMS = 12 * MULTIPROCESSORS
 """Programs of a launch below which tiles of several heads run side by side."""
+
+# How many heads a program takes, on H200: docs/hopper.md#measured, "Taking several heads".
 MANY_PROGRAMS = 3 * MULTIPROCESSORS
 """Programs of a launch that are left, at least, when a program takes several heads."""
 
-# Choice between kernels for Hopper and portable ones: H100, docs/hopper.md.
+# dK and dV in one launch or in two, on H200: docs/kernels.md#measured, "dK in one launch, dV in another".
+SUMS_TOGETHER_HEAD_DIM = 128
+"""Largest head_dim whose dK and dV are summed by one portable launch, where tiles were measured."""
+
+# Kernels for Hopper or portable ones, on H100: the tables of docs/hopper.md#measured, lines "64 × 128" and "16 × 512".
+SMALL_HEAD_DIM = 64
+"""Largest head_dim at which portable kernels win on short chunks, and two backward kernels beat the fused one."""
 SHORT_CHUNK_KEYS = 96
 """Mean keys of a chunk below which blocks of 128 keys are mostly empty."""
-SMALL_HEAD_DIM = 64
-"""Largest head_dim for which portable kernels are faster on short chunks, and two backward kernels than one."""
 SHORT_CHUNK_KEYS_DKDV = 256
 """Mean keys of a chunk below which, at a small head_dim, the portable dK/dV kernel is faster."""
+
+# Which tiles of a kernel for Hopper, on H100: the same tables, lines "2048, one sequence" and "8192, one sequence".
 FEW_ROWS = 2**17
-"""Packed query rows of a sequence, all heads, below which it has few tiles: 1024 tiles of 128 rows."""
+"""Packed query rows of a sequence, all heads of the window, below which it has few tiles: 1024 tiles of 128 rows."""
 
 
 class Sizes(Protocol):

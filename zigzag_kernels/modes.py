@@ -54,6 +54,11 @@ class Operation(StrEnum):
     FUSED_BACKWARD = "fused_backward"
     """All three gradients in one kernel, summed in no fixed order: a program owns a tile of keys."""
 
+    @property
+    def owns_keys(self) -> bool:
+        """Whether a program owns a tile of keys and passes over query rows, not the other way round."""
+        return self in (Operation.DKDV, Operation.FUSED_BACKWARD)
+
 
 class LengthClass(StrEnum):
     """How long the sequences of a problem are, as far as the choice of tiles goes."""

@@ -98,7 +98,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
                 player = ranks.Player(case, 1, tensors, 1, backend)
                 for call in player.calls(windows, player.new_sums()).values():
                     call()
-        names |= {made.kernel.fn.__name__ for made in planning.launches}
+        names |= {made.kernel.fn.__name__ for made in planning.planner.launches}
     return names
 
 

@@ -15,7 +15,9 @@ from bench.compare import IMPLEMENTATIONS, Unavailable
 from bench.planning import Planning
 from tests.support.cases import BENCH, CASES, QUICK, Case
 from tests.support.machine import GPU
-from zigzag_kernels import plan
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.plan import operation, planner
+from zigzag_kernels.tiles.config import KernelId, TileConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, whose attentions are compared
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
@@ -24,6 +26,7 @@ TINY = Case(name="rectangle-d128", world_size=2, lengths=(16, 8), **SIZES)
 FULL = Case(name="full", world_size=2, lengths=(12,), causal=False, **SIZES)
 SINGLE = Case(name="single", world_size=1, lengths=(24,), **SIZES)
 THREE = Case(name="three", world_size=3, lengths=(24, 0, 12), **SIZES)
+FORWARD = KernelId("portable", Operation.FORWARD)
 PEERS = "unfused", "flash2-torch"
 
 
@@ -222,17 +225,24 @@ def test_host_time_waits_between_calls():
 
 def test_plans_of_several_settings_stand_side_by_side(monkeypatch):
     """Each plans once under its own environment, and nothing stays behind."""
-    monkeypatch.setattr(plan, "choose_config", lambda *_: plan.Config(*map(int, run.os.environ["TILES"].split())))
+
+    def choose(kernel, *_):
+        asked.append(kernel)
+        return TileConfig(*map(int, run.os.environ["TILES"].split()))
+
+    asked = []
+    monkeypatch.setattr(operation, "choose_tiles", choose)
     tensors = timing.inputs(TINY, DEVICE)
-    before = plan._forward_launch
+    before = planner.current
     plannings = {tiles: Planning(TILES=tiles) for tiles in ("16 16 1 1", "32 16 1 1")}
     for _ in range(2):
         for planning in plannings.values():
             with planning:
                 timing.torch_calls(TINY, 0, *tensors, backend=BACKEND).forward()
-    assert plan._forward_launch is before
+    assert planner.current is before
     assert "TILES" not in run.os.environ
+    assert asked == [FORWARD] * 2
     for tiles, planning in plannings.items():
-        (launch,) = [x for x in planning.launches if x.kernel is plan.attention_forward]
-        assert launch.constexprs["BLOCK_M"] == int(tiles[:2])
+        (planned,) = [x for x in planning.planner.planned if x.kernel == FORWARD]
+        assert planned.launches[0].constexprs["BLOCK_M"] == int(tiles[:2])
         assert not planning.takes_hopper_kernels

@@ -9,12 +9,18 @@ from bench import timing, tune
 from tests.support.cases import CASES, Case
 from tests.support.machine import GPU
 from tests.support.problems import hopper_problem as problem
-from zigzag_kernels import config, hopper
-from zigzag_kernels.config import Config
+from zigzag_kernels.families import choose_family, choose_tiles, family_of, kernels_by_name
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.tiles import override
+from zigzag_kernels.tiles.config import TileConfig
 
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
 TINY = Case(name="tiny", world_size=4, lengths=(16,), head_dim=32, dtype="float16")
-BEST, USED, WRONG = (Config(64, 64, warps, 2) for warps in (4, 8, 16))
+KERNELS = kernels_by_name()
+FORWARD, DQ = KERNELS["forward"], KERNELS["backward_dq"]
+BEST, USED, WRONG = (TileConfig(64, 64, warps, 2) for warps in (4, 8, 16))
 
 
 def measure(tried):
@@ -24,7 +30,7 @@ def measure(tried):
 
 
 def entry_of(tried):
-    return tune.entry("backward_dq", 96, "float16", "9.0", tried)
+    return tune.entry(DQ, 96, "float16", "9.0", tried)
 
 
 def test_the_search_ranks_by_the_mean_and_keeps_what_failed():
@@ -36,25 +42,25 @@ def test_the_search_ranks_by_the_mean_and_keeps_what_failed():
     assert [trial.config for trial in ticks] == [USED, WRONG, BEST]
 
 
-@pytest.mark.parametrize("kernel", config.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_candidates_fit_and_have_what_is_shipped(kernel, head_dim):
     found = tune.candidates(kernel, head_dim, "bfloat16", "9.0")
     assert len(found) == len(set(found)) < 300
-    assert all(config.fits(kernel, x, head_dim, "bfloat16", "9.0") is None for x in found)
-    assert config.choose_config(kernel, head_dim, "bfloat16", "9.0") in found
+    assert all(family_of(kernel).fits(kernel, x, head_dim, "bfloat16", "9.0") is None for x in found)
+    assert choose_tiles(kernel, head_dim, "bfloat16", "9.0") in found
 
 
 def test_the_override_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch):
     """It replaces what was measured, leaves the other entries of the file, and has all trials beside it."""
     path = tmp_path / "tiles.json"
-    other = tune.entry("forward", 64, "bfloat16", "9.0", USED)
+    other = tune.entry(FORWARD, 64, "bfloat16", "9.0", USED)
     path.write_text(json.dumps(tune.merged(other, entry_of(WRONG))))
     trials = tune.search([USED, WRONG, BEST], measure)
     tune.save(path, trials, entry_of, {"gpu": "made up"})
-    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(path))
-    assert config.choose_config("backward_dq", 128, "bfloat16", "9.0") == BEST
-    assert config.choose_config("forward", 64, "bfloat16", "9.0") == USED
+    monkeypatch.setenv(override.VARIABLE, str(path))
+    assert choose_tiles(DQ, 128, "bfloat16", "9.0") == BEST
+    assert choose_tiles(FORWARD, 64, "bfloat16", "9.0") == USED
     measured = json.loads((tmp_path / "tiles.measured.json").read_text())
     assert measured["machine"] == {"gpu": "made up"}
     assert [x["relative"] for x in measured["tried, best first"]] == [{"a": 0.5, "b": 1.28}, {"a": 1.0, "b": 1.0}, None]
@@ -62,19 +68,19 @@ def test_the_override_that_is_written_is_the_one_that_is_read(tmp_path, monkeypa
 
 def test_files_of_candidates_keep_the_override_in_force(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    path.write_text(json.dumps(tune.entry("forward", 64, "bfloat16", "9.0", USED)))
-    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(path))
+    path.write_text(json.dumps(tune.entry(FORWARD, 64, "bfloat16", "9.0", USED)))
+    monkeypatch.setenv(override.VARIABLE, str(path))
     (written,) = tune.write_overrides(tmp_path, [BEST], entry_of).values()
-    monkeypatch.setenv(config.OVERRIDE_VARIABLE, str(written))
-    assert config.choose_config("backward_dq", 128, "bfloat16", "9.0") == BEST
-    assert config.choose_config("forward", 64, "bfloat16", "9.0") == USED
+    monkeypatch.setenv(override.VARIABLE, str(written))
+    assert choose_tiles(DQ, 128, "bfloat16", "9.0") == BEST
+    assert choose_tiles(FORWARD, 64, "bfloat16", "9.0") == USED
 
 
 def test_a_pass_is_checked_and_timed_beside_the_one_in_use(monkeypatch):
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "ROUND_MS", 0)
     monkeypatch.setattr(tune, "GIVE_UP", 1e9)
-    bench = tune.Bench("forward", [TINY], DEVICE, BACKEND)
+    bench = tune.Bench(FORWARD, [TINY], DEVICE, BACKEND)
     assert bench.relative(None)["tiny"] > 0
     monkeypatch.setattr(tune, "GIVE_UP", 0)
     with pytest.raises(RuntimeError, match=r"tiny: .* of the time in use"):
@@ -86,7 +92,7 @@ def test_a_pass_is_checked_and_timed_beside_the_one_in_use(monkeypatch):
 
 def test_a_kernel_that_does_not_serve_is_not_tuned():
     with pytest.raises(RuntimeError, match="another kernel than hopper_forward serves"):
-        tune.Bench("hopper_forward", [TINY], DEVICE, BACKEND)
+        tune.Bench(KERNELS["hopper_forward"], [TINY], DEVICE, BACKEND)
 
 
 def test_each_kernel_is_tuned_in_its_own_pass_on_cases_that_it_serves():
@@ -94,20 +100,21 @@ def test_each_kernel_is_tuned_in_its_own_pass_on_cases_that_it_serves():
         "forward": "forward", "backward_dkdv": "backward", "backward_dq": "backward", "hopper_forward_few": "forward",
         "hopper_dkdv": "backward", "hopper_dq_short": "backward", "hopper_fused": "backward",
     }  # fmt: skip
-    assert {kernel: tune.Bench(kernel, []).direction for kernel in expected} == expected
+    assert {kernel: tune.Bench(KERNELS[kernel], []).direction for kernel in expected} == expected
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_cases_of_each_kernel_are_those_that_it_serves(head_dim, monkeypatch):
     """The fused one serves all of them."""
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
-    monkeypatch.setenv(hopper.VARIABLE, "1")
-    served = {kernel: () for kernel in config.HOPPER_KERNELS if kernel != tune.FUSED}
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+    monkeypatch.setenv(HOPPER.variable, "1")
+    served = {kernel: () for kernel in HOPPER.kernels if tune.is_deterministic(kernel)}
     for case in CASES:
         if case.name in tune.NAMES:
             asked = problem(case.tokens, head_dim, sequences=len(case.lengths), world_size=case.world_size)
-            for kernel in (hopper.forward_kernel(asked), *hopper.backward_kernels(asked, asked.q_strides)):
-                served[kernel] += (case.name,)
+            for operation in (Operation.FORWARD, Operation.DKDV, Operation.DQ):
+                family = choose_family(asked, operation, asked.q_strides)
+                served[family.choose_kernel(asked, operation)] += (case.name,)
     assert served == tune.SERVES
 
 
@@ -115,21 +122,21 @@ class FakeBench:
     """Times by the file that it is given: 256 rows are twice as fast as what is in use, 64 do not compile."""
 
     def __init__(self, kernel, cases):
-        assert (kernel, {case.head_dim for case in cases}) == ("forward", {96})
+        assert (kernel, {case.head_dim for case in cases}) == (FORWARD, {96})
         self.cases = cases
 
-    def relative(self, override):
-        rows = json.loads(override.read_text())["sm_90"]["16-bit"]["forward"]["128"]["BLOCK_M"]
+    def relative(self, tiles):
+        rows = json.loads(tiles.read_text())["sm_90"]["16-bit"]["forward"]["128"]["BLOCK_M"]
         if rows == 64:
             raise RuntimeError("too many registers")
         return {case.name: 0.5 if rows == 256 else 1.0 for case in self.cases}
 
 
 def test_the_whole_search(monkeypatch, tmp_path, capsys):
-    tried = [Config(rows, 64, 8, 2) for rows in (64, 256)]
+    tried = [TileConfig(rows, 64, 8, 2) for rows in (64, 256)]
     monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(timing, "require_gpu", lambda: "made up")
-    monkeypatch.setattr(tune, "compile_all", lambda kernel, case, overrides: None)
+    monkeypatch.setattr(tune, "compile_all", lambda kernel, case, paths: None)
     monkeypatch.setattr(tune, "candidates", lambda *_: tried)
     monkeypatch.setattr(tune, "Bench", FakeBench)
     path = tmp_path / "tiles.json"
@@ -137,10 +144,10 @@ def test_the_whole_search(monkeypatch, tmp_path, capsys):
     assert tune.main(arguments) == 0
     assert json.loads(path.read_text())["sm_90"]["16-bit"]["forward"]["128"]["BLOCK_M"] == 256
     printed = capsys.readouterr().out
-    assert "0.500 of the time in use: Config(BLOCK_M=256" in printed
+    assert "0.500 of the time in use: TileConfig(BLOCK_M=256" in printed
     assert "BLOCK_M=64" not in printed
     assert "3 configurations, 1 of which failed" in printed
-    monkeypatch.setattr(FakeBench, "relative", lambda self, override: 1 / 0)
+    monkeypatch.setattr(FakeBench, "relative", lambda self, tiles: 1 / 0)
     path.unlink()
     assert tune.main(arguments) == 1
     assert not path.exists()

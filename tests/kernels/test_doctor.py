@@ -12,8 +12,9 @@ import pytest
 from tests.support.commands import HANGS, ROOT
 from tests.support.machine import GPU
 from zigzag_jax import launch
-from zigzag_kernels import doctor, hopper
+from zigzag_kernels import doctor
 from zigzag_kernels.doctor import Machine, describe, diagnose
+from zigzag_kernels.hopper import rules
 
 WELL = {"gpu": True, "cuda": "13.0", "amd": False, "backend": "triton", "seconds": 0.5}
 HOPPER = Machine(
@@ -87,7 +88,7 @@ def test_one_problem_and_what_mends_it(case):
         changed(HOPPER, jax=None, torch="2.14.0", triton="3.8.0"),
         changed(HOPPER, torch=None, triton="3.9.0", jax_triton="0.4.1", nvidia_cuda_nvcc="13.1.2"),
         changed(LAPTOP, jax_triton=None),
-        changed(HOPPER, gpus=[("NVIDIA A100", "8.0")], jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
+        changed(HOPPER, jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
         changed(HOPPER, environment={"TRITON_INTERPRET": "0", "ZIGZAG_USE_FUSED_TRITON_V2": "0"}),
     ],
 )
@@ -107,6 +108,16 @@ def test_what_does_not_concern_everyone_is_a_note():
         (finding,) = diagnose(machine)
         assert finding.note
         assert command in finding.command
+
+
+@pytest.mark.parametrize(
+    ("capability", "table"), [("8.0", "sm_80"), ("8.9", "sm_86"), ("10.0", "sm_90"), ("12.0", "sm_86")]
+)
+def test_a_gpu_that_no_tiles_were_measured_on_is_a_note(capability, table):
+    (finding,) = diagnose(changed(HOPPER, gpus=[("A GPU", capability)]))
+    assert finding.note
+    assert finding.text == f"A GPU, compute capability {capability}, takes the tiles of {table}, not measured on it"
+    assert "bench/tune.py" in finding.command
 
 
 def test_what_is_there_is_listed():
@@ -134,7 +145,7 @@ def test_the_packages_ask_for_what_the_doctor_asks_for():
 
 
 def test_the_doctor_knows_what_the_kernels_for_hopper_need():
-    assert hopper.TRITON == ("3.6.", "3.7.", "3.8.", "3.9.")
+    assert rules.TRITON == ("3.6.", "3.7.", "3.8.", "3.9.")
     assert launch.GLUON_JAX == (0, 10, 1)
 
 

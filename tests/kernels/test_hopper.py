@@ -16,58 +16,83 @@ from jax.sharding import PartitionSpec as P
 from tests.support.commands import lines_of
 from tests.support.hopper import needs_triton
 from tests.support.problems import hopper_problem as problem
+from tests.support.problems import launches_of, serving
 from zigzag_jax import launch as jax_launch
 from zigzag_jax import launch_gluon
-from zigzag_kernels import config, heuristics, hopper, plan
+from zigzag_kernels import heuristics, plan
+from zigzag_kernels.families import choose_tiles
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.plan.grid import count_heads_together
+from zigzag_kernels.tiles.config import TileConfig
+from zigzag_kernels.tiles.override import kernel_name
 
 PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
 
 
+def forward(asked):
+    return serving(asked, Operation.FORWARD)
+
+
+def pair(asked, dout_strides=DOUT_STRIDES):
+    return tuple(serving(asked, operation, dout_strides) for operation in (Operation.DKDV, Operation.DQ))
+
+
+def fused(asked):
+    return serving(asked, Operation.FUSED_BACKWARD, DOUT_STRIDES) == "hopper_fused"
+
+
 def test_the_rules_that_take_them(monkeypatch):
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
     for value in (None, "1"):
         if value:
-            monkeypatch.setenv(hopper.VARIABLE, value)
-        assert hopper.forward_kernel(problem()) == "hopper_forward"
-        assert hopper.backward_kernels(problem(), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq")
-        assert hopper.forward_kernel(problem(tokens=2048)) == "hopper_forward_few"
-        assert hopper.backward_kernels(problem(tokens=2048), DOUT_STRIDES) == ("hopper_dkdv", "hopper_dq_few")
-        assert hopper.forward_kernel(problem(sequences=64)) == "hopper_forward_short"
-        short = hopper.forward_kernel(problem(sequences=64, head_dim=64))
-        assert short == ("hopper_forward_short" if value else "forward")
-        short = hopper.backward_kernels(problem(sequences=64, head_dim=64), DOUT_STRIDES)
+            monkeypatch.setenv(HOPPER.variable, value)
+        assert forward(problem()) == "hopper_forward"
+        assert pair(problem()) == ("hopper_dkdv", "hopper_dq")
+        assert forward(problem(tokens=2048)) == "hopper_forward_few"
+        assert pair(problem(tokens=2048)) == ("hopper_dkdv", "hopper_dq_few")
+        assert forward(problem(sequences=64)) == "hopper_forward_short"
+        assert forward(problem(sequences=64, head_dim=64)) == ("hopper_forward_short" if value else "forward")
+        short = pair(problem(sequences=64, head_dim=64))
         assert short == (("hopper_dkdv_short", "hopper_dq_short") if value else PORTABLE)
-        medium = hopper.backward_kernels(problem(sequences=16, head_dim=64), DOUT_STRIDES)
-        assert medium == ("hopper_dkdv", "hopper_dq_few")
-        shorter = hopper.backward_kernels(problem(sequences=32, head_dim=64), DOUT_STRIDES)
+        assert pair(problem(sequences=16, head_dim=64)) == ("hopper_dkdv", "hopper_dq_few")
+        shorter = pair(problem(sequences=32, head_dim=64))
         assert shorter == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq_few")
-        short = hopper.backward_kernels(problem(sequences=64), DOUT_STRIDES)
-        assert short == ("hopper_dkdv_short", "hopper_dq_short")
-        assert not hopper.takes_fused_backward(problem(), DOUT_STRIDES)
-        assert hopper.takes_fused_backward(problem(deterministic=False), DOUT_STRIDES)
+        assert pair(problem(sequences=64)) == ("hopper_dkdv_short", "hopper_dq_short")
+        assert fused(problem())
         for slower in ({"head_dim": 64}, {"sequences": 64}):
-            asked = problem(deterministic=False, **slower)
-            assert hopper.takes_fused_backward(asked, DOUT_STRIDES) == bool(value), slower
+            assert fused(problem(**slower)) == bool(value), slower
         # dK/dV alone reads q and dout by the copy engine.
-        assert hopper.backward_kernels(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
-        assert hopper.backward_kernels(problem(q_stride=4100), DOUT_STRIDES) == ("backward_dkdv", "hopper_dq")
+        assert pair(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
+        assert pair(problem(q_stride=4100)) == ("backward_dkdv", "hopper_dq")
         for cannot in (
             {"head_dim": 32}, {"head_dim": 136}, {"dtype": "float32"}, {"target": "8.0"}, {"target": "10.0"},
             {"gluon": False}, {"stride": 1028},
         ):  # fmt: skip
-            assert hopper.forward_kernel(problem(**cannot)) == "forward", cannot
-            assert hopper.backward_kernels(problem(**cannot), DOUT_STRIDES) == PORTABLE, cannot
-            assert not hopper.takes_fused_backward(problem(deterministic=False, **cannot), DOUT_STRIDES), cannot
-    monkeypatch.setenv(hopper.VARIABLE, "0")
-    assert hopper.forward_kernel(problem()) == "forward"
-    monkeypatch.setenv(hopper.VARIABLE, "yes")
+            assert forward(problem(**cannot)) == "forward", cannot
+            assert pair(problem(**cannot)) == PORTABLE, cannot
+            assert not fused(problem(**cannot)), cannot
+    monkeypatch.setenv(HOPPER.variable, "0")
+    assert forward(problem()) == "forward"
+    monkeypatch.setenv(HOPPER.variable, "yes")
     with pytest.raises(ValueError, match="ZIGZAG_HOPPER: expected 0 or 1, got 'yes'"):
-        hopper.forward_kernel(problem())
-    monkeypatch.delenv(hopper.VARIABLE)
+        forward(problem())
+    monkeypatch.delenv(HOPPER.variable)
     for release, kernel in (("3.7.1", "hopper_forward"), ("3.9.0", "hopper_forward"), ("3.10.0", "forward")):
         monkeypatch.setattr(triton, "__version__", release)
-        assert hopper.forward_kernel(problem()) == kernel, release
+        assert forward(problem()) == kernel, release
+
+
+@needs_triton
+def test_one_kernel_has_the_whole_backward_where_bits_may_differ():
+    for deterministic, expected in ((True, ["hopper_dkdv", "hopper_dq"]), (False, ["hopper_fused"])):
+        step = plan.plan_step(problem(deterministic=deterministic))
+        names = [kernel_name(planned.kernel) for planned in step if planned.kernel]
+        assert names == ["hopper_forward", *expected]
+    windows = plan.plan_step(problem(deterministic=False), part=plan.Part(dtype="float32"))
+    assert [planned.kernel.operation for planned in windows[3:]] == [Operation.DKDV, Operation.DQ]
 
 
 def which_read_by_the_copy_engine(asked, dout_strides):
@@ -88,7 +113,7 @@ def which_read_by_the_copy_engine(asked, dout_strides):
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
 def test_rows_that_the_copy_engine_cannot_address_are_left_to_the_portable_kernels(name, strides, monkeypatch):
     """It wants multiples of 16 bytes, and no row twice; dQ and out read q and dout without it."""
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
     given = {f"{x}_strides": getattr(problem(), f"{x}_strides") for x in "qkv"} | {"dout_strides": DOUT_STRIDES}
     given[f"{name}_strides"] = strides
     dout_strides = given.pop("dout_strides")
@@ -101,36 +126,33 @@ def test_rows_that_the_copy_engine_cannot_address_are_left_to_the_portable_kerne
 def test_how_many_heads_a_program_takes(monkeypatch):
     """What the table says of short sequences, but no number that does not divide the window, leaves too few programs,
     or whose keys the copy engine cannot take for columns of one row."""
-    table = config.Config(128, 64, 4, 4, heads_together=8)
+    table = TileConfig(128, 64, 4, 4, heads_together=8)
 
     def heads(tiles, table=table, **shapes):
-        return plan._heads_together(problem(**shapes), table, tiles)["HEADS_TOGETHER"]
+        return count_heads_together(problem(**shapes), table, tiles)
 
     enough = heuristics.MANY_PROGRAMS
     assert [heads(tiles) for tiles in (enough, enough // 2, enough // 4, enough // 8, 1)] == [8, 4, 2, 1, 1]
-    assert heads(enough, config.Config(128, 64, 4, 4)) == 1
-    assert heads(enough, config.Config(128, 64, 4, 4, heads_together=6)) == 2
+    assert heads(enough, TileConfig(128, 64, 4, 4)) == 1
+    assert heads(enough, TileConfig(128, 64, 4, 4, heads_together=6)) == 2
     assert heads(enough, head_dim=96) == 1
     for name in ("k_strides", "v_strides"):
         apart = dataclasses.replace(problem(), **{name: (2048, 256)})
-        assert plan._heads_together(apart, table, enough) == {"HEADS_TOGETHER": 1}
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
-    launch = plan._forward_launch.__wrapped__(problem(sequences=64), plan.WHOLE)
+        assert count_heads_together(apart, table, enough) == 1
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+    (launch,) = launches_of(problem(sequences=64), Operation.FORWARD)
     assert launch.constexprs["HEADS_TOGETHER"] == 8
     assert launch.grid == (8192 * 4 // 128 + 2 * 64 + 1, 1, 1)  # one head's tiles, whose programs take all eight
-    for name, can in (("hopper_dq", True), ("hopper_fused", False), ("backward_dq", False)):
-        refused = config.fits(name, config.Config(64, 128, 4, 1, heads_together=2), 64, "bfloat16", "9.0")
-        assert (refused != "1 as heads_together") == can
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", config.HOPPER_KERNELS)
-def test_one_stage_is_refused(name, head_dim):
+@pytest.mark.parametrize("kernel", HOPPER.kernels, ids=kernel_name)
+def test_one_stage_is_refused(kernel, head_dim):
     """A consumer waits for a block while it has the one before: on a GPU it would wait for ever."""
-    shipped = config.choose_config(name, head_dim, "bfloat16", "9.0")
+    shipped = choose_tiles(kernel, head_dim, "bfloat16", "9.0")
     for stages, refused in ((1, "2 or more as num_stages"), (2, None)):
         tried = dataclasses.replace(shipped, num_stages=stages)
-        assert config.fits(name, tried, head_dim, "bfloat16", "9.0") == refused
+        assert HOPPER.fits(kernel, tried, head_dim, "bfloat16", "9.0") == refused
 
 
 def test_which_jax_can_launch_them(monkeypatch):
@@ -160,12 +182,12 @@ def recorded(monkeypatch):
     metadata = types.SimpleNamespace(
         name="forward", num_warps=12, shared=1000, global_scratch_size=256, global_scratch_align=128
     )
-    monkeypatch.setattr(triton, "__version__", hopper.TRITON[0] + "0")
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
     monkeypatch.setattr(jaxlib, "gpu_triton", Recorder(), raising=False)
     compiled = types.SimpleNamespace(metadata=metadata, asm={"ptx": "ptx"})
     monkeypatch.setattr(launch_gluon, "compile_kernel", lambda *_: compiled)
     parts = plan.WHOLE, plan.Part(accumulate=True, dtype="float32")
-    return metadata, [plan._forward_launch.__wrapped__(problem(tokens=512, world_size=4), part) for part in parts]
+    return metadata, [launches_of(problem(tokens=512, world_size=4), Operation.FORWARD, part)[0] for part in parts]
 
 
 def shapes(tokens=512, ranks=4):
@@ -201,7 +223,7 @@ def test_jax_gives_the_kernel_its_scratch_memory_last(recorded):
 
 def test_jax_gives_the_fused_backward_the_sums_to_add_to(recorded):
     asked = problem(tokens=512, world_size=4, deterministic=False)
-    clear, fused, _ = plan._fused_launches.__wrapped__(asked, DOUT_STRIDES)
+    clear, fused, _ = launches_of(asked, Operation.FUSED_BACKWARD)
     q, k, v, _ = shapes()
     rows, sequences = (jax.ShapeDtypeStruct(*x) for x in (((8, 2048), "float32"), ((2, 12), "int32")))
     (sums,) = (jax.ShapeDtypeStruct(output.shape, output.dtype) for output in clear.outputs)
@@ -245,6 +267,6 @@ def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
 @needs_triton
 def test_they_compile_without_spills_within_their_memory(tmp_path):
     """In a process of its own, for this one may interpret."""
-    names = lines_of("compile_hopper", TRITON_CACHE_DIR=str(tmp_path), **{hopper.VARIABLE: "1"})
+    names = lines_of("compile_hopper", TRITON_CACHE_DIR=str(tmp_path), **{HOPPER.variable: "1"})
     long = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
-    assert set(names) == (set(config.HOPPER_KERNELS) if triton.__version__.startswith("3.6.") else long)
+    assert set(names) == (set(map(kernel_name, HOPPER.kernels)) if triton.__version__.startswith("3.6.") else long)

@@ -13,8 +13,12 @@ import zigzag_jax
 from tests.support import frameworks
 from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
 from tests.support.hopper import needs_hopper
+from tests.support.planners import RememberingPlanner
 from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_rows
-from zigzag_kernels import hopper, plan
+from zigzag_kernels import plan
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.plan import operation
 
 pytestmark = [pytest.mark.gpu, needs_hopper]
 
@@ -23,7 +27,7 @@ SELECTED = [
     for case in CASES
     if case.tags.isdisjoint(BENCH)
     and case.dtype != "float32"
-    and hopper.MIN_HEAD_DIM <= case.head_dim <= hopper.MAX_HEAD_DIM
+    and rules.MIN_HEAD_DIM <= case.head_dim <= rules.MAX_HEAD_DIM
 ]
 # Chunks of no whole block, and padding: boxes of keys run over the ends of chunks, sequences and slots.
 UNEVEN = Case(
@@ -37,22 +41,11 @@ FUSED = {"attention_forward_hopper", "clear_sums", "backward_fused_hopper", "fin
 
 @pytest.fixture
 def forced(monkeypatch):
-    """They are taken wherever they can serve; the names of the kernels of attention that were launched."""
-    names = set()
-
-    def noted(make):
-        def make_and_note(*arguments):
-            made = make(*arguments)
-            names.update(launch.kernel.fn.__name__ for launch in (made if isinstance(made, tuple) else (made,)))
-            return made
-
-        return make_and_note
-
-    monkeypatch.setenv(hopper.VARIABLE, "1")
-    for name in ("_forward_launch", "_dkdv_launches", "_dq_launch", "_fused_launches"):
-        monkeypatch.setattr(plan, name, noted(getattr(plan, name).__wrapped__))
+    """They are taken wherever they can serve; the planner, which says which were launched."""
+    monkeypatch.setenv(HOPPER.variable, "1")
     frameworks._jax_attention.cache_clear()
-    yield names
+    with plan.use_planner(RememberingPlanner()) as planner:
+        yield planner
     frameworks._jax_attention.cache_clear()
 
 
@@ -66,7 +59,7 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
         assert_rank_is_right(case, inputs, rank, {"torch": results})
         for name in RESULTS:
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
-    assert forced == PAIR
+    assert forced.functions == PAIR
 
 
 @pytest.mark.parametrize("case", [replace(UNEVEN, heads=16, kv_heads=8), replace(PLAIN, heads=12, kv_heads=4)], ids=str)
@@ -76,10 +69,10 @@ def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypat
     for rank in range(case.world_size):
         arrays = *rank_arrays(case, inputs, rank), rank, "triton"
         alone = frameworks.attend_torch(case, *arrays)
-        assert forced == PAIR
+        assert forced.functions == PAIR
         for heads in (2, 4, case.kv_heads):
-            with monkeypatch.context() as patch:
-                patch.setattr(plan, "_heads_together", lambda *_, heads=heads: {"HEADS_TOGETHER": heads})
+            with monkeypatch.context() as patch, plan.use_planner(RememberingPlanner()):
+                patch.setattr(operation, "count_heads_together", lambda *_, heads=heads: heads)
                 together = frameworks.attend_torch(case, *arrays)
             for name in RESULTS:
                 assert together[name].tobytes() == alone[name].tobytes(), f"rank {rank}, {heads} heads: {name}"
@@ -92,7 +85,7 @@ def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
     attends = {"torch": frameworks.attend_torch, "jax": frameworks.attend_jax}
     named = {name: attend(case, *arrays, deterministic=False) for name, attend in attends.items()}
     assert_rank_is_right(case, inputs, rank, named)
-    assert forced == FUSED
+    assert forced.functions == FUSED
 
 
 def beside_foul(case, rank, arrays, clean, foul, **options):
@@ -136,7 +129,7 @@ def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
     for results in others:
         for name in ("out", "lse", "dk", "dv"):  # all but dQ have one owner here too
             np.testing.assert_array_equal(results[name], clean[name])
-    assert forced == FUSED
+    assert forced.functions == FUSED
 
 
 def test_six_of_them_in_one_function_of_jax(forced):
@@ -159,4 +152,4 @@ def test_six_of_them_in_one_function_of_jax(forced):
     for _ in range(3):
         np.testing.assert_array_equal(together(q, k, v, cu_seqlens), one_by_one)
         np.testing.assert_array_equal(sharded(q, k, v, cu_seqlens), one_by_one)
-    assert forced == {"attention_forward_hopper"}
+    assert forced.functions == {"attention_forward_hopper"}

@@ -8,12 +8,18 @@ all of them and knows how much each may spill; with another, those that take the
 
 import contextlib
 import io
+from dataclasses import replace
 
 import triton
 
 from tests.support.problems import hopper_problem
 from zigzag_jax import launch_gluon
-from zigzag_kernels import config, plan
+from zigzag_kernels import plan
+from zigzag_kernels.families import choose_tiles
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.tiles.override import kernel_name
+from zigzag_kernels.tiles.sm_90 import SM_90
 
 TUNED = triton.__version__.startswith("3.6.")
 # Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next. What
@@ -39,15 +45,14 @@ def cases():
                     yield head_dim, dtype, part, lengths
 
 
-def launches(asked, part):
-    """(name, launch) of each kernel; those that walk through keys with all their tiles."""
-    dout = asked.q_strides
-    yield plan.forward_kernel(asked), plan._forward_launch(asked, part)
-    yield plan.backward_kernels(asked, dout)[1], plan._dq_launch(asked, dout, part)
-    if asked.tokens == LONG[0]:
-        yield plan.backward_kernels(asked, dout)[0], plan._dkdv_launches(asked, dout, part)[0]
-        if part == WHOLE and asked.sequences == 1:
-            yield "hopper_fused", plan._fused_launches(asked, dout)[1]
+def planned(asked, part):
+    """(kernel, launch) of each kernel; those that walk through keys with all their tiles."""
+    steps = [asked]
+    if asked.tokens == LONG[0] and part == WHOLE and asked.sequences == 1:
+        steps.append(replace(asked, call=replace(asked.call, deterministic=False)))
+    for kernel, launches in (planned for step in steps for planned in plan.plan_step(step, part=part)):
+        if kernel and (asked.tokens == LONG[0] or not kernel.operation.owns_keys):
+            yield kernel, launches[1 if kernel.operation is Operation.FUSED_BACKWARD else 0]
 
 
 def pointers(launch, dtype):
@@ -59,12 +64,12 @@ def pointers(launch, dtype):
     return found[: len(launch.inputs)] + ["i32"] * len(launch.scalars) + found[len(launch.inputs) :]
 
 
-def check(name, launch, compiled, kinds, head_dim, dtype):
+def check(kernel, launch, compiled, kinds, head_dim, dtype):
     """The kernel keeps within its shared memory, and has the parameters and threads that the launch gives it."""
     ptx = compiled.asm["ptx"]
-    chosen = config.choose_config(name, head_dim, dtype, "9.0")
-    bound = config.shared_memory(name, chosen, head_dim, dtype, "sm_90")
-    assert compiled.metadata.shared <= bound <= config.SHARED_MEMORY["sm_90"], (name, bound)
+    config = choose_tiles(kernel, head_dim, dtype, "9.0")
+    bound = HOPPER.shared_memory(kernel, config, head_dim, dtype, SM_90)
+    assert compiled.metadata.shared <= bound <= SM_90.shared_memory, (kernel, bound)
     assert compiled.metadata.global_scratch_size == launch.scratch
     assert f".reqntid {32 * compiled.metadata.num_warps}" in ptx
     entry = ptx[ptx.index(".entry") :]
@@ -77,7 +82,8 @@ def main():
     reports = {}
     for head_dim, dtype, part, (tokens, sequences) in cases():
         asked = hopper_problem(tokens, head_dim, dtype, sequences=sequences)
-        for name, launch in launches(asked, part):
+        for kernel, launch in planned(asked, part):
+            name = kernel_name(kernel)
             kinds = pointers(launch, dtype)
             constexprs = tuple(launch.constexprs.items())
             with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -86,7 +92,7 @@ def main():
                 )
             key = launch.kernel, *kinds, *constexprs
             report = reports[key] = log.getvalue() or reports[key]  # compiled once where two names have one kernel
-            check(name, launch, compiled, kinds, head_dim, dtype)
+            check(kernel, launch, compiled, kinds, head_dim, dtype)
             spilt = int(report.split(" bytes spill stores")[0].split()[-1])
             assert spilt <= (SPILLS.get(name, 0) if TUNED else SPILLS_UNTUNED), (name, head_dim, report)
             assert not (TUNED and "C75" in report), report

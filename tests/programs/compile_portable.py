@@ -9,8 +9,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.support.problems import launches, small_problem
-from zigzag_kernels import config
+from tests.support.problems import small_problem
+from zigzag_kernels import plan
+from zigzag_kernels.families import choose_tiles
+from zigzag_kernels.portable.family import PORTABLE
 
 PROBLEMS = (
     ("9.0", 128, "bfloat16"),
@@ -39,16 +41,15 @@ def compile_launch(launch, target, dtype):
 
 def main():
     for target, head_dim, dtype in PROBLEMS:
-        for launch in launches(small_problem(head_dim, dtype, target)):
-            compiled = compile_launch(launch, target, dtype)
-            name = launch.kernel.__name__.removeprefix("attention_")
-            if name in config.KERNELS:
-                arch = config.architecture(target)
-                chosen = config.choose_config(name, head_dim, dtype, target)
-                bound = config.shared_memory(name, chosen, head_dim, dtype, arch)
-                shared = compiled.metadata.shared
-                assert shared <= bound <= config.SHARED_MEMORY[arch], (target, head_dim, name, shared, bound)
-            print(target, head_dim, dtype, name)
+        architecture = PORTABLE.architecture(target)
+        for kernel, launches in plan.plan_step(small_problem(head_dim, dtype, target)):
+            for launch in launches:
+                name, shared = launch.kernel.__name__, compile_launch(launch, target, dtype).metadata.shared
+                if kernel:
+                    config = choose_tiles(kernel, head_dim, dtype, target)
+                    bound = PORTABLE.shared_memory(kernel, config, head_dim, dtype, architecture)
+                    assert shared <= bound <= architecture.shared_memory, (target, head_dim, name, shared, bound)
+                print(target, head_dim, dtype, name)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax.export
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import launch, prepare_batch, zigzag_attention, zigzag_attention_gathered
-from zigzag_kernels.hopper import VARIABLE
+from zigzag_kernels.hopper.family import HOPPER
 
 CALL = "custom_call @triton_kernel_call"
 
@@ -69,7 +69,7 @@ def methods():
 
 def hopper():
     """Three of the five are for Hopper, and take memory for their descriptors."""
-    os.environ[VARIABLE] = "1"
+    os.environ[HOPPER.variable] = "1"
     launched, run = [], launch.run
     launch.run = lambda made, *arrays: launched.append(made) or run(made, *arrays)
     for head_dim in (64, 128):

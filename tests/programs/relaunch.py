@@ -20,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.runtime import _allocation
 
-from tests.support.problems import small_problem
-from zigzag_kernels import hopper, plan
+from tests.support.problems import launches, launches_of, small_problem
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.modes import Operation
 from zigzag_torch import launch as torch_launch
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -105,8 +106,7 @@ def scratch(size):
 def portable_cases():
     """(launch, arrays): other kinds of arrays for one kernel, aligned or not."""
     made = small_problem(16, "float32")
-    tables = plan._segments_launch(3, 4, "gathered", "9.0")
-    delta = plan._delta_launch(made, made.q_strides, True, plan.WHOLE)
+    tables, _, delta, *_ = launches(made)
     lengths, rank = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     rows, statistics = torch.zeros(made.tokens, made.heads, made.head_dim), torch.zeros(made.heads, made.tokens)
     return [
@@ -119,7 +119,7 @@ def portable_cases():
 
 def hopper_cases():
     """The same for a kernel that has memory for descriptors, whose outputs are given or not."""
-    forward = plan._forward_launch(small_problem(128, gluon=True), plan.WHOLE)
+    (forward,) = launches_of(small_problem(128, gluon=True), Operation.FORWARD)
     q, kv = torch.zeros(512, 8, 128, dtype=torch.bfloat16), torch.zeros(1024, 2, 128, dtype=torch.bfloat16)
     into = torch.zeros_like(q), torch.zeros(8, 512)
     table = torch.zeros(7, 8, dtype=torch.int32)
@@ -134,7 +134,7 @@ triton.runtime.driver.set_active(Driver())
 triton.set_allocator(refused)
 sizes, memory, listened = [], torch.zeros(128), ()
 like = torch.zeros(1)
-has_gluon = triton.__version__.startswith(hopper.TRITON)
+has_gluon = triton.__version__.startswith(rules.TRITON)
 kernels, loaded, hooks = set(), set(), (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
 for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
     outputs = {x.name: torch_launch.allocate(x, like) for x in launch.outputs}

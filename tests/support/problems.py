@@ -2,7 +2,9 @@
 
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.families import choose_family
 from zigzag_kernels.problem import ArraySpec, make_problem
+from zigzag_kernels.tiles.override import kernel_name
 
 
 def small_problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world_size=2, gluon=False):
@@ -29,11 +31,17 @@ def hopper_problem(
 
 
 def launches(problem, part=plan.WHOLE):
-    """Segment tables, forward, delta, dK/dV, dQ."""
-    return [
-        plan._segments_launch(problem.sequences, problem.world_size, problem.kv_layout, problem.target),
-        plan._forward_launch(problem, part),
-        plan._delta_launch(problem, problem.q_strides, True, part),
-        *plan._dkdv_launches(problem, problem.q_strides, part),
-        plan._dq_launch(problem, problem.q_strides, part),
-    ]
+    """All launches of a step: segment tables, forward, delta, dK/dV, dQ."""
+    return [launch for planned in plan.plan_step(problem, part=part) for launch in planned.launches]
+
+
+def launches_of(problem, operation, part=plan.WHOLE):
+    """The launches of one operation, a `modes.Operation`, of a step."""
+    step = plan.plan_step(problem, part=part)
+    return next(planned.launches for planned in step if planned.kernel and planned.kernel.operation is operation)
+
+
+def serving(problem, operation, dout_strides=None):
+    """The kernel that serves `operation`, by its name in override files, or None."""
+    family = choose_family(problem, operation, dout_strides or problem.q_strides)
+    return family and kernel_name(family.choose_kernel(problem, operation))

@@ -13,7 +13,7 @@ from bench.lab import revisions
 from tests.support.cases import Case
 from tests.support.commands import ROOT
 from tests.support.machine import GPU
-from zigzag_kernels.config import sums_apart
+from zigzag_kernels.portable.family import PORTABLE, sums_apart
 from zigzag_torch import launch
 
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
@@ -59,7 +59,7 @@ def test_a_kernel_that_is_launched_twice_is_timed_as_a_whole(packages, monkeypat
     found, _ = revisions.launches(revisions.PACKAGE, case, timing.inputs(case, DEVICE), BACKEND)
     target = launch.target(launch.choose_backend(BACKEND, torch.device(DEVICE)), torch.device(DEVICE))
     times = len(found["backward_dkdv"])
-    assert times == 1 + sums_apart(case.head_dim, case.dtype, target)
+    assert times == 1 + sums_apart(case.head_dim, case.dtype, PORTABLE.architecture(target))
     counted = {name: [lambda name=name: rounds.append(name)] * len(several) for name, several in found.items()}
     monkeypatch.setattr(revisions, "launches", lambda *_: (counted, timing.inputs(case, DEVICE)[:4]))
     revisions.compare(case, packages, DEVICE, BACKEND, clock(iter([0.25] * 1000)))

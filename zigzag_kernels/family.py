@@ -1,0 +1,121 @@
+"""The interface between the plan and a family of kernels: `Family`, and the `Draft` that it completes to launches.
+
+A family is written for some generation of GPUs and lives in a folder of its own. `families` says which one serves.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .launch import Launch, Output
+from .modes import LengthClass, Operation
+from .problem import Problem
+from .tiles.config import Architecture, KernelId, TileConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A launch without its kernel: the arrays, numbers, constants and programs that every family has in common."""
+
+    problem: Problem
+    kernel: KernelId
+    config: TileConfig  # the order of tiles settled
+    heads_together: int  # KV heads of one program
+    grid: tuple[int, int, int]
+    inputs: tuple[str, ...]
+    scalars: dict[str, int]
+    outputs: tuple[Output, ...]
+    in_place: dict[str, str]
+    constexprs: dict[str, Any]
+
+    def launch(self, function: Any, constexprs: dict[str, Any], **resources: int) -> Launch:
+        """Return the launch of the kernel `function` with these `constexprs` besides its own.
+
+        `resources` are the fields `num_warps`, `num_stages` and `scratch` of `Launch`.
+        """
+        return Launch(
+            kernel=function,
+            target=self.problem.target,
+            grid=self.grid,
+            inputs=self.inputs,
+            scalars=self.scalars,
+            outputs=self.outputs,
+            constexprs=self.constexprs | constexprs,
+            in_place=self.in_place,
+            **resources,
+        )
+
+
+class Family(abc.ABC):
+    """Kernels of one kind: which problems they can run, when they are expected to be fastest, with which tiles.
+
+    Importing a family imports no kernels: `make_launches` does, so that tiles can be looked up where Triton is missing.
+    """
+
+    name: ClassVar[str]
+    variable: ClassVar[str | None] = None
+    """Environment variable that keeps the family from serving (0) or makes it serve whatever it can run (1)."""
+    architectures: ClassVar[tuple[Architecture, ...]]
+    """Generations of GPUs that the family has tiles for."""
+
+    @property
+    def kernels(self) -> tuple[KernelId, ...]:
+        """Kernels that have tiles of their own."""
+        tables = [table for architecture in self.architectures for table in architecture.tiles.values()]
+        return tuple(dict.fromkeys(kernel for table in tables for kernel in table if kernel.family == self.name))
+
+    def architecture(self, target: str) -> Architecture:
+        """Return the architecture whose tiles `target` uses; `LookupError` if there is none."""
+        best = max(self.architectures, key=lambda architecture: architecture.match(target))
+        if best.match(target) < 0:
+            raise LookupError(f"the {self.name} kernels have no tiles for {target}")
+        return best
+
+    def has_tiles_for(self, target: str) -> bool:
+        """Return whether `architecture` finds one for `target`."""
+        return any(architecture.match(target) >= 0 for architecture in self.architectures)
+
+    def choose_kernel(self, problem: Problem, operation: Operation) -> KernelId:
+        """Return the kernel for `operation` of `problem`: one for its length class, if that has tiles of its own."""
+        kernel = KernelId(self.name, operation, self.length_class(problem))
+        return kernel if kernel in self.kernels else KernelId(self.name, operation)
+
+    def length_class(self, problem: Problem) -> LengthClass:
+        """Return the length class that the family takes `problem` for."""
+        return LengthClass.LONG
+
+    @abc.abstractmethod
+    def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
+        """Return whether a kernel computes `operation` of `problem`; `dout_strides` are None in the forward pass."""
+
+    @abc.abstractmethod
+    def is_faster(self, problem: Problem, operation: Operation) -> bool:
+        """Return whether that kernel is expected to be faster than those of the families registered after this one."""
+
+    @abc.abstractmethod
+    def shared_memory(
+        self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
+    ) -> int:
+        """Return an upper bound of the bytes of shared memory of one program."""
+
+    @abc.abstractmethod
+    def exceeds(
+        self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
+    ) -> str | None:
+        """Return in words what `config` needs besides shared memory and does not get, or None."""
+
+    def fits(self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, target: str) -> str | None:
+        """Return None if `config` can run on `target`, else in words what it needs and does not get."""
+        architecture = self.architecture(target)
+        need, limit = self.shared_memory(kernel, config, head_dim, dtype, architecture), architecture.shared_memory
+        if need > limit:
+            return f"{need} bytes of shared memory, the GPU has {limit}"
+        return self.exceeds(kernel, config, head_dim, dtype, architecture)
+
+    @abc.abstractmethod
+    def make_launches(self, draft: Draft) -> tuple[Launch, ...]:
+        """Return the launches that `draft` becomes, in the order in which they run.
+
+        Launches of DKDV fold into the results of those before. FUSED_BACKWARD has three: one clears the float32 sums
+        of dQ, one computes dK and dV and adds to the sums, and one makes dQ of them.
+        """

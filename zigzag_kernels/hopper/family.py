@@ -1,0 +1,125 @@
+"""The Hopper family: kernels in Gluon for compute capability 9.0, with tiles, budgets and launches of their own."""
+
+from ..checks import DTYPE_BYTES
+from ..family import Draft, Family
+from ..launch import Launch, Output
+from ..modes import LengthClass, Operation
+from ..problem import Problem, segment_table_shapes
+from ..tiles.config import Architecture, KernelId, TileConfig, block_d, not_power_of_two
+from ..tiles.sm_90 import SM_90
+from . import rules
+
+WARPGROUPS = {Operation.FORWARD: 4, Operation.DKDV: 3, Operation.DQ: 3, Operation.FUSED_BACKWARD: 2}
+"""Most warpgroups that share the rows or keys of a program; the registers of each are in the kernels."""
+DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
+ELEMENTS = 4096  # numbers that a program of the two kernels around the fused one takes
+
+
+class Hopper(Family):
+    """Warp-specialised kernels that load by the copy engine (TMA): see docs/hopper.md."""
+
+    name = "hopper"
+    variable = "ZIGZAG_HOPPER"
+    architectures = (SM_90,)
+
+    def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
+        return rules.can_run(problem, operation, dout_strides)
+
+    def is_faster(self, problem: Problem, operation: Operation) -> bool:
+        return rules.is_faster(problem, operation)
+
+    def length_class(self, problem: Problem) -> LengthClass:
+        return rules.length_class(problem)
+
+    def shared_memory(
+        self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
+    ) -> int:
+        """Return an upper bound of the bytes of shared memory of one program.
+
+        Its own tiles stay, `num_stages` blocks of what it loops over pass by, and besides there are barriers, and room
+        where each warpgroup's results change their layout.
+        """
+        operation, size = kernel.operation, DTYPE_BYTES[dtype]
+        row = block_d(head_dim) * size
+        own, streamed = config.BLOCK_M, config.BLOCK_N
+        if operation.owns_keys:
+            own, streamed = streamed, own
+        stays, passes, other = 2 * row, 2 * row, 1024 + own // 64 * 2048
+        if operation is Operation.FORWARD:  # Q; K and V
+            stays = row
+        elif operation.owns_keys:  # K and V; Q, dO and three numbers a row
+            passes += 12
+        if operation is Operation.FUSED_BACKWARD:  # dS of two blocks, and dQ on its way out
+            other += streamed * (2 * own * size + block_d(head_dim) * 4)
+        return own * stays + config.num_stages * streamed * passes + other
+
+    def exceeds(
+        self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
+    ) -> str | None:
+        operation = kernel.operation
+        if config.heads_together > 1 and operation is Operation.FUSED_BACKWARD:
+            return "1 as heads_together"
+        own, streamed = ("BLOCK_N", "BLOCK_M") if operation.owns_keys else ("BLOCK_M", "BLOCK_N")
+        sizes = [64 * groups for groups in range(2, WARPGROUPS[operation] + 1)]
+        if getattr(config, own) not in sizes or config.num_warps != 4:
+            return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
+        if config.num_stages == 1:  # a block is waited for before the one before it is done with
+            return "2 or more as num_stages"
+        return not_power_of_two(config, streamed)
+
+    def make_launches(self, draft: Draft) -> tuple[Launch, ...]:
+        operation = draft.kernel.operation
+        constexprs = {"STAGES": draft.config.num_stages}
+        resources = {"num_warps": draft.config.num_warps, "scratch": 2 * DESCRIPTOR_BYTES}
+        if operation is Operation.FUSED_BACKWARD:
+            return _fused_launches(draft, constexprs, resources | {"scratch": 3 * DESCRIPTOR_BYTES})
+        constexprs["HEADS_TOGETHER"] = draft.heads_together
+        return (draft.launch(_load_kernel(operation), constexprs, **resources),)
+
+
+def _load_kernel(operation: Operation):
+    """Return the kernel of `operation`; importing it needs one of `rules.TRITON`."""
+    if operation is Operation.FORWARD:
+        from .forward import attention_forward_hopper
+
+        return attention_forward_hopper
+    if operation is Operation.DKDV:
+        from .dkdv import backward_dkdv_hopper
+
+        return backward_dkdv_hopper
+    from .dq import backward_dq_hopper
+
+    return backward_dq_hopper
+
+
+def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[str, int]) -> tuple[Launch, ...]:
+    from .fused import backward_fused_hopper, clear_sums, finish_dq
+
+    problem = draft.problem
+    (segments, _), _ = segment_table_shapes(problem.sequences)
+    shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
+    elements = {
+        "target": problem.target,
+        "grid": (max(1, -(-problem.tokens * row // ELEMENTS)), 1, 1),
+        "num_warps": 8,
+    }
+    clear = Launch(
+        kernel=clear_sums,
+        inputs=("q",),
+        scalars={"T": problem.tokens},
+        outputs=(Output("sums", shape, "float32"),),
+        constexprs={"ROW": row, "BLOCK": ELEMENTS},
+        **elements,
+    )
+    finish = Launch(
+        kernel=finish_dq,
+        inputs=("sums", "segments"),
+        scalars={"n_segments": segments, "T": problem.tokens},
+        outputs=(Output("dq", shape, problem.dtype),),
+        constexprs={"ROW": row, "SOFTMAX_SCALE": problem.call.softmax_scale, "BLOCK": ELEMENTS},
+        **elements,
+    )
+    return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
+
+
+HOPPER = Hopper()

@@ -1,0 +1,61 @@
+"""The problems that the kernels for Hopper can run, and those for which they are expected to beat the portable ones."""
+
+from ..checks import DTYPE_BYTES
+from ..heuristics import FEW_ROWS, SHORT_CHUNK_KEYS, SHORT_CHUNK_KEYS_DKDV, SMALL_HEAD_DIM
+from ..modes import LengthClass, Operation
+from ..problem import Problem
+
+TARGET = "9.0"
+TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # Gluon changes from release to release: those that the kernels ran with
+MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
+ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
+
+
+def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
+    """Return whether a kernel for Hopper computes `operation` of `problem`, on its GPU and with this Triton."""
+    strides = *problem.k_strides, *problem.v_strides
+    if operation in (Operation.DKDV, Operation.FUSED_BACKWARD):  # they read Q and dO by the copy engine too
+        strides += (*problem.q_strides, *(dout_strides or ()))
+    return (
+        problem.gluon
+        and problem.target == TARGET
+        and DTYPE_BYTES[problem.dtype] == 2
+        and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM
+        and all(stride > 0 and stride % ALIGNMENT == 0 for stride in strides)
+        and _has_triton()
+    )
+
+
+def _has_triton() -> bool:
+    import triton  # tiles can be looked up where there is none
+
+    return triton.__version__.startswith(TRITON)
+
+
+def is_faster(problem: Problem, operation: Operation) -> bool:
+    """Return whether a kernel for Hopper is expected to be faster than the portable one.
+
+    The fused backward kernel is compared with the two for Hopper.
+    """
+    small = problem.head_dim <= SMALL_HEAD_DIM
+    if operation is Operation.FUSED_BACKWARD:
+        return not small and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+    min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
+    return not small or not has_short_chunks(problem, min_keys)
+
+
+def length_class(problem: Problem) -> LengthClass:
+    """Return which tiles of a kernel serve `problem`."""
+    if has_short_chunks(problem, SHORT_CHUNK_KEYS):
+        return LengthClass.SHORT
+    rows = problem.tokens * problem.group * problem.window
+    return LengthClass.FEW_ROWS if rows < FEW_ROWS * problem.sequences else LengthClass.LONG
+
+
+def has_short_chunks(problem: Problem, min_keys: int) -> bool:
+    """Return whether chunks average fewer than `min_keys` keys: a block of keys ends with its chunk.
+
+    The host knows mean lengths alone.
+    """
+    runs = 2 * problem.slots if problem.slots > 1 else 1  # parts of a sequence whose keys lie next to each other
+    return problem.kv_tokens < min_keys * runs * problem.sequences

@@ -1,0 +1,27 @@
+"""The way from a `Problem` to the launches that solve it, for every framework.
+
+Front ends call the steps in `steps`; everything else is how those find their launches.
+"""
+
+from ..launch import Launch, Output
+from .operation import WHOLE, Part
+from .planner import Planned, Planner, use_planner
+from .steps import Run, backward, backward_keys, backward_queries, backward_rows, forward, plan_step, segment_tables
+
+__all__ = [
+    "WHOLE",
+    "Launch",
+    "Output",
+    "Part",
+    "Planned",
+    "Planner",
+    "Run",
+    "backward",
+    "backward_keys",
+    "backward_queries",
+    "backward_rows",
+    "forward",
+    "plan_step",
+    "segment_tables",
+    "use_planner",
+]

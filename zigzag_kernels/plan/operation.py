@@ -1,0 +1,115 @@
+"""From one operation of a problem to its launches: which family serves, with which tiles, arrays and constants."""
+
+from typing import Any, NamedTuple
+
+from ..checks import check_target
+from ..families import choose_family, choose_tiles
+from ..family import Draft
+from ..launch import Output
+from ..modes import Operation
+from ..problem import Problem, segment_table_shapes
+from ..tiles.config import TileConfig, block_d
+from .grid import count_heads_together, count_tiles, make_grid, order_tiles
+from .planner import NOTHING, Planned
+
+
+class Part(NamedTuple):
+    """Which part of an attention a call computes, and how it leaves its results."""
+
+    first_kv_head: int = 0  # of the window of KV heads that k and v are
+    accumulate: bool = False  # fold into, or add to, what there is
+    dtype: str | None = None  # of the results; that of q if None
+
+
+WHOLE = Part()
+
+
+def make_operation(
+    problem: Problem, operation: Operation, part: Part, dout_strides: tuple[int, int] | None = None
+) -> Planned:
+    """Return the launches of `operation`; `dout_strides` are None for FORWARD.
+
+    FUSED_BACKWARD has none where DKDV and DQ are expected to be faster.
+    """
+    check_target(problem.target)
+    family = choose_family(problem, operation, dout_strides)
+    if family is None:
+        return NOTHING
+    kernel = family.choose_kernel(problem, operation)
+    config = choose_tiles(kernel, problem.head_dim, problem.dtype, problem.target)
+    tiles = count_tiles(problem, operation, config)
+    config = order_tiles(problem, config, tiles)
+    heads_together = count_heads_together(problem, config, tiles)
+    outputs = _outputs(problem, operation, part)
+    in_place = {output.name: f"into_{output.name}" for output in outputs}
+    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
+    entries = {"n_sequences": sequences} if operation.owns_keys else {"n_segments": segments}
+    draft = Draft(
+        problem=problem,
+        kernel=kernel,
+        config=config,
+        heads_together=heads_together,
+        grid=make_grid(config, tiles, problem.window // heads_together),
+        inputs=(*_inputs(operation), *in_place.values()),
+        scalars=entries | _scalars(problem, part),
+        outputs=outputs,
+        in_place=in_place,
+        constexprs=_constexprs(problem, operation, part, config, dout_strides),
+    )
+    return Planned(kernel, family.make_launches(draft))
+
+
+def _inputs(operation: Operation) -> tuple[str, ...]:
+    table = "sequences" if operation.owns_keys else "segments"
+    rows = () if operation is Operation.FORWARD else ("dout", "delta", "lse2")
+    return "q", "k", "v", *rows, table
+
+
+def _outputs(problem: Problem, operation: Operation, part: Part) -> tuple[Output, ...]:
+    dtype = part.dtype or problem.dtype
+    q_shape = problem.tokens, problem.heads, problem.head_dim
+    kv_shape = problem.kv_tokens, problem.window, problem.head_dim
+    if operation is Operation.FORWARD:
+        return Output("out", q_shape, dtype), Output("lse", (problem.heads, problem.tokens), "float32")
+    if operation is Operation.DQ:
+        return (Output("dq", q_shape, dtype),)
+    sums = (Output("sums", q_shape, "float32"),) if operation is Operation.FUSED_BACKWARD else ()
+    return Output("dk", kv_shape, dtype), Output("dv", kv_shape, dtype), *sums
+
+
+def _scalars(problem: Problem, part: Part) -> dict[str, int]:
+    return {"T": problem.tokens, "slot_rows": problem.slot_rows, "first_kv_head": part.first_kv_head}
+
+
+def _constexprs(
+    problem: Problem, operation: Operation, part: Part, config: TileConfig, dout_strides: tuple[int, int] | None
+) -> dict[str, Any]:
+    constexprs = {
+        "SLOTS": problem.slots,
+        "KV_HEADS": problem.window,
+        "GROUP": problem.group,
+        "HEAD_DIM": problem.head_dim,
+        "CAUSAL": problem.call.causal,
+        "SOFTMAX_SCALE": problem.call.softmax_scale,
+        "STRIDE_QT": problem.q_strides[0],
+        "STRIDE_QH": problem.q_strides[1],
+        "STRIDE_KT": problem.k_strides[0],
+        "STRIDE_KH": problem.k_strides[1],
+        "STRIDE_VT": problem.v_strides[0],
+        "STRIDE_VH": problem.v_strides[1],
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_D": block_d(problem.head_dim),
+        "TILES_TOGETHER": config.tiles_together,
+        "ACCUMULATE": part.accumulate,
+    }
+    if operation is not Operation.DKDV:  # its results have the heads of K and V alone
+        constexprs["HEADS"] = problem.heads
+    if dout_strides is not None:
+        constexprs |= name_dout_strides(dout_strides)
+    return constexprs
+
+
+def name_dout_strides(dout_strides: tuple[int, int]) -> dict[str, int]:
+    """Return the constants of the backward kernels that say how far apart rows and heads of dO are."""
+    return {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}

@@ -1,0 +1,40 @@
+"""The launch that prepares two numbers of every query row for the other backward kernels."""
+
+from ..backward import backward_delta
+from ..checks import check_strides, check_target
+from ..launch import Launch, Output
+from ..problem import Problem
+from ..tiles.config import block_d
+from .operation import Part, name_dout_strides
+from .planner import Planned
+
+BLOCK_M = 64
+"""Query rows of a program; 32 to 256 take the same time on an H100, bound by memory (docs/hopper.md#measured)."""
+
+
+def make_rows(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, part: Part) -> Planned:
+    """Return the launch of (delta, lse2): see `steps.backward_rows`."""
+    check_target(problem.target)
+    check_strides("dout", dout_strides, problem.group)
+    rows = problem.tokens * problem.group
+    launch = Launch(
+        kernel=backward_delta,
+        target=problem.target,
+        grid=(max(1, -(-rows // BLOCK_M)), problem.window, 1),
+        inputs=("out", "dout", "lse", "dlse"),
+        scalars={"T": problem.tokens, "first_kv_head": part.first_kv_head},
+        outputs=(
+            Output("delta", (problem.window, rows), "float32"),
+            Output("lse2", (problem.window, rows), "float32"),
+        ),
+        constexprs={
+            "HEADS": problem.heads,
+            "GROUP": problem.group,
+            "HEAD_DIM": problem.head_dim,
+            "HAS_DLSE": has_dlse,
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_D": block_d(problem.head_dim),
+        }
+        | name_dout_strides(dout_strides),
+    )
+    return Planned(None, (launch,))

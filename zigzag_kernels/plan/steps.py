@@ -1,0 +1,180 @@
+"""The steps of attention as front ends call them: each looks up its launches and hands them to `run`, in order.
+
+`run(launch, *arrays) -> tuple of arrays` is a front end's only launch site. All front ends call the functions here, so
+they launch the same kernels, with the same constants, in the same order.
+
+Across ranks attention comes in parts. A *window* is K/V of a few KV heads: its results are written `into` arrays of all
+heads. A *ring step* has the keys of one rank: its results are folded into float32 ones. `backward` is then its three
+pieces, with communication between them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..modes import KVLayout, Operation
+from ..problem import Problem
+from . import planner
+from .operation import WHOLE, Part, make_operation
+from .planner import NOTHING, Planned
+from .rows import make_rows
+from .tables import make_tables
+
+Run = Callable[..., tuple]
+
+
+def segment_tables(
+    run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str, kv_layout: str = KVLayout.GATHERED
+) -> tuple:
+    """Return (segments, sequences), the device tables of one batch on one rank, for all its layers.
+
+    The "peer" layout has one table a ring step: step `s` has the keys of rank `(rank - s) % world_size`.
+    """
+    planned = planner.current.plan(make_tables, sequences, world_size, kv_layout, target)
+    return run(planned.launches[0], cu_seqlens, rank)
+
+
+def forward(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    segments,
+    *,
+    part: Part = WHOLE,
+    into: tuple = (None, None),
+) -> tuple:
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log).
+
+    They are new arrays, or those of `into`, whose elements outside of `part` stay as they are.
+    """
+    planned = planner.current.plan(make_operation, problem, Operation.FORWARD, part)
+    return run(planned.launches[0], q, k, v, segments, *into)
+
+
+def backward_rows(
+    run: Run, problem: Problem, out, lse, dout, dlse, *, dout_strides: tuple[int, int], part: Part = WHOLE
+) -> tuple:
+    """Return (delta, lse2) `[window, T * group]` float32, which the other backward steps need of the query rows.
+
+    `dlse` may be None.
+    """
+    planned = planner.current.plan(make_rows, problem, dout_strides, dlse is not None, part)
+    return _run_rows(run, planned, out, lse, dout, dlse)
+
+
+def backward_keys(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    dout,
+    rows: tuple,
+    sequences,
+    *,
+    dout_strides: tuple[int, int],
+    part: Part = WHOLE,
+    into: tuple = (None, None),
+) -> tuple:
+    """Return (dk, dv) in the layout of k and v.
+
+    `rows` are `backward_rows` of the same part; other arguments are as in `forward`.
+    """
+    planned = planner.current.plan(make_operation, problem, Operation.DKDV, part, dout_strides)
+    return _run_dkdv(run, planned, (q, k, v, dout, *rows, sequences), into)
+
+
+def backward_queries(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    dout,
+    rows: tuple,
+    segments,
+    *,
+    dout_strides: tuple[int, int],
+    part: Part = WHOLE,
+    into=None,
+):
+    """Return dq `[T, heads, head_dim]`; arguments are as in `backward_keys`."""
+    planned = planner.current.plan(make_operation, problem, Operation.DQ, part, dout_strides)
+    (dq,) = run(planned.launches[0], q, k, v, dout, *rows, segments, into)
+    return dq
+
+
+def backward(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    segments,
+    sequences,
+    *,
+    dout_strides: tuple[int, int],
+) -> tuple:
+    """Return (dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None."""
+    rows, fused, dkdv, dq = planner.current.plan(make_backward, problem, dout_strides, dlse is not None)
+    inputs = q, k, v, dout, *_run_rows(run, rows, out, lse, dout, dlse)
+    if fused.launches:
+        clear, compute, finish = fused.launches
+        (sums,) = run(clear, q)
+        dk, dv, sums = run(compute, *inputs, sequences, None, None, sums)
+        return *run(finish, sums, segments), dk, dv
+    dk, dv = _run_dkdv(run, dkdv, (*inputs, sequences), (None, None))
+    return *run(dq.launches[0], *inputs, segments, None), dk, dv
+
+
+def _run_rows(run: Run, planned: Planned, out, lse, dout, dlse) -> tuple:
+    return run(planned.launches[0], out, dout, lse, lse if dlse is None else dlse)
+
+
+def _run_dkdv(run: Run, planned: Planned, inputs: tuple, into: tuple) -> tuple:
+    for launch in planned.launches:
+        into = run(launch, *inputs, *into)
+    return into
+
+
+class BackwardPlan(NamedTuple):
+    """What a whole backward pass launches: FUSED_BACKWARD, or the two operations behind it."""
+
+    rows: Planned
+    fused: Planned
+    dkdv: Planned
+    dq: Planned
+
+
+def make_backward(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool) -> BackwardPlan:
+    """Return the plan of the whole backward pass, so that a call looks up one."""
+    rows = make_rows(problem, dout_strides, has_dlse, WHOLE)
+    if not problem.call.deterministic:
+        fused = make_operation(problem, Operation.FUSED_BACKWARD, WHOLE, dout_strides)
+        if fused is not NOTHING:
+            return BackwardPlan(rows, fused, NOTHING, NOTHING)
+    dkdv = make_operation(problem, Operation.DKDV, WHOLE, dout_strides)
+    return BackwardPlan(rows, NOTHING, dkdv, make_operation(problem, Operation.DQ, WHOLE, dout_strides))
+
+
+def plan_step(
+    problem: Problem, *, part: Part = WHOLE, dout_strides: tuple[int, int] | None = None, has_dlse: bool = True
+) -> tuple[Planned, ...]:
+    """Return what tables, forward and backward pass of `problem` launch, in order, planned anew.
+
+    `dout_strides` None are the strides of q.
+    """
+    strides = dout_strides or problem.q_strides
+    tables = make_tables(problem.sequences, problem.world_size, problem.kv_layout, problem.target)
+    forward = make_operation(problem, Operation.FORWARD, part)
+    if part == WHOLE:
+        backward = make_backward(problem, strides, has_dlse)
+    else:
+        dkdv, dq = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
+        backward = make_rows(problem, strides, has_dlse, part), dkdv, dq
+    return tables, forward, *(planned for planned in backward if planned is not NOTHING)
