@@ -10,7 +10,7 @@ import pytest
 from tests.support import oracle
 from tests.support.cases import CASES, INTERPRET
 from zigzag_kernels import cost
-from zigzag_kernels.cost import Machine, Step
+from zigzag_kernels.cost import Machine, Step, prediction
 
 UNEVEN = {"lengths": (48, 0, 96, 16), "heads": 6, "kv_heads": 2, "head_dim": 16}
 LONG = {"heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -103,7 +103,7 @@ def test_overlap_is_that_of_a_timeline(before, after, arriving, leaving):
         link = begin + (arriving if part + 1 < parts else 0)
         link = max(link, begin + before) + leaving
         device = begin + before + after
-    assert cost._overlapped(parts, before, after, arriving, leaving) == pytest.approx(max(device, link))
+    assert prediction.overlap(parts, before, after, arriving, leaving) == pytest.approx(max(device, link))
 
 
 def test_links():

@@ -1,26 +1,26 @@
-"""What a step costs a rank, from sizes alone: work, bytes, memory, and how long it takes at given speeds.
+"""Counts of what a step makes a rank compute, read, move and hold, from what the two methods do.
 
-Counts follow from what `method="allgather"` and `method="ring"` do. Times are predictions: a `Machine` holds the speeds
-they rest on, and says which were measured. Needs the standard library alone, so that a laptop can plan a cluster.
+Needs the standard library alone, so that a laptop can plan a cluster.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .checks import DTYPE_BYTES, check_lengths, check_method, check_rank, check_world_size
-from .heuristics import choose_heads_k_stride
-from .layout import chunk_length, row_position
+from ..checks import DTYPE_BYTES, check_lengths, check_method, check_rank, check_world_size
+from ..heuristics import choose_heads_k_stride
+from ..layout import chunk_length, row_position
+from ..modes import Method
 
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
 
 
 def causal_scores(position: int, rows: int) -> int:
-    """Scores of `rows` queries at consecutive positions from `position` on, each seeing all keys up to its own."""
+    """Return the scores of `rows` consecutive queries from `position` on, each seeing all keys up to its own."""
     return rows * position + rows * (rows + 1) // 2
 
 
 def unmasked_scores(lengths: tuple[int, ...], rank: int, world_size: int, causal: bool = True) -> int:
-    """Scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global."""
+    """Return the scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global."""
     check_lengths([*accumulate(lengths, initial=0)], world_size)
     check_rank(rank, world_size, False)
     if not causal:
@@ -34,12 +34,15 @@ def unmasked_scores(lengths: tuple[int, ...], rank: int, world_size: int, causal
 
 
 def forward_flops(scores: int, heads: int, head_dim: int) -> int:
-    """Floating point operations of two products for each of `scores` and `heads`."""
+    """Return the floating point operations of the two products that make `out`, for each of `scores` and `heads`."""
     return 4 * head_dim * heads * scores
 
 
 def backward_flops(scores: int, heads: int, head_dim: int) -> int:
-    """Those of the five products that gradients need; the two kernels, which keep no scores, make seven."""
+    """Return the floating point operations of the five products that gradients need.
+
+    The two backward kernels keep no scores, and so make seven.
+    """
     return 10 * head_dim * heads * scores
 
 
@@ -47,7 +50,8 @@ def backward_flops(scores: int, heads: int, head_dim: int) -> int:
 class Step:
     """One attention layer, forward and backward, over a packed batch that `world_size` zigzag ranks share.
 
-    `lengths` are global; `padding` are local rows behind the last sequence. `ValueError` for what no call would accept.
+    `lengths` are global; `padding` are local rows behind the last sequence. Raises `ValueError` for values that no call
+    accepts.
     """
 
     lengths: tuple[int, ...]
@@ -57,7 +61,7 @@ class Step:
     head_dim: int
     dtype: str = "bfloat16"
     causal: bool = True
-    method: str = "allgather"
+    method: str = Method.ALLGATHER
     heads_k_stride: int | None = None
     grad_reduce_dtype: str = "float32"
     padding: int = 0
@@ -74,7 +78,7 @@ class Step:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads: expected a multiple of the {self.kv_heads} KV heads, got {self.heads}")
-        if self.method == "ring" and self.heads_k_stride is not None:
+        if self.method == Method.RING and self.heads_k_stride is not None:
             raise ValueError(f"heads_k_stride: expected None with method 'ring', got {self.heads_k_stride}")
         choose_heads_k_stride(self.heads_k_stride, self)
 
@@ -89,14 +93,14 @@ class Step:
 
     @property
     def window(self) -> int:
-        """KV heads that one all-gather brings: all that there are, where there is nothing to gather."""
-        if self.method == "ring" or self.world_size == 1:
+        """KV heads that one all-gather brings, or all of them where nothing is gathered."""
+        if self.method == Method.RING or self.world_size == 1:
             return self.kv_heads
         return choose_heads_k_stride(self.heads_k_stride, self)
 
     @property
     def ring(self) -> bool:
-        return self.method == "ring" and self.world_size > 1
+        return self.method == Method.RING and self.world_size > 1
 
     @property
     def parts(self) -> int:
@@ -133,7 +137,7 @@ class Pass:
 
 
 def forward(step: Step, rank: int = 0) -> Pass:
-    """The forward pass of `rank`."""
+    """Return the cost of the forward pass of `rank`."""
     x, ranks = step.arrays(), step.world_size
     moved = (ranks - 1) * x.kv
     if step.ring:
@@ -148,7 +152,10 @@ def forward(step: Step, rank: int = 0) -> Pass:
 
 
 def backward(step: Step, rank: int = 0) -> Pass:
-    """The backward pass of `rank`: dK/dV and dQ for each part, and delta, once on the ring, else of each window."""
+    """Return the cost of the backward pass of `rank`.
+
+    Each part has dK/dV and dQ; delta is computed once on the ring, and otherwise for each window.
+    """
     x, ranks = step.arrays(), step.world_size
     delta, reads = 2 * x.q + 3 * x.rows, 2 * x.q + 2 * x.rows  # of delta; of each of the others, besides K/V
     if step.ring:
@@ -167,10 +174,10 @@ def backward(step: Step, rank: int = 0) -> Pass:
 
 
 def extra_memory(step: Step) -> dict[str, int]:
-    """Bytes by use at the peak, the backward pass, beyond inputs, out, lse and gradients.
+    """Return the bytes by use at the peak, in the backward pass, beyond inputs, out, lse and gradients.
 
-    Between ranks this is what JAX needs: in PyTorch what is sent and received is part of the buffers of all ranks, and
-    delta and lse are there of two windows.
+    Between ranks these are the bytes that JAX needs. In PyTorch rows that are sent and received are part of the buffers
+    of all ranks, and there are delta and lse of two windows.
     """
     x, ranks = step.arrays(), step.world_size
     memory = {"delta, lse in base 2": 2 * x.rows if step.ring else 2 * x.rows // step.parts}
@@ -182,97 +189,3 @@ def extra_memory(step: Step) -> dict[str, int]:
         memory["dK/dV for all ranks"] = ranks * x.kv_sum // step.parts
         memory["local K/V to send, dK/dV received"] = (buffers * x.kv + x.kv_sum) // step.parts
     return memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Speeds, in SI units a GPU and direction; the defaults are an H100 cluster with nodes of eight.
-
-    Measured on an H100 at head_dim 128 (README, docs/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`; `hbm`
-    is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what collectives may
-    be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings.
-    """
-
-    forward_rate: float = 513e12
-    backward_rate: float = 385e12
-    dkdv_share: float = 0.6  # of the backward time: 4 products at 525 TFLOP/s, 3 of dQ at 597
-    hbm: float = 3.0e12
-    memory: float = 80e9
-    node: int = 8  # ranks of the group that NVLink joins
-    nvlink: float = 330e9
-    network: float = 45e9
-    call_latency: float = 8.4e-6
-    nvlink_latency: float = 3.4e-6  # a hop
-    network_latency: float = 14e-6
-
-    def _nodes(self, world_size: int) -> int:
-        if world_size > self.node and world_size % self.node:
-            raise ValueError(f"world_size: expected whole nodes of {self.node} ranks, got {world_size}")
-        return -(-world_size // self.node)
-
-    def collective(self, world_size: int, share: float) -> float:
-        """Seconds in which every rank gets `share` bytes of every other: all-gather, and reduce-scatter likewise.
-
-        Everything passes the NVLink of each GPU; what comes from other nodes is spread over the adapters of all GPUs of
-        the node and passes each adapter once. Both go on at the same time, in rings through all ranks.
-        """
-        nodes = self._nodes(world_size)
-        if world_size == 1:
-            return 0.0
-        hops = (world_size - nodes) * self.nvlink_latency + (nodes - 1) * self.network_latency
-        wire = max((world_size - 1) * share / self.nvlink, (nodes - 1) * share / self.network)
-        return self.call_latency + hops + wire
-
-    def hop(self, world_size: int, size: float) -> float:
-        """Seconds in which every rank passes `size` bytes on: the ring waits for its slowest link, one adapter."""
-        if world_size == 1:
-            return 0.0
-        if self._nodes(world_size) == 1:
-            return self.call_latency + self.nvlink_latency + size / self.nvlink
-        return self.call_latency + self.network_latency + size / self.network
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds of one layer on one rank; `efficiency` compares with one GPU that does a share of 1 / W alone."""
-
-    forward: float
-    backward: float
-    ideal: float
-
-    @property
-    def efficiency(self) -> float:
-        return self.ideal / (self.forward + self.backward)
-
-
-def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
-    """How long `step` takes if nothing but compute and links takes time.
-
-    That leaves out the host, and the multiprocessors that communication takes from the attention while both run: a
-    prediction is a bound, and every part of an attention is taken to run at the rate of the whole.
-    """
-    x, ranks, parts = step.arrays(), step.world_size, step.parts
-    ahead, back = forward(step, rank), backward(step, rank)
-    compute = max(ahead.flops / machine.forward_rate, ahead.hbm_bytes / machine.hbm) / parts
-    gradients = max(back.flops / machine.backward_rate, back.hbm_bytes / machine.hbm) / parts
-    keys, queries = machine.dkdv_share * gradients, (1 - machine.dkdv_share) * gradients
-    if step.ring:
-        first, arriving, leaving = 0.0, machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
-    else:
-        first = arriving = machine.collective(ranks, x.kv / parts)
-        leaving = machine.collective(ranks, x.kv_sum / parts)
-    return Prediction(
-        forward=first + _overlapped(parts, compute, 0.0, arriving, 0.0),
-        backward=first + _overlapped(parts, keys, queries, arriving, leaving),
-        ideal=ahead.flops / machine.forward_rate + back.flops / machine.backward_rate,
-    )
-
-
-def _overlapped(parts: int, before: float, after: float, arriving: float, leaving: float) -> float:
-    """Seconds of `parts` equal parts in turn, each `before` and then `after` seconds of compute.
-
-    One link carries what the next part needs (`arriving`) from the start of a part on, and then what `before` has made
-    (`leaving`); the next part begins when all of it is there.
-    """
-    last = before + max(after, leaving)
-    return (parts - 1) * max(before + after, max(before, arriving) + leaving) + last

@@ -1,0 +1,35 @@
+"""What a step costs a rank, from sizes alone: work, bytes, memory, and how long it takes at given speeds.
+
+`counts` are exact, `prediction` rests on the speeds of a `machine`, which says which of them were measured.
+"""
+
+from .counts import (
+    Arrays,
+    Pass,
+    Step,
+    backward,
+    backward_flops,
+    causal_scores,
+    extra_memory,
+    forward,
+    forward_flops,
+    unmasked_scores,
+)
+from .machine import Machine
+from .prediction import Prediction, predict
+
+__all__ = [
+    "Arrays",
+    "Machine",
+    "Pass",
+    "Prediction",
+    "Step",
+    "backward",
+    "backward_flops",
+    "causal_scores",
+    "extra_memory",
+    "forward",
+    "forward_flops",
+    "predict",
+    "unmasked_scores",
+]
