@@ -37,8 +37,9 @@ def attention(case, backend):
 
     def call(q, k, v, cu_seqlens, rank):
         return zigzag_jax.zigzag_attention_gathered(
-            q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, return_lse=True, backend=backend
-        )
+            q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, softmax_scale=case.softmax_scale,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
 
     return call
 

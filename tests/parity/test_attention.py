@@ -45,7 +45,14 @@ def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
 
     # The ranks' contributions add up to the gradient of the whole, unsharded batch.
     _, *whole = oracle.attention_gradients(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, case.causal, None, inputs["dout"], inputs["dlse"]
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        case.cu_seqlens,
+        case.causal,
+        case.softmax_scale,
+        inputs["dout"],
+        inputs["dlse"],
     )
     gathered = gathered_rows(case)
     for name, dense in zip(sums, whole, strict=True):

@@ -26,6 +26,7 @@ class Case:
     kv_heads: int = 1
     head_dim: int = 16
     causal: bool = True
+    softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     dtype: str = "float32"
     padding: int = 0  # local rows behind the last sequence
     tags: frozenset[str] = INTERPRET
@@ -118,12 +119,20 @@ _BENCH_CASES = (
 
 CASES = (
     # One device: plain packed attention, any length.
-    Case(name="w1", world_size=1, lengths=(37, 11), heads=4, kv_heads=2),
+    Case(name="w1", world_size=1, lengths=(37, 11), heads=4, kv_heads=2, softmax_scale=0.4),
     Case(name="w1-full", world_size=1, lengths=(33, 20), head_dim=24, causal=False, dtype="float16"),
     Case(name="w1-odd-group", world_size=1, lengths=(5, 0, 29, 1), heads=3, head_dim=40, dtype="bfloat16", padding=3),
     Case(name="w1-many-tiles", world_size=1, lengths=(190,), head_dim=64, dtype="bfloat16"),
     # Packing.
-    Case(name="w2-uneven", world_size=2, lengths=(40, 8, 64), heads=4, kv_heads=2, dtype="bfloat16"),
+    Case(
+        name="w2-uneven",
+        world_size=2,
+        lengths=(40, 8, 64),
+        heads=4,
+        kv_heads=2,
+        softmax_scale=0.1,
+        dtype="bfloat16",
+    ),
     Case(name="w2-full", world_size=2, lengths=(24, 48), heads=4, kv_heads=2, causal=False),
     Case(name="w2-padding", world_size=2, lengths=(36, 12), padding=5, dtype="float16"),
     Case(name="w2-several-tiles", world_size=2, lengths=(400,)),
@@ -144,7 +153,15 @@ CASES = (
     Case(name="w2-d128", world_size=2, lengths=(72, 28), head_dim=128, dtype="float16"),
     Case(name="w2-d256", world_size=2, lengths=(52,), head_dim=256, dtype="bfloat16"),
     # World sizes, odd ones too.
-    Case(name="w3", world_size=3, lengths=(30, 6, 90), heads=6, kv_heads=2, dtype="bfloat16"),
+    Case(
+        name="w3",
+        world_size=3,
+        lengths=(30, 6, 90),
+        heads=6,
+        kv_heads=2,
+        softmax_scale=0.4,
+        dtype="bfloat16",
+    ),
     Case(name="w3-full", world_size=3, lengths=(66, 12), head_dim=40, causal=False, padding=1),
     Case(name="w4", world_size=4, lengths=(64, 8, 120), heads=4, kv_heads=2),
     Case(name="w5", world_size=5, lengths=(50, 10, 0, 120), dtype="float16"),
@@ -159,7 +176,15 @@ CASES = (
         name="w1-d256", world_size=1, lengths=(1100, 3), heads=4, kv_heads=2, head_dim=256, dtype="bfloat16", tags=GPU
     ),
     Case(
-        name="w2-edges", world_size=2, lengths=_EDGES_W2, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16", tags=GPU
+        name="w2-edges",
+        world_size=2,
+        lengths=_EDGES_W2,
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        softmax_scale=0.15,
+        dtype="bfloat16",
+        tags=GPU,
     ),
     Case(name="w2-edges-full", world_size=2, lengths=_EDGES_W2, head_dim=64, causal=False, dtype="float16", tags=GPU),
     Case(name="w2-edges-mha", world_size=2, lengths=_EDGES_W2, heads=3, kv_heads=3, head_dim=64, tags=GPU),

@@ -20,8 +20,8 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True):
     q, k, v = (torch.tensor(x, dtype=dtype, device=device, requires_grad=True) for x in (q, k, v))
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
     out, lse = zigzag_torch.zigzag_attention_gathered(
-        q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, return_lse=True, backend=backend,
-        deterministic=deterministic,
+        q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, softmax_scale=case.softmax_scale,
+        return_lse=True, backend=backend, deterministic=deterministic,
     )  # fmt: skip
     cotangents = torch.tensor(dout, dtype=dtype, device=device), torch.tensor(dlse, device=device)
     gradients = torch.autograd.grad((out, lse), (q, k, v), cotangents)
@@ -37,8 +37,8 @@ def _jax_attention(case, backend, deterministic):
     def run(q, k, v, dout, dlse, cu_seqlens, rank):
         def attend(q, k, v):
             return zigzag_jax.zigzag_attention_gathered(
-                q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, return_lse=True, backend=backend,
-                deterministic=deterministic,
+                q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, softmax_scale=case.softmax_scale,
+                return_lse=True, backend=backend, deterministic=deterministic,
             )  # fmt: skip
 
         results, pullback = jax.vjp(attend, q, k, v)

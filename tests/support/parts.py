@@ -61,7 +61,9 @@ class Rank:
         kv = ArraySpec(tuple(k.shape), case.dtype, (k.shape[1] * case.head_dim, case.head_dim))
         return make_problem(
             ArraySpec(tuple(self.q.shape), case.dtype, self.strides), kv, kv,
-            make_call_spec(head_dim=case.head_dim, backend="interpret", causal=case.causal),
+            make_call_spec(
+                head_dim=case.head_dim, backend="interpret", causal=case.causal, softmax_scale=case.softmax_scale
+            ),
             sequences=len(case.lengths), world_size=case.world_size, target=TARGET, kv_layout=kv_layout,
             kv_heads=case.kv_heads,
         )  # fmt: skip

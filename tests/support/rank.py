@@ -41,7 +41,7 @@ def rank_results(case, inputs, rank, arithmetic):
     """{name: array} for each of RESULTS: what `rank` must produce, dK/dV of gathered rows."""
     rows = rank_rows(case, rank)
     return oracle.rank_attention(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal,
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal, case.softmax_scale,
         dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
     )._asdict()  # fmt: skip
 
@@ -49,7 +49,7 @@ def rank_results(case, inputs, rank, arithmetic):
 def batch_results(case, inputs, arithmetic):
     """{name: array} for each of RESULTS: those of the whole batch, in global order."""
     return oracle.rank_attention(
-        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, 0, 1, case.causal,
+        inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, 0, 1, case.causal, case.softmax_scale,
         dout=inputs["dout"], dlse=inputs["dlse"], arithmetic=arithmetic,
     )._asdict()  # fmt: skip
 

@@ -1,10 +1,11 @@
 """A kernel that was launched before is launched again without Triton's look at every argument, and yet alike."""
 
 import pytest
+import torch
 import triton
 
 from tests.support.commands import run_program
-from zigzag_torch.launch import LATER
+from zigzag_torch.launch import LATER, can_launch_gluon
 
 
 @pytest.mark.parametrize("in_c", [True, False])
@@ -15,3 +16,10 @@ def test_a_compiled_kernel_is_launched_again_as_triton_would(tmp_path_factory, i
     cache = tmp_path_factory.getbasetemp() / "launched"  # both have these kernels
     ended = run_program("relaunch", *(["--in-c"] if in_c else []), TRITON_CACHE_DIR=str(cache))
     assert ended.code == 0, ended.errors[-4000:]
+
+
+def test_only_arrays_that_begin_at_multiples_of_16_bytes_are_for_the_copy_engine():
+    x = torch.zeros(32, dtype=torch.float16)
+    assert can_launch_gluon("triton", x, x[8:])
+    assert not can_launch_gluon("triton", x, x[4:])
+    assert not can_launch_gluon("interpret", x)

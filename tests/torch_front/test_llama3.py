@@ -56,9 +56,9 @@ def kernels(kernel_backend):
 
 
 CASES = [
-    Case(name="causal", world_size=4, lengths=(24, 0, 8, 32), heads=4, kv_heads=2, padding=3),
+    Case(name="causal", world_size=4, lengths=(24, 0, 8, 32), heads=4, kv_heads=2, padding=3, softmax_scale=0.4),
     Case(name="full", world_size=4, lengths=(24, 48), heads=4, kv_heads=2, causal=False, dtype="float16"),
-    Case(name="odd", world_size=1, lengths=(5, 0, 1, 26), heads=2, kv_heads=2, dtype="bfloat16"),
+    Case(name="odd", world_size=1, lengths=(5, 0, 1, 26), heads=2, kv_heads=2, dtype="bfloat16", softmax_scale=0.1),
 ]
 
 
@@ -122,7 +122,7 @@ def varlen_calls(case, q, k, v, group=None):
     """What the three functions give on this rank, with every stride, fused or not as the flags say."""
     cu_seqlens_k = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)
     rest = cu_seqlens_k // case.world_size, cu_seqlens_k, 0, 0
-    options = {"causal": case.causal, "return_attn_probs": True, "group": group}
+    options = {"causal": case.causal, "softmax_scale": case.softmax_scale, "return_attn_probs": True, "group": group}
     results = []
     for heads_k_stride in (1, case.kv_heads):
         call = *rest, heads_k_stride, slice(0)
@@ -137,13 +137,16 @@ def varlen_calls(case, q, k, v, group=None):
 
 def test_one_device_needs_no_group(kernels):
     case = CASES[-1]
-    q, kv, *_ = rank_tensors(case, 0, make_inputs(case))
-    expected, expected_lse, _ = grouped(case, 0, q, kv)
+    inputs = make_inputs(case)
+    q, kv, *cotangents = rank_tensors(case, 0, inputs)
+    exact, straightforward = (
+        rank_oracle(case, 0, inputs, x) for x in (oracle.EXACT, oracle.straightforward("bfloat16"))
+    )
     with ZigzagConfig(verify_correctness=True):
         for out, lse, _ in varlen_calls(case, q, *kv):
-            torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
-            torch.testing.assert_close(lse, expected_lse)
-            out.sum().backward()
+            dq, dkv = torch.autograd.grad((out, lse), (q, kv), cotangents)
+            for name, result in zip(RESULTS, (out, lse, dq, *dkv), strict=True):
+                assert_close(name, torch_numpy(result), exact[name], straightforward[name])
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
@@ -195,8 +198,10 @@ def check_rank(rank, world_size, cases, flags, backend):
                     assert_close(where, torch_numpy(result), expected[name], straightforward[name])
 
 
-GQA = Case(name="gqa", world_size=4, lengths=(40, 0, 8, 16), heads=4, kv_heads=2, padding=2)
-FULL = Case(name="full", world_size=4, lengths=(16, 24), heads=2, kv_heads=2, causal=False, dtype="bfloat16")
+GQA = Case(name="gqa", world_size=4, lengths=(40, 0, 8, 16), heads=4, kv_heads=2, padding=2, softmax_scale=0.4)
+FULL = Case(
+    name="full", world_size=4, lengths=(16, 24), heads=2, kv_heads=2, causal=False, softmax_scale=0.1, dtype="bfloat16"
+)
 
 
 @pytest.mark.skipif(GPU, reason="the ranks share one CPU")

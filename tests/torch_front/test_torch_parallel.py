@@ -103,7 +103,8 @@ def check_cases(rank, world_size, expected):
             for chosen in options[:count]:
                 common = {"group": dist.group.WORLD, "backend": backend}
                 batch = zigzag_torch.prepare_batch(cu_seqlens, method=chosen["method"], **common)
-                results = attend(*tensors, batch, causal=case.causal, **chosen, **common)
+                mask = {"causal": case.causal, "softmax_scale": case.softmax_scale}
+                results = attend(*tensors, batch, **mask, **chosen, **common)
                 plain = straightforward | (sums if "grad_reduce_dtype" in chosen else {})
                 exact_mine, plain_mine = (rows_of_results(x, rows) for x in (exact, plain))
                 for result, x in results.items():
