@@ -1,4 +1,4 @@
-"""The registry of kernel families, and the choice of the one that serves and of its tiles.
+"""The registry of kernel families: it chooses the family that serves a problem, and the tiles of a kernel.
 
 A new generation of GPUs is a folder with a `Family`, a file of tiles, and an entry here.
 """
@@ -20,7 +20,8 @@ FAMILIES: tuple[Family, ...] = (HOPPER, PORTABLE)
 def choose_family(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None = None) -> Family | None:
     """Return the family that serves `operation` of `problem`.
 
-    The portable one serves every operation but FUSED_BACKWARD, which is None unless it is faster than DKDV and DQ.
+    The portable family serves every operation except FUSED_BACKWARD. That has no family, None, where DKDV and DQ are
+    expected to be faster.
     """
     for family in FAMILIES:
         wanted = requested(family)
@@ -40,9 +41,9 @@ def requested(family: Family) -> bool | None:
 
 
 def choose_tiles(kernel: KernelId, head_dim: int, dtype: str, target: str) -> TileConfig:
-    """Return the tiles of `kernel` on `target`: those of the file of `ZIGZAG_KERNEL_CONFIG`, or the shipped ones.
+    """Return the tiles of `kernel` on `target`, from the file that `ZIGZAG_KERNEL_CONFIG` names or from the tables.
 
-    Raises `LookupError` if the family has no tiles for these, `ValueError` for a file that is wrong.
+    Raises `LookupError` if the family has no such tiles, and `ValueError` for a file with a mistake.
     """
     family = family_of(kernel)
     architecture = family.architecture(target)

@@ -1,6 +1,6 @@
-"""The interface between the plan and a family of kernels: `Family`, and the `Draft` that it completes to launches.
+"""The interface between the plan and a family of kernels: a `Family` completes a `Draft` of the plan to launches.
 
-A family is written for some generation of GPUs and lives in a folder of its own. `families` says which one serves.
+A family is written for some generations of GPUs and has a folder of its own. `families` chooses the one that serves.
 """
 
 import abc
@@ -15,7 +15,7 @@ from .tiles.config import Architecture, KernelId, TileConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A launch without its kernel: the arrays, numbers, constants and programs that every family has in common."""
+    """A launch that lacks its kernel: arrays, numbers, constants and programs are the same for every family."""
 
     problem: Problem
     kernel: KernelId
@@ -29,7 +29,7 @@ class Draft:
     constexprs: dict[str, Any]
 
     def launch(self, function: Any, constexprs: dict[str, Any], **resources: int) -> Launch:
-        """Return the launch of the kernel `function` with these `constexprs` besides its own.
+        """Return the launch of the kernel `function`, with `constexprs` that other families do not have.
 
         `resources` are the fields `num_warps`, `num_stages` and `scratch` of `Launch`.
         """
@@ -47,9 +47,9 @@ class Draft:
 
 
 class Family(abc.ABC):
-    """Kernels of one kind: which problems they can run, when they are expected to be fastest, with which tiles.
+    """A family knows which problems its kernels can run, when they are expected to be fastest, and their tiles.
 
-    Importing a family imports no kernels: `make_launches` does, so that tiles can be looked up where Triton is missing.
+    Importing a family does not import its kernels; `make_launches` does. Tiles can be looked up without Triton.
     """
 
     name: ClassVar[str]
@@ -72,25 +72,25 @@ class Family(abc.ABC):
         return best
 
     def has_tiles_for(self, target: str) -> bool:
-        """Return whether `architecture` finds one for `target`."""
+        """Return whether the family has an architecture for `target`."""
         return any(architecture.match(target) >= 0 for architecture in self.architectures)
 
     def choose_kernel(self, problem: Problem, operation: Operation) -> KernelId:
-        """Return the kernel for `operation` of `problem`: one for its length class, if that has tiles of its own."""
+        """Return the kernel for `operation` of `problem`: the one of its length class, if that has tiles of its own."""
         kernel = KernelId(self.name, operation, self.length_class(problem))
         return kernel if kernel in self.kernels else KernelId(self.name, operation)
 
     def length_class(self, problem: Problem) -> LengthClass:
-        """Return the length class that the family takes `problem` for."""
+        """Return the length class of `problem`, as far as the family tells them apart."""
         return LengthClass.LONG
 
     @abc.abstractmethod
     def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
-        """Return whether a kernel computes `operation` of `problem`; `dout_strides` are None in the forward pass."""
+        """Return whether a kernel can run `operation` of `problem`; `dout_strides` are None in the forward pass."""
 
     @abc.abstractmethod
     def is_faster(self, problem: Problem, operation: Operation) -> bool:
-        """Return whether that kernel is expected to be faster than those of the families registered after this one."""
+        """Return whether that kernel is expected to beat those of the families that are registered after this one."""
 
     @abc.abstractmethod
     def shared_memory(
@@ -102,10 +102,10 @@ class Family(abc.ABC):
     def exceeds(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> str | None:
-        """Return in words what `config` needs besides shared memory and does not get, or None."""
+        """Return in words what `config` lacks apart from shared memory, or None."""
 
     def fits(self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, target: str) -> str | None:
-        """Return None if `config` can run on `target`, else in words what it needs and does not get."""
+        """Return None if `config` can run on `target`, else in words what it needs and lacks."""
         architecture = self.architecture(target)
         need, limit = self.shared_memory(kernel, config, head_dim, dtype, architecture), architecture.shared_memory
         if need > limit:
@@ -114,8 +114,8 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def make_launches(self, draft: Draft) -> tuple[Launch, ...]:
-        """Return the launches that `draft` becomes, in the order in which they run.
+        """Return the launches of `draft`, in the order in which they run.
 
-        Launches of DKDV fold into the results of those before. FUSED_BACKWARD has three: one clears the float32 sums
-        of dQ, one computes dK and dV and adds to the sums, and one makes dQ of them.
+        DKDV may have several; each adds to the results of those before it. FUSED_BACKWARD has three: the first clears
+        float32 sums, the second computes dK and dV and adds dQ to the sums, the third scales and casts the sums.
         """

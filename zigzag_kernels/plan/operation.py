@@ -1,4 +1,4 @@
-"""From one operation of a problem to its launches: which family serves, with which tiles, arrays and constants."""
+"""The launches of one operation of a problem: the family that serves it, its tiles, its arrays and its constants."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from .planner import NOTHING, Planned
 
 
 class Part(NamedTuple):
-    """Which part of an attention a call computes, and how it leaves its results."""
+    """The part of an attention that a call computes, and how the call leaves its results."""
 
     first_kv_head: int = 0  # of the window of KV heads that k and v are
     accumulate: bool = False  # fold into, or add to, what there is

@@ -1,4 +1,4 @@
-"""The types of tile tables: which kernel, with which tiles, on which generation of GPUs."""
+"""The types that tile tables are made of: `KernelId`, `TileConfig` and `Architecture`."""
 
 from dataclasses import dataclass, fields
 
@@ -15,9 +15,9 @@ REGISTERS_PER_THREAD = 255
 
 @dataclass(frozen=True)
 class KernelId:
-    """Identity of a kernel with tiles of its own.
+    """The identity of a kernel that has tiles of its own.
 
-    A kernel that is not tuned for its length class apart has `LengthClass.LONG` and serves all lengths.
+    `LengthClass.LONG` also serves the length classes for which its family has no kernel.
     """
 
     family: str
@@ -60,18 +60,17 @@ Tiles = dict[KernelId, dict[int, TileConfig]]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Architecture:
-    """A generation of GPUs as the kernels see it: its limits, and the tiles chosen for it.
+    """A generation of GPUs as the kernels see it: its limits, and the tiles chosen for it, by width of the input type.
 
-    It serves targets that begin with one of `targets`, unless another architecture names more of their digits.
-    `tiles` are by width of the input type.
+    It serves the targets that begin with one of `targets`, unless another architecture names more of their digits.
     """
 
     name: str
     targets: tuple[str, ...]
     measured_on: tuple[str, ...]  # targets on which its 16-bit entries were measured; others follow from budgets
     shared_memory: int  # bytes that one block can have
-    operands_from_registers: bool  # matrix instructions take 16-bit operands from there, not from shared memory alone
-    sums_apart: bool  # dK and dV are launched apart above heuristics.SUMS_TOGETHER_HEAD_DIM
+    operands_from_registers: bool  # whether matrix instructions take 16-bit operands from registers
+    sums_apart: bool  # whether dK and dV are launched apart above heuristics.SUMS_TOGETHER_HEAD_DIM
     tiles: dict[str, Tiles]
 
     def match(self, target: str) -> int:
