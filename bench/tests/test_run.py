@@ -184,12 +184,14 @@ def test_every_implementation_has_a_colour_of_its_own():
     assert len(set(report.COLOURS)) == len(report.COLOURS) >= len(IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("command", ["run", "ranks", "stress", "revisions HEAD", "tune --kernel=forward --head-dim=64"])
+@pytest.mark.parametrize(
+    "command", ["run", "ranks", "lab.stress", "lab.revisions HEAD", "tune --kernel=forward --head-dim=64"]
+)
 def test_without_a_gpu_a_script_says_so(command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit, match="PyTorch sees no GPU"):
-        importlib.import_module(sys.argv[0]).main()
+        importlib.import_module(f"bench.{sys.argv[0]}").main()
 
 
 def test_rows_of_samples():
