@@ -141,7 +141,8 @@ def zigzag_attention(
     batch = as_batch(cu_seqlens, rank, world_size, method)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     check_varying(batch, axis_name, q, k, v)
-    problem = _make_problem(q, k, v, batch, call, KVLayout.PEER)
+    kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
+    problem = _make_problem(q, k, v, batch, call, kv_layout)
     out, lse = _attend(choose_transport(problem, axis_name), q, k, v, batch, return_lse)
     if batched:
         out = out.reshape(size, length, *out.shape[1:])

@@ -27,6 +27,7 @@ from tests.support.spread import (
     offsets,
     value_and_gradients,
 )
+from zigzag_jax import launch
 
 CASES = (
     Case(name="w1", world_size=1, lengths=(9, 0, 14), heads=4, kv_heads=2, padding=2, dtype="bfloat16"),
@@ -257,6 +258,21 @@ def test_one_device_has_nothing_to_move():
     assert_same([zigzag_jax.zigzag_attention(q, k, v, method="ring", heads_k_stride=2)], [out])
     with pytest.raises(ValueError, match="heads_k_stride"):
         zigzag_jax.zigzag_attention(q, k, v, heads_k_stride=5)
+
+
+def test_one_device_launches_what_a_group_of_one_rank_does(monkeypatch):
+    launched, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda made, *arrays: launched.append(made) or run(made, *arrays))
+    q, k, v = (jnp.zeros((56, 4, 16)) for _ in range(3))
+    cu_seqlens = jnp.array([0, 30, 56], jnp.int32)
+    for attend in (
+        functools.partial(zigzag_jax.zigzag_attention, cu_seqlens=cu_seqlens),
+        functools.partial(zigzag_jax.zigzag_attention_gathered, cu_seqlens=cu_seqlens, rank=0, world_size=1),
+    ):
+        jax.eval_shape(jax.grad(lambda q, k, v, attend=attend: attend(q, k, v, backend=KERNELS).sum()), q, k, v)
+    described = [(made.kernel, made.grid, made.constexprs) for made in launched]
+    assert len(described) == 2 * 5
+    assert described[:5] == described[5:]
 
 
 def test_merge_partials_of_disjoint_keys():
