@@ -12,6 +12,7 @@ from triton.runtime.interpreter import interpreter_builder
 from tests.support import planned
 from tests.support.cases import Case, make_inputs
 from tests.support.machine import GPU
+from tests.support.rank import assert_rank_is_right
 
 pytestmark = [
     pytest.mark.skipif(GPU, reason="this process compiles"),
@@ -64,7 +65,7 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written_in_place():
     batch = [0, before, tokens], 0, 1
     results = planned.attend(*arrays, dlse, *batch, run=interpret_the_last_programs, into=into)
     last = {name: x[:, before:] if name == "lse" else x[before:] for name, x in results.items()}
-    planned.assert_matches_the_oracle(case, inputs, 0, last)
+    assert_rank_is_right(case, inputs, 0, {"kernels": last})
 
 
 def test_heads_two_to_the_30_elements_apart_are_read_in_place():
@@ -72,7 +73,8 @@ def test_heads_two_to_the_30_elements_apart_are_read_in_place():
     inputs = make_inputs(case)
     *tensors, dlse = planned.rank_tensors(case, inputs, 0)
     views = (far_apart(x, (case.head_dim, 2**30)) for x in tensors)
-    planned.assert_matches_the_oracle(case, inputs, 0, planned.attend(*views, dlse, case.cu_seqlens, 0, 1))
+    results = planned.attend(*views, dlse, case.cu_seqlens, 0, 1)
+    assert_rank_is_right(case, inputs, 0, {"kernels": results})
 
 
 def test_gathered_keys_beyond_two_to_the_31_elements_are_read_in_place():
@@ -82,4 +84,4 @@ def test_gathered_keys_beyond_two_to_the_31_elements_are_read_in_place():
     q, k, v, *cotangents = planned.rank_tensors(case, inputs, 0)
     k, v = (far_apart(x, (2**22, case.head_dim)) for x in (k, v))
     results = planned.attend(q, k, v, *cotangents, case.cu_seqlens, 0, 2)
-    planned.assert_matches_the_oracle(case, inputs, 0, results)
+    assert_rank_is_right(case, inputs, 0, {"kernels": results})

@@ -1,0 +1,64 @@
+"""Between ranks q, k and v are read where a projection left them, and cotangents as autograd hands them on."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import zigzag_torch
+from tests.support import oracle
+from tests.support.cases import Case, make_inputs
+from tests.support.closeness import assert_close
+from tests.support.machine import GPU
+from tests.support.processes import run_ranks, torch_numpy
+from tests.support.rank import batch_results, rank_arrays, rank_rows, rows_of_results
+
+pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
+CASE = Case(name="views", world_size=2, lengths=(24, 8), heads=4, kv_heads=2)
+HEADS = CASE.heads, CASE.kv_heads, CASE.kv_heads, 1  # of q, k, v, and of something else that is not to be read
+
+
+def projection(rank, inputs):
+    """`[T, heads of q, k, v and of what is not to be read, head_dim]`."""
+    q, k, v, *_ = rank_arrays(CASE, inputs, rank, key_rows=rank_rows(CASE, rank))
+    others = torch.full((CASE.tokens, HEADS[-1], CASE.head_dim), float("nan"))
+    return torch.cat([*map(torch.tensor, (q, k, v)), others], 1).requires_grad_()
+
+
+def losses(inputs):
+    """{name: (loss of out, the cotangent of every row)}: autograd expands them without a copy."""
+    weights = torch.tensor(inputs["dout"][0, 0])
+    return {
+        "one number for all": (lambda out: out.sum(), torch.ones(())),
+        "one row for all": (lambda out: out.sum((0, 1)) @ weights, weights),
+        "one for each head": (lambda out: (out.sum(0) * weights).sum(), weights),
+        "columns": (lambda out: (out.mT.contiguous().mT * weights).sum(), weights),
+    }
+
+
+def check_views(rank, world_size):
+    inputs, rows = make_inputs(CASE), rank_rows(CASE, rank)
+    cu_seqlens = torch.tensor(CASE.cu_seqlens, dtype=torch.int32)
+    for name, (loss, cotangent) in losses(inputs).items():
+        inputs["dout"][:], inputs["dlse"][:] = cotangent.numpy(), 0
+        exact, straightforward = (
+            rows_of_results(batch_results(CASE, inputs, x), rows)
+            for x in (oracle.EXACT, oracle.straightforward(CASE.dtype))
+        )
+        for method in ("allgather", "ring"):
+            fused = projection(rank, inputs)
+            q, k, v, _ = fused.split(HEADS, 1)
+            assert not any(x.is_contiguous() for x in (q, k, v))
+            out = zigzag_torch.zigzag_attention(
+                q, k, v, cu_seqlens, group=dist.group.WORLD, method=method, heads_k_stride=1, backend="interpret"
+            )
+            loss(out).backward()
+            *gradients, others = fused.grad.split(HEADS, 1)
+            results = dict(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True))
+            for result, x in results.items():
+                where = f"rank {rank}, {method}, {name}: {result}"
+                assert_close(where, torch_numpy(x), exact[result], straightforward[result])
+            assert not others.any()
+
+
+def test_views_of_one_projection_and_expanded_cotangents_give_the_gradients_of_the_whole_batch(tmp_path):
+    run_ranks(CASE.world_size, tmp_path, check_views)
