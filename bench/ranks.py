@@ -33,8 +33,8 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.plan import Part
 from zigzag_kernels.problem import make_problem
-from zigzag_torch import launch, parallel
-from zigzag_torch.ops import describe
+from zigzag_torch import launch
+from zigzag_torch.parallel import Residuals, Tables, allgather, transport_of
 
 NAMES = ("rectangle-d128", "rectangle-d64")
 WAYS, DIRECTIONS = ("one launch", "all-gather", "ring"), ("forward", "backward")
@@ -67,9 +67,9 @@ class Player:
         }  # fmt: skip
 
     def problem(self, k, kv_layout):
-        kv = describe(k)
+        kv = launch.describe(k)
         return make_problem(
-            describe(self.q), kv, kv,
+            launch.describe(self.q), kv, kv,
             make_call_spec(head_dim=self.case.head_dim, backend=self.backend, causal=self.case.causal),
             sequences=len(self.case.lengths), world_size=self.case.world_size, target=self.target, kv_layout=kv_layout,
             kv_heads=self.case.kv_heads, gluon=launch.can_launch_gluon(self.backend, k, self.q, self.dout),
@@ -187,22 +187,26 @@ class Player:
         gathers = itertools.cycle(windows)
         stand_ins = {
             "resolve": lambda _: SimpleNamespace(size=lambda: self.case.world_size, rank=lambda: self.rank),
-            "agree": lambda *_, **__: None,
+            "agree_on_call": lambda *_: None,
             "gather_into": lambda buffer, own, group: buffer.copy_(next(gathers).flatten(1, 2)),
             "reduce_into": lambda total, x, group: None,
         }
         rows = slice(self.rank * self.case.tokens, (self.rank + 1) * self.case.tokens)
         local = self.q, self.k[rows], self.v[rows]
-        constants = (
-            *self.tables[KVLayout.GATHERED], "group", "allgather", self.window, self.case.causal,
-            self.case.head_dim**-0.5, "float32", self.backend,
-        )  # fmt: skip
+        call = make_call_spec(
+            head_dim=self.case.head_dim, backend=self.backend, causal=self.case.causal, heads_k_stride=self.window
+        )
+        sizes = len(self.case.lengths), self.case.world_size
+        transport, tables = (
+            transport_of(*local, call, *sizes, KVLayout.PEER, "group"),
+            Tables(*self.tables[KVLayout.GATHERED]),
+        )
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with mock.patch.multiple(parallel, **stand_ins):
-            out, lse = parallel.parallel_forward(*local, *constants)
-            dq, dkv = parallel.parallel_backward(*local, out, lse, self.dout, None, *constants)
+        with mock.patch.multiple(allgather, **stand_ins):
+            out, lse = transport.forward(*local, tables)
+            dq, dkv = transport.backward(Residuals(*local, out, lse), self.dout, None, tables)
         peak = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in (out, lse, dq, dkv))
         timing.check_close(f"{self.case}, rank {self.rank}: dq of the call", dq, self.whole.backward()[0])
         return peak

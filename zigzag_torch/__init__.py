@@ -5,7 +5,8 @@
 
 from zigzag_kernels import __version__
 
-from .api import Batch, prepare_batch, zigzag_attention, zigzag_attention_gathered
+from .api import zigzag_attention, zigzag_attention_gathered
+from .batch import Batch, prepare_batch
 from .compat.flags import ZigzagConfig
 from .compat.grouped import (
     compute_kv_slices_for_groups,

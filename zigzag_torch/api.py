@@ -1,94 +1,21 @@
-"""The public calls: `zigzag_attention`, `zigzag_attention_gathered`, and `prepare_batch` for what layers share."""
+"""The public calls `zigzag_attention` and `zigzag_attention_gathered`."""
 
-from dataclasses import dataclass, replace
+import dataclasses
+import functools
 
 import torch
 
-from zigzag_kernels.checks import METHODS, batch_shape, check_method, check_rank
-from zigzag_kernels.heuristics import choose_heads_k_stride
-from zigzag_kernels.problem import Problem
+from zigzag_kernels.callspec import CallSpec, make_call_spec
+from zigzag_kernels.checks import batch_shape, check_method
+from zigzag_kernels.modes import Backend, KVLayout, Method
 
-from . import ops, parallel, reference
-from .agreement import describe_group, refuse, resolve
-from .collectives import common_rank
-from .launch import choose_backend
-from .shard import as_rank, check_batch, check_device, check_tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What all layers of a step share: made by `prepare_batch`, accepted wherever `cu_seqlens` is.
-
-    `segments` and `sequences` are the tables for `method`, or None for the backend "reference". `group_name` is None
-    unless the ranks of that group have compared their `cu_seqlens`.
-    """
-
-    cu_seqlens: torch.Tensor
-    rank: torch.Tensor
-    world_size: int
-    segments: torch.Tensor | None
-    sequences: torch.Tensor | None
-    method: str = METHODS[0]
-    group_name: str | None = None
-
-
-def prepare_batch(
-    cu_seqlens: torch.Tensor,
-    rank: int | torch.Tensor | None = None,
-    world_size: int | None = None,
-    *,
-    method: str = "allgather",
-    group=None,
-    backend: str | None = None,
-) -> Batch:
-    """Build the device tables of a batch once, for all layers and directions.
-
-    Args:
-        cu_seqlens: `[N + 1]` int32, global.
-        rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int; 0 and 1 if None, or those of
-            the `group`.
-        method: of the attention calls that the batch is for.
-        group: of those calls. With it every rank of the group makes this call, and they compare their `cu_seqlens`, on
-            the device: where they are not the same, attention becomes NaN on all ranks, and `validate` says why.
-
-    Raises as `zigzag_attention`. The host does not wait for the device.
-    """
-    if group is None:
-        rank, world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
-        check_method(method)
-        check_batch(cu_seqlens, rank, world_size)
-        backend = choose_backend(backend, cu_seqlens.device)
-        rank = as_rank(rank, cu_seqlens.device)
-        return _with_tables(Batch(cu_seqlens, rank, world_size, None, None, method), backend)
-    name, group_rank, group_size = describe_group(group)
-    try:
-        check_method(method)
-        check_batch(cu_seqlens, rank, group_size)
-        if rank is not None and (isinstance(rank, torch.Tensor) or rank != group_rank):
-            raise ValueError(f"rank: expected None or that in the group, {group_rank}, got {rank}")
-        if world_size not in (None, group_size):
-            raise ValueError(f"world_size: expected None or the size of the group, {group_size}, got {world_size}")
-        backend = choose_backend(backend, cu_seqlens.device)
-    except (ValueError, RuntimeError) as error:
-        _refuse(name, error)
-        raise
-    common = common_rank(cu_seqlens, as_rank(group_rank, cu_seqlens.device), name)
-    return _with_tables(Batch(cu_seqlens, common, group_size, None, None, method, name), backend)
-
-
-def _with_tables(batch: Batch, backend: str) -> Batch:
-    """`batch` with its tables, if `backend` needs any and they are not there yet."""
-    if backend == "reference" or batch.segments is not None:
-        return batch
-    layout, cu_seqlens = parallel.KV_LAYOUT[batch.method], batch.cu_seqlens.contiguous()
-    segments, sequences = ops.segment_tables(cu_seqlens, batch.rank, batch.world_size, layout, backend)
-    return replace(batch, segments=segments, sequences=sequences)
-
-
-def _refuse(group_name: str, error: Exception) -> None:
-    """Tell the other ranks of an error; not while `torch.compile` traces: then they hear nothing, and time out."""
-    if not torch.compiler.is_compiling():
-        refuse(resolve(group_name), error)
+from . import launch, reference
+from .arguments import as_rank, check_device, check_tensor
+from .autograd import agreed_rank, attention
+from .batch import Batch, as_batch, tables_of
+from .parallel import Local, Moving, Transport, transport_of
+from .parallel.agreement import Place, place_in, refuse_together
+from .parallel.collectives import common_rank
 
 
 def zigzag_attention_gathered(
@@ -105,7 +32,7 @@ def zigzag_attention_gathered(
     backend: str | None = None,
     deterministic: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The work of one zigzag rank on K/V that are already gathered; differentiable, also through `lse`.
+    """Compute the attention of one zigzag rank to gathered K/V; differentiable, also through `lse`.
 
     Args:
         q: `[T, heads, head_dim]`, the zigzag rows of `rank`. float16, bfloat16 or float32; head_dim a multiple of 8
@@ -117,62 +44,29 @@ def zigzag_attention_gathered(
         rank: an int, or one integer on the device of q.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
-        deterministic: the same inputs give the same gradients bit for bit. False allows other orders of summation, and
-            does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short, one kernel then
-            does the work of two. The backward pass of medium sequences takes 4 % less time, that of long ones as much
-            as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
+        deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
+            summation, and does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short,
+            one kernel then does the work of two. The backward pass of medium sequences takes 4 % less time, that of
+            long ones as much as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
 
     Returns:
         out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm).
-        Gradients of k and v are this rank's contribution, in their layout. Lengths or a rank that cannot be, where
-        they are device data, give NaN everywhere: `validate` says what is wrong.
+        Gradients of k and v are this rank's contribution, in their layout. Invalid lengths or ranks on the device
+        produce NaN everywhere, because checking them would synchronise with the GPU: `validate` gives the reason.
 
     Raises:
         ValueError: shapes, types, devices or numbers that do not fit, before anything is launched.
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
-    backend, batch, problem = _check(
-        q, k, v, cu_seqlens, rank, world_size, METHODS[0], "gathered", causal, softmax_scale, backend, deterministic
-    )
-    out, lse = _on_this_rank(q, k, v, batch, problem, backend)
-    return (out, lse) if return_lse else out
-
-
-def _on_this_rank(q, k, v, batch: Batch, problem: Problem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); k and v are here."""
-    constants = batch.world_size, problem.call.causal, problem.call.softmax_scale
-    if backend == "reference":
-        return reference.attention(q, k, v, batch.cu_seqlens, batch.rank, *constants)
-    batch = _with_tables(batch, backend)
-    q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-    options = backend, "gathered", problem.call.deterministic
-    return ops.attention(q, k, v, batch.segments, batch.sequences, *constants, *options)
-
-
-def _check(
-    q, k, v, cu_seqlens, rank, world_size: int, method: str, kv_layout: str, causal, softmax_scale, backend,
-    deterministic,
-) -> tuple[str, Batch, Problem]:  # fmt: skip
-    """(backend, batch, problem) of a call, if there is nothing to say against it; a new batch has no tables yet."""
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        check_tensor(name, x)
-        check_device(name, x, "q", q)
-    backend = choose_backend(backend, q.device)
-    if isinstance(cu_seqlens, Batch):
-        batch = cu_seqlens
-        if batch.world_size != world_size:
-            raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
-        if batch.method != method and world_size > 1:
-            raise ValueError(f"method: expected that of the prepared batch, {batch.method!r}, got {method!r}")
-        check_rank(rank, world_size, isinstance(rank, torch.Tensor))
-    else:
-        check_batch(cu_seqlens, rank, world_size)
-        batch = Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, None, None, method)
+    backend = _check_tensors(q, k, v, backend)
+    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value)
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
-    problem = ops.problem_of(
-        q, k, v, batch.cu_seqlens, world_size, causal, softmax_scale, backend, kv_layout, deterministic
-    )  # fmt: skip
-    return backend, batch, problem
+    call = _call_spec(_head_dim(q), backend, causal, softmax_scale, deterministic=deterministic)
+    q, k, v = _readable(q, k, v, backend)
+    sequences = batch.cu_seqlens.shape[0] - 1
+    transport = transport_of(q, k, v, call, sequences, world_size, KVLayout.GATHERED, None)
+    out, lse = _attend(transport, q, k, v, batch)
+    return (out, lse) if return_lse else out
 
 
 def zigzag_attention(
@@ -196,12 +90,11 @@ def zigzag_attention(
     Args:
         q, k, v: `[T, heads, head_dim]`, `[T, kv_heads, head_dim]`: the zigzag rows of this rank (see `shard`), with
             `cu_seqlens [N + 1]` int32, global (one sequence if None); or `[batch, T, ...]` with `cu_seqlens=None` for
-            sequences of equal length, of which each rank has T rows. Types and head_dim as in
-            `zigzag_attention_gathered`.
-        cu_seqlens: or the result of `prepare_batch`, for the same method. Best prepared with the same group: what was
-            not is compared between the ranks, and gets its tables, in every call.
-        group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: one
-            device that holds everything, to which method, heads_k_stride and grad_reduce_dtype mean nothing.
+            sequences of equal length with T rows on each rank. Types and head_dim as in `zigzag_attention_gathered`.
+        cu_seqlens: or the result of `prepare_batch`, for the same method. Prepare it with the same group: otherwise the
+            ranks compare it, and make its tables, in every call.
+        group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: single
+            device; `method`, `heads_k_stride` and `grad_reduce_dtype` are ignored.
         method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
             with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
@@ -219,60 +112,123 @@ def zigzag_attention(
             ValueError. `RuntimeError` if another rank makes no such call in time (ZIGZAG_AGREEMENT_TIMEOUT, seconds).
             Values of `cu_seqlens` that differ, which the host does not look at, give NaN on every rank.
     """
-    name, rank, world_size = (None, 0, 1) if group is None else describe_group(group)
+    place = place_in(group)
     try:
-        for argument, x in {"q": q, "k": k, "v": v}.items():
-            check_tensor(argument, x)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x)
         batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
         if batched:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        size, tokens = batched or (1, q.shape[0])
         if cu_seqlens is None:
-            if world_size > 1 and tokens % 2:
-                raise ValueError(f"q: expected an even number of local rows of each sequence, got {tokens}")
-            cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * (world_size * tokens)
-            cu_seqlens = Batch(cu_seqlens, as_rank(rank, q.device), world_size, None, None, method, name)
+            cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
-        backend, batch, problem = _check(
-            q, k, v, cu_seqlens, rank, world_size, method, "peer", causal, softmax_scale, backend, deterministic
-        )
-        stride = choose_heads_k_stride(heads_k_stride, problem)
-        reduce_dtype = torch.float32 if grad_reduce_dtype is None else grad_reduce_dtype
-        if reduce_dtype not in (torch.float32, q.dtype):
-            raise ValueError(
-                f"grad_reduce_dtype: expected None, float32 or the dtype of q, {problem.dtype}, "
-                f"got {grad_reduce_dtype!r}"
-            )
+        backend = _check_tensors(q, k, v, backend)
+        batch = as_batch(cu_seqlens, place.rank, place.world_size, method)
+        check_device("cu_seqlens", batch.cu_seqlens, "q", q)
+        options = method, heads_k_stride, grad_reduce_dtype
+        call = _call_spec(_head_dim(q), backend, causal, softmax_scale, *options, deterministic=deterministic)
+        q, k, v = _readable(q, k, v, backend)
+        sequences, layout = batch.cu_seqlens.shape[0] - 1, KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
+        transport = transport_of(q, k, v, call, sequences, place.world_size, layout, place.group_name)
     except (ValueError, RuntimeError) as error:
-        if name is not None:
-            _refuse(name, error)
+        refuse_together(place, error)
         raise
-    if name is None or world_size == 1:
-        out, lse = _on_this_rank(q, k, v, batch, problem, backend)
-    else:
-        out, lse = _between_ranks(q, k, v, batch, problem, name, rank, method, stride, reduce_dtype, backend)
+    if not isinstance(transport, Local):
+        batch = _compared(batch, place.rank, transport, q, k, v)
+    out, lse = _attend(transport, q, k, v, batch)
     if batched:
         out = out.unflatten(0, batched)
         lse = lse.unflatten(1, batched).transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
-def _between_ranks(q, k, v, batch: Batch, problem: Problem, name, rank: int, method, stride, reduce_dtype, backend):
-    """(out, lse) of one rank of several, in the group called `name`."""
-    reduce_name = str(reduce_dtype).removeprefix("torch.")
-    constants = name, method, stride, problem.call.causal, problem.call.softmax_scale, reduce_name
-    compared = batch.group_name == name
-    if backend == "reference" or not compared:
-        own_rank = batch.rank if compared else as_rank(rank, q.device)
-        detached = (x.detach() for x in (q, k, v))
-        own_rank = parallel.agreed_rank(own_rank, *detached, problem.sequences, *constants, backend)
-        if not compared:
-            own_rank = common_rank(batch.cu_seqlens, own_rank, name)
-        batch = replace(batch, rank=own_rank, segments=None, sequences=None)
-    if backend == "reference":
-        return reference.parallel_attention(
-            q, k, v, batch.cu_seqlens, batch.rank, batch.world_size, *constants[:-1], reduce_dtype
-        )
-    batch = _with_tables(batch, backend)
-    q, k, v = (ops.last_dim_contiguous(x) for x in (q, k, v))
-    return parallel.attention(q, k, v, batch.segments, batch.sequences, *constants, backend)
+def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method: str) -> Batch:
+    """Return the batch of `size` sequences with `tokens` rows of each on every rank."""
+    if place.world_size > 1 and tokens % 2:
+        raise ValueError(f"q: expected an even number of local rows of each sequence, got {tokens}")
+    cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * (place.world_size * tokens)
+    rank = as_rank(place.rank, q.device)
+    return Batch(cu_seqlens, rank, place.world_size, method, compared_by=place.group_name)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None) -> str:
+    """Return the backend that serves `q`, `k` and `v`, if they are tensors on one device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        check_device(name, x, "q", q)
+    return launch.choose_backend(backend, q.device)
+
+
+def _head_dim(q: torch.Tensor) -> int:
+    return q.shape[-1] if q.ndim else 0
+
+
+def _readable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str):
+    """Return q, k and v with the last dimension contiguous, if kernels will read them."""
+    if backend == Backend.REFERENCE:
+        return q, k, v
+    return launch.last_dim_contiguous(q), launch.last_dim_contiguous(k), launch.last_dim_contiguous(v)
+
+
+def _call_spec(
+    head_dim: int,
+    backend: str,
+    causal: bool,
+    softmax_scale: float | None,
+    method: str = Method.ALLGATHER.value,
+    heads_k_stride: int | None = None,
+    grad_reduce_dtype: torch.dtype | None = None,
+    *,
+    deterministic: bool,
+) -> CallSpec:
+    """Return `make_call_spec` of these options, made once for all layers and steps that give the same."""
+    reduce_name = None if grad_reduce_dtype is None else _dtype_name(grad_reduce_dtype)
+    options = head_dim, backend, causal, softmax_scale, method, heads_k_stride, reduce_name, deterministic
+    if not torch.compiler.is_compiling():  # torch.compile would trace the cache too, and warn of it
+        try:
+            return _known_call_spec(*options)
+        except TypeError:  # what is not even hashable is refused in words
+            pass
+    return _make_call_spec(*options)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
+
+
+def _make_call_spec(head_dim, backend, causal, softmax_scale, method, heads_k_stride, grad_reduce_dtype, deterministic):
+    return make_call_spec(
+        head_dim=head_dim,
+        backend=backend,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        method=method,
+        heads_k_stride=heads_k_stride,
+        grad_reduce_dtype=grad_reduce_dtype,
+        deterministic=deterministic,
+    )
+
+
+_known_call_spec = functools.lru_cache(maxsize=1024, typed=True)(_make_call_spec)  # typed: True is 1.0, and refused
+
+
+def _compared(batch: Batch, rank: int, transport: Moving, q, k, v) -> Batch:
+    """Return `batch` once the ranks have agreed on the call and compared their `cu_seqlens`.
+
+    Attention agrees on the call itself if it is by the kernels; nothing may be sent before that.
+    """
+    compared = batch.compared_by == transport.group_name
+    if compared and transport.problem.call.backend != Backend.REFERENCE:
+        return batch
+    own_rank = agreed_rank(transport, batch.rank if compared else as_rank(rank, q.device), q, k, v)
+    if not compared:
+        own_rank = common_rank(batch.cu_seqlens, own_rank, transport.group_name)
+    return dataclasses.replace(batch, rank=own_rank, segments=None, sequences=None)
+
+
+def _attend(transport: Transport, q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out, lse) by the backend of the call."""
+    backend = transport.problem.call.backend
+    if backend == Backend.REFERENCE:
+        return reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)
+    return attention(transport, q, k, v, tables_of(batch, backend))

@@ -3,36 +3,72 @@
 Memory is proportional to heads * T * W * T scores; products and softmax are float32 whatever the inputs are.
 """
 
+import functools
+
 import torch
 
 from zigzag_kernels.layout import impossible, row_position
+from zigzag_kernels.problem import Problem
 
-from .collectives import all_gather, shift
+from .parallel import Local, Ring, Transport
+from .parallel.collectives import all_gather, shift
 from .shard import sequence_of_rows
 
 
 def attention(
+    transport: Transport,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
     rank: torch.Tensor,
-    world_size: int,
-    causal: bool,
-    softmax_scale: float,
-    peer: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'.
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'.
 
-    k and v are those of all ranks, or, given a `peer`, of that rank alone: rows that see none of them have out 0, lse
-    -inf.
+    Between ranks K/V move as `transport` says, and autograd moves their gradients back.
     """
-    tokens = q.shape[0]
+    problem = transport.problem
+    attend = functools.partial(_attend, problem, cu_seqlens=cu_seqlens, rank=rank)
+    ranks = torch.arange(problem.world_size, device=q.device)
+    if isinstance(transport, Local):
+        return attend(q, k, v, ranks=ranks)
+    reduce_dtype = getattr(torch, problem.call.grad_reduce_dtype)
+    k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the dtype that they do
+    if isinstance(transport, Ring):
+        kv, partials = torch.cat((k, v), 1), []
+        for step in range(problem.world_size):
+            peer = (rank - step) % problem.world_size
+            partials.append(attend(q.float(), *kv.chunk(2, 1), ranks=peer))
+            if step + 1 < problem.world_size:
+                kv = shift(kv, 1, transport.group_name)
+        out, lse = merge_partials(*(torch.stack(x) for x in zip(*partials, strict=True)))
+        return out.to(q.dtype), lse
+    windows = []
+    for first in range(0, problem.kv_heads, problem.window):
+        end = first + problem.window
+        kv = torch.cat((k[:, first:end], v[:, first:end]), 1)
+        kv = all_gather(kv, problem.world_size, transport.group_name)
+        windows.append(attend(q[:, first * problem.group : end * problem.group], *kv.chunk(2, 1), ranks=ranks))
+    outs, lses = zip(*windows, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses)
+
+
+def _attend(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor,
+    rank: torch.Tensor,
+    ranks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out, lse) of the rows of `rank` over the keys of `ranks`; rows that see no key have out 0, lse -inf."""
+    tokens, world_size = q.shape[0], problem.world_size
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     q_position = row_position(offset, length, rank, world_size)
-    slots = torch.arange(world_size, device=q.device) if peer is None else peer
-    k_position = row_position(offset, length, slots[:, None], world_size).expand(len(slots), tokens).reshape(-1)
-    k_sequence = sequence.repeat(len(slots))
+    k_position = row_position(offset, length, ranks[:, None], world_size).expand(len(ranks), tokens).reshape(-1)
+    k_sequence = sequence.repeat(len(ranks))
 
     # A factor of the results, and of the inputs for the sake of the gradients.
     poison = torch.where(impossible(cu_seqlens, rank, world_size, tokens), float("nan"), 1.0)
@@ -42,8 +78,8 @@ def attention(
         v.float() * poison,
         (sequence, q_position),
         (k_sequence, k_position),
-        causal,
-        softmax_scale,
+        problem.call.causal,
+        problem.call.softmax_scale,
     )
     return (out * poison).to(q.dtype), lse * poison
 
@@ -96,45 +132,6 @@ def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, tor
     out = torch.einsum("kgts,skd->tkgd", torch.exp(scores - lse[..., None]), v).reshape(tokens, heads, head_dim)
     lse = lse.reshape(heads, tokens).masked_fill(alone, float("-inf"))
     return out.masked_fill(alone[:, None, None], 0.0), lse
-
-
-def parallel_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    rank: torch.Tensor,
-    world_size: int,
-    group_name: str,
-    method: str,
-    heads_k_stride: int,
-    causal: bool,
-    softmax_scale: float,
-    reduce_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of a rank that holds only its own rows of k and v: K/V move as `method` says."""
-
-    def attend(q, k, v, peer=None):
-        return attention(q, k, v, cu_seqlens, rank, world_size, causal, softmax_scale, peer)
-
-    group = q.shape[1] // k.shape[1]
-    k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the type that they do
-    if method == "ring":
-        kv, partials = torch.cat((k, v), 1), []
-        for step in range(world_size):
-            peer = (rank - step) % world_size
-            partials.append(attend(q.float(), *kv.chunk(2, 1), peer=peer))
-            if step + 1 < world_size:
-                kv = shift(kv, 1, group_name)
-        out, lse = merge_partials(*(torch.stack(x) for x in zip(*partials, strict=True)))
-        return out.to(q.dtype), lse
-    windows = []
-    for first in range(0, k.shape[1], heads_k_stride):
-        end = first + heads_k_stride
-        kv = all_gather(torch.cat((k[:, first:end], v[:, first:end]), 1), world_size, group_name)
-        windows.append(attend(q[:, first * group : end * group], *kv.chunk(2, 1)))
-    outs, lses = zip(*windows, strict=True)
-    return torch.cat(outs, 1), torch.cat(lses)
 
 
 def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

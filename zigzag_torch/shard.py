@@ -1,43 +1,14 @@
-"""Dealing a packed batch out to the ranks and putting it together again; all of it off the attention's hot path."""
+"""Dealing a packed batch out to the ranks, and putting it together again; never on the hot path of attention."""
 
 import itertools
 
 import torch
 
-from zigzag_kernels.checks import check_cu_seqlens, check_lengths, check_rank, check_world_size
+from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.layout import gathered_row, padded_length, row_position
 
-from .agreement import compare, describe_group, refuse, resolve
-
-
-def check_tensor(name: str, x) -> None:
-    """`ValueError` unless `x` is a tensor."""
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-
-
-def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """`ValueError` unless `x` is where `other` is."""
-    if x.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
-
-
-def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int) -> None:
-    """`ValueError` for what can be said of the arguments without looking into device memory."""
-    check_world_size(world_size)
-    check_tensor("cu_seqlens", cu_seqlens)
-    check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
-    if rank is not None:
-        check_rank(rank, world_size, isinstance(rank, torch.Tensor))
-    if isinstance(rank, torch.Tensor):
-        check_device("rank", rank, "cu_seqlens", cu_seqlens)
-
-
-def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`[1]` int32: a rank that `check_batch` accepts, as kernels read it."""
-    if isinstance(rank, torch.Tensor):
-        return rank.to(torch.int32).reshape(1)
-    return torch.full((1,), rank, dtype=torch.int32, device=device)
+from .arguments import as_rank, check_batch
+from .parallel.agreement import compare, place_in, refuse, resolve
 
 
 def sequence_of_rows(
@@ -184,14 +155,16 @@ def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None
         check_batch(cu_seqlens, None, world_size)
         check_lengths(cu_seqlens.tolist(), world_size, total)
         return
-    name, _, group_size = describe_group(group)
+    place = place_in(group)
+    assert place.group_name is not None
+    group = resolve(place.group_name)
     try:
-        if world_size != group_size:
-            raise ValueError(f"world_size: expected the size of the group, {group_size}, got {world_size}")
+        if world_size != place.world_size:
+            raise ValueError(f"world_size: expected the size of the group, {place.world_size}, got {world_size}")
         check_batch(cu_seqlens, None, world_size)
         values = cu_seqlens.tolist()
         check_lengths(values, world_size, total)
     except ValueError as error:
-        refuse(resolve(name), error)
+        refuse(group, error)
     report = {"call": "validate", "total": total, "sequences": len(values) - 1}
-    compare(resolve(name), report | {f"cu_seqlens[{index}]": value for index, value in enumerate(values)})
+    compare(group, report | {f"cu_seqlens[{index}]": value for index, value in enumerate(values)})

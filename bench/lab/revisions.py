@@ -28,7 +28,6 @@ from bench import timing
 from bench.run import chosen
 from tests.support.cases import BENCH, CASES
 from zigzag_torch import launch
-from zigzag_torch.ops import describe
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, OTHER = "zigzag_kernels", "zigzag_kernels_before"
@@ -49,7 +48,7 @@ def load(revision: str, folder: Path):
 
 def _problem(package: str, arrays: tuple, backend: str, options: dict, **sizes):
     """Return the `Problem` of `arrays` by `package`, which may be older than `CallSpec`."""
-    make_problem, described = importlib.import_module(f"{package}.problem").make_problem, map(describe, arrays)
+    make_problem, described = importlib.import_module(f"{package}.problem").make_problem, map(launch.describe, arrays)
     try:
         callspec = importlib.import_module(f"{package}.callspec")
     except ModuleNotFoundError:

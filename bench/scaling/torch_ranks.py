@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import timing
 from zigzag_torch import prepare_batch, zigzag_attention, zigzag_attention_gathered
-from zigzag_torch.collectives import gather_into, reduce_into
+from zigzag_torch.parallel.collectives import gather_into, reduce_into
 
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 

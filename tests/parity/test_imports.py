@@ -2,12 +2,14 @@
 
 import pytest
 
+import zigzag_kernels
+import zigzag_torch
 from tests.support.commands import lines_of
 
 MISSING = {
     "zigzag_kernels": ("torch", "jax", "jax_triton", "numpy", "triton"),
     "zigzag_kernels.doctor": ("torch", "jax", "jax_triton", "numpy", "triton", "zigzag_torch", "zigzag_jax"),
-    "zigzag_torch": ("jax", "jax_triton", "triton"),
+    "zigzag_torch": ("jax", "jax_triton", "triton", "zigzag_torch.fast_launch"),
     "zigzag_jax": ("torch", "jax_triton", "triton"),
     "zigzag_kernels.plan": ("torch", "jax", "jax_triton", "zigzag_torch", "zigzag_jax"),
 }
@@ -27,3 +29,8 @@ def test_triton_is_not_imported_before_a_kernel_is_asked_for(module):
 def test_nothing_keeps_a_group_that_was_destroyed():
     """Modules that are imported later take it as a default, and threads of gloo would run while the process ends."""
     assert lines_of("destroyed_group") == ["[]"]
+
+
+def test_the_public_surface_is_there():
+    assert all(hasattr(zigzag_torch, name) for name in zigzag_torch.__all__)
+    assert zigzag_torch.__version__ == zigzag_kernels.__version__

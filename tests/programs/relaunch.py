@@ -1,9 +1,9 @@
 """Launches kernels from PyTorch for the first time and again, and checks that Triton is handed the same each time.
 
-    python -m tests.programs.relaunch [--in-c]
+    python -m tests.programs.relaunch [--in-c] [--slowly]
 
 Needs no GPU: Triton compiles for one, and a stand-in for its launcher, or with --in-c for the function in C that the
-launcher calls, writes down what it is to launch.
+launcher calls, writes down what it is to launch. With --slowly the fast path is switched off.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from zigzag_torch import launch as torch_launch
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--in-c", action="store_true")
+parser.add_argument("--slowly", action="store_true")
 IN_C = parser.parse_args().in_c
+if SLOWLY := parser.parse_args().slowly:
+    torch_launch.fast_launch = None
 recorded, handles = [], itertools.count(1)
 
 
@@ -82,10 +85,11 @@ def launched(call, *arrays):
 @contextlib.contextmanager
 def on_gpu(number):
     """In it tensors are on this GPU, which is the current one."""
+    guard = (torch.cuda, "device") if SLOWLY else (torch_launch.fast_launch, "DeviceGuard")
     with (
         mock.patch.object(Driver, "current", number),
         mock.patch.object(torch.Tensor, "get_device", return_value=number),
-        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(*guard, return_value=contextlib.nullcontext()),
     ):
         yield
 
@@ -167,10 +171,10 @@ for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
             kernels.add(expected[0][4])
             launched(ours, *arrays)
             again = tuple(x if x is None or x.data_ptr() % 16 else x.clone() for x in arrays)
-            with (
-                mock.patch.object(triton.JITFunction, "run", side_effect=AssertionError("launched by Triton's call")),
-                ThreadPoolExecutor() as thread,
-            ):
+            failing = mock.patch.object(
+                triton.JITFunction, "run", side_effect=AssertionError("launched by Triton's call")
+            )
+            with contextlib.nullcontext() if SLOWLY else failing, ThreadPoolExecutor() as thread:
                 assert launched(ours, *arrays) == expected, launch
                 other = launched(ours, *again)
                 assert thread.submit(launched, ours, *again).result() == other

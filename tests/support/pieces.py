@@ -10,7 +10,6 @@ import zigzag_torch
 from tests.support.machine import GPU
 from tests.support.rank import rank_arrays, rank_results
 from zigzag_torch import launch
-from zigzag_torch.compat import two_chunks
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -81,8 +80,5 @@ def kernels(backend):
     """In it `backend` is the default: the kernels themselves on a CPU too, where the reference would run. None: it is
     as always."""
     choose = launch.choose_backend
-    with contextlib.ExitStack() as stack:
-        for module in (zigzag_torch.api, two_chunks):
-            patch = mock.patch.object(module, "choose_backend", lambda _, device: choose(backend, device))
-            stack.enter_context(patch)
+    with mock.patch.object(launch, "choose_backend", lambda _, device: choose(backend, device)):
         yield

@@ -5,17 +5,26 @@ import torch
 import triton
 
 from tests.support.commands import run_program
-from zigzag_torch.launch import LATER, can_launch_gluon
+from zigzag_torch.fast_launch import LATER_RELEASES
+from zigzag_torch.launch import can_launch_gluon
+
+
+def run_relaunch(tmp_path_factory, *options):
+    cache = tmp_path_factory.getbasetemp() / "launched"  # all have these kernels
+    ended = run_program("relaunch", *options, TRITON_CACHE_DIR=str(cache))
+    assert ended.code == 0, ended.errors[-4000:]
 
 
 @pytest.mark.parametrize("in_c", [True, False])
 def test_a_compiled_kernel_is_launched_again_as_triton_would(tmp_path_factory, in_c):
     """The same kernel for arrays of the same types and alignment on the same GPU, another one for others."""
-    if in_c and not triton.__version__.startswith(("3.6.", *LATER)):
+    if in_c and not triton.__version__.startswith(("3.6.", *LATER_RELEASES)):
         pytest.skip("what this release of Triton has in C is not known")
-    cache = tmp_path_factory.getbasetemp() / "launched"  # both have these kernels
-    ended = run_program("relaunch", *(["--in-c"] if in_c else []), TRITON_CACHE_DIR=str(cache))
-    assert ended.code == 0, ended.errors[-4000:]
+    run_relaunch(tmp_path_factory, *(["--in-c"] if in_c else []))
+
+
+def test_without_the_fast_path_triton_is_handed_the_same(tmp_path_factory):
+    run_relaunch(tmp_path_factory, "--slowly")
 
 
 def test_only_arrays_that_begin_at_multiples_of_16_bytes_are_for_the_copy_engine():

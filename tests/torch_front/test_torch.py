@@ -11,6 +11,8 @@ import zigzag_torch
 from tests.support.cases import Case, make_inputs
 from tests.support.machine import GPU
 from tests.support.rank import rank_arrays
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_torch import launch
 
 DEVICE = "cuda" if GPU else "cpu"
 CASE = Case(name="torch", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2, padding=2)
@@ -68,6 +70,48 @@ def test_compiles_for_any_length(kernel_backend):
         assert torch.equal(compiled(q, k, v, cu_seqlens), theirs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_takes_numbers_of_later_calls(kernel_backend, dynamic):
+    """Options are constants of the compiled code, and another value compiles it again."""
+    torch.compiler.reset()  # there is a limit to that
+    q, k, v, _, cu_seqlens = tensors()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(q, k, v, **options):
+        return zigzag_torch.zigzag_attention_gathered(q, k, v, cu_seqlens, 1, 2, backend=kernel_backend, **options)
+
+    q.requires_grad_()
+    for options in ({"softmax_scale": 0.25}, {"softmax_scale": 0.5}, {"softmax_scale": 1}, {}, {"causal": False}):
+        results = [
+            (out.detach(), *torch.autograd.grad(out.sum(), q))
+            for out in (
+                compiled(q, k, v, **options),
+                zigzag_torch.zigzag_attention_gathered(q, k, v, cu_seqlens, 1, 2, backend=kernel_backend, **options),
+            )
+        ]
+        assert_same(*results)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_exports_for_any_length(kernel_backend, strict):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, cu_seqlens):
+            return zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
+
+    def inputs(tokens):
+        q, k, v = (torch.randn(tokens, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+        return q, k, v, torch.tensor([0, 5, tokens], dtype=torch.int32, device=DEVICE)
+
+    tokens = torch.export.Dim("tokens", min=2, max=1024)
+    shapes = {"q": {0: tokens}, "k": {0: tokens}, "v": {0: tokens}, "cu_seqlens": None}
+    exported = torch.export.export(Attention(), inputs(8), dynamic_shapes=shapes, strict=strict)
+    for length in (8, 13):
+        arguments = inputs(length)
+        assert torch.equal(exported.module()(*arguments), Attention()(*arguments))
+
+
 def test_operators_are_registered_as_torch_wants_them(kernel_backend):
     q, k, v, dout, cu_seqlens = tensors()
     rank = torch.ones(1, dtype=torch.int32, device=DEVICE)
@@ -75,7 +119,8 @@ def test_operators_are_registered_as_torch_wants_them(kernel_backend):
     tables = torch.ops.zigzag.segment_tables(*table_arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.zigzag.segment_tables, table_arguments, test_utils=tests)
-    constants = (2, True, 0.25, kernel_backend, "gathered", False)
+    call = make_call_spec(head_dim=16, backend=kernel_backend, deterministic=False)
+    constants = call.key, 2, "gathered"
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.zigzag.attention_forward, (*leaves, *tables, *constants), test_utils=tests)
     out, lse = torch.ops.zigzag.attention_forward(q, k, v, *tables, *constants)
@@ -156,12 +201,39 @@ def test_the_operator_and_vmap_give_the_gradients_of_an_eager_call(attend, kerne
     q, k, v, dout, cu_seqlens = tensors()
     expected = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
     batch = zigzag_torch.prepare_batch(cu_seqlens, 1, 2, backend=kernel_backend)
-    constants = batch.segments, batch.sequences, 2, True, q.shape[-1] ** -0.5, kernel_backend
+    call = make_call_spec(head_dim=16, backend=kernel_backend)
+    constants = batch.segments, batch.sequences, call.key, 2
     operator = lambda *qkv: torch.ops.zigzag.attention_forward(*qkv, *constants)[0]  # noqa: E731
     assert_same(gradients(operator, q, k, v, dout), expected)
     vmapped = torch.func.vmap(lambda *qkv: attend(*qkv, batch))
     twice = [torch.stack([x, 2 * x]) for x in (q, k, v, dout)]
     assert_same([x[0] for x in gradients(vmapped, *twice)], expected)
+
+
+def test_tensors_may_come_back_to_the_backward_pass_with_other_strides(attend):
+    """As from hooks that keep them on the host meanwhile."""
+    q, k, v, dout, cu_seqlens = tensors()
+    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
+    expected = gradients(step, q, k, v, dout)
+
+    def head_major(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim == 3 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(head_major, lambda x: x):
+        assert_same(gradients(step, q, k, v, dout), expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        assert_same(gradients(step, *(head_major(x) for x in (q, k, v)), dout), expected)
+
+
+def test_nothing_depends_on_the_fast_path(attend, monkeypatch):
+    q, k, v, dout, cu_seqlens = tensors()
+    step = lambda *qkv: attend(*qkv, cu_seqlens)  # noqa: E731
+    assert launch.fast_launch is not None
+    expected = gradients(step, q, k, v, dout)
+    monkeypatch.setattr(launch, "fast_launch", None)
+    assert_same(gradients(step, q, k, v, dout), expected)
+    with torch.no_grad():
+        assert torch.equal(step(q, k, v), expected[0])
 
 
 OPERATORS = ["zigzag::segment_tables", "zigzag::attention_forward", "zigzag::attention_backward"]

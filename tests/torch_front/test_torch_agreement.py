@@ -11,7 +11,7 @@ import zigzag_torch
 from tests.support.commands import HANGS, finish, start
 from tests.support.machine import GPU
 from tests.support.processes import run_ranks
-from zigzag_torch import agreement
+from zigzag_torch.parallel import agreement
 
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 TOKENS, HEADS, KV_HEADS, WORLD_SIZE = 8, 4, 2, 3

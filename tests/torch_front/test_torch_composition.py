@@ -14,6 +14,7 @@ import zigzag_torch
 from tests.support.commands import ROOT
 from tests.support.machine import GPU
 from tests.support.processes import run_ranks
+from zigzag_kernels.callspec import make_call_spec
 
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 METHODS = ("allgather", "ring")
@@ -82,7 +83,8 @@ def check_registration(tensors, rank, world_size, group):
     name, leaves = group.group_name, [x.clone().requires_grad_() for x in (q, k, v)]
     for method in METHODS:
         batch = zigzag_torch.prepare_batch(CU_SEQLENS, group=group, method=method, backend="interpret")
-        tables, constants = (batch.segments, batch.sequences), (name, method, 2, True, 0.25, "float32", "interpret")
+        call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", method=method)
+        tables, constants = (batch.segments, batch.sequences), (call.key, world_size, name)
         torch.library.opcheck(ops.parallel_forward, (*leaves, *tables, *constants), test_utils=tests)
         out, lse = ops.parallel_forward(q, k, v, *tables, *constants)
         backward = q, k, v, out, lse, dout, None, *tables, *constants

@@ -7,8 +7,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.machine import GPU
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import segment_table_shapes
-from zigzag_torch import launch, parallel
+from zigzag_torch import launch
+from zigzag_torch.parallel import Residuals, Tables, allgather, ring, transport_of
 
 WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 256, 16, 8, 64
 DTYPE, FLOAT32 = 2, 4  # bytes; inputs are bfloat16
@@ -28,11 +31,12 @@ def alone(monkeypatch):
         )
 
     monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr(parallel, "resolve", lambda _: SimpleNamespace(size=lambda: WORLD_SIZE, rank=lambda: 0))
-    monkeypatch.setattr(parallel, "agree", lambda *_, **__: None)
+    for module in (allgather, ring):
+        monkeypatch.setattr(module, "resolve", lambda _: SimpleNamespace(size=lambda: WORLD_SIZE, rank=lambda: 0))
+        monkeypatch.setattr(module, "agree_on_call", lambda *_: None)
     for name in ("gather_into", "reduce_into"):
-        monkeypatch.setattr(parallel, name, lambda *_, **__: nothing)
-    monkeypatch.setattr(parallel, "exchange", lambda *_, **__: [nothing])
+        monkeypatch.setattr(allgather, name, lambda *_, **__: nothing)
+    monkeypatch.setattr(ring, "exchange", lambda *_, **__: [nothing])
 
 
 def peak(function, *arguments):
@@ -53,8 +57,9 @@ def peak(function, *arguments):
 def test_memory_of_one_call(alone, method, stride):
     q, k, v = (torch.zeros(TOKENS, heads, HEAD_DIM, dtype=torch.bfloat16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     steps = WORLD_SIZE if method == "ring" else 1
-    tables = [torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1, steps)]
-    constants = "group", method, stride, True, 0.125, "float32", "interpret"
+    tables = Tables(*(torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1, steps)))
+    call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", method=method, heads_k_stride=stride)
+    transport = transport_of(q, k, v, call, 1, WORLD_SIZE, KVLayout.PEER, "group")
     out, lse = torch.zeros_like(q), torch.zeros(HEADS, TOKENS)
 
     # The sizes of docs/parallel.md, in bytes.
@@ -69,5 +74,5 @@ def test_memory_of_one_call(alone, method, stride):
         buffers = 2 * window * DTYPE
         forward = buffers + q.numel() * FLOAT32 + outputs
         backward = buffers + 2 * window * FLOAT32 + q.numel() * FLOAT32 + statistics + gradients
-    assert peak(parallel.parallel_forward, q, k, v, *tables, *constants) <= forward
-    assert peak(parallel.parallel_backward, q, k, v, out, lse, q, None, *tables, *constants) <= backward
+    assert peak(transport.forward, q, k, v, tables) <= forward
+    assert peak(transport.backward, Residuals(q, k, v, out, lse), q, None, tables) <= backward

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import segment_table_shapes
-from zigzag_torch import launch, parallel
-from zigzag_torch.streams import Streams
+from zigzag_torch import launch
+from zigzag_torch.parallel import Residuals, Tables, allgather, transport_of
+from zigzag_torch.parallel.streams import Streams
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 4, 16
 
@@ -101,37 +104,33 @@ class Recorder(TorchDispatchMode):
 def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(launch, "run", recorder.run)
-    monkeypatch.setattr(parallel, "resolve", lambda _: SimpleNamespace(size=lambda: 2, rank=lambda: 0))
-    monkeypatch.setattr(parallel, "agree", lambda *_, **__: None)
-    monkeypatch.setattr(parallel, "streams_of", lambda _: recorder.streams)
-    monkeypatch.setattr(parallel, "on", recorder.on)
+    monkeypatch.setattr(allgather, "resolve", lambda _: SimpleNamespace(size=lambda: 2, rank=lambda: 0))
+    monkeypatch.setattr(allgather, "agree_on_call", lambda *_: None)
+    monkeypatch.setattr(allgather, "streams_of", lambda _: recorder.streams)
+    monkeypatch.setattr(allgather, "on", recorder.on)
     for name in ("gather", "reduce"):
 
         def transfer(into, own, group, name=name):
             recorder.record(name, [own], [into, own])
 
-        monkeypatch.setattr(parallel, f"{name}_into", transfer)
-    for function in (parallel._forward_allgather, parallel._backward_allgather):
-
-        def watched(*arguments, function=function, **strides):
-            with recorder:
-                return function(*arguments, **strides)
-
-        monkeypatch.setattr(parallel, function.__name__, watched)
+        monkeypatch.setattr(allgather, f"{name}_into", transfer)
     return recorder
 
 
 def arguments(stride):
-    """(q, k, v), the tables, and the constants of both operators."""
+    """(q, k, v), the tables, and the all-gather of `stride` heads at a time."""
     qkv = [torch.zeros(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    tables = [torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1)]
-    return qkv, tables, ("group", "allgather", stride, True, 0.25, "float32", "interpret")
+    tables = Tables(*(torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1)))
+    call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", heads_k_stride=stride)
+    return qkv, tables, transport_of(*qkv, call, 1, 2, KVLayout.PEER, "group")
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_forward(recorder, stride):
-    qkv, tables, constants = arguments(stride)
-    recorder.check(parallel.parallel_forward(*qkv, *tables, *constants))
+    qkv, tables, transport = arguments(stride)
+    with recorder:
+        results = transport.forward(*qkv, tables)
+    recorder.check(results)
     for i in range(1, KV_HEADS // stride):
         before, kernel = (("attention_forward", x) for x in (i - 1, i))
         assert not recorder.ordered(before, kernel)
@@ -140,9 +139,11 @@ def test_forward(recorder, stride):
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_backward(recorder, stride):
-    qkv, tables, constants = arguments(stride)
+    qkv, tables, transport = arguments(stride)
     out, lse, dout = torch.zeros_like(qkv[0]), torch.zeros(HEADS, TOKENS), torch.zeros_like(qkv[0])
-    recorder.check(parallel.parallel_backward(*qkv, out, lse, dout, None, *tables, *constants))
+    with recorder:
+        results = transport.backward(Residuals(*qkv, out, lse), dout, None, tables)
+    recorder.check(results)
     for i in range(KV_HEADS // stride):
         rows, keys, queries = ("backward_delta", i), ("backward_dkdv", i), ("backward_dq", i)
         assert not recorder.ordered(keys, queries)

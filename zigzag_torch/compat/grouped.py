@@ -15,12 +15,13 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-from ..collectives import reduce_into
-from ..ops import describe
-from ..parallel import windows
+from ..arguments import check_batch, check_tensor
+from ..launch import describe
+from ..parallel.allgather import windows
+from ..parallel.collectives import reduce_into
+from ..parallel.streams import streams_of
 from ..profiling import region
-from ..shard import check_batch, check_tensor, position_order
-from ..streams import streams_of
+from ..shard import position_order
 from . import flash2
 
 KVSlice = tuple[list[tuple[int, int]], torch.Tensor]

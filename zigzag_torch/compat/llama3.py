@@ -10,11 +10,10 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.problem import make_problem
 
-from ..agreement import describe_group, refuse, resolve
 from ..api import zigzag_attention, zigzag_attention_gathered
-from ..ops import describe
-from ..parallel import agree_on_call
-from ..shard import check_batch, check_tensor
+from ..arguments import check_batch, check_tensor
+from ..launch import describe
+from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
 from . import grouped
 from .verify import choose_path
 
@@ -76,7 +75,13 @@ def zigzag_llama3_flash_attn_varlen_func(
             describe(q),
             describe(k),
             describe(v),
-            make_call_spec(head_dim=q.shape[-1], backend="reference", causal=causal, softmax_scale=softmax_scale),
+            make_call_spec(
+                head_dim=q.shape[-1],
+                backend="reference",
+                causal=causal,
+                softmax_scale=softmax_scale,
+                heads_k_stride=heads_k_stride,
+            ),
             sequences=len(cu_seqlens_q) - 1,
             world_size=1,
             target="reference",
@@ -109,8 +114,7 @@ def zigzag_llama3_flash_attn_varlen_func(
                 f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
             )
         if group is not None:
-            options = "unfused", heads_k_stride, causal, problem.call.softmax_scale, "float32", "unfused"
-            agree_on_call(group, q, k, v, problem.sequences, *options)
+            agree_on_call(group, problem, method="unfused", backend="unfused")
         return grouped.varlen_attention(
             q,
             k,
@@ -129,18 +133,20 @@ def zigzag_llama3_flash_attn_varlen_func(
 
 
 def default_group(group) -> dist.ProcessGroup | None:
-    """The process group of `group`, the default one if it is None, or None if there is neither."""
+    """Return the process group of `group`, the default one if it is None, or None if there is neither."""
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    return None if group is None else resolve(describe_group(group)[0])
+    name = place_in(group).group_name
+    return None if name is None else resolve(name)
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks of `group`, 1 for None."""
     return 1 if group is None else group.size()
 
 
 def agreed_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The global `cu_seqlens_k`, or impossible ones, which give NaN, if the local `cu_seqlens_q` contradict them."""
+    """Return the global `cu_seqlens_k`, or invalid ones, which give NaN, if local `cu_seqlens_q` contradict them."""
     return torch.where((cu_seqlens_q * world_size == cu_seqlens_k).all(), cu_seqlens_k, -1)
 
 

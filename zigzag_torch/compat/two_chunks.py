@@ -1,4 +1,4 @@
-"""Two runs of rows of every sequence, anywhere in it, against keys in position order: the published fused forward."""
+"""The published fused forward: two runs of rows of every sequence, anywhere in it, attend to keys in position order."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import ArraySpec, make_problem
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
-from .. import ops
-from ..launch import choose_backend, target
-from ..shard import check_batch, check_device, check_tensor
+from .. import launch
+from ..arguments import check_batch, check_device, check_tensor
+from ..autograd import attention
+from ..parallel import Tables, transport_of
 from . import grouped
 from .verify import choose_path
 
@@ -65,16 +66,16 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     for name, chunk in {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}.items():
         if not 0 <= chunk < total_chunks:
             raise ValueError(f"{name}: expected 0 to total_chunks - 1 = {total_chunks - 1}, got {chunk}")
-    backend = choose_backend(None, q0.device)
-    _, dtype, strides = ops.describe(q0)
+    backend = launch.choose_backend(None, q0.device)
+    _, dtype, strides = launch.describe(q0)
     problem = make_problem(
         ArraySpec((len(q0) + len(q1), *q0.shape[1:]), dtype, strides),
-        ops.describe(k),
-        ops.describe(v),
+        launch.describe(k),
+        launch.describe(v),
         make_call_spec(head_dim=q0.shape[-1], backend=backend, causal=causal, softmax_scale=softmax_scale),
         sequences=len(cu_seqlens_k),
         world_size=1,
-        target=target(backend, q0.device),
+        target=launch.target(backend, q0.device),
         kv_layout=KVLayout.CONTIGUOUS,
         kv_rows=len(k),
     )
@@ -90,9 +91,9 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     def fused_path(q0, q1, k, v):
         if backend == "reference":
             return unfused_path(q0, q1, k, v)
-        q, k, v = (ops.last_dim_contiguous(x) for x in (torch.cat([q0, q1]), k, v))
-        scale = problem.call.softmax_scale
-        out, lse = ops.attention(q, k, v, *_tables(pair), 1, causal, scale, backend, KVLayout.CONTIGUOUS.value)
+        q, k, v = torch.cat([q0, q1]), launch.last_dim_contiguous(k), launch.last_dim_contiguous(v)
+        transport = transport_of(q, k, v, problem.call, problem.sequences, 1, KVLayout.CONTIGUOUS, None)
+        out, lse = attention(transport, q, k, v, _tables(pair))
         return _split(out, lse, pair)
 
     def unfused_path(q0, q1, k, v):
@@ -145,8 +146,8 @@ def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
     return grouped.make_calls(list(pair.cu_seqlens_q), indices, slices, list(pairwise(bounds)), causal)
 
 
-def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """(segments, sequences) as the kernels read them (`zigzag_kernels.segments.columns`), heaviest entry first.
+def _tables(pair: _Pair) -> Tables:
+    """Return the tables as the kernels read them (`zigzag_kernels.segments.columns`), heaviest entry first.
 
     Rows behind the last sequence of a group are one more sequence, without keys. Where anything is impossible the last
     entry, that of the padding, claims more rows than there are, and all becomes NaN.
@@ -168,7 +169,7 @@ def _tables(pair: _Pair) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.cat([torch.minimum(position + q_len, length) for _, q_len, position, _ in groups])
     sequences = torch.stack([zero, cu_seqlens_k, zero, length, *groups[1], *groups[0]], 1)
     used_rows, used_keys = nothing + tokens, cu_seqlens_k[-1:]
-    return (
+    return Tables(
         _ordered(
             torch.cat(segments), weight, SegmentColumn.Q_LEN, used_rows, torch.where(valid, used_rows, tokens + 1)
         ),

@@ -1,38 +1,54 @@
-"""The ranks of a group, and how they agree on a call before any data moves.
+"""The ranks of a group agree on a call before any data moves.
 
-A collective whose ranks were called differently hangs, or mixes up numbers. So the first time that a rank sees a
-combination of what its host knows (shapes, types, options) on a group, it reports it to rank 0 through the group's
-store, and all ranks go on together or raise the same error. After that the combination costs a look into a set.
+A collective whose ranks were called differently hangs, or mixes up numbers. The first time that a rank makes a call on
+a group with new facts that its host knows (shapes, types, options), it reports them to rank 0 through the group's
+store, and all ranks go on together or raise the same error. Later calls with these facts cost a look into a set.
 """
 
+import functools
 import json
 import math
 import os
 import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import torch
 import torch.distributed as dist
+
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.problem import Problem
 
 if dist.is_available():
     # Imported once there is a group, as torch._dynamo does, its functions would keep that group as their default, and
     # the threads of gloo would run while the process ends, which aborts it at times.
-    import torch.distributed.nn  # noqa: F401
+    import torch.distributed.nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Ranks reach their first call at different times: they compile, read data.
 TIMEOUT_SECONDS = 120.0
-# For a rank that has found a fault: what it reported stays there for those who come later.
+# A rank that has found a fault waits no longer: its report stays in the store for ranks that come later.
 REFUSAL_SECONDS = 10.0
 _NAMED_RANKS, _NAMED_DIFFERENCES = 8, 3
 
 
+class Place(NamedTuple):
+    """A rank of a group that is known by its name, or the only rank there is."""
+
+    group_name: str | None
+    rank: int
+    world_size: int
+
+
+ALONE = Place(None, 0, 1)
+
+
 @dataclass
 class _History:
-    """What a group has agreed upon, and how many times it was asked."""
+    """The facts that a group has agreed upon, and the number of its exchanges."""
 
     seen: set = field(default_factory=set)
     exchanges: int = 0
@@ -41,8 +57,13 @@ class _History:
 _histories: "weakref.WeakKeyDictionary[ProcessGroup, _History]" = weakref.WeakKeyDictionary()
 
 
-def describe_group(group) -> tuple[str, int, int]:
-    """(name, rank, size) of a process group or a 1-D DeviceMesh; `ValueError` for anything else."""
+def place_in(group) -> Place:
+    """Return the place of this process in a process group or a 1-D DeviceMesh, or `ALONE` for None.
+
+    Raises `ValueError` for anything else.
+    """
+    if group is None:
+        return ALONE
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(group, DeviceMesh):
@@ -58,31 +79,73 @@ def describe_group(group) -> tuple[str, int, int]:
             f"group: expected a torch.distributed process group that this process is in, or a 1-D DeviceMesh, "
             f"got {type(group).__name__} {group!r}"
         )
-    return group.group_name, group.rank(), group.size()
+    return Place(group.group_name, group.rank(), group.size())
 
 
 def resolve(group_name: str) -> "ProcessGroup":
-    """The process group of a name: what operators are given, as `torch.compile` has no type for groups."""
+    """Return the process group of this name; operators take the name, as their schemas have no type for groups."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore
 
     return _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType]
 
 
-def agree(group: "ProcessGroup", **facts) -> None:
-    """Return if all ranks of `group` call with equal `facts` (hashable), or did so before.
+def agree_on_call(group: "ProcessGroup", problem: Problem, **others) -> None:
+    """Make the ranks of `group` agree on everything that decides which messages a call sends, and their meaning.
 
-    `ValueError`, the same on every rank, names what differs, or the error that a rank reported in place of its facts.
-    `RuntimeError` if some rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 120).
+    `others` replaces facts of `problem`. Raises as `agree`.
     """
-    history = _histories.setdefault(group, _History())
-    key = tuple(facts.items())
-    if key not in history.seen:
-        compare(group, facts)
-        history.seen.add(key)
+    agree(group, _facts(problem, tuple(others.items())))
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(problem: Problem, others: tuple) -> tuple[tuple[str, Any], ...]:
+    call, keys = problem.call, ((problem.tokens, problem.kv_heads, problem.head_dim), problem.dtype)
+    facts = {
+        "call": "zigzag_attention",
+        "q": ((problem.tokens, problem.heads, problem.head_dim), problem.dtype),
+        "k": keys,
+        "v": keys,
+        "sequences": problem.sequences,
+        "causal": call.causal,
+        "softmax_scale": call.softmax_scale,
+        "method": call.method,
+        "heads_k_stride": choose_heads_k_stride(call.heads_k_stride, problem),
+        "grad_reduce_dtype": call.grad_reduce_dtype,
+        "backend": call.backend,
+    }
+    return tuple((facts | dict(others)).items())
+
+
+def agree(group: "ProcessGroup", facts: tuple[tuple[str, Any], ...]) -> None:
+    """Return once all ranks of `group` have called with equal `facts`: pairs of a name and a hashable value.
+
+    Raises the same `ValueError` on every rank, which names the difference, or the error that a rank reported instead of
+    its facts; `RuntimeError` if a rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 120).
+    """
+    seen = _history(group).seen
+    if facts not in seen:
+        compare(group, dict(facts))
+        seen.add(facts)
+
+
+def _history(group: "ProcessGroup") -> _History:
+    history = _histories.get(group)
+    if history is None:
+        history = _histories[group] = _History()
+    return history
+
+
+def refuse_together(place: Place, error: Exception) -> None:
+    """Raise `error` on all ranks, if there are several; the caller raises it if this returns.
+
+    While `torch.compile` traces, the other ranks hear nothing, and time out.
+    """
+    if place.group_name is not None and not torch.compiler.is_compiling():
+        refuse(resolve(place.group_name), error)
 
 
 def refuse(group: "ProcessGroup", error: Exception) -> NoReturn:
-    """Raise what is wrong with this rank's call, on the ranks that wait in `agree` too."""
+    """Raise `error`, which this rank's call has, on the ranks that wait in `agree` too."""
     try:
         compare(group, {"error": str(error)}, REFUSAL_SECONDS)
     except ValueError as joint:
@@ -94,11 +157,11 @@ def refuse(group: "ProcessGroup", error: Exception) -> NoReturn:
 
 
 def compare(group: "ProcessGroup", report: dict[str, Any], patience: float = math.inf) -> None:
-    """`agree` that always asks: every rank reports, rank 0 compares, and all hear its verdict.
+    """Exchange the `report` of every rank: rank 0 compares them, and all ranks hear its verdict. Raises as `agree`.
 
     A rank waits for the others no longer than `patience` seconds.
     """
-    history = _histories.setdefault(group, _History())
+    history = _history(group)
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     prefix = f"zigzag/{history.exchanges}"
     history.exchanges += 1
@@ -123,7 +186,7 @@ def compare(group: "ProcessGroup", report: dict[str, Any], patience: float = mat
 
 
 def _absent(store, keys: list[str], timeout: float) -> list[int]:
-    """Indices of the keys that do not appear in time."""
+    """Return the indices of the keys that do not appear in time."""
     try:
         store.wait(keys, timedelta(seconds=timeout))
     except RuntimeError:
@@ -139,7 +202,7 @@ def _absence(ranks: list[int], timeout: float) -> str:
 
 
 def _verdict(reports: dict[int, dict[str, str]], absent: list[int], timeout: float) -> tuple[str, str]:
-    """("difference" or "absence", what is wrong with the reports by rank): an empty text if all are there and equal."""
+    """Return ("difference" or "absence", a message): the message is empty if all `reports` are there and equal."""
     errors = _ranks_by({rank: report.get("error") for rank, report in reports.items()})
     if list(errors) != [None]:
         if len(errors) == 1 and not absent:
@@ -160,7 +223,7 @@ def _verdict(reports: dict[int, dict[str, str]], absent: list[int], timeout: flo
 
 
 def _ranks_by(values: dict[int, Any]) -> dict[Any, list[int]]:
-    """{value: ranks that have it}"""
+    """Return {value: ranks that have it}."""
     result = {}
     for rank, value in values.items():
         result.setdefault(value, []).append(rank)

@@ -1,21 +1,21 @@
-"""Collectives as operators, which `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
+"""Collectives: operators that `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
 
 import torch
 import torch.distributed as dist
 
+from ..dispatch import operator
 from .agreement import agree, resolve
-from .ops import operator
 
-# Their names from torch 2.13 on; the old ones warn.
+# From torch 2.13 on the old names warn.
 gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
-    """Start to send to the rank `hops` behind this one on the ring, and to receive from the one `hops` before it.
+    """Start to send to the rank `hops` after this one on the ring, and to receive from the rank `hops` before it.
 
-    Returns what to `wait` for before `receive` is read and before `send` is written. Messages that are under way at
-    the same time have different tags.
+    Returns the transfers to `wait` for, before `receive` is read and before `send` is written. Messages that are under
+    way at the same time have different tags.
     """
     rank, size = group.rank(), group.size()
     return dist.batch_isend_irecv(
@@ -27,18 +27,19 @@ def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup
 
 
 def wait(works: list) -> None:
+    """Make the current stream wait for the transfers of `exchange`; without a stream, the host waits."""
     for work in works:
         work.wait()
 
 
 @operator("zigzag::common_rank")
 def common_rank(cu_seqlens: torch.Tensor, rank: torch.Tensor, group_name: str) -> torch.Tensor:
-    """`rank`, or -1 on every rank if `cu_seqlens` is not the same on all of them.
+    """Return `rank`, or -1 on every rank if `cu_seqlens` is not the same on all of them.
 
-    The host does not wait for the values. No table can be made for rank -1, so attention becomes NaN everywhere.
+    The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere.
     """
     group = resolve(group_name)
-    agree(group, call="prepare_batch", cu_seqlens=tuple(cu_seqlens.shape))
+    agree(group, (("call", "prepare_batch"), ("cu_seqlens", tuple(cu_seqlens.shape))))
     extremes = torch.stack((cu_seqlens, ~cu_seqlens))  # the largest of ~x is ~ of the smallest x
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     same = (extremes[0] == ~extremes[1]).all()
@@ -52,7 +53,7 @@ def _(cu_seqlens, rank, group_name):
 
 @operator("zigzag::all_gather")
 def all_gather(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
-    """`[world_size * T, ...]`: `x [T, ...]` of all ranks, in their order; differentiable."""
+    """Return `x [T, ...]` of all ranks, in their order, `[world_size * T, ...]`; differentiable."""
     gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
     gather_into(gathered, x.contiguous(), group=resolve(group_name))
     return gathered
@@ -65,7 +66,7 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::reduce_scatter")
 def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
-    """`[T, ...]`: this rank's part of the sum of all ranks' `x [world_size * T, ...]`."""
+    """Return this rank's part `[T, ...]` of the sum of all ranks' `x [world_size * T, ...]`."""
     scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
     reduce_into(scattered, x.contiguous(), group=resolve(group_name))
     return scattered
@@ -78,7 +79,7 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::shift")
 def shift(x: torch.Tensor, hops: int, group_name: str) -> torch.Tensor:
-    """`x` of the rank `hops` before this one on the ring; differentiable."""
+    """Return `x` of the rank `hops` before this one on the ring; differentiable."""
     received = x.new_empty(x.shape)
     sent = x.contiguous()
     wait(exchange(sent, received, resolve(group_name), hops))

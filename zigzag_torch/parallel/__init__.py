@@ -1,0 +1,107 @@
+"""Transports: how K/V reach the rank whose queries attend to them, and how dK/dV return.
+
+A transport is frozen, holds the `Problem` of its launches, and has two functions, `forward` and `backward`. Each of
+them is one operator under `torch.compile`, which so keeps the order of launches and transfers that is written there.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from zigzag_kernels.callspec import CallSpec
+from zigzag_kernels.checks import MAX_ROWS, check_strides
+from zigzag_kernels.heuristics import choose_heads_k_stride
+from zigzag_kernels.modes import KVLayout, Method
+from zigzag_kernels.problem import Problem, make_problem
+
+from .. import launch
+from .allgather import AllGather
+from .local import Local
+from .ring import Ring
+from .transport import Residuals, Tables
+
+__all__ = [
+    "AllGather",
+    "Local",
+    "Moving",
+    "Residuals",
+    "Ring",
+    "Tables",
+    "Transport",
+    "choose_transport",
+    "transport_of",
+]
+
+Moving = AllGather | Ring
+Transport = Local | Moving
+
+
+def transport_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: CallSpec,
+    sequences: int,
+    world_size: int,
+    kv_layout: KVLayout,
+    group_name: str | None,
+) -> Transport:
+    """Return the transport of a call on these tensors, made once for all layers and steps that ask for the same.
+
+    `kv_layout` is the layout of k and v as they are given. Raises `ValueError` for tensors and options that are not one
+    attention problem.
+    """
+    arrays = (q.shape, q.dtype, q.stride()), (k.shape, k.dtype, k.stride()), (v.shape, v.dtype, v.stride())
+    target = launch.target(call.backend, q.device)
+    if not torch.compiler.is_compiling():  # torch.compile would trace the cache too, and warn of it
+        try:
+            return _known_transport(arrays, target, call, sequences, world_size, kv_layout, group_name)
+        except TypeError:  # sizes of other tracers are no ints, and cannot be looked up
+            pass
+    return _make_transport(arrays, target, call, sequences, world_size, kv_layout, group_name)
+
+
+def _make_transport(arrays, target, call, sequences, world_size, kv_layout, group_name) -> Transport:
+    _, (k_shape, *_), _ = arrays
+    q, k, v = (launch.make_array_spec(*x) for x in arrays)
+    problem = make_problem(
+        q,
+        k,
+        v,
+        call,
+        sequences=sequences,
+        world_size=world_size,
+        target=target,
+        kv_layout=kv_layout,
+        kv_rows=k_shape[0] if kv_layout == KVLayout.CONTIGUOUS else None,
+        gluon=launch.can_launch_gluon(call.backend),
+    )
+    return choose_transport(problem, group_name)
+
+
+_known_transport = functools.lru_cache(maxsize=1024, typed=True)(_make_transport)  # typed: True is no world_size
+
+
+def choose_transport(problem: Problem, group_name: str | None) -> Transport:
+    """Return the transport that `problem.call` asks for; `ValueError` for options out of range.
+
+    `problem` describes this rank's own q, k and v. `group_name` is the name of the group of the ranks that hold the
+    other keys, or None if all keys are in k and v.
+    """
+    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
+    if group_name is None or problem.world_size == 1:
+        return Local(problem)
+    is_ring = problem.call.method == Method.RING
+    window = problem.kv_heads if is_ring else stride
+    strides = 2 * window * problem.head_dim, problem.head_dim  # of k and v in one buffer, head by head
+    check_strides("k", strides, 1)
+    problem = dataclasses.replace(problem, window=window, k_strides=strides, v_strides=strides)
+    if is_ring:
+        return Ring(problem, group_name)
+    problem = dataclasses.replace(problem, kv_layout=KVLayout.GATHERED)
+    if problem.kv_tokens > MAX_ROWS:
+        raise ValueError(
+            f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {problem.kv_tokens} and {problem.tokens}"
+        )
+    return AllGather(problem, group_name)

@@ -1,0 +1,151 @@
+"""Attention to K/V that an all-gather brings from all ranks, a window of KV heads at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from .agreement import agree_on_call, resolve
+from .collectives import gather_into, reduce_into
+from .streams import Streams, on, streams_of
+from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Gathers `problem.window` KV heads of K/V into one of two buffers while the window before them is attended to.
+
+    Kernels of different windows do not depend on each other, nor dQ on dK/dV of the same window, so they take turns on
+    two streams: a window has few programs, and the first of the next kernel start beside the last of the one before.
+    The backward pass gathers K/V again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype`. Streams of
+    the device wait for each other and for transfers; the host does not.
+    """
+
+    problem: Problem
+    group_name: str
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        group = resolve(self.group_name)
+        agree_on_call(group, self.problem)
+        streams = streams_of(k.device)
+        results: Any = (None, None)
+        readers = (streams.current,), (streams.side,)
+        gathered = windows(k, v, self.problem.window, group, streams, readers)
+        for index, (first_head, k_window, v_window) in enumerate(gathered):
+            part = part_of(first_head)
+            # The first window allocates the results: on the stream that they are returned to.
+            with on(*readers[index % 2]):
+                results = plan.forward(
+                    launch.run, self.problem, q, k_window, v_window, tables.segments, part=part, into=results
+                )
+        return results
+
+    def backward(
+        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+    ) -> Gradients:
+        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, dk and dv summed over all ranks."""
+        # All heads are put together when the buffers are free again: with delta and lse of two windows, the buffers are
+        # the most memory that a call takes beside its results.
+        dq, of_windows = self._window_gradients(residuals, launch.last_dim_contiguous(dout), dlse, tables)
+        dkv = residuals.k.new_empty((2, *residuals.k.shape))
+        for x, window in zip(dkv.split(self.problem.window, 2), of_windows, strict=True):
+            x.copy_(window)
+        return dq, dkv
+
+    def _window_gradients(
+        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window, the last in the dtype of the sums])."""
+        from zigzag_kernels import plan
+
+        q, k, v, out, lse = readable(residuals)
+        group, window, reduce_dtype = resolve(self.group_name), self.problem.window, self.problem.call.grad_reduce_dtype
+        strides = {"dout_strides": row_strides(dout)}
+        problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
+        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # the buffers are ours, and aligned
+        dlse = None if dlse is None else dlse.contiguous()
+        contribution = k.new_empty((2, problem.kv_tokens, window, problem.head_dim), dtype=getattr(torch, reduce_dtype))
+        sums = contribution.chunk(group.size(), 1)[group.rank()]  # take the place of this rank's part of them
+        into, dq, dkv = contribution.unbind(), None, []
+        rows = []  # of this window and the one before
+        current, side, transfers = streams = streams_of(k.device)
+        for first_head, k_window, v_window in windows(k, v, window, group, streams):
+            part, summed = part_of(first_head), part_of(first_head, False, reduce_dtype)
+            # A launch on `side` may use the memory that is freed here: `side` has waited for dQ of the window before
+            # the last, but not for dQ of the last one.
+            del rows[:-1]
+            with on(side):
+                rows.append(plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides))
+            arguments = launch.run, problem, q, k_window, v_window, dout, rows[-1]
+            # For the rows, and so that dQ does not start before dK/dV, whose sums travel during dQ.
+            current.wait_stream(side)
+            with on(side):
+                plan.backward_keys(*arguments, tables.sequences, part=summed, into=into, **strides)
+            dq = plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides)
+            transfers.wait_stream(side)
+            with on(transfers):
+                for total, x in zip(sums, contribution, strict=True):
+                    reduce_into(total, x, group=group)
+                # Memory of `transfers`, which waits for the other streams before it uses that memory again.
+                if first_head + window < problem.kv_heads:
+                    dkv.append(sums.to(k.dtype, copy=True))
+        assert dq is not None
+        return dq, [*dkv, sums]
+
+
+def windows(
+    k, v, heads_k_stride, group, streams: Streams, readers: tuple[tuple, tuple] | None = None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks while the next window travels.
+
+    This rank sends from its own slot of the buffer that it receives into. `readers` are the streams that read the even
+    and the odd windows, `current` and `side` both if None. Before a window is yielded, its readers have waited for all
+    operations on `transfers`, and not for each other.
+    """
+    tokens, kv_heads, head_dim = k.shape
+    first_heads = range(0, kv_heads, heads_k_stride)
+    shape = group.size() * tokens, 2 * heads_k_stride, head_dim
+    buffers = [k.new_empty(shape) for _ in first_heads[:2]]
+    current, side, transfers = streams
+    readers = readers or ((current, side), (current, side))
+
+    def gather(index) -> None:
+        # Begins when the kernels of the windows so far are complete: the last of them read this buffer.
+        for stream in readers[index % 2]:
+            transfers.wait_stream(stream)
+        heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
+        own = own_slot(buffers[index % 2], group)
+        with on(transfers):
+            torch.cat((k[:, heads], v[:, heads]), 1, out=own)
+            gather_into(buffers[index % 2], own, group=group)
+
+    side.wait_stream(current)  # before any waits for it: while a graph is captured, it is a part of that only then
+    try:
+        gather(0)
+        for index, first_head in enumerate(first_heads):
+            for stream in readers[index % 2]:
+                stream.wait_stream(transfers)
+            if index + 1 < len(first_heads):
+                gather(index + 1)
+            k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
+            yield first_head, k_window, v_window
+    finally:
+        # Memory from `current` or `side` is freed after this, and can be used again there: nothing records a stream.
+        # `current` is the last to wait, as it has to be for the end of a captured graph.
+        side.wait_stream(current)
+        for stream in (side, transfers):
+            current.wait_stream(stream)
+
+
+def own_slot(buffer: torch.Tensor, group) -> torch.Tensor:
+    """Return this rank's rows `[T, ...]` of the rank-major `buffer [W * T, ...]`."""
+    return buffer.chunk(group.size())[group.rank()]

@@ -1,0 +1,86 @@
+"""Attention to K/V that travel around a ring of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from .agreement import agree_on_call, resolve
+from .collectives import exchange, wait
+from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Passes K/V of all heads from rank to rank, in flight while the rank attends to those that are there.
+
+    At step `s` a rank has the keys of rank `(rank - s) % world_size`, and uses table `s`. No step can be skipped, even
+    with a causal mask: a rank's late chunk attends to keys of every other rank. Tiles with nothing to compute return
+    immediately. Each step adds to the float32 results of the step before. dK/dV travel one hop behind their K/V in
+    `problem.call.grad_reduce_dtype`: the last hop brings them home.
+    """
+
+    problem: Problem
+    group_name: str
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        group = resolve(self.group_name)
+        agree_on_call(group, self.problem)
+        results: Any = (None, None)
+        for step, (keys, segments) in enumerate(zip(_around(k, v, group), tables.segments.unbind(), strict=True)):
+            part = part_of(0, step > 0, "float32")
+            results = plan.forward(launch.run, self.problem, q, *keys, segments, part=part, into=results)
+        out, lse = results
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+    ) -> Gradients:
+        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, dk and dv summed over all ranks."""
+        from zigzag_kernels import plan
+
+        q, k, v, out, lse = readable(residuals)
+        group, reduce_dtype = resolve(self.group_name), self.problem.call.grad_reduce_dtype
+        dout = launch.last_dim_contiguous(dout)
+        strides: Any = {"dout_strides": row_strides(dout)}
+        problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
+        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # the buffers are ours, and aligned
+        dlse = None if dlse is None else dlse.contiguous()
+        sums = [k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype)) for _ in range(2)]
+        pairs = [x.unbind() for x in sums]
+        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
+        dq, works = None, []
+        steps = zip(_around(k, v, group), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
+        for step, (keys, segments, sequences) in enumerate(steps):
+            here, there = step % 2, (step + 1) % 2
+            wait(works)
+            arguments = launch.run, problem, q, *keys, dout, rows
+            part = part_of(0, step > 0, reduce_dtype)
+            plan.backward_keys(*arguments, sequences, part=part, into=pairs[here], **strides)
+            works = exchange(sums[here], sums[there], group, tag=1)
+            part = part_of(0, step > 0, "float32")
+            dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
+        wait(works)
+        assert dq is not None
+        return dq.to(q.dtype), sums[problem.world_size % 2].to(k.dtype)
+
+
+def _around(k: torch.Tensor, v: torch.Tensor, group) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (k, v) `[T, kv_heads, head_dim]` of rank `(rank - step) % W` at each step, while the next ones travel."""
+    own, heads, steps = torch.cat((k, v), 1), k.shape[1], group.size()
+    buffers = own, torch.empty_like(own)
+    keys = [(x[:, :heads], x[:, heads:]) for x in buffers]
+    for step in range(steps):
+        here, there = step % 2, (step + 1) % 2
+        works = exchange(buffers[here], buffers[there], group) if step + 1 < steps else []
+        yield keys[here]
+        wait(works)

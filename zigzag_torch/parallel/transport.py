@@ -1,0 +1,67 @@
+"""Arguments that all transports have in common: the device tables, and the tensors kept for the backward pass."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+
+if TYPE_CHECKING:
+    from zigzag_kernels.plan import Part
+
+
+class Tables(NamedTuple):
+    """Device tables of a batch: the runs of rows that tiles of queries and tiles of keys belong to.
+
+    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front.
+    """
+
+    segments: torch.Tensor
+    sequences: torch.Tensor
+
+
+class Residuals(NamedTuple):
+    """Arguments and results of a forward pass, which its backward pass needs."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor]
+"""(dq, dk and dv): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`."""
+
+
+def readable(residuals: Residuals) -> Residuals:
+    """Return `residuals` as kernels can read them: hooks that keep tensors elsewhere may return them transposed."""
+    q, k, v, out, lse = residuals
+    q, k, v = launch.last_dim_contiguous(q), launch.last_dim_contiguous(k), launch.last_dim_contiguous(v)
+    return Residuals(q, k, v, out.contiguous(), lse.contiguous())
+
+
+def row_strides(x: torch.Tensor) -> tuple[int, int]:
+    """Return the (token, head) strides of `x [T, heads, head_dim]`, in elements."""
+    token, head, _ = x.stride()
+    return token, head
+
+
+def with_strides(problem: Problem, q: tuple[int, int], k: tuple[int, int], v: tuple[int, int]) -> Problem:
+    """Return `problem` with these (token, head) strides, which may have changed since the forward pass as well."""
+    if q == problem.q_strides and k == problem.k_strides and v == problem.v_strides:
+        return problem
+    return dataclasses.replace(problem, q_strides=q, k_strides=k, v_strides=v)
+
+
+@functools.lru_cache(maxsize=1024)
+def part_of(first_kv_head: int = 0, accumulate: bool = False, dtype: str | None = None) -> "Part":
+    """Return the `Part` of these fields: one object for all calls."""
+    from zigzag_kernels.plan import Part
+
+    return Part(first_kv_head, accumulate, dtype)
