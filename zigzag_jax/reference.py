@@ -38,10 +38,11 @@ def attention(
         return jnp.concatenate(out, axis=1), jnp.concatenate(lse)
     if isinstance(transport, Ring):
         parts = []
+        queries = q.astype(jnp.float32)  # once, so that autodiff sums dQ of all steps in float32
         for step in range(problem.world_size):
             if step:
                 k, v = transport.pass_on(k, v)
-            parts.append(attend(q.astype(jnp.float32), k, v, (rank - step) % problem.world_size))
+            parts.append(attend(queries, k, v, (rank - step) % problem.world_size))
         out, lse = zip(*parts, strict=True)
         out, lse = merge_partials(jnp.stack(out), jnp.stack(lse))
         return out.astype(q.dtype), lse

@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
-from tests.support import cases
+from tests.support import cancelling, cases, oracle
 from tests.support.cases import RESULTS, Case, make_inputs
+from tests.support.closeness import assert_close
 from tests.support.machine import GPU
 from tests.support.parts import FRAMEWORKS, Rank
-from tests.support.rank import gathered_rows
+from tests.support.rank import batch_results, gathered_rows, rows_of_results
 from tests.support.spread import (
     BACKENDS,
     KERNELS,
@@ -101,6 +102,31 @@ def test_windows_of_heads_give_the_same_bits(backend):
         assert_batch_is_right(WINDOWS, results)
         if backend == KERNELS:
             assert_same(results, whole)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_sum_in_float32_and_gradients_of_keys_in_the_type_that_is_asked_for(method, backend):
+    """Contributions that all but cancel: with partial sums in bfloat16 little of the result is right."""
+    case, inputs = cancelling.CASE, cancelling.make_inputs()
+    rows = gathered_rows(case)
+    *arrays, dlse = (inputs[name][:, rows] if name == "dlse" else inputs[name][rows] for name in inputs)
+    arrays = *(jnp.asarray(x, case.dtype) for x in arrays), dlse, offsets(case)
+    exact, straightforward = (
+        rows_of_results(batch_results(case, inputs, x), rows)
+        for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    in_float32, rounded = (
+        spread(case, method=method, backend=backend, grad_reduce_dtype=x)(*arrays) for x in (None, case.dtype)
+    )
+    for name, x, of_rounded in zip(RESULTS, in_float32, rounded, strict=True):
+        assert_close(name, x, exact[name], straightforward[name])
+        if name not in ("dk", "dv"):
+            np.testing.assert_array_equal(x, of_rounded)
+            continue
+        with pytest.raises(AssertionError, match="by Frobenius norm exceeds"):
+            assert_close(name, of_rounded, exact[name], straightforward[name])
 
 
 @pytest.mark.multigpu
