@@ -36,9 +36,10 @@ def attention(
     k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the dtype that they do
     if isinstance(transport, Ring):
         kv, partials = torch.cat((k, v), 1), []
+        queries = q.float()  # once, so that autograd sums dQ of all steps in float32
         for step in range(problem.world_size):
             peer = (rank - step) % problem.world_size
-            partials.append(attend(q.float(), *kv.chunk(2, 1), ranks=peer))
+            partials.append(attend(queries, *kv.chunk(2, 1), ranks=peer))
             if step + 1 < problem.world_size:
                 kv = shift(kv, 1, transport.group_name)
         out, lse = merge_partials(*(torch.stack(x) for x in zip(*partials, strict=True)))

@@ -1,5 +1,7 @@
 """In which type ranks add up what they and others contribute, where it shows: contributions that all but cancel."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,8 +41,8 @@ def check_sums(rank, world_size):
         rows_of_results(batch_results(CASE, inputs, x), rows)
         for x in (oracle.EXACT, oracle.straightforward(CASE.dtype))
     )
-    for method in ("ring", "allgather"):
-        options = {"method": method, "backend": "interpret"}
+    for method, backend in itertools.product(("ring", "allgather"), ("interpret", "reference")):
+        options = {"method": method, "backend": backend}
         sums = {
             dtype: attend(*rank_tensors(rank), grad_reduce_dtype=dtype, **options)
             for dtype in (None, torch.float32, torch.bfloat16)
