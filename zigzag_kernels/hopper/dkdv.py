@@ -1,6 +1,6 @@
 """The dK/dV kernel for Hopper: each of two consumer warpgroups owns 64 keys and keeps their dK and dV in registers.
 
-Rows, keys, windows and in-place results are those of `zigzag_kernels.backward`. Scores are transposed, so that P and dS
+Rows, keys, windows and in-place results are those of `portable.dkdv`. Scores are transposed, so that P and dS
 are operands from registers. A producer warpgroup streams query rows: a box of tokens by heads, brought by the copy
 engine (TMA), lies in shared memory as packed rows; their statistics come by plain loads. Boxes are clipped to the rows
 of the sequence: what lies behind is read as zero, never as another sequence's.
@@ -259,7 +259,7 @@ def backward_dkdv_hopper(
     STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, HEADS_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """Arguments and results: `zigzag_kernels.backward.backward_dkdv`. BLOCK_N is 128: 64 keys a consumer."""
+    """Arguments and results: `portable.dkdv.backward_dkdv`. BLOCK_N is 128: 64 keys a consumer."""
     # Heads of one TMA box: as many of the group as a power of two divides; the others are further blocks.
     POWER: gl.constexpr = GROUP & -GROUP
     PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M

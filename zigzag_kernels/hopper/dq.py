@@ -1,6 +1,6 @@
 """The dQ kernel for Hopper: each of two consumer warpgroups owns 64 query rows and keeps their dQ in registers.
 
-Rows, segments, windows and in-place results are those of `zigzag_kernels.backward`. A producer warpgroup streams K and
+Rows, segments, windows and in-place results are those of `portable.dq`. A producer warpgroup streams K and
 V block by block, downwards as in the forward kernel. Boxes are clipped to the rows of the sequence in each slot: what
 lies behind is read as zero, never as another sequence's.
 """
@@ -178,7 +178,7 @@ def backward_dq_hopper(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, HEADS_TOGETHER: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """Arguments and results: `zigzag_kernels.backward.backward_dq`. BLOCK_M is 128: 64 rows a consumer."""
+    """Arguments and results: `portable.dq.backward_dq`. BLOCK_M is 128: 64 rows a consumer."""
     tile, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
     row, q_row, q_len, diagonal, kv_len, kv_row, kv_chunk = load_segment(

@@ -1,7 +1,7 @@
 """The forward kernel for Hopper: a producer warp streams K/V blocks by TMA, consumer warpgroups of 64 rows multiply.
 
 FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the products of the one before.
-Rows, segments, windows and in-place results are those of `zigzag_kernels.forward`; keys are walked downwards from the
+Rows, segments, windows and in-place results are those of `portable.forward`; keys are walked downwards from the
 last one that the tile sees, block by block, and a block ends with its chunk (`pipeline.py`).
 """
 

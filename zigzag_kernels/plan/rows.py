@@ -1,8 +1,8 @@
 """The launch that prepares two numbers of every query row for the other backward kernels."""
 
-from ..backward import backward_delta
 from ..checks import check_strides, check_target
 from ..launch import Launch, Output
+from ..portable.delta import backward_delta
 from ..problem import Problem
 from ..tiles.config import block_d
 from .operation import Part, name_dout_strides

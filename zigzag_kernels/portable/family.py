@@ -56,8 +56,9 @@ class Portable(Family):
         return None
 
     def make_launches(self, draft: Draft) -> tuple[Launch, ...]:
-        from ..backward import backward_dkdv, backward_dq
-        from ..forward import attention_forward
+        from .dkdv import backward_dkdv
+        from .dq import backward_dq
+        from .forward import attention_forward
 
         problem, config = draft.problem, draft.config
         constexprs = {"INTERPRET": problem.target == Backend.INTERPRET}

@@ -12,7 +12,7 @@ from bench.planning import Planning
 from tests.support.cases import CASES
 from tests.support.commands import ROOT
 from tests.support.machine import GPU
-from zigzag_kernels import backward, forward
+from zigzag_kernels.portable import delta, dkdv, dq, forward
 from zigzag_kernels.segments import build
 
 REPEATS = 200
@@ -47,7 +47,7 @@ def test_under_the_sanitizer(tool, kind):
 @pytest.mark.skipif(GPU, reason="compiled kernels run under the sanitizer itself")
 def test_the_sanitizer_sees_every_portable_kernel():
     names = sanitize.launch("portable", (12, 4, 0, 8), "cpu", "interpret")
-    modules = build, forward, backward
+    modules = build, forward, delta, dkdv, dq
     jitted = {(name, x.fn.__module__) for module in modules for name, x in vars(module).items() if hasattr(x, "fn")}
     here = {module.__name__ for module in modules}
     assert names == {name for name, home in jitted if home in here and not name.startswith("_")}

@@ -1,0 +1,41 @@
+"""The constants that a kernel is compiled for, as one constexpr that its helpers take."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constexprs of a kernel that its helpers need, under the names that its entry point gives them."""
+
+    GROUP: Any
+    HEAD_DIM: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any  # HEAD_DIM rounded up to a power of two
+    SCALE_LOG2: Any  # softmax scale times log2(e), for scores whose exponential is taken in base 2
+    INTERPRET: Any
+    # None in kernels whose helpers do not need them.
+    SLOTS: Any = None
+    STRIDE_QT: Any = None
+    STRIDE_QH: Any = None
+    STRIDE_KT: Any = None
+    STRIDE_VT: Any = None
+    STRIDE_DOT: Any = None
+    STRIDE_DOH: Any = None
+    HAS_DK: Any = None
+    HAS_DV: Any = None
+
+
+@triton.constexpr_function
+def bundle(**values):
+    """Return the `Constants` of these `values`, each a constexpr again, so that kernels can use the fields as they are.
+
+    The interpreter has no constexprs: there the values stay plain.
+    """
+    if not values["INTERPRET"]:
+        values = {name: tl.constexpr(value) for name, value in values.items()}
+    return Constants(**values)

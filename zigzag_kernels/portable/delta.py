@@ -1,0 +1,52 @@
+"""The first kernel of the backward pass: the statistics of every query row that the kernels behind it read.
+
+Grid: blocks of rows × KV heads of the window.
+"""
+
+import triton
+import triton.language as tl
+
+from ..base2 import LOG2_E
+from .rows import load_rows
+
+
+@triton.jit(do_not_specialize=["T", "first_kv_head"])
+def backward_delta(
+    out_ptr,  # [T, HEADS, HEAD_DIM]
+    dout_ptr,
+    lse_ptr,  # [HEADS, T] float32
+    dlse_ptr,  # [HEADS, T] float32, read if HAS_DLSE
+    T,
+    first_kv_head,
+    delta_ptr,  # [window, T * GROUP] float32
+    lse2_ptr,  # [window, T * GROUP] float32, base 2
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write `delta = sum(out * dout) - dlse` of the rows of the window's heads, and their `lse` in base 2.
+
+    Both are in the row order of the other kernels.
+
+    With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
+    """
+    window_head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T * GROUP
+    tokens = (rows // GROUP).to(tl.int64)
+    head = (first_kv_head + window_head) * GROUP + rows % GROUP
+    out = load_rows(out_ptr, (tokens * HEADS + head) * HEAD_DIM, inside, True, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, tokens * STRIDE_DOT + head * STRIDE_DOH, inside, True, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    per_head = head * T + tokens
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + per_head, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + per_head, mask=inside, other=0.0)
+    destination = window_head * T * GROUP + rows
+    tl.store(delta_ptr + destination, delta, mask=inside)
+    tl.store(lse2_ptr + destination, lse * LOG2_E, mask=inside)

@@ -1,0 +1,183 @@
+"""The dK/dV kernel: one program sums dK and dV of one tile of keys over all query rows that see them.
+
+FlashAttention-2 computes the scores twice, here and for dQ, and needs no atomics: every sum has one owner, so that the
+same inputs give the same bits. The sums run over both chunks of the rank and over the query heads of the group.
+Grid: tiles × KV heads of the window.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..base2 import LOG2_E
+from ..segments.lookup import load_half, load_sequence, tile_and_head
+from .arithmetic import cast, dot
+from .constants import bundle
+from .ranges import EDGE_ROWS, ROW_RUNS, keys_of_rows, row_run, seeing_rows, sees
+from .rows import KeyBlock, key_places, load_rows, make_key_rows, query_places, store_rows
+
+
+class QueryArrays(NamedTuple):
+    """The arrays that are read by query row, from the first row of one KV head on."""
+
+    q_ptr: tl.tensor
+    dout_ptr: tl.tensor
+    delta_ptr: tl.tensor  # `delta.py` writes these two, in base 2 and by row
+    lse2_ptr: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Gradients of a tile of keys, `[BLOCK_N, BLOCK_D]` float32."""
+
+    dk: tl.tensor  # not yet scaled
+    dv: tl.tensor
+
+
+@triton.jit
+def _add_rows(sums, tile, half, arrays, row, end_row, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
+    """Return `sums` with the rows `[row, row + BLOCK_M)` of a segment more, none from `end_row` on.
+
+    The block is one of run number `RUN`. Scores are transposed, `[BLOCK_N, BLOCK_M]`.
+    """
+    MASKED: tl.constexpr = RUN == EDGE_ROWS
+    GROUP: tl.constexpr = CONSTANTS.GROUP
+    HEAD_DIM: tl.constexpr = CONSTANTS.HEAD_DIM
+    BLOCK_M: tl.constexpr = CONSTANTS.BLOCK_M
+    BLOCK_D: tl.constexpr = CONSTANTS.BLOCK_D
+    INTERPRET: tl.constexpr = CONSTANTS.INTERPRET
+    dk, dv = sums.dk, sums.dv
+    rows = row + tl.arange(0, BLOCK_M)
+    inside = rows < end_row
+    places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_QT, CONSTANTS.STRIDE_QH)
+    q = load_rows(arrays.q_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
+    statistics = half.q_row * GROUP + rows
+    scores = dot(tile.k, tl.trans(q), None, INTERPRET)
+    if MASKED:
+        # Rows behind the last get probability exp2(-inf) = 0.
+        lse2 = tl.load(arrays.lse2_ptr + statistics, mask=inside, other=float("inf"))
+    else:
+        lse2 = tl.load(arrays.lse2_ptr + statistics)
+    p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - lse2[None, :])
+    if MASKED:
+        by_row = keys_of_rows(places.tokens, half.diagonal, half.kv_len)
+        p = tl.where(sees(by_row, tile.keys, True), p, 0.0)
+    places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_DOT, CONSTANTS.STRIDE_DOH)
+    dout = load_rows(arrays.dout_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
+    if CONSTANTS.HAS_DV:
+        dv = dot(cast(p, dout.dtype, INTERPRET), dout, dv, INTERPRET)
+    if CONSTANTS.HAS_DK:
+        dp = dot(tile.v, tl.trans(dout), None, INTERPRET)
+        if MASKED:
+            delta = tl.load(arrays.delta_ptr + statistics, mask=inside, other=0.0)
+        else:
+            delta = tl.load(arrays.delta_ptr + statistics)
+        ds = p * (dp - delta[None, :])
+        dk = dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET)
+    return Sums(dk=dk, dv=dv)
+
+
+@triton.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
+def backward_dkdv(
+    q_ptr,  # [T, HEADS, HEAD_DIM]
+    k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
+    v_ptr,
+    dout_ptr,  # [T, HEADS, HEAD_DIM]
+    delta_ptr,  # [KV_HEADS, T * GROUP] float32
+    lse2_ptr,
+    sequences_ptr,
+    into_dk_ptr,  # dk and dv themselves, or unused
+    into_dv_ptr,
+    n_sequences,
+    T,
+    slot_rows,
+    first_kv_head,
+    dk_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
+    dv_ptr,
+    SLOTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    STRIDE_QT: tl.constexpr,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    STRIDE_DOT: tl.constexpr,
+    STRIDE_DOH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES_TOGETHER: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
+):
+    """Write dK and dV of the window's KV heads, or the one of them that is asked for.
+
+    `ACCUMULATE` adds to the gradients that are there.
+    """
+    CONSTANTS: tl.constexpr = bundle(
+        GROUP=GROUP,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+        SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        STRIDE_QT=STRIDE_QT,
+        STRIDE_QH=STRIDE_QH,
+        STRIDE_DOT=STRIDE_DOT,
+        STRIDE_DOH=STRIDE_DOH,
+        HAS_DK=HAS_DK,
+        HAS_DV=HAS_DV,
+        INTERPRET=INTERPRET,
+    )
+    number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    found = load_sequence(sequences_ptr, n_sequences, number, slot_rows, SLOTS, BLOCK_N)
+    if found.first_key >= found.n_keys:
+        return
+
+    kv_head = (first_kv_head + window_head).to(tl.int64)
+    window_head = window_head.to(tl.int64)
+    numbers = found.first_key + tl.arange(0, BLOCK_N)
+    inside = numbers < found.n_keys
+    key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows)
+    first_row, rows = key_places(key_rows, found.first_key, SLOTS, BLOCK_N, False)
+    rows += first_row
+    k = load_rows(k_ptr + window_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    tile = KeyBlock(keys=numbers, k=k, v=v)
+    arrays = QueryArrays(
+        q_ptr=q_ptr + kv_head * GROUP * STRIDE_QH,
+        dout_ptr=dout_ptr + kv_head * GROUP * STRIDE_DOH,
+        delta_ptr=delta_ptr + window_head * T * GROUP,
+        lse2_ptr=lse2_ptr + window_head * T * GROUP,
+    )
+
+    sums = Sums(dk=tl.zeros([BLOCK_N, BLOCK_D], tl.float32), dv=tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
+    for i in range(2):
+        half = load_half(found.halves_ptr, i, found.n_keys, CAUSAL)
+        seeing = seeing_rows(half, found.first_key, found.n_keys, CONSTANTS)
+        for RUN in tl.static_range(ROW_RUNS):
+            begin, end = row_run(seeing, RUN)
+            for row in range(begin, end, BLOCK_M):
+                sums = _add_rows(sums, tile, half, arrays, row, end, CONSTANTS, RUN)
+
+    dk = sums.dk * SOFTMAX_SCALE
+    dv = sums.dv
+    if found.poison:
+        dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
+        dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
+    destination = (rows * KV_HEADS + window_head) * HEAD_DIM
+    if HAS_DK:
+        if ACCUMULATE:
+            dk += load_rows(dk_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        store_rows(dk_ptr, destination, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    if HAS_DV:
+        if ACCUMULATE:
+            dv += load_rows(dv_ptr, destination, inside, True, HEAD_DIM, BLOCK_D)
+        store_rows(dv_ptr, destination, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)

@@ -1,0 +1,144 @@
+"""The forward kernel: one program attends one tile of query rows to the keys that they see, in place in the K/V buffer.
+
+Grid: tiles × KV heads of the window.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..base2 import LN_2, LOG2_E
+from ..segments.lookup import load_segment, tile_and_head
+from .arithmetic import dot
+from .constants import bundle
+from .ranges import ALIGNED_KEYS, EDGE_KEYS, KEY_RUNS, has_key_run, key_run, sees, visible_keys
+from .rows import Keys, load_keys, load_rows, make_key_rows, query_places, store_rows
+from .softmax import add_block, finish_softmax, start_softmax
+
+
+class Results(NamedTuple):
+    """Where the results of a tile of rows are in memory."""
+
+    out_ptr: tl.tensor  # of the tile
+    out_places: tl.tensor  # [BLOCK_M] elements from there to each row
+    lse_ptr: tl.tensor
+    lse_places: tl.tensor  # [BLOCK_M]
+    inside: tl.tensor  # [BLOCK_M] whether there is such a row
+
+
+@triton.jit
+def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
+    """Return the running softmax with the keys `[start, start + BLOCK_N)` more, a block of run number `RUN`."""
+    block = load_keys(keys, start, CONSTANTS, RUN == EDGE_KEYS, RUN == ALIGNED_KEYS)
+    scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
+    if RUN == EDGE_KEYS:
+        scores = tl.where(sees(by_row, block.keys, False), scores, float("-inf"))
+    return add_block(running, scores, block.v, CONSTANTS.SCALE_LOG2, CONSTANTS.INTERPRET)
+
+
+@triton.jit
+def _merge(out, lse2, results, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return (out, lse in base 2) over these keys and those that the `results` in memory have seen."""
+    before = tl.load(results.lse_ptr + results.lse_places, mask=results.inside, other=0.0) * LOG2_E
+    maximum = tl.maximum(lse2, before)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    now, then = tl.math.exp2(lse2 - maximum), tl.math.exp2(before - maximum)
+    total = now + then
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
+    out_before = load_rows(results.out_ptr, results.out_places, results.inside, True, HEAD_DIM, BLOCK_D)
+    out = out * (now / total)[:, None] + out_before * (then / total)[:, None]
+    return out, tl.where(blind, float("-inf"), maximum + tl.math.log2(total))
+
+
+@triton.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
+def attention_forward(
+    q_ptr,  # [T, HEADS, HEAD_DIM]
+    k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
+    v_ptr,
+    segments_ptr,
+    into_out_ptr,  # out and lse themselves, or unused: jax-triton 0.3 passes results that are written in place twice
+    into_lse_ptr,
+    n_segments,
+    T,
+    slot_rows,
+    first_kv_head,
+    out_ptr,  # [T, HEADS, HEAD_DIM]
+    lse_ptr,  # [HEADS, T] float32
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    STRIDE_QT: tl.constexpr,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES_TOGETHER: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Write out and lse of the window's query heads.
+
+    `ACCUMULATE` merges them with the results that are there; rows that see no key then stay as they are.
+    """
+    CONSTANTS: tl.constexpr = bundle(
+        SLOTS=SLOTS,
+        GROUP=GROUP,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+        SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        STRIDE_KT=STRIDE_KT,
+        STRIDE_VT=STRIDE_VT,
+        INTERPRET=INTERPRET,
+    )
+    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    if queries.row >= queries.q_len * GROUP:
+        return
+    if ACCUMULATE and queries.kv_len == 0:
+        return
+    kv_head = (first_kv_head + window_head).to(tl.int64)
+    rows = queries.row + tl.arange(0, BLOCK_M)
+    inside = rows < queries.q_len * GROUP
+    head = kv_head * GROUP + rows % GROUP
+    places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
+    q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + places.start, places.offsets, inside, True, HEAD_DIM, BLOCK_D)
+    keys = Keys(
+        k_ptr=k_ptr + window_head.to(tl.int64) * STRIDE_KH,
+        v_ptr=v_ptr + window_head.to(tl.int64) * STRIDE_VH,
+        n_keys=queries.kv_len,
+        rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows),
+    )
+    visible = visible_keys(queries, places.tokens, CONSTANTS)
+
+    running = start_softmax(BLOCK_M, BLOCK_D)
+    for RUN in tl.static_range(KEY_RUNS):
+        if has_key_run(RUN, SLOTS):
+            begin, end = key_run(visible, RUN)
+            for start in range(begin, end, BLOCK_N):
+                running = _attend_block(running, q, visible.by_row, keys, start, CONSTANTS, RUN)
+
+    out, lse2 = finish_softmax(running)
+    lse_places = head * T + queries.q_row + places.tokens
+    places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
+    out_start = places.start + kv_head * GROUP * HEAD_DIM
+    if ACCUMULATE:
+        results = Results(out_ptr + out_start, places.offsets, lse_ptr, lse_places, inside)
+        out, lse2 = _merge(out, lse2, results, HEAD_DIM, BLOCK_D)
+    lse = lse2 * LN_2
+    if queries.kv_len < 0:
+        lse = tl.full([BLOCK_M], float("nan"), tl.float32)
+        out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
+    tl.store(lse_ptr + lse_places, lse, mask=inside)
+    store_rows(out_ptr + out_start, places.offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)

@@ -1,0 +1,136 @@
+"""Where rows of queries and of keys are in memory, and the loads and stores of tiles of them."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..segments.lookup import chunk_row
+from .arithmetic import cast
+
+
+class RowPlaces(NamedTuple):
+    """The `BLOCK_M` query rows of a tile, and where they are in an array of queries."""
+
+    start: tl.tensor  # int64 elements from the array's beginning to the tile
+    offsets: tl.tensor  # [BLOCK_M] elements from there to each row
+    tokens: tl.tensor  # [BLOCK_M] tokens of the segment
+
+
+class KeyRows(NamedTuple):
+    """Where the keys of one sequence are in the K/V buffer."""
+
+    kv_row: tl.tensor  # row of the first key in the first slot
+    kv_chunk: tl.tensor  # keys of one chunk
+    slot_rows: tl.tensor  # rows of one slot
+
+
+class Keys(NamedTuple):
+    """The keys of one sequence for one KV head."""
+
+    k_ptr: tl.tensor  # of the KV head
+    v_ptr: tl.tensor
+    n_keys: tl.tensor  # keys from here on are not read
+    rows: KeyRows
+
+
+class KeyBlock(NamedTuple):
+    """`BLOCK_N` keys of one sequence that follow each other."""
+
+    keys: tl.tensor  # [BLOCK_N] their numbers in the sequence
+    k: tl.tensor  # [BLOCK_N, BLOCK_D]
+    v: tl.tensor  # [BLOCK_N, BLOCK_D]
+
+
+@triton.jit
+def query_places(
+    row, q_row, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STRIDE_T: tl.constexpr, STRIDE_H: tl.constexpr
+):
+    """Return the `RowPlaces` of the rows from `row` on of the segment whose first token is at local row `q_row`.
+
+    `row` is a multiple of GROUP wherever BLOCK_M is, and then the offsets do not depend on `row`.
+    """
+    inner = tl.arange(0, BLOCK_M)
+    if BLOCK_M % GROUP:
+        inner += row % GROUP
+    first = row // GROUP
+    tokens = inner // GROUP
+    return RowPlaces(
+        start=(q_row + first).to(tl.int64) * STRIDE_T,
+        offsets=tokens * STRIDE_T + inner % GROUP * STRIDE_H,
+        tokens=first + tokens,
+    )
+
+
+@triton.jit
+def make_key_rows(kv_row, kv_chunk, slot_rows):
+    """Return `KeyRows`. jax-triton passes a `slot_rows` of 1 as a constant, which a tuple cannot hold."""
+    return KeyRows(kv_row=kv_row, kv_chunk=kv_chunk, slot_rows=tl.cast(slot_rows, tl.int32))
+
+
+@triton.jit
+def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return (int64 row, `[BLOCK_N]` rows behind it) of the keys `[start, start + BLOCK_N)` in the K/V buffer.
+
+    `ALIGNED`: chunks are whole blocks, so that no block crosses a chunk border and the rows behind do not change from
+    block to block. Otherwise a block may cross one border or several, and then each key finds its own chunk; the
+    division is done in float32, exact because BLOCK_N is small.
+    """
+    kv_row, kv_chunk, slot_rows = key_rows
+    offsets = tl.arange(0, BLOCK_N)
+    if SLOTS == 1:
+        return (kv_row + start).to(tl.int64), offsets
+    elif ALIGNED:
+        chunk = start // kv_chunk
+        row = kv_row + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
+        return row.to(tl.int64), offsets
+    else:
+        first = start // kv_chunk
+        left = (first + 1) * kv_chunk - start
+        crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
+        chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))
+        rows = offsets + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
+        return kv_row.to(tl.int64), rows.to(tl.int64)
+
+
+@triton.jit
+def load_keys(keys, start, CONSTANTS: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load the `KeyBlock` of the keys `[start, start + BLOCK_N)`.
+
+    Keys from `n_keys` on are zero if `MASKED`; otherwise the caller knows that there are none.
+    """
+    HEAD_DIM: tl.constexpr = CONSTANTS.HEAD_DIM
+    BLOCK_D: tl.constexpr = CONSTANTS.BLOCK_D
+    STRIDE_KT: tl.constexpr = CONSTANTS.STRIDE_KT
+    STRIDE_VT: tl.constexpr = CONSTANTS.STRIDE_VT
+    numbers = start + tl.arange(0, CONSTANTS.BLOCK_N)
+    row, rows = key_places(keys.rows, start, CONSTANTS.SLOTS, CONSTANTS.BLOCK_N, ALIGNED)
+    k_ptr = keys.k_ptr + row * STRIDE_KT
+    k = load_rows(k_ptr, rows * STRIDE_KT, numbers < keys.n_keys, MASKED, HEAD_DIM, BLOCK_D)
+    v_ptr = keys.v_ptr + row * STRIDE_VT
+    v = load_rows(v_ptr, rows * STRIDE_VT, numbers < keys.n_keys, MASKED, HEAD_DIM, BLOCK_D)
+    return KeyBlock(keys=numbers, k=k, v=v)
+
+
+@triton.jit
+def load_rows(ptr, offsets, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the rows that begin `offsets` elements behind `ptr`: `[len(offsets), BLOCK_D]`, zero behind HEAD_DIM.
+
+    Rows that are not `inside` are zero if `MASKED`; otherwise the caller knows that all of them are.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offsets[:, None] + dims[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, offsets, values, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):
+    """Write the rows that are `inside`, cast to the type that `ptr` points to; the inverse of `load_rows`."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(ptr + offsets[:, None] + dims[None, :], cast(values, ptr.dtype.element_ty, INTERPRET), mask=mask)
