@@ -1,9 +1,12 @@
 """The published names: signatures, both paths, what the flags do, and all ranks of a process group."""
 
+import contextlib
 import inspect
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import zigzag_torch
 from tests.support import oracle, pieces
@@ -216,3 +219,42 @@ FULL = Case(
 )
 def test_all_ranks_of_a_group(flags, cases, backend, tmp_path):
     run_ranks(4, tmp_path, check_rank, cases, flags, backend)
+
+
+@contextlib.contextmanager
+def gathered_shapes():
+    """The shapes of what this process sends to every rank of a group, in a list that fills as it does."""
+    name = "all_gather_single" if hasattr(dist.ProcessGroup, "all_gather_single") else "_allgather_base"
+    gather, shapes = getattr(dist.ProcessGroup, name), []
+
+    def recorded(group, into, x, *options):
+        shapes.append(tuple(x.shape))
+        return gather(group, into, x, *options)
+
+    with mock.patch.object(dist.ProcessGroup, name, recorded):
+        yield shapes
+
+
+def check_gathers(rank, world_size):
+    tokens, heads, head_dim = 8, 4, 16
+    local = torch.tensor([0, tokens], dtype=torch.int32)
+    q, k, v = torch.randn(3, tokens, heads, head_dim)
+    packed = {
+        "func": (q, k, v),
+        "kvpacked_func": (q, torch.stack([k, v], 1)),
+        "qkvpacked_func": (torch.stack([q, k, v], 1),),
+    }
+    for name, tensors in packed.items():
+        function = getattr(zigzag_torch, f"zigzag_llama3_flash_attn_varlen_{name}")
+        for use_fused_triton_v2 in (True, False):
+            for heads_k_stride in (1, 2, 4):
+                call = local, world_size * local, tokens, tokens, heads_k_stride, slice(0)
+                with ZigzagConfig(use_fused_triton_v2=use_fused_triton_v2), gathered_shapes() as shapes:
+                    function(*tensors, *call, causal=True)
+                both = tokens, 2 * heads_k_stride, head_dim
+                assert shapes == [both] * (heads // heads_k_stride), (name, use_fused_triton_v2)
+
+
+@pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
+def test_heads_k_stride_is_how_many_kv_heads_one_transfer_brings(tmp_path):
+    run_ranks(2, tmp_path, check_gathers)

@@ -11,7 +11,9 @@ import torch
 
 import zigzag_torch
 from tests.support import stand_ins
-from tests.support.processes import run_ranks
+from tests.support.cases import RESULTS, Case, make_inputs
+from tests.support.processes import run_ranks, torch_numpy
+from tests.support.rank import assert_rank_is_right, rank_arrays
 from zigzag_torch import ZigzagConfig, patch_ring_flash_attn
 from zigzag_torch.compat import ring_flash_attn as patching
 
@@ -102,6 +104,35 @@ def fake_package(monkeypatch, **changed):
         setattr(module, function_name, types.SimpleNamespace(forward=forward))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "ring_flash_attn", types.ModuleType("ring_flash_attn"))
+
+
+@pytest.mark.parametrize(("causal", "softmax_scale"), [(True, None), (False, None), (True, 0.4)])
+@pytest.mark.parametrize("name", patching.REPLACED)
+def test_mask_and_scale_of_the_package_are_those_of_the_fused_path(name, causal, softmax_scale, monkeypatch):
+    """Its functions hand these on by position; on one device, which needs no group."""
+    fake_package(monkeypatch)
+    case = Case(
+        name=name, world_size=1, lengths=(8, 8), heads=4, kv_heads=2, causal=causal, softmax_scale=softmax_scale
+    )
+    inputs = make_inputs(case)
+    *arrays, dlse = map(torch.tensor, rank_arrays(case, inputs, 0))
+    leaves, dout = [x.requires_grad_() for x in arrays[:3]], arrays[3]
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    lengths = {
+        "zigzag_ring_flash_attn_varlen": (cu_seqlens, 8),
+        "zigzag_ring_flash_attn": (),
+        "llama3_flash_attn_varlen": (cu_seqlens, cu_seqlens, 8, 8, 1, slice(0, 16)),
+    }[name]
+    given = leaves if lengths else [x.unflatten(0, (2, 8)) for x in leaves]
+    options = 0.0, softmax_scale, causal, (-1, -1), None, False, True, None
+    with patch_ring_flash_attn():
+        function = getattr(sys.modules[f"ring_flash_attn.{name}"], patching.REPLACED[name][0])
+        out, lse, _ = function.apply(*given, *lengths, *options)
+    if not lengths:
+        out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+    results = out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    named = {result: torch_numpy(x) for result, x in zip(RESULTS, results, strict=True)}
+    assert_rank_is_right(case, inputs, 0, {name: named})
 
 
 def test_a_changed_package_is_left_alone(monkeypatch):
