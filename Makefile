@@ -13,10 +13,10 @@ NEWEST := $(VENV)/newest
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile newest lint clean
+.PHONY: help demo test test-all compile newest lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 picks another interpreter, VENV=path another environment."
 
 demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks (ARGS=--steps=20)
@@ -24,8 +24,13 @@ demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks 
 
 # On a GPU the time goes into compiling, on the host; the workers share the GPU's memory. Some tests take a minute: a worker
 # that is done takes what others have not begun.
-test: $(INSTALLED) ## all tests (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest -n $(if $(GPU),8,auto) --dist worksteal $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(if $(GPU),8,auto) --dist worksteal
+
+test: $(INSTALLED) ## the tests of the library (ARGS="-k name" picks some)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED) ## those, and all that compile for long, train, run the docs' code or are of bench/
+	$(PYTEST) tests bench $(ARGS)
 
 # The oldest release of Triton, with which tiles were chosen, and what JAX needs to lower for a GPU.
 compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, without a GPU

@@ -1,5 +1,7 @@
 """Fixtures and marks of all tests; which kernels run is decided by `tests/support/machine.py`, imported first."""
 
+import os
+
 import pytest
 
 from tests.support.machine import GPU, GPUS
@@ -17,6 +19,15 @@ def pytest_collection_modifyitems(items):
 def kernel_backend() -> str:
     """The backend that runs the kernels themselves on this machine."""
     return "triton" if GPU else "interpret"
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory) -> dict[str, str]:
+    """The environment in which processes share what they compile, with those that other workers start too."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    return {"TRITON_CACHE_DIR": str(shared / "triton")}
 
 
 @pytest.fixture(autouse=True)

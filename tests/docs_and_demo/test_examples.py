@@ -60,11 +60,13 @@ def test_every_block_says_what_it_is():
     assert [("import torch" in block, "import jax" in block) for block in readme] == [(True, False), (False, True)] * 2
 
 
+@pytest.mark.slow
 @blocks("python", "python torchrun")
 def test_python_block_runs(kind, block):
     assert_ran(run_python("-W", "error", "-c", block))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="as many GPUs as ranks are needed")
 @blocks("python torchrun")
 def test_python_block_runs_on_two_ranks(kind, block, tmp_path):
@@ -74,6 +76,7 @@ def test_python_block_runs_on_two_ranks(kind, block, tmp_path):
     assert_ran(run_python(*command, OMP_NUM_THREADS="1"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ring_flash_attn") is None, reason="needs the package ring-flash-attn")
 @blocks("python ring_flash_attn")
 def test_python_block_runs_with_the_package(kind, block, tmp_path):
@@ -82,6 +85,7 @@ def test_python_block_runs_with_the_package(kind, block, tmp_path):
     assert_ran(run_python("-m", "tests.programs.with_stand_ins", str(file)))
 
 
+@pytest.mark.slow
 @blocks("sh", "sh gpu", "sh nsys")
 def test_shell_block_runs(kind, block):
     if kind != "sh" and not GPU:
@@ -107,6 +111,7 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_refuses_no_steps(tmp_path):
     picture = tmp_path / "demo.png"
     result = run_python("examples/demo.py", "--steps", "2", "--picture", str(picture))

@@ -14,6 +14,7 @@ def assert_finished(*processes):
         assert code == 0, errors
 
 
+@pytest.mark.slow
 @pytest.mark.multigpu
 def test_training_in_torch_is_the_same_on_one_rank_and_on_several(tmp_path):
     """One process, all on one machine, and half of them on each of two, as torchrun sees them."""
@@ -36,6 +37,7 @@ def test_training_in_torch_is_the_same_on_one_rank_and_on_several(tmp_path):
         np.testing.assert_allclose(losses, alone, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_both_frameworks_train_alike(tmp_path):
     """From the same weights on the same text; `test_jax_processes` is the rest of it."""
     files = [tmp_path / "torch.json", tmp_path / "jax.json"]

@@ -29,6 +29,7 @@ def train(path, *options, devices, processes=1):
     return json.loads(path.read_text())["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.multigpu
 def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_path):
     devices, processes = len(GPUS) or 4, len(GPUS) or 2

@@ -28,7 +28,9 @@ if GPU:
 else:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    # A test runs what XLA compiles for it once or twice: compiling is most of its time, and optimising most of that.
+    flags = "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     # With two threads, jax 0.10 can wait for ever inside a host callback.
     os.environ.setdefault("NPROC", "16")
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -9,22 +9,21 @@ from zigzag_torch.fast_launch import LATER_RELEASES
 from zigzag_torch.launch import can_launch_gluon
 
 
-def run_relaunch(tmp_path_factory, *options):
-    cache = tmp_path_factory.getbasetemp() / "launched"  # all have these kernels
-    ended = run_program("relaunch", *options, TRITON_CACHE_DIR=str(cache))
+def run_relaunch(triton_cache, *options):
+    ended = run_program("relaunch", *options, **triton_cache)
     assert ended.code == 0, ended.errors[-4000:]
 
 
 @pytest.mark.parametrize("in_c", [True, False])
-def test_a_compiled_kernel_is_launched_again_as_triton_would(tmp_path_factory, in_c):
+def test_a_compiled_kernel_is_launched_again_as_triton_would(triton_cache, in_c):
     """The same kernel for arrays of the same types and alignment on the same GPU, another one for others."""
     if in_c and not triton.__version__.startswith(("3.6.", *LATER_RELEASES)):
         pytest.skip("what this release of Triton has in C is not known")
-    run_relaunch(tmp_path_factory, *(["--in-c"] if in_c else []))
+    run_relaunch(triton_cache, *(["--in-c"] if in_c else []))
 
 
-def test_without_the_fast_path_triton_is_handed_the_same(tmp_path_factory):
-    run_relaunch(tmp_path_factory, "--slowly")
+def test_without_the_fast_path_triton_is_handed_the_same(triton_cache):
+    run_relaunch(triton_cache, "--slowly")
 
 
 def test_only_arrays_that_begin_at_multiples_of_16_bytes_are_for_the_copy_engine():

@@ -103,9 +103,9 @@ def test_the_table_and_the_logs_of_a_run(tmp_path, monkeypatch, capsys):
 
 
 @needs_triton
-def test_the_control_kernels_compile_to_what_they_are_to_show(tmp_path):
+def test_the_control_kernels_compile_to_what_they_are_to_show(triton_cache):
     """In a process of its own, for this one may interpret."""
-    (ended,) = finish(start("-m", "bench.lab.tests.compile_control", TRITON_CACHE_DIR=str(tmp_path)))
+    (ended,) = finish(start("-m", "bench.lab.tests.compile_control", **triton_cache))
     assert ended.code == 0, ended.errors[-2000:]
     names = "partitions", "tma", "stores", "both", "wgmma", "race"
     assert ended.lines == [f"control_{name}" for name in names]
