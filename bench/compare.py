@@ -21,6 +21,7 @@ from bench.timing import Calls, autograd_calls, places, torch_calls
 from tests.support import pieces
 from zigzag_torch import execute_grouped_attention
 from zigzag_torch.compat import flash2
+from zigzag_torch.parallel import Residuals
 from zigzag_torch.shard import position_order
 
 TORCH, JAX = FRAMEWORKS = ("torch", "jax")
@@ -119,7 +120,7 @@ def flash2_torch(case, rank, sets):
         out, lse = flash2.forward(q, keys, values, *options)
 
         def backward():
-            return flash2.backward(dout, None, q, keys, values, out, lse, *options, False)
+            return flash2.backward(Residuals(q, keys, values, out, lse), dout, None, *options, False)
 
         def results():
             dq, dk, dv = backward()

@@ -5,13 +5,14 @@ A call that only the kernels would notice goes around the operators (`dispatch`)
 `CallSpec.key`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from zigzag_kernels.callspec import CallSpec
-from zigzag_kernels.modes import KVLayout, Method
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import segment_table_shapes
 
 from . import launch
@@ -113,29 +114,15 @@ def call_key(call: CallSpec) -> str:
         return call.key
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    stride: Any = None if call.heads_k_stride is None else guard_scalar(call.heads_k_stride)
-    numbers = guard_scalar(call.softmax_scale), stride
-    return _key_of_values(*numbers, call.causal, call.backend, call.method, call.grad_reduce_dtype, call.deterministic)
+    values = [getattr(call, name) for name in _FIELDS]
+    return _key_of_values(*(guard_scalar(x) if isinstance(x, int | float) else x for x in values))
 
 
-def _key_of_values(
-    softmax_scale: float,
-    heads_k_stride: int | None,
-    causal: bool,
-    backend: str,
-    method: Method,
-    grad_reduce_dtype: str,
-    deterministic: bool,
-) -> str:
-    return CallSpec(
-        causal=causal,
-        softmax_scale=softmax_scale,
-        backend=backend,
-        method=method,
-        heads_k_stride=heads_k_stride,
-        grad_reduce_dtype=grad_reduce_dtype,
-        deterministic=deterministic,
-    ).key
+_FIELDS = tuple(field.name for field in dataclasses.fields(CallSpec))
+
+
+def _key_of_values(*values) -> str:
+    return CallSpec(**dict(zip(_FIELDS, values, strict=True))).key
 
 
 # As for the functions of `launch`: called while torch.compile traces, rather than traced.

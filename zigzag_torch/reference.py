@@ -94,9 +94,9 @@ def varlen_attention(
     causal: bool,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[rows, heads, head_dim]`, lse `[heads, rows]` float32), sequence by sequence, keys in position order.
+    """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32) of sequences with keys in position order.
 
-    The causal mask is aligned to the last row and the last key of each sequence, as FlashAttention-2's.
+    The causal mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2.
     """
     q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
     k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
@@ -114,7 +114,7 @@ def varlen_attention(
 
 
 def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 (out, lse) where `rows` and `keys` are (sequence, position) of each; sequence -1 is padding.
+    """Return float32 (out, lse); `rows` and `keys` are (sequence, position) of each, and sequence -1 is padding.
 
     Rows that see no key have out 0 and lse -inf.
     """
@@ -136,7 +136,7 @@ def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, tor
 
 
 def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to all keys out of attention to `n` disjoint parts of them; differentiable.
+    """Merge attention to `n` disjoint parts of the keys into attention to all of them; differentiable.
 
     `out [n, T, heads, head_dim]`, `lse [n, heads, T]` (natural logarithm) -> out `[T, heads, head_dim]` in the dtype of
     the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any finite out.

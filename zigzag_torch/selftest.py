@@ -1,4 +1,4 @@
-"""A tiny attention with its gradients against PyTorch's own: `python -m zigzag_torch.selftest` prints one line of JSON.
+"""Compares a tiny attention with PyTorch's own: `python -m zigzag_torch.selftest` prints one line of JSON.
 
 `zigzag-doctor` runs it in a process of its own, so that whatever is broken breaks there.
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def difference(device: torch.device) -> float:
-    """The largest difference of out, dq, dk and dv, each relative to its largest value, for one causal sequence."""
+    """Return the largest difference of out, dq, dk and dv, each relative to its largest value, for one sequence."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, dout = (

@@ -14,7 +14,7 @@ from .parallel.agreement import compare, place_in, refuse, resolve
 def sequence_of_rows(
     cu_seqlens: torch.Tensor, world_size: int, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sequence, offset behind its first local row, global length) of the rows `[0, tokens)` of any rank, int64.
+    """Return (sequence, offset behind its first local row, global length) of the local rows of any rank, int64.
 
     Rows behind the last sequence have sequence -1, offset and length 0.
     """
@@ -30,7 +30,7 @@ def sequence_of_rows(
 
 
 def local_cu_seqlens(cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
-    """`[N + 1]` int32: where the sequences start in the local rows of any rank."""
+    """Return `[N + 1]` int32: the offsets of the sequences in the local rows of any rank."""
     check_batch(cu_seqlens, None, world_size)
     return torch.div(cu_seqlens, world_size, rounding_mode="floor")
 
@@ -38,7 +38,7 @@ def local_cu_seqlens(cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
 def position_ids(
     cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int | None = None
 ) -> torch.Tensor:
-    """`[T]` int32: position in its sequence of every local row of `rank` (for RoPE); 0 for padding.
+    """Return `[T]` int32: the position in its sequence of every local row of `rank` (for RoPE); 0 for padding.
 
     `tokens` is T; without it the last value of `cu_seqlens` is read, which waits for the device.
     """
@@ -51,7 +51,7 @@ def position_ids(
 
 
 def _global_rows(cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int) -> torch.Tensor:
-    """`[T]`: row of the unsharded batch that each local row holds; padding is dealt out evenly behind the sequences."""
+    """Return `[T]`: the row of the unsharded batch that each local row holds; ranks share padding evenly."""
     rank = as_rank(rank, cu_seqlens.device)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
@@ -63,10 +63,10 @@ def _global_rows(cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size:
 
 
 def shard(x: torch.Tensor, cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int) -> torch.Tensor:
-    """The zigzag rows `[total / W, ...]` of `rank` out of the unsharded batch `x [total, ...]`; differentiable.
+    """Return the zigzag rows `[total / W, ...]` of `rank` from the unsharded batch `x [total, ...]`; differentiable.
 
-    Rows of `x` behind the last sequence are padding and dealt out evenly. `ValueError` if `total` is not a multiple
-    of W.
+    Rows of `x` behind the last sequence are padding, which ranks share evenly. Raises `ValueError` if `total` is not a
+    multiple of W.
     """
     check_batch(cu_seqlens, rank, world_size)
     if x.shape[0] % world_size:
@@ -75,15 +75,15 @@ def shard(x: torch.Tensor, cu_seqlens: torch.Tensor, rank: int | torch.Tensor, w
 
 
 def unshard(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The unsharded batch `[total, ...]` out of the rank-major rows `x [W * T, ...]` of all ranks: undoes `shard`."""
+    """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks."""
     check_batch(cu_seqlens, None, world_size)
     return x[position_order(cu_seqlens, world_size, x.shape[0])]
 
 
 def position_order(cu_seqlens: torch.Tensor, world_size: int, total: int) -> torch.Tensor:
-    """`[total]`: row of the gathered, rank-major buffer that holds each row of the unsharded batch.
+    """Return `[total]`: the row of the gathered, rank-major buffer that holds each row of the unsharded batch.
 
-    `ValueError` if `total` is not a multiple of `world_size`.
+    Raises `ValueError` if `total` is not a multiple of `world_size`.
     """
     if total % world_size:
         raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {total}")
@@ -101,9 +101,9 @@ def position_order(cu_seqlens: torch.Tensor, world_size: int, total: int) -> tor
 def pad_to_zigzag(
     x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, total: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`x` with zeros behind each sequence so that all lengths are multiples of 2W, its `cu_seqlens`).
+    """Pad sequences with zeros to multiples of 2W; return (the padded `x`, its `cu_seqlens`).
 
-    `total` pads the end too, to a fixed number of rows (a multiple of W). Lengths are read on the host. With one rank
+    `total` pads the end too, to a fixed number of rows (a multiple of W). The host reads the lengths. With one rank
     lengths stay as they are. Padded positions are keys like any other behind their sequence: under a causal mask no
     real token sees them.
     """
@@ -121,7 +121,7 @@ def pad_to_zigzag(
 
 
 def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The rows of the original batch out of a padded one; `cu_seqlens` is the original: undoes `pad_to_zigzag`."""
+    """Undo `pad_to_zigzag`: return the rows of the original batch; `cu_seqlens` is that of the original batch."""
     lengths = _host_lengths(None, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     if x.shape[0] < sum(padded):
@@ -137,7 +137,7 @@ def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: 
 
 
 def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row in the padded batch of every original row, padded `cu_seqlens`)."""
+    """Return (the row in the padded batch of every original row, the padded `cu_seqlens`)."""
     starts = torch.tensor([0, *padded], device=device).cumsum(0)
     rows = [torch.arange(length, device=device) + start for start, length in zip(starts, lengths, strict=False)]
     empty = torch.arange(0, device=device)
@@ -145,11 +145,11 @@ def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) ->
 
 
 def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None, *, group=None) -> None:
-    """`ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; reads it on the host, so call it once.
+    """Raise `ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; the host reads it: call it once.
 
-    `total` is the number of rows of the unsharded batch. The attention itself does not wait for the device to look:
-    it answers impossible lengths with NaN. With a `group` (as `zigzag_attention` takes it) every rank of it makes this
-    call, and if they differ in anything, or one of them finds a fault, all raise the same error.
+    `total` is the number of rows of the unsharded batch. Attention itself produces NaN for invalid lengths, because
+    checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of it makes
+    this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
     """
     if group is None:
         check_batch(cu_seqlens, None, world_size)

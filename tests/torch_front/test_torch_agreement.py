@@ -1,5 +1,6 @@
 """Ranks that call differently hear the same error, and none waits for ever."""
 
+import dataclasses
 import os
 import time
 
@@ -10,7 +11,9 @@ import torch.distributed as dist
 import zigzag_torch
 from tests.support.commands import HANGS, finish, start
 from tests.support.machine import GPU
+from tests.support.problems import small_problem
 from tests.support.processes import run_ranks
+from zigzag_kernels.callspec import CallSpec
 from zigzag_torch.parallel import agreement
 
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
@@ -128,6 +131,14 @@ def check_absence(rank):
         call(rank, group=last)  # rank 2 sends to rank 0, and neither gets anything from rank 1
     assert time.monotonic() - started < HANGS / 2
     os._exit(0)  # what is left of the group cannot be taken down together
+
+
+def test_ranks_agree_on_every_option(monkeypatch):
+    """But not on how each of them repeats its own kernels: only deterministic ones serve between ranks."""
+    facts = {}
+    monkeypatch.setattr(agreement, "agree", lambda _, pairs: facts.update(pairs))
+    agreement.agree_on_call(None, small_problem())
+    assert {field.name for field in dataclasses.fields(CallSpec)} - facts.keys() == {"deterministic"}
 
 
 def test_ranks_agree_before_data_moves(tmp_path):

@@ -1,1 +1,1 @@
-"""The published names of other packages, on top of this one: nothing outside of this folder imports it."""
+"""Published names of other packages, on top of this one: no module outside of this folder imports it."""

@@ -1,7 +1,7 @@
-"""One packed attention call and its gradients, by what PyTorch brings: FlashAttention-2 on a GPU, else `reference`.
+"""One packed attention call with its gradients, by PyTorch's own FlashAttention-2 on a GPU, else by `reference`.
 
-FlashAttention-2 (Dao, 2023) serves 16-bit tensors; its causal mask is aligned to the last row and the last key of each
-sequence, and so is that of the dense one.
+FlashAttention-2 (Dao, 2023) serves 16-bit tensors. Its causal mask is aligned to the last row and the last key of each
+sequence, and so is the mask of `reference.varlen_attention`.
 """
 
 import contextlib
@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
+from ..parallel import Residuals
 
 
 class Lengths(NamedTuple):
-    """`cu_seqlens [N + 1]` int32 of rows and keys, and upper bounds of the lengths."""
+    """Lengths of a packed call: `cu_seqlens [N + 1]` int32 of rows and of keys, and upper bounds of the lengths."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -22,13 +23,14 @@ class Lengths(NamedTuple):
 
 
 def is_flash(q: torch.Tensor) -> bool:
+    """Return whether FlashAttention-2 serves `q`."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
+    """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
     if not is_flash(q):
         return reference.varlen_attention(q, k, v, *lengths[:2], causal, softmax_scale)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -38,19 +40,16 @@ def forward(
 
 
 def backward(
+    residuals: Residuals,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     lengths: Lengths,
     causal: bool,
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of `forward` for the cotangents of its results; `dlse` may be None."""
+    """Return (dq, dk, dv) for the gradients of the results of `forward`; `dlse` None means zeros."""
+    q, k, v, _, lse = residuals
     if not is_flash(q):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -58,34 +57,34 @@ def backward(
         dq, dk, dv = torch.autograd.grad(results, (q, k, v), (dout, torch.zeros_like(lse) if dlse is None else dlse))
         return dq, dk, dv
     with deterministic_algorithms(deterministic):
-        dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, lengths, causal, softmax_scale)
+        dq, dk, dv = _flash_backward(residuals, dout, lengths, causal, softmax_scale)
         if dlse is None:
             return dq, dk, dv
-        # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). For q it is scale * (mean key), and for k
-        # what an attention with the keys for values hands back to those if its cotangent is scale * q.
+        # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). The gradient of q is scale * (mean key).
+        # That of k is the gradient of the values in an attention with the keys as values, whose dout is scale * q.
         weights = softmax_scale * dlse.T[..., None]
         mean_key, _ = forward(q, k, k, lengths, causal, softmax_scale)
         dout = (weights * q).to(q.dtype)
-        _, _, dk_of_lse = _flash_backward(dout, q, k, k, mean_key, lse, lengths, causal, softmax_scale)
+        _, _, dk_of_lse = _flash_backward(Residuals(q, k, k, mean_key, lse), dout, lengths, causal, softmax_scale)
         return (dq + weights * mean_key).to(q.dtype), dk + dk_of_lse, dv
 
 
-def _flash_backward(dout, q, k, v, out, lse, lengths: Lengths, causal: bool, softmax_scale: float):
-    random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
-    unused = torch.empty(0, device=q.device)
+def _flash_backward(residuals: Residuals, dout, lengths: Lengths, causal: bool, softmax_scale: float):
+    random_state = torch.empty(2, dtype=torch.uint64, device=dout.device)  # of dropout, which there is not
+    unused = torch.empty(0, device=dout.device)
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, *_bounded(lengths), 0.0, causal, random_state, unused, scale=softmax_scale
+        dout, *residuals, *_bounded(lengths), 0.0, causal, random_state, unused, scale=softmax_scale
     )
 
 
 def _bounded(lengths: Lengths) -> Lengths:
-    """With a bound of one row per sequence the operator would expect exactly one."""
+    """Return `lengths` with a bound of two rows at least: for a bound of one, the operator expects exactly one."""
     return lengths._replace(max_seqlen_q=max(lengths.max_seqlen_q, 2))
 
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool):
-    """FlashAttention-2 inside PyTorch sums dQ in a fixed order only if all of PyTorch is to be deterministic."""
+    """Make all of PyTorch deterministic, if `wanted`: only then its FlashAttention-2 sums dQ in a fixed order."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
-"""The unfused path: keys copied into position order and sliced, then one attention call per group of chunks.
+"""The unfused path: copies keys into position order, slices them, and attends group of chunks by group of chunks.
 
-It is the baseline to beat and the check to compare with. The names and their meaning are those of the published zigzag
-llama3 functions. Lengths are read on the host, which waits for the device.
+It is the baseline to beat and the check to compare with. Names and their meaning are those of the published zigzag
+llama3 functions. The host reads lengths, and waits for the device.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from zigzag_kernels.problem import ArraySpec, make_problem
 
 from ..arguments import check_batch, check_tensor
 from ..launch import describe
+from ..parallel import Residuals
 from ..parallel.allgather import windows
 from ..parallel.collectives import reduce_into
 from ..parallel.streams import streams_of
@@ -79,7 +80,7 @@ def compute_kv_slices_for_groups(
     chunk_cu_seqlens_q_list: list[torch.Tensor],
     n_chunks: int = 2,
 ) -> list[KVSlice]:
-    """The keys that each group sees under a causal mask: from the start of a sequence to the end of its chunk.
+    """Return the keys that each group sees under a causal mask: from the start of a sequence to the end of its chunk.
 
     `cu_seqlens_k [N + 1]` int32 is local; `chunk_idx_0, chunk_idx_1` are the chunks of the rank, its early one first.
 
@@ -124,7 +125,7 @@ def execute_grouped_attention(
     world_size: int,
     cu_seqlens_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """One attention call per group, put together again in local order; differentiable, also through lse.
+    """Attend group by group, and put the results in local order; differentiable, also through lse.
 
     The lists are those of `split_q_by_zigzag_chunk_index` and `compute_kv_slices_for_groups`; `kv_buffer
     [2, W * T, kv_heads, head_dim]` is gathered and rank-major, `cu_seqlens_k [N + 1]` local. Without `causal` every
@@ -168,9 +169,9 @@ def varlen_attention(
     deterministic: bool,
     n_chunks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[T, heads, head_dim]`, lse `[heads, T]`) of this rank's zigzag rows, `heads_k_stride` KV heads at a time.
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]`) of this rank's rows, `heads_k_stride` KV heads at a time.
 
-    `cu_seqlens [N + 1]` is local; K/V are gathered over `group`, in the backward pass again, and None is one device.
+    `cu_seqlens [N + 1]` is local. K/V are gathered over `group`, in the backward pass again; None is one device.
     """
     rank, world_size = (0, 1) if group is None else (group.rank(), group.size())
     chunks = split_q_by_zigzag_chunk_index(q, cu_seqlens, world_size, rank, n_chunks)
@@ -182,7 +183,7 @@ def varlen_attention(
 
 
 def chunk_info(chunk_indices_list: list, chunk_cu_seqlens_q_list: list, kv_slices: list) -> dict[str, list]:
-    """The third result of `execute_grouped_attention`."""
+    """Return the third result of `execute_grouped_attention`."""
     return {
         "chunk_indices_list": chunk_indices_list,
         "chunk_cu_seqlens_q_list": chunk_cu_seqlens_q_list,
@@ -197,7 +198,7 @@ def check_grouped(
     nheads: int,
     head_dim: int,
 ) -> None:
-    """`ValueError` unless the shapes belong together."""
+    """Raise `ValueError` unless the shapes belong together."""
     check_tensor("kv_buffer", kv_buffer)
     if kv_buffer.ndim != 4 or kv_buffer.shape[0] != 2:
         raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
@@ -210,7 +211,7 @@ def check_grouped(
 
 
 def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> None:
-    """`NotImplementedError` for what neither path computes."""
+    """Raise `NotImplementedError` for options that neither path computes."""
     if dropout_p != 0:
         raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
     if tuple(window_size) != (-1, -1):
@@ -220,12 +221,13 @@ def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slo
 
 
 def check_n_chunks(n_chunks: int, world_size: int) -> None:
+    """Raise `ValueError` unless the 2W chunks of a sequence can be in `n_chunks` groups."""
     if not 1 <= n_chunks <= 2 * world_size:
         raise ValueError(f"n_chunks: expected 1 to 2 * world_size = {2 * world_size}, got {n_chunks}")
 
 
 class Call(NamedTuple):
-    """One attention call: its local rows `[rows]`, and the ranges of position-ordered keys that its sequences see."""
+    """One attention call: its local rows `[rows]`, and the position-ordered ranges of keys that its sequences see."""
 
     rows: torch.Tensor
     ranges: list[tuple[int, int]]
@@ -252,7 +254,7 @@ def make_calls(
     sequences: list[tuple[int, int]],
     causal: bool,
 ) -> list[Call]:
-    """A call for each group of the lists that `execute_grouped_attention` takes; `sequences` are ranges of keys."""
+    """Return a call for each group of the lists of `execute_grouped_attention`; `sequences` are ranges of keys."""
     calls = []
     for cu_seqlens_q, rows, (ranges, cu_seqlens_k) in zip(
         chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, strict=True
@@ -318,8 +320,8 @@ class GroupedAttention(torch.autograd.Function):
                 options = call.lengths, grouping.causal, grouping.softmax_scale, grouping.deterministic
                 with region("unfused_backward", q.device):
                     k_slice, v_slice = (_slice(x, call) for x in keys)
-                    qkv = q[:, mine], k_slice, v_slice
-                    gradients = flash2.backward(dout[call.rows, mine], dlse_rows, *qkv, *results, *options)
+                    residuals = Residuals(q[:, mine], k_slice, v_slice, *results)
+                    gradients = flash2.backward(residuals, dout[call.rows, mine], dlse_rows, *options)
                 dq[:, mine], *dslices = gradients
                 _add_slices(dkeys, dslices, call)
             for into, dx in zip((dk, dv), dkeys, strict=True):
@@ -333,12 +335,12 @@ class GroupedAttention(torch.autograd.Function):
 
 
 def _gathered(group: dist.ProcessGroup | None, heads_k_stride: int, k: torch.Tensor, v: torch.Tensor):
-    """(first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, window by window."""
+    """Return (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, window by window."""
     return [(0, k, v)] if group is None else windows(k, v, heads_k_stride, group, streams_of(k.device))
 
 
 def _query_heads(first: int, kv_heads: int, shared: int) -> slice:
-    """The query heads of the KV heads from `first` on."""
+    """Return the query heads of the KV heads from `first` on."""
     return slice(first * shared, (first + kv_heads) * shared)
 
 
@@ -351,12 +353,12 @@ def _in_position_order(grouping: Grouping, *keys: torch.Tensor) -> tuple[torch.T
 
 
 def _slice(x: torch.Tensor, call: Call) -> torch.Tensor:
-    """The keys or values of one call, `[keys, kv_heads, head_dim]`."""
+    """Return the keys or values of one call, `[keys, kv_heads, head_dim]`."""
     return torch.cat([x[start:end] for start, end in call.ranges])
 
 
 def _add_slices(totals: list[torch.Tensor], slices: list[torch.Tensor], call: Call) -> None:
-    """The transpose of `_slice`, added to `totals`."""
+    """Add the gradients of slices to `totals`: the transpose of `_slice`."""
     lengths = [end - start for start, end in call.ranges]
     for total, x in zip(totals, slices, strict=True):
         for (start, end), part in zip(call.ranges, x.split(lengths), strict=True):
@@ -364,7 +366,7 @@ def _add_slices(totals: list[torch.Tensor], slices: list[torch.Tensor], call: Ca
 
 
 def _groups(chunks: tuple[int, int], world_size: int, n_chunks: int) -> list[list[int]]:
-    """For each of `n_chunks` groups, which of a rank's two `chunks` (0: early, 1: late) belong to it."""
+    """Return, for each of `n_chunks` groups, the numbers (0: early, 1: late) of a rank's `chunks` that belong to it."""
     check_n_chunks(n_chunks, world_size)
     per_group = 2 * world_size // n_chunks
     of_chunk = [min(chunk // per_group, n_chunks - 1) for chunk in chunks]
@@ -372,10 +374,10 @@ def _groups(chunks: tuple[int, int], world_size: int, n_chunks: int) -> list[lis
 
 
 def _sequences(cu_seqlens: torch.Tensor, world_size: int) -> list[tuple[int, int]]:
-    """(start, end) of every sequence in the position-ordered keys; `cu_seqlens` is local."""
+    """Return (start, end) of every sequence in the position-ordered keys; `cu_seqlens` is local."""
     return list(pairwise(world_size * bound for bound in cu_seqlens.tolist()))
 
 
 def offsets(ranges: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
-    """`cu_seqlens` of `ranges` laid end to end, on the device of `like`."""
+    """Return `cu_seqlens` of `ranges` laid end to end, on the device of `like`."""
     return like.new_tensor(list(accumulate((end - start for start, end in ranges), initial=0)))

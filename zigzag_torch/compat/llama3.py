@@ -38,12 +38,12 @@ def zigzag_llama3_flash_attn_varlen_func(
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Attention of this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
+    """Attend from this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
 
     Args:
         q: `[T, heads, head_dim]`; k, v: `[T, kv_heads, head_dim]`, all of this rank.
         cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q. `cu_seqlens_k` is global, W times that.
-        max_seqlen_q, max_seqlen_k, local_k_slice: not needed, as they follow from the others; any value will do.
+        max_seqlen_q, max_seqlen_k, local_k_slice: any value will do, as they follow from the others.
         heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
         deterministic: repeat the backward pass bit for bit, which the fused kernels always do.
         return_attn_probs: return (out, lse, None).
@@ -52,7 +52,7 @@ def zigzag_llama3_flash_attn_varlen_func(
 
     Returns:
         out `[T, heads, head_dim]`, or (out, lse `[heads, T]` float32, None). If `cu_seqlens_q` and `cu_seqlens_k`
-        contradict each other, the fused path gives NaN, as for all that only the device knows; the unfused one raises.
+        contradict each other, the fused path gives NaN, because the host does not read them; the unfused path raises.
 
     Raises:
         NotImplementedError: `dropout_p`, `window_size` or `alibi_slopes` other than the defaults.
@@ -169,7 +169,7 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """`zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`."""
+    """Call `zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`."""
     k, v = kv.unbind(1)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
@@ -211,7 +211,7 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """`zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`."""
+    """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`."""
     q, k, v = qkv.unbind(1)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
@@ -254,7 +254,7 @@ def replace_grouped_attention_with_fused_triton_v2(
     chunk_idx_0: int,
     chunk_idx_1: int,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """`execute_grouped_attention` in one launch that reads `kv_buffer` in place.
+    """Compute `execute_grouped_attention` in one launch that reads `kv_buffer` in place.
 
     `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's.
     """
@@ -307,9 +307,9 @@ def replace_grouped_attention_with_fused_triton_v2(
 
 
 class _InLocalOrder(torch.autograd.Function):
-    """The rows of all groups `[rows, nheads, head_dim]` as those of this rank, `[tokens, nheads, head_dim]`.
+    """Puts the rows of all groups `[rows, nheads, head_dim]` in the order of this rank, `[tokens, nheads, head_dim]`.
 
-    Each is written once, and read once in the backward pass; rows of no group are padding, and zero.
+    Each row is written once, and read once in the backward pass; rows of no group are padding, and zero.
     """
 
     @staticmethod

@@ -1,13 +1,13 @@
-"""The fused path behind the names of the published ring_flash_attn package, whose version 0.1.8 this is written for.
+"""The fused path behind the names of the published ring_flash_attn package, version 0.1.8.
 
-Its functions hand their arguments to three autograd functions, which are what is replaced: also for callers that have
-imported the functions before. Which layouts agree:
+The patch replaces the three autograd functions that the package's functions call, and so serves callers that imported
+those functions before. Layouts that agree:
 
 - `zigzag_ring_flash_attn_varlen_*`: rank r holds chunks r and 2W - 1 - r of every sequence, as here. `cu_seqlens` is
   local.
 - `zigzag_ring_flash_attn_*`: the same for `[batch, T, heads, head_dim]`.
-- `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the whole batch, which is the same on one rank
-  only. With more ranks the package's own function stays in charge.
+- `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the batch, which agrees on one rank only. With
+  more ranks the package's own function serves.
 """
 
 import importlib
@@ -85,7 +85,7 @@ class Patch:
 
 
 class _Fused:
-    """Stands in for an autograd function of the package: what its public functions call is `apply`."""
+    """Stands in for an autograd function of the package, whose public functions call `apply`."""
 
     def __init__(self, original: Any):
         self.original = original
@@ -121,7 +121,7 @@ class _Fused:
 
 
 def _global_cu_seqlens(call: dict[str, Any], world_size: int) -> torch.Tensor | None:
-    """`[N + 1]` int32 of what `call` says of the lengths; None if they are those of a batch dimension."""
+    """Return `cu_seqlens [N + 1]` int32 of the arguments `call`; None if lengths are those of a batch dimension."""
     if "cu_seqlens" in call:
         return call["cu_seqlens"] * world_size
     if "cu_seqlens_q" in call:

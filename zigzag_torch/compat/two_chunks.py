@@ -33,7 +33,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     softmax_scale: float | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of two groups of rows in one launch; differentiable, also through lse.
+    """Attend from two groups of rows in one launch; differentiable, also through lse.
 
     Args:
         q0, q1: `[rows, heads, head_dim]`. In group g the rows of sequence i begin at position
@@ -44,8 +44,8 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
 
     Returns:
         out0, out1 in the shapes of q0 and q1; lse0, lse1 `[heads, rows]` float32, natural logarithm. Rows behind the
-        last sequence have out 0 and lse -inf. Lengths that cannot be, or rows that reach beyond their sequence, give
-        NaN everywhere; the unfused path raises.
+        last sequence have out 0 and lse -inf. Invalid lengths, or rows that reach beyond their sequence, give NaN
+        everywhere; the unfused path raises.
 
     Raises: as `zigzag_attention_gathered`.
     """
@@ -108,7 +108,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
 
 
 class _Pair(NamedTuple):
-    """Where two groups of rows are, and the keys of their sequences."""
+    """The lengths of two groups of rows, and of the keys of their sequences."""
 
     cu_seqlens_q: tuple[torch.Tensor, torch.Tensor]
     rows: tuple[int, int]
@@ -119,12 +119,12 @@ class _Pair(NamedTuple):
 
 
 def _split(out: torch.Tensor, lse: torch.Tensor, pair: _Pair) -> tuple[torch.Tensor, ...]:
-    """(out0, out1, lse0, lse1) of the rows of both groups, one behind the other."""
+    """Return (out0, out1, lse0, lse1) from the results of both groups, one behind the other."""
     return *out.split(pair.rows), *lse.split(pair.rows, 1)
 
 
 def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
-    """One attention call a group, whose keys end where its rows do; `ValueError` for impossible lengths."""
+    """Return an attention call for each group, whose keys end where its rows do; `ValueError` for invalid lengths."""
     bounds = pair.cu_seqlens_k.tolist()
     check_lengths(bounds, 1, pair.keys)
     indices, slices, first = [], [], 0
@@ -149,8 +149,8 @@ def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
 def _tables(pair: _Pair) -> Tables:
     """Return the tables as the kernels read them (`zigzag_kernels.segments.columns`), heaviest entry first.
 
-    Rows behind the last sequence of a group are one more sequence, without keys. Where anything is impossible the last
-    entry, that of the padding, claims more rows than there are, and all becomes NaN.
+    Rows behind the last sequence of a group are one more sequence, without keys. If lengths are invalid, the last
+    entry, that of the padding, claims more rows than there are, and all results become NaN.
     """
     cu_seqlens_k, tokens = pair.cu_seqlens_k, sum(pair.rows)
     nothing = torch.zeros_like(cu_seqlens_k[:1])
@@ -178,7 +178,7 @@ def _tables(pair: _Pair) -> Tables:
 
 
 def _ordered(entries: torch.Tensor, weight: torch.Tensor, size: int, before: torch.Tensor, row: torch.Tensor):
-    """`entries` by weight, each with what column `size` sums to before it, and the padding behind them."""
+    """Return `entries` by weight, each with the sum of column `size` before it, and the padding behind them."""
     entries = entries[weight.argsort(descending=True, stable=True)]
     entries[:, 0] = entries[:, size].cumsum(0) - entries[:, size]
     padding = torch.cat([before, row, torch.zeros_like(entries[0, 2:])])

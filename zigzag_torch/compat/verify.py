@@ -1,4 +1,4 @@
-"""The choice between the fused and the unfused path by flag, and the comparison of the two."""
+"""Chooses between the fused and the unfused path by flag, and compares the two."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ import torch
 
 from .flags import enabled
 
-TOLERANCE = 1e-2  # absolute and relative: what 16-bit results of two orders of summation may differ by
+TOLERANCE = 1e-2  # absolute and relative: 16-bit results of two orders of summation differ by less
 
 Path = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def choose_path(fused: Path, unfused: Path, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the flags ask for: `fused(*inputs)`, `unfused(*inputs)`, or the first after a comparison with the second.
+    """Return `fused(*inputs)` or `unfused(*inputs)`, or compare both and return the first, as the flags say.
 
-    The comparison covers the backward pass too. It raises `AssertionError` with the largest difference.
+    The comparison covers the backward pass too, and raises `AssertionError` with the largest difference.
     """
     if not enabled("use_fused_triton_v2"):
         return unfused(*inputs)
@@ -56,7 +56,7 @@ class _Verified(torch.autograd.Function):
 
 
 def _compare(what: str, ours: tuple, theirs: tuple) -> None:
-    """`AssertionError` unless the tensors are close to each other."""
+    """Raise `AssertionError` unless the tensors are close to each other."""
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         where = f"ZIGZAG_VERIFY_CORRECTNESS: {what}[{i}] of the fused and the unfused path differ"
         a, b = (x.detach().float() for x in (a, b))
