@@ -1,10 +1,9 @@
-"""Which keys a query row sees, as ranges: all that the portable kernels know of the mask.
+"""The mask of the portable kernels: each query row sees one range of keys.
 
-A row sees one range of keys, `KeyRange`. From it follow the blocks of keys that a tile of rows walks through
-(`visible_keys`, for the forward kernel and dQ) and the rows that a tile of keys walks through (`seeing_rows`, for dK
-and dV). Both come as *runs* of blocks, one behind the other, and the constant number of a run says whether its blocks
-need the mask. Kernels loop over the runs, so another shape of mask (say a range that does not begin with key 0) is a
-change of this file alone, and a constant.
+`KeyRange` is that range. Two things follow from it: the blocks of keys that a tile of rows walks through
+(`visible_keys`, for the forward kernel and dQ), and the blocks of rows that a tile of keys walks through
+(`seeing_rows`, for dK and dV). Both come as *runs* of blocks, one behind the other, and the number of a run says
+whether its blocks need the mask. The kernels loop over the runs and do not know the shape of the mask.
 """
 
 from typing import NamedTuple
@@ -44,7 +43,7 @@ class VisibleKeys(NamedTuple):
 
 
 class SeeingRows(NamedTuple):
-    """The rows of a segment that see a tile of keys: the ends of the runs of blocks of rows."""
+    """The rows of a segment that see a tile of keys: the bounds of the runs of blocks of rows."""
 
     begin: tl.tensor
     whole_begin: tl.tensor
@@ -85,7 +84,10 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
 
 @triton.constexpr_function
 def has_key_run(RUN, SLOTS):
-    """Return whether run number `RUN` can have blocks: in one slot, keys follow each other and all runs are aligned."""
+    """Return whether run number `RUN` can have blocks.
+
+    In one slot all keys follow each other, so that every whole block is aligned.
+    """
     return SLOTS > 1 or WHOLE_KEYS.value != RUN
 
 
