@@ -21,13 +21,13 @@ def call(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int])
         for i, output in aliases.items():
             results[output][...] = arrays[i]
             arrays[i] = results[output]
-        interpret(launch, [*map(_HostTensor, arrays)], [*map(_HostTensor, results)])
+        interpret(launch, [*map(HostTensor, arrays)], [*map(HostTensor, results)])
         return tuple(results)
 
     return jax.pure_callback(on_host, outputs, *arrays)
 
 
-class _HostTensor:
+class HostTensor:
     """A NumPy array with the methods that the interpreter calls on a tensor and on its storage.
 
     The array is on the host already, so every copy to the host and back is the array itself.

@@ -79,3 +79,30 @@ def test_what_an_all_gather_brings_is_read_in_place_in_both_directions(stride, k
 
     q, kv = array(ranks * TOKENS, HEADS), array(ranks * TOKENS, KV_HEADS)
     assert moved(step, q, kv, kv, OFFSETS, q, least=ranks * TOKENS * stride * HEAD_DIM) == []
+
+
+@pytest.mark.skipif(GPU, reason="eight devices of a CPU")
+def test_a_ring_copies_keys_in_every_other_hop_at_most():
+    """A trip of its loop takes two hops, which end with K/V in the buffers that they began with."""
+    ranks = 8
+    mesh = jax.make_mesh((ranks,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.shard_map(mesh=mesh, in_specs=(P("cp"), P("cp"), P("cp"), P(), P("cp")), out_specs=P("cp"))
+    def step(q, k, v, cu_seqlens, dout):
+        def attend(q, k, v):
+            return zigzag_attention(q, k, v, cu_seqlens, axis_name="cp", method="ring", backend="interpret")
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(dout)
+
+    q, kv = array(ranks * TOKENS, HEADS), array(ranks * TOKENS, KV_HEADS)
+    text = jax.jit(step).lower(q, kv, kv, OFFSETS, q).compile().as_text()
+    loops = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = []
+    for name, body in re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
+        kinds = re.findall(rf"\[{TOKENS},{KV_HEADS},{HEAD_DIM}\]\S* (copy|collective-permute)\(", body)
+        if name in loops and "collective-permute" in kinds:
+            found.append((kinds.count("copy"), kinds.count("collective-permute")))
+    (forward, sent), (backward, sent_with_gradients) = sorted(found, key=lambda counts: counts[1])
+    assert forward <= sent / 2  # K and V of every hop are sent, and every other hop copied
+    assert backward <= sent_with_gradients / 4  # dK and dV are sent too

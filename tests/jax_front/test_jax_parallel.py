@@ -173,6 +173,34 @@ def test_ranks_that_prepare_different_lengths_get_nan(backend):
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["one number", "one row", "transposed"])
+def test_cotangents_that_are_broadcast_or_transposed(kind, method, backend):
+    """Kernels read dense rows of dout, and a loss such as `out.sum()` makes none by itself."""
+    case = dataclasses.replace(SMALL, heads=4, kv_heads=2, dtype="float32")
+    q, k, v, dout, _ = global_arrays(case)
+    attend = zigzag_jax.make_zigzag_attention(mesh_of(case.world_size), method=method, backend=backend)
+    losses = {
+        "one number": (lambda out: out.sum(), jnp.ones_like(dout)),
+        "one row": (lambda out: (out.sum(0) * dout[0]).sum(), jnp.broadcast_to(dout[0], dout.shape)),
+        "transposed": (lambda out: (out.transpose(1, 2, 0) * dout.transpose(1, 2, 0)).sum(), dout),
+    }
+    loss, cotangent = losses[kind]
+    gradients = jax.jit(jax.grad(lambda q, k, v: loss(attend(q, k, v, offsets(case))), (0, 1, 2)))(q, k, v)
+
+    inputs, rows = make_inputs(case), gathered_rows(case)
+    inputs = inputs | {"dout": np.empty_like(inputs["dout"]), "dlse": np.zeros_like(inputs["dlse"])}
+    inputs["dout"][rows] = cotangent
+    exact, straightforward = (
+        rows_of_results(batch_results(case, inputs, arithmetic), rows)
+        for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
+        assert_close(name, gradient, exact[name], straightforward[name])
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_over_checkpointed_layers(method):
     """The backward attends no second time where out and lse are saved, but brings K/V again."""
