@@ -1,5 +1,6 @@
 """What PyTorch adds to the kernels: `torch.compile`, checkpointing, views, and operators."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,6 +16,8 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_torch import launch
 
 DEVICE = "cuda" if GPU else "cpu"
+# In float32 a tensor of another type than its own goes unnoticed.
+DTYPES = "float32", "bfloat16"
 CASE = Case(name="torch", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2, padding=2)
 
 
@@ -47,24 +50,28 @@ def attend(kernel_backend):
 
 # dynamo forks its own wrappers; their deprecations are not ours.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiles_without_a_graph_break(attend):
-    q, k, v, dout, cu_seqlens = tensors()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiles_without_a_graph_break(attend, dtype):
+    q, k, v, dout, cu_seqlens = tensors(replace(CASE, dtype=dtype))
 
     def step(q, k, v):
         return attend(q * 2, k, v, cu_seqlens) * 0.5
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    assert_same(gradients(compiled, q, k, v, dout), gradients(step, q, k, v, dout))
+    results = gradients(compiled, q, k, v, dout)
+    assert {x.dtype for x in results} == {q.dtype}
+    assert_same(results, gradients(step, q, k, v, dout))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiles_for_any_length(kernel_backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiles_for_any_length(kernel_backend, dtype):
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(q, k, v, cu_seqlens):
         return zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
 
     for tokens in (8, 13, 21):
-        q, k, v = (torch.randn(tokens, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+        q, k, v = (torch.randn(tokens, heads, 16, device=DEVICE, dtype=getattr(torch, dtype)) for heads in (2, 1, 1))
         cu_seqlens = torch.tensor([0, 5, tokens], dtype=torch.int32, device=DEVICE)
         theirs = zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
         assert torch.equal(compiled(q, k, v, cu_seqlens), theirs)
@@ -112,8 +119,9 @@ def test_exports_for_any_length(kernel_backend, strict):
         assert torch.equal(exported.module()(*arguments), Attention()(*arguments))
 
 
-def test_operators_are_registered_as_torch_wants_them(kernel_backend):
-    q, k, v, dout, cu_seqlens = tensors()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_are_registered_as_torch_wants_them(kernel_backend, dtype):
+    q, k, v, dout, cu_seqlens = tensors(replace(CASE, dtype=dtype))
     rank = torch.ones(1, dtype=torch.int32, device=DEVICE)
     table_arguments = cu_seqlens, rank, 2, "gathered", kernel_backend
     tables = torch.ops.zigzag.segment_tables(*table_arguments)
