@@ -112,12 +112,13 @@ def ring():
     """The traced step around the loops, and the loops of forward and backward."""
     traced = traced_step(method="ring")
     loops = [equation.params for equation in traced.eqns if equation.primitive.name == "scan"]
-    carried = ("k", "v", "out", "lse"), ("k", "v", "dq", "dk", "dv")
+    # The inputs of a loop's body: constants, which releases of JAX count in different places, what it carries, a table
+    # of this step for forward and two for backward.
+    carried = ((("k", "v", "out", "lse"), 1), (("k", "v", "dq", "dk", "dv"), 2))
     bodies = []
-    for loop, names in zip(loops, carried, strict=True):
+    for loop, (names, tables) in zip(loops, carried, strict=True):
         body = loop["jaxpr"].jaxpr
-        constants = loop["num_consts"]
-        tables = len(body.invars) - constants - len(names)
+        constants = len(body.invars) - len(names) - tables
         bodies.append(needs(body, ["constant"] * constants + list(names) + ["table"] * tables))
     return needs(traced, ARGUMENTS), *bodies
 

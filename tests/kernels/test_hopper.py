@@ -32,6 +32,12 @@ PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
 
 
+@pytest.fixture(autouse=True)
+def _unforced(monkeypatch):
+    """Rules are those without the variable, also where a run forces or forbids the kernels for all other tests."""
+    monkeypatch.delenv(HOPPER.variable, raising=False)
+
+
 def forward(asked):
     return serving(asked, Operation.FORWARD)
 
