@@ -13,6 +13,7 @@ from . import autograd, launch, reference
 from .arguments import Array, check_array
 from .axes import AxisName, place_on
 from .batch import Batch, as_batch, check_varying, tables_of
+from .derivatives import reverse_mode_only
 from .parallel import Local, Transport, choose_transport
 
 
@@ -172,6 +173,7 @@ def _make_problem(q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv
 
 def _attend(transport: Transport, q, k, v, batch: Batch, return_lse: bool) -> tuple:
     backend = transport.problem.call.backend
+    q, k, v = reverse_mode_only((q, k, v))
     if backend == Backend.REFERENCE:
         return reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)
     return autograd.attention(transport, q, k, v, tables_of(batch, backend), return_lse)

@@ -9,6 +9,7 @@ from zigzag_kernels.modes import Method
 
 from . import launch
 from .axes import vary, varying_axes
+from .derivatives import without_derivative
 from .parallel import Residuals, Tables, Transport
 
 
@@ -48,13 +49,14 @@ def _attention(transport, return_lse, q, k, v, tables):
 
 def _forward(transport, return_lse, q, k, v, tables):
     # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward pass repeats them.
+    q, k, v, tables = without_derivative((q, k, v, tables))
     out, lse = transport.forward(q, k, v, tables)
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
     return (out, lse if return_lse else None), (Residuals(q, k, v, out, lse), tables)
 
 
 def _backward(transport, _, saved, cotangents):
-    residuals, tables = saved
+    (residuals, tables), cotangents = without_derivative((saved, cotangents))
     return *transport.backward(residuals, *cotangents, tables), None
 
 

@@ -13,6 +13,7 @@ from . import launch, reference
 from .arguments import as_rank, check_device, check_tensor
 from .autograd import agreed_rank, attention
 from .batch import Batch, as_batch, tables_of
+from .dispatch import refuse_tangents
 from .parallel import Local, Moving, Transport, transport_of
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
@@ -229,6 +230,7 @@ def _compared(batch: Batch, rank: int, transport: Moving, q, k, v) -> Batch:
 def _attend(transport: Transport, q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse) by the backend of the call."""
     backend = transport.problem.call.backend
+    q, k, v = refuse_tangents(q, k, v)
     if backend == Backend.REFERENCE:
         return reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)
     return attention(transport, q, k, v, tables_of(batch, backend))

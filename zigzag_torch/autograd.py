@@ -65,6 +65,8 @@ _Function: Any = torch.autograd.Function if launch.fast_launch is None else laun
 class _Attention(_Function):
     """The gradient rule of calls that go around the operators."""
 
+    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
     @staticmethod
     def forward(ctx, transport, q, k, v, segments, sequences):
         out, lse = transport.forward(q, k, v, Tables(segments, sequences))
@@ -80,7 +82,7 @@ class _Attention(_Function):
         if dout is None:
             dout = torch.zeros_like(out)
         tensors = (*saved, dout) if dlse is None else (*saved, dout, dlse)
-        # In a backward pass that is itself recorded the operator refuses, as it has no gradient.
+        # A backward pass that is itself recorded goes through the operator, whose gradient is a refusal.
         if goes_straight(tensors) and not records(tensors):
             dq, (dk, dv) = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(*tables))
         else:
@@ -129,7 +131,7 @@ def _key_of_values(*values) -> str:
 _key_of_values._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@torch.library.custom_op("zigzag::attention_forward", mutates_args=())
+@operator("zigzag::attention_forward")
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -145,7 +147,7 @@ def attention_forward(
     return transport_of(q, k, v, *constants, None).forward(q, k, v, Tables(segments, sequences))
 
 
-@torch.library.custom_op("zigzag::attention_backward", mutates_args=())
+@operator("zigzag::attention_backward")
 def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -167,7 +169,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-@torch.library.custom_op("zigzag::parallel_forward", mutates_args=())
+@operator("zigzag::parallel_forward")
 def parallel_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -183,7 +185,7 @@ def parallel_forward(
     return transport_of(q, k, v, *constants, group_name).forward(q, k, v, Tables(segments, sequences))
 
 
-@torch.library.custom_op("zigzag::parallel_backward", mutates_args=())
+@operator("zigzag::parallel_backward")
 def parallel_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -206,7 +208,7 @@ def parallel_backward(
     return dq, dkv
 
 
-@torch.library.custom_op("zigzag::agreed_rank", mutates_args=())
+@operator("zigzag::agreed_rank")
 def agreed_rank_operator(
     rank: torch.Tensor,
     q: torch.Tensor,
@@ -264,6 +266,7 @@ def _register_gradient(forward, backward) -> None:
         return *_three(gradients), *(None,) * (2 + len(ctx.constants))
 
     forward.register_autograd(differentiate, setup_context=save)
+    backward.refuse_gradient()
 
 
 _register_gradient(attention_forward, attention_backward)

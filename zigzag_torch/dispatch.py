@@ -7,8 +7,12 @@ depends on that: a call that goes through its operator computes the same.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from zigzag_kernels.derivatives import UNSUPPORTED_DERIVATIVE
 
 from . import launch
 
@@ -22,13 +26,70 @@ class Operator:
         self.function = function
         self.registered = torch.library.custom_op(name, function, mutates_args=())
         self.register_fake = self.registered.register_fake
-        self.register_autograd = self.registered.register_autograd
+        self._under_transforms: Callable = self.registered
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """Register `backward(ctx, *gradients)`, as for a `torch.library.custom_op`, also for `torch.func`."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        rule = {"forward": self.registered, "setup_context": setup_context, "backward": backward}
+        namespace = {name: staticmethod(function) for name, function in rule.items()}
+        # What `torch.library` makes of a gradient does not know the transforms of `torch.func`; this does.
+        rule_class: Any = type(self.function.__name__, (torch.autograd.Function,), namespace)
+        rule_class.generate_vmap_rule = True
+        self._under_transforms = rule_class.apply
+
+    def refuse_gradient(self) -> None:
+        """Register a gradient that raises: the operator is a gradient itself, so it would be a second derivative."""
+        self.register_autograd(_refuse, setup_context=_save_nothing)
 
     def __call__(self, *inputs):
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
         # The operator has a gradient, or refuses to be differentiated.
-        direct = goes_straight(tensors) and not records(tensors)
-        return self.function(*inputs) if direct else self.registered(*inputs)
+        if goes_straight(tensors) and not records(tensors):
+            return self.function(*inputs)
+        if torch.compiler.is_compiling() or not transforms_run():
+            return self.registered(*inputs)
+        return self._under_transforms(*inputs)
+
+
+def _save_nothing(ctx, inputs, output) -> None:
+    pass
+
+
+def _refuse(ctx, *gradients):
+    raise NotImplementedError(UNSUPPORTED_DERIVATIVE)
+
+
+def transforms_run() -> bool:
+    """Return whether a transform of `torch.func` is in force."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class _ReverseModeOnly(torch.autograd.Function):
+    """Returns views of its tensors, and refuses tangents of them."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_save_nothing)
+
+    @staticmethod
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+    jvp = staticmethod(_refuse)
+
+
+def refuse_tangents(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return `tensors`; `NotImplementedError` if forward-mode differentiation has given one of them a tangent.
+
+    Operators of `torch.library` would drop it, and the result seem not to depend on the tensor.
+    """
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode is in force
+        return tensors
+    return _ReverseModeOnly.apply(*tensors)
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:

@@ -1,6 +1,7 @@
 """The same attention in plain PyTorch, dense and differentiable: the backend of machines without a GPU.
 
-Memory is proportional to heads * T * W * T scores; products and softmax are float32 whatever the inputs are.
+Memory is proportional to heads * T * W * T scores. Softmax is float32 whatever the inputs are, and products are float64
+rounded to float32. NaN and infinities reach only the rows and keys that see them, as in the kernels.
 """
 
 import functools
@@ -10,6 +11,7 @@ import torch
 from zigzag_kernels.layout import impossible, row_position
 from zigzag_kernels.problem import Problem
 
+from .dispatch import operator
 from .parallel import Local, Ring, Transport
 from .parallel.collectives import all_gather, shift
 from .shard import sequence_of_rows
@@ -114,37 +116,154 @@ def varlen_attention(
 
 
 def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 (out, lse); `rows` and `keys` are (sequence, position) of each, and sequence -1 is padding.
+    """Float32 (out, lse) where `rows` and `keys` are (sequence, position) of each; sequence -1 is padding.
 
     Rows that see no key have out 0 and lse -inf.
     """
     (q_sequence, q_position), (k_sequence, k_position) = rows, keys
-    tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
     visible = (q_sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
     if causal:
         visible &= q_position[:, None] >= k_position[None, :]
-    alone = ~visible.any(1)  # any finite score will do, the result is replaced
+    return dense_forward(q, k, v, visible, softmax_scale)
 
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("tkgd,skd->kgts", grouped, k) * softmax_scale
-    scores = scores.masked_fill(~(visible | alone[:, None]), float("-inf"))
-    lse = torch.logsumexp(scores, -1)
-    out = torch.einsum("kgts,skd->tkgd", torch.exp(scores - lse[..., None]), v).reshape(tokens, heads, head_dim)
-    lse = lse.reshape(heads, tokens).masked_fill(alone, float("-inf"))
-    return out.masked_fill(alone[:, None, None], 0.0), lse
+
+@operator("zigzag::dense_forward")
+def dense_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 (out, lse) of rows over the keys that `visible [rows, keys]` lets them see."""
+    probabilities, lse = _probabilities(q, k, visible, softmax_scale)
+    return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse.reshape(q.shape[1], len(q))
+
+
+@operator("zigzag::dense_backward")
+def dense_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    visible: torch.Tensor,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 (dq, dk, dv) of `dense_forward`."""
+    probabilities, _ = _probabilities(q, k, visible, softmax_scale)
+    of_row = -(dout * out).sum(-1).T
+    if dlse is not None:
+        of_row = of_row + dlse
+    dprobabilities = _product("tkgd,skd->kgts", _grouped(dout, k), v)
+    dscores = probabilities * (dprobabilities + of_row.reshape(probabilities.shape[:3])[..., None])
+    dscores = dscores.masked_fill(~visible, 0.0)
+    dq = _mix_keys(dscores, visible, k, signed=True) * softmax_scale
+    dk = _mix_rows(dscores, visible, _grouped(q, k), signed=True) * softmax_scale
+    return dq.reshape(q.shape), dk, _mix_rows(probabilities, visible, _grouped(dout, k), signed=False)
+
+
+@dense_forward.register_fake
+def _(q, k, v, visible, softmax_scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+
+
+@dense_backward.register_fake
+def _(q, k, v, *others):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, visible, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, output[0], visible)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse) -> tuple:
+    q, k, v, out, visible = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    return *dense_backward(q, k, v, out, dout, dlse, visible, ctx.softmax_scale), None, None
+
+
+dense_forward.register_autograd(_differentiate, setup_context=_save)
+dense_backward.refuse_gradient()
+
+
+def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return `x [rows, heads, head_dim]` as `[rows, kv_heads, group, head_dim]`."""
+    return x.unflatten(1, (k.shape[1], -1))
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (probabilities `[kv_heads, group, rows, keys]`, lse `[kv_heads, group, rows]`), 0 for unseen keys."""
+    scores = _product("tkgd,skd->kgts", _grouped(q, k), k) * softmax_scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    alone = ~visible.any(1)
+    maximum = scores.amax(-1) if len(k) else scores.new_zeros(scores.shape[:3])
+    maximum = maximum.masked_fill(alone, 0.0)
+    # Divided by their sum, the weights add up to 1 whatever the size of the scores: lse would round large ones.
+    weights = torch.exp(scores - maximum[..., None])
+    total = weights.sum(-1).masked_fill(alone, 1.0)
+    probabilities = (weights / total[..., None]).masked_fill(~visible, 0.0)
+    return probabilities, (maximum + torch.log(total)).masked_fill(alone, float("-inf"))
+
+
+def _product(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the float32 `torch.einsum` of float32 tensors, multiplied in float64.
+
+    Autocast and the settings for TF32 and bfloat16 products would change float32 products, and not those of float64.
+    """
+    if a.device.type == "mps":  # has no float64
+        return torch.einsum(equation, a, b)
+    return torch.einsum(equation, a.double(), b.double()).float()
+
+
+def _mix_keys(weights: torch.Tensor, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor:
+    """Return the sums `[rows, kv_heads, group, head_dim]` of the keys' `x [keys, kv_heads, head_dim]`."""
+    foul = _foul("ts,skd->tkd", visible, x, signed)
+    mixed = _product("kgts,skd->tkgd", weights, _without_foul(x, foul))
+    return mixed if foul is None else mixed + foul[:, :, None]
+
+
+def _mix_rows(weights: torch.Tensor, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor:
+    """Return the sums `[keys, kv_heads, head_dim]` of the rows' `x [rows, kv_heads, group, head_dim]`."""
+    foul = _foul("ts,tkgd->skd", visible, x, signed)
+    mixed = _product("kgts,tkgd->skd", weights, _without_foul(x, foul))
+    return mixed if foul is None else mixed + foul
+
+
+def _without_foul(x: torch.Tensor, foul: torch.Tensor | None) -> torch.Tensor:
+    return x if foul is None else x.masked_fill(~x.isfinite(), 0.0)
+
+
+def _foul(equation: str, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor | None:
+    """Return what the NaN and infinite elements of `x` add to the visible sums, None if `x` is known to have none.
+
+    In a dense product they would reach all sums: zero times NaN is NaN. Weights are positive unless `signed`, where any
+    such element makes NaN.
+    """
+    if x.device.type == "cpu" and x.isfinite().all():  # elsewhere the host would wait for the answer
+        return None
+    up, down = x.isnan() | x.isposinf(), x.isnan() | x.isneginf()
+    if signed:
+        up = down = up | down
+    up, down = (torch.einsum(equation, visible.float(), kind.float()) > 0 for kind in (up, down))
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return zero.masked_fill(up, float("inf")) + zero.masked_fill(down, float("-inf"))
 
 
 def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge attention to `n` disjoint parts of the keys into attention to all of them; differentiable.
 
     `out [n, T, heads, head_dim]`, `lse [n, heads, T]` (natural logarithm) -> out `[T, heads, head_dim]` in the dtype of
-    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any finite out.
+    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any out.
     """
     lse = lse.float()
-    blind = torch.isneginf(lse).all(0)
-    lse = lse.masked_fill(blind, 0.0)  # any finite value: -inf has no gradient
-    total = torch.logsumexp(lse, 0)
-    weights = torch.exp(lse - total).masked_fill(blind, 0.0)
-    merged = torch.einsum("nht,nthd->thd", weights, out.float())
-    return merged.to(out.dtype), total.masked_fill(blind, float("-inf"))
+    unseen = torch.isneginf(lse)
+    blind = unseen.all(0)
+    maximum = lse.detach().amax(0).masked_fill(blind, 0.0)
+    # The gradient of log(0) would be NaN. Elementwise products: settings for matrix products must not matter.
+    weights = torch.exp(lse.masked_fill(unseen & blind, 0.0) - maximum).masked_fill(unseen, 0.0)
+    total = weights.sum(0).masked_fill(blind, 1.0)
+    out32 = out.float().masked_fill(unseen.transpose(1, 2)[..., None], 0.0)
+    merged = ((weights / total).transpose(1, 2)[..., None] * out32).sum(0)
+    return merged.to(out.dtype), (maximum + torch.log(total)).masked_fill(blind, float("-inf"))

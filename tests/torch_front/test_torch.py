@@ -346,7 +346,7 @@ def test_a_second_backward_pass_is_refused(attend):
     q, k, v, _, cu_seqlens = tensors()
     q.requires_grad_()
     (dq,) = torch.autograd.grad(attend(q, k, v, cu_seqlens).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward through zigzag.attention_backward"):
+    with pytest.raises(NotImplementedError, match="first derivatives in reverse mode"):
         dq.sum().backward()
 
 
