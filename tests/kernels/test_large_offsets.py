@@ -11,13 +11,14 @@ from triton.runtime.interpreter import interpreter_builder
 
 from tests.support import planned
 from tests.support.cases import Case, make_inputs
+from tests.support.commands import lines_of
+from tests.support.hopper import needs_triton
 from tests.support.machine import GPU
 from tests.support.rank import assert_rank_is_right
 
-pytestmark = [
-    pytest.mark.skipif(GPU, reason="this process compiles"),
-    pytest.mark.skipif(sys.platform != "linux", reason="needs memory that Linux gives when it is first touched"),
-]
+interpreted = pytest.mark.skipif(
+    GPU or sys.platform != "linux", reason="needs the interpreter, and memory that Linux gives when it is first touched"
+)
 MAP_NORESERVE = 0x4000  # Python has no name for it
 PROGRAMS = 12  # of a launch that are run: the last ones, which have the last sequence
 
@@ -48,6 +49,7 @@ def interpret_the_last_programs(launch, *arrays):
         return planned.interpret(replace(launch, grid=(count, *launch.grid[1:])), *arrays)
 
 
+@interpreted
 def test_rows_beyond_two_to_the_31_elements_are_read_and_written_in_place():
     """The last of two sequences, behind one that needs no more than its place."""
     case = Case(name="rows", world_size=1, lengths=(24,), heads=1, head_dim=256, dtype="float16")
@@ -68,6 +70,7 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written_in_place():
     assert_rank_is_right(case, inputs, 0, {"kernels": last})
 
 
+@interpreted
 def test_heads_two_to_the_30_elements_apart_are_read_in_place():
     case = Case(name="heads", world_size=1, lengths=(24,), heads=8, kv_heads=4, dtype="float16")
     inputs = make_inputs(case)
@@ -77,6 +80,7 @@ def test_heads_two_to_the_30_elements_apart_are_read_in_place():
     assert_rank_is_right(case, inputs, 0, {"kernels": results})
 
 
+@interpreted
 def test_gathered_keys_beyond_two_to_the_31_elements_are_read_in_place():
     """The chunks of one sequence are whole blocks of keys, and those of the other are not."""
     case = Case(name="gathered", world_size=2, lengths=(64, 20), heads=1, dtype="float16", padding=560)
@@ -85,3 +89,16 @@ def test_gathered_keys_beyond_two_to_the_31_elements_are_read_in_place():
     k, v = (far_apart(x, (2**22, case.head_dim)) for x in (k, v))
     results = planned.attend(q, k, v, *cotangents, case.cu_seqlens, 0, 2)
     assert_rank_is_right(case, inputs, 0, {"kernels": results})
+
+
+def test_portable_kernels_multiply_by_strides_in_64_bits(tmp_path):
+    kernels = ["build_segments", "attention_forward", "backward_delta", "backward_dkdv", "backward_dq"]
+    assert lines_of("wide_offsets", "portable", TRITON_CACHE_DIR=str(tmp_path)) == kernels
+
+
+@needs_triton
+def test_kernels_for_hopper_multiply_by_strides_in_64_bits(tmp_path):
+    attention = ["attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"]
+    fused = ["clear_sums", "backward_fused_hopper", "finish_dq"]
+    found = lines_of("wide_offsets", "hopper", TRITON_CACHE_DIR=str(tmp_path), ZIGZAG_HOPPER="1")
+    assert found == attention + fused
