@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_kernels.checks import check_method
-from zigzag_kernels.modes import Backend
+from zigzag_kernels.modes import Backend, Method
 
 from . import autograd, launch
 from .arguments import Array, as_rank, check_batch
@@ -35,7 +35,7 @@ class Batch:
     cu_seqlens: jax.Array
     rank: jax.Array
     world_size: int = field(metadata={"static": True})
-    method: str = field(metadata={"static": True})
+    method: str = field(default=Method.ALLGATHER.value, metadata={"static": True})
     segments: jax.Array | None = None
     sequences: jax.Array | None = None
     compared_by: AxisName | None = field(default=None, metadata={"static": True})

@@ -175,6 +175,28 @@ def test_ranks_that_prepare_different_lengths_get_nan(backend):
 @pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
+def test_a_batch_leaves_one_shard_map_and_enters_another(method, backend):
+    """With the specs that `Batch` documents. It says which axis has compared the lengths."""
+    case, rows = SMALL, P("cp")
+    options = {"axis_name": "cp", "method": method, "backend": backend}
+    tables = (None, None) if backend == "reference" else (rows, rows)
+    specs = zigzag_jax.Batch(P(), rows, case.world_size, method, *tables, "cp")
+    over_ranks = functools.partial(jax.shard_map, mesh=mesh_of(case.world_size))
+    prepare = over_ranks(functools.partial(zigzag_jax.prepare_batch, **options), in_specs=P(), out_specs=specs)
+    attend = functools.partial(zigzag_jax.zigzag_attention, **options)
+    q, k, v, *_ = global_arrays(case)
+    batch = jax.jit(prepare)(offsets(case))
+    assert batch.compared_by == "cp"
+    results, expected = (
+        jax.jit(over_ranks(attend, in_specs=(rows, rows, rows, lengths_specs), out_specs=rows))(q, k, v, lengths)
+        for lengths, lengths_specs in ((batch, specs), (offsets(case), P()))
+    )
+    assert_same([results], [expected])
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["one number", "one row", "transposed"])
 def test_cotangents_that_are_broadcast_or_transposed(kind, method, backend):
     """Kernels read dense rows of dout, and a loss such as `out.sum()` makes none by itself."""
