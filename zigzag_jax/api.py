@@ -35,7 +35,7 @@ def zigzag_attention_gathered(
 
     Args:
         q: `[T, heads, head_dim]`, the rows of `rank` in zigzag order. float16, bfloat16 or float32; head_dim is a
-            multiple of 8 from 16 to 256.
+            multiple of 8 from 8 to 256.
         k, v: `[world_size * T, kv_heads, head_dim]` in the dtype of q, the rows of rank 0, then those of rank 1, and so
             on; heads is a multiple of kv_heads.
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Lengths are multiples of

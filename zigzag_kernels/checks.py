@@ -9,7 +9,7 @@ from itertools import pairwise
 from .modes import Backend, Method
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 8, 256, 8
 MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
 MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; the offset of the tile itself is int64
 MAX_BLOCK = 256

@@ -37,7 +37,7 @@ def zigzag_attention_gathered(
 
     Args:
         q: `[T, heads, head_dim]`, the zigzag rows of `rank`. float16, bfloat16 or float32; head_dim a multiple of 8
-            from 16 to 256. Strided views are read in place; only the last dimension is made contiguous if it is not.
+            from 8 to 256. Strided views are read in place; only the last dimension is made contiguous if it is not.
         k, v: `[world_size * T, kv_heads, head_dim]`, rank-major; heads is a multiple of kv_heads.
         cu_seqlens: `[N + 1]` int32 on the device of q, global; lengths are multiples of `2 * world_size` (any length
             if `world_size` is 1). Rows behind the last sequence are padding: output 0, lse -inf. Or the result of
