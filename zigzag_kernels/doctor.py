@@ -5,7 +5,9 @@ It imports no framework: each front end is tried in a process of its own (`zigza
 """
 
 import argparse
+import difflib
 import json
+import math
 import os
 import platform
 import re
@@ -14,16 +16,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 from . import families
+from .tiles import override
 
 FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPUs
     "PyTorch": ("torch", "zigzag_torch", "pip install --force-reinstall torch"),
-    "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10,<0.12'"),
+    "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10'"),
 }
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
 FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
+PREFIX = "ZIGZAG_"
+# Runs a module without the folder in which the doctor was called, whose torch.py is not PyTorch. The folder of these
+# packages comes last, for those who run them where they lie.
+SELF_TEST = "import runpy, sys; sys.path.append({folder!r}); runpy.run_module({module!r}, run_name='__main__')"
 
 
 class Finding(NamedTuple):
@@ -56,8 +64,8 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def examine(directory: str | None = None) -> Machine:
-    """This machine; the self-tests run in `directory`."""
+def examine() -> Machine:
+    """This machine."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -65,7 +73,7 @@ def examine(directory: str | None = None) -> Machine:
         except metadata.PackageNotFoundError:
             continue
     reports = {
-        name: _self_test(module, directory) for name, (package, module, _) in FRONT_ENDS.items() if package in versions
+        name: _self_test(module) for name, (package, module, _) in FRONT_ENDS.items() if package in versions
     }
     return Machine(versions, _gpus(), reports, dict(os.environ), os.cpu_count() or 1)
 
@@ -80,10 +88,11 @@ def _gpus() -> list[tuple[str, str]]:
     return [(name.strip(), capability.strip()) for name, capability in lines]
 
 
-def _self_test(module: str, directory: str | None) -> dict:
-    command = [sys.executable, "-m", f"{module}.selftest"]
+def _self_test(module: str) -> dict:
+    program = SELF_TEST.format(folder=str(Path(__file__).parents[1]), module=f"{module}.selftest")
+    command = [sys.executable, "-P", "-c", program]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=directory, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     except subprocess.TimeoutExpired:
         return {"error": "the self-test did not end within ten minutes"}
     if result.returncode:
@@ -118,10 +127,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
         yield from _diagnose_hopper(machine)
     if gpu and machine.environment.get("TRITON_INTERPRET", "0") != "0":
         yield Finding("TRITON_INTERPRET is set, so that nothing is compiled for the GPU", "unset TRITON_INTERPRET")
-    for flag in (*FLAGS, *(family.variable for family in families.FAMILIES if family.variable)):
-        value = machine.environment.get(flag, "0")
-        if value not in ("0", "1"):
-            yield Finding(f"{flag} is {value!r}, neither 0 nor 1", f"unset {flag}")
+    yield from _diagnose_variables(machine.environment)
     for name, report in machine.reports.items():
         _, module, install = FRONT_ENDS[name]
         if report.get("amd"):
@@ -129,7 +135,43 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
         elif gpu and report.get("gpu") is False:
             yield Finding(f"{name} does not see the GPU", install)
         if error := report.get("error"):
-            yield Finding(f"The self-test of {name} failed: {error}", f"python -m {module}.selftest")
+            yield Finding(f"The self-test of {name} failed: {error}", f"python -P -m {module}.selftest")
+
+
+def _diagnose_variables(environment: dict[str, str]) -> Iterator[Finding]:
+    """Variables of this library that have a value which it refuses, or a name that it does not know."""
+    checks = dict.fromkeys((*FLAGS, *(family.variable for family in families.FAMILIES if family.variable)), _not_a_flag)
+    checks |= {override.VARIABLE: _not_a_config, "ZIGZAG_AGREEMENT_TIMEOUT": _not_seconds}
+    for name, value in environment.items():
+        if name in checks:
+            if fault := checks[name](value):
+                yield Finding(f"{name} is {value!r}, {fault}", f"unset {name}")
+        elif name.startswith(PREFIX):
+            known = {variable.removeprefix(PREFIX): variable for variable in sorted(checks)}
+            similar = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1)
+            meant = f"{known[similar[0]]} is probably meant" if similar else f"there are {', '.join(known.values())}"
+            yield Finding(f"{name} is set, and nothing reads it: {meant}", f"unset {name}")
+
+
+def _not_a_flag(value: str) -> str | None:
+    return None if value in ("0", "1") else "neither 0 nor 1"
+
+
+def _not_seconds(value: str) -> str | None:
+    try:
+        return None if 0 < float(value) < math.inf else "not a positive number of seconds"
+    except ValueError:
+        return "not a number of seconds"
+
+
+def _not_a_config(value: str) -> str | None:
+    """What is wrong with the file of tiles for any GPU; an empty value names no file."""
+    try:
+        if value:
+            override.check_file(value, families.known_names())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"which is no file of tiles: {error}"
+    return None
 
 
 def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
@@ -147,13 +189,11 @@ def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
 def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
     """Versions of JAX, jax-triton, Triton and what they use that do not work with each other."""
     has, versions, gpu = machine.has, machine.versions, bool(machine.gpus)
-    supported = "pip install 'jax>=0.10,<0.12' 'jax-triton>=0.3.1'"
+    supported = "pip install 'jax>=0.10' 'jax-triton>=0.3.1,<0.4'"
     if has("jax", below="0.10"):
         yield Finding(f"JAX {versions['jax']} is too old", supported)
-    if has("jax", "0.12"):
-        text = f"JAX {versions['jax']} is newer than what is supported"
-        if has("jax-triton", "0.4"):
-            text = f"With JAX {versions['jax']}, jax-triton {versions['jax-triton']} fails to trace any kernel"
+    if has("jax", "0.12") and has("jax-triton", "0.4"):
+        text = f"With JAX {versions['jax']}, jax-triton {versions['jax-triton']} fails to trace any kernel"
         yield Finding(text, supported)
     if gpu and not has("jax-triton", "0.3.1"):
         yield Finding("jax-triton 0.3.1 or newer, which launches the kernels, is not installed", supported)
@@ -181,7 +221,7 @@ def _diagnose_hopper(machine: Machine) -> Iterator[Finding]:
         yield Finding(text, "pip install 'triton>=3.6,<3.10'" + " 'torch>=2.11'" * has("torch"), note=True)
     if has("jax", "0.10", "0.10.1"):
         text = f"JAX {versions['jax']} cannot launch the kernels for Hopper, and takes the portable ones"
-        yield Finding(text, "pip install 'jax>=0.10.1,<0.12'", note=True)
+        yield Finding(text, "pip install 'jax>=0.10.1'", note=True)
 
 
 def describe(machine: Machine) -> list[str]:

@@ -156,6 +156,7 @@ def test_the_doctor_knows_it(monkeypatch):
     (finding,) = doctor.diagnose(machine)
     assert finding.text == "ZIGZAG_SM100 is 'yes', neither 0 nor 1"
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES[1:])
-    (finding,) = doctor.diagnose(machine)
+    finding, unread = doctor.diagnose(machine)
+    assert unread.text.startswith("ZIGZAG_SM100 is set, and nothing reads it")
     assert finding.note
     assert finding.text == "B200, compute capability 10.0, takes the tiles of sm_90, not measured on it"

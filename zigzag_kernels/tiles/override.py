@@ -67,13 +67,26 @@ def read_config(
             return None
         tables = tables[name]
     where = f"{path}: {' '.join(entry)}"
-    try:
-        config = TileConfig(**tables)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+    config = _make_config(where, tables)
     if budget := exceeds(config):
         raise ValueError(f"{where}: {config} needs {budget}")
     return config
+
+
+def check_file(path: str, known: KnownNames) -> None:
+    """Raise `ValueError` for a file with a name that would never be looked up or a wrong `TileConfig`, or `OSError`."""
+    for architecture, widths in _read(path, known).items():
+        for width_name, kernels in widths.items():
+            for kernel, head_dims in kernels.items():
+                for head_dim, fields in head_dims.items():
+                    _make_config(f"{path}: {architecture} {width_name} {kernel} {head_dim}", fields)
+
+
+def _make_config(where: str, fields: dict) -> TileConfig:
+    try:
+        return TileConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @functools.cache
