@@ -45,8 +45,8 @@ newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=pyth
 	$(call needs,3,12)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python $(PIP) \
-		jax==0.11.2 jax-triton==0.4.1 triton==3.9.0 numpy==2.4.6
-	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2
+		jax==0.12.0.1 jax-triton==0.3.1 triton==3.9.0 numpy==2.4.6
+	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.12.0.1
 	$(NEWEST)/bin/python -m tests.programs.lowering gathered methods hopper
 
 lint: $(INSTALLED) ## style, types and import contracts

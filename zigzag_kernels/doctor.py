@@ -72,9 +72,7 @@ def examine() -> Machine:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    reports = {
-        name: _self_test(module) for name, (package, module, _) in FRONT_ENDS.items() if package in versions
-    }
+    reports = {name: _self_test(module) for name, (package, module, _) in FRONT_ENDS.items() if package in versions}
     return Machine(versions, _gpus(), reports, dict(os.environ), os.cpu_count() or 1)
 
 

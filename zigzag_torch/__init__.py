@@ -5,6 +5,7 @@
 
 from zigzag_kernels import __version__
 
+from . import flops as flops
 from .api import zigzag_attention, zigzag_attention_gathered
 from .batch import Batch, prepare_batch
 from .compat.flags import ZigzagConfig

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
 
 from zigzag_kernels.checks import check_method, check_rank
 from zigzag_kernels.modes import Backend, Method
@@ -39,6 +40,29 @@ class Batch:
     sequences: torch.Tensor | None = None
     compared_by: str | None = None
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
+        """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
+        tensors = ((name, getattr(self, name)) for name in _TENSORS)
+        return dataclasses.replace(
+            self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors if x is not None}
+        )
+
+
+_TENSORS = ("cu_seqlens", "rank", "segments", "sequences")
+_CONSTANTS = tuple(field.name for field in dataclasses.fields(Batch) if field.name not in _TENSORS)
+
+
+def _flatten(batch: Batch) -> tuple[list, list]:
+    return [getattr(batch, name) for name in _TENSORS], [getattr(batch, name) for name in _CONSTANTS]
+
+
+def _unflatten(tensors, constants: list) -> Batch:
+    return Batch(**dict(zip(_TENSORS, tensors, strict=True)), **dict(zip(_CONSTANTS, constants, strict=True)))
+
+
+# What takes a pytree of tensors (`tree_map`, checkpointing, data loaders of trainers) then takes a batch.
+pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="zigzag_torch.Batch")
+
 
 def prepare_batch(
     cu_seqlens: torch.Tensor,
@@ -60,8 +84,13 @@ def prepare_batch(
             the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
         backend: as in the attention calls.
 
-    Raises the errors of `zigzag_attention`. The host does not wait for the device.
+    Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
+    `torch.inference_mode` can be trained on all the same.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            cu_seqlens, rank = (x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank))
+            return prepare_batch(cu_seqlens, rank, world_size, method=method, group=group, backend=backend)  # pyright: ignore[reportArgumentType]
     place = place_in(group)
     try:
         check_method(method)

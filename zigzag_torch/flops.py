@@ -15,7 +15,7 @@ from zigzag_kernels.callspec import CallSpec
 from zigzag_kernels.cost.counts import backward_flops, forward_flops
 from zigzag_kernels.segments.columns import SegmentColumn
 
-from . import autograd
+from . import autograd as autograd  # defines the operators
 
 MODULE = "torch.utils.flop_counter"
 
@@ -53,12 +53,16 @@ def _seen_up_to(position: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def _register(flop_counter: ModuleType) -> None:
-    for forward, backward in (
-        (autograd.attention_forward, autograd.attention_backward),
-        (autograd.parallel_forward, autograd.parallel_backward),
-    ):
-        for function, formula in ((forward, _forward), (backward, _backward)):
-            flop_counter.register_flop_formula(function._opoverload.overloadpacket, get_raw=True)(formula)
+    operators = torch.ops.zigzag
+    forward, backward = (
+        flop_counter.register_flop_formula(x, get_raw=True)
+        for x in (
+            [operators.attention_forward, operators.parallel_forward],
+            [operators.attention_backward, operators.parallel_backward],
+        )
+    )
+    forward(_forward)
+    backward(_backward)
 
 
 class _OnceImported(importlib.abc.MetaPathFinder):

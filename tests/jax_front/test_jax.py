@@ -92,6 +92,22 @@ def test_checkpoint_policy_saves_what_the_backward_needs():
     assert_same(jax.jit(saved)(q, k, v)[1], jax.jit(plain)(q, k, v)[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["zigzag_out", "zigzag_lse"])
+def test_remat_policies_know_the_results_by_name(name, backend, capsys):
+    q, k, v, _, _ = jax_arrays(SMALL)
+
+    def loss(q, k, v):
+        out, lse = attention(SMALL, backend)(q, k, v, offsets(SMALL), jnp.int32(1))
+        return jnp.sum(out**2) + jnp.sum(lse**2)
+
+    policy = jax.checkpoint_policies.save_only_these_names(name)
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(loss, policy=policy), q, k, v)
+    shape = q.shape if name == "zigzag_out" else q.shape[1::-1]
+    size = ",".join(map(str, shape))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if f"'{name}'" in line] == [f"f32[{size}]"]
+
+
 def test_scan_over_layers_shares_one_batch():
     q, k, v, dout, _ = jax_arrays(SMALL)
     scales = jnp.asarray([1.0, 0.5, 2.0], jnp.float32)

@@ -114,7 +114,9 @@ def test_one_problem_and_what_mends_it(case):
         changed(LAPTOP, jax_triton=None),
         changed(HOPPER, jax_triton="0.4.1", triton="3.9.0", nvidia_cuda_nvcc="13.1.2"),
         changed(HOPPER, environment={"TRITON_INTERPRET": "0", "ZIGZAG_USE_FUSED_TRITON_V2": "0"}),
-        changed(HOPPER, environment={"ZIGZAG_AGREEMENT_TIMEOUT": "0.5", "ZIGZAG_KERNEL_CONFIG": "", "ZIGZAG_HOPPER": "1"}),
+        changed(
+            HOPPER, environment={"ZIGZAG_AGREEMENT_TIMEOUT": "0.5", "ZIGZAG_KERNEL_CONFIG": "", "ZIGZAG_HOPPER": "1"}
+        ),
         changed(HOPPER, jax="0.12.0.1", jaxlib="0.12.0.1", triton="3.9.0", torch=None),
     ],
 )

@@ -191,7 +191,9 @@ CASES = (
     Case(name="w2-edges-full", world_size=2, lengths=_EDGES_W2, head_dim=64, causal=False, dtype="float16", tags=GPU),
     Case(name="w2-edges-mha", world_size=2, lengths=_EDGES_W2, heads=3, kv_heads=3, head_dim=64, tags=GPU),
     Case(name="w2-d16", world_size=2, lengths=(2052,), head_dim=16, tags=GPU),
-    Case(name="w4-d8", world_size=4, lengths=(1032, 504, 8), heads=4, kv_heads=2, head_dim=8, dtype="bfloat16", tags=GPU),
+    Case(
+        name="w4-d8", world_size=4, lengths=(1032, 504, 8), heads=4, kv_heads=2, head_dim=8, dtype="bfloat16", tags=GPU
+    ),
     Case(name="w3-d96", world_size=3, lengths=(1536, 774), heads=6, kv_heads=2, head_dim=96, dtype="float16", tags=GPU),
     Case(name="w4-d24", world_size=4, lengths=(1032, 504, 8), heads=3, head_dim=24, dtype="bfloat16", tags=GPU),
     Case(name="w4-d256", world_size=4, lengths=(1024, 520, 8), head_dim=256, dtype="float16", tags=GPU),
