@@ -89,8 +89,8 @@ def prepare_batch(
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            cu_seqlens, rank = (x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank))
-            return prepare_batch(cu_seqlens, rank, world_size, method=method, group=group, backend=backend)  # pyright: ignore[reportArgumentType]
+            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank)]
+            return prepare_batch(*copies, world_size, method=method, group=group, backend=backend)  # pyright: ignore
     place = place_in(group)
     try:
         check_method(method)
