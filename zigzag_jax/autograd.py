@@ -49,8 +49,8 @@ def _attention(transport, return_lse, q, k, v, tables):
 
 def _forward(transport, return_lse, q, k, v, tables):
     # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward pass repeats them.
-    q, k, v, tables = without_derivative((q, k, v, tables))
-    out, lse = transport.forward(q, k, v, tables)
+    # Residuals are the arguments themselves: a marker's results would be kept beside them.
+    out, lse = transport.forward(*without_derivative((q, k, v, tables)))
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
     return (out, lse if return_lse else None), (Residuals(q, k, v, out, lse), tables)
 

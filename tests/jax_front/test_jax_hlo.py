@@ -1,5 +1,6 @@
 """What XLA makes of a step around the kernels: nothing as large as K/V is copied or rearranged."""
 
+import functools
 import math
 import re
 
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.support.machine import GPU
-from zigzag_jax import zigzag_attention, zigzag_attention_gathered
+from zigzag_jax import make_zigzag_attention, zigzag_attention, zigzag_attention_gathered
 
 WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
 DTYPE = "bfloat16" if GPU else "float32"  # XLA's collectives on a CPU convert all others, there and back
@@ -106,3 +107,18 @@ def test_a_ring_copies_keys_in_every_other_hop_at_most():
     (forward, sent), (backward, sent_with_gradients) = sorted(found, key=lambda counts: counts[1])
     assert forward <= sent / 2  # K and V of every hop are sent, and every other hop copied
     assert backward <= sent_with_gradients / 4  # dK and dV are sent too
+
+
+@pytest.mark.parametrize("method", [None, "allgather", "ring"])
+def test_no_second_q_k_and_v_are_kept_for_the_backward_pass(method, kernel_backend):
+    """What is kept of them are the arguments, which the caller has anyway."""
+    attend = functools.partial(zigzag_attention, backend=kernel_backend)
+    if method:
+        mesh = jax.sharding.AbstractMesh((2,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+        attend = make_zigzag_attention(mesh, method=method, backend=kernel_backend)
+    q, kv = array(TOKENS, HEADS), array(TOKENS, KV_HEADS)
+    traced = jax.make_jaxpr(lambda *qkv: jax.vjp(lambda *x: attend(*x), *qkv))(q, kv, kv).jaxpr
+    kept = set(traced.outvars)  # out, and what the pullback holds
+    assert kept >= set(traced.invars)
+    rows = [x for x in kept if math.prod(x.aval.shape) >= TOKENS * KV_HEADS * HEAD_DIM]
+    assert len(rows) == len(traced.invars) + 1
