@@ -10,7 +10,7 @@ from zigzag_kernels.checks import batch_shape, check_method
 from zigzag_kernels.modes import Backend, KVLayout, Method
 
 from . import launch, reference
-from .arguments import as_rank, check_device, check_tensor
+from .arguments import as_rank, cast_for_autocast, check_device, check_tensor
 from .autograd import agreed_rank, attention
 from .batch import Batch, as_batch, tables_of
 from .dispatch import refuse_tangents
@@ -38,6 +38,7 @@ def zigzag_attention_gathered(
     Args:
         q: `[T, heads, head_dim]`, the zigzag rows of `rank`. float16, bfloat16 or float32; head_dim a multiple of 8
             from 8 to 256. Strided views are read in place; only the last dimension is made contiguous if it is not.
+            Inside `torch.autocast` q, k and v are cast to its type first, whichever of the three types each has.
         k, v: `[world_size * T, kv_heads, head_dim]`, rank-major; heads is a multiple of kv_heads.
         cu_seqlens: `[N + 1]` int32 on the device of q, global; lengths are multiples of `2 * world_size` (any length
             if `world_size` is 1). Rows behind the last sequence are padding: output 0, lse -inf. Or the result of
@@ -60,6 +61,7 @@ def zigzag_attention_gathered(
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     backend = _check_tensors(q, k, v, backend)
+    q, k, v = cast_for_autocast(q, k, v)
     batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value)
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
     call = _call_spec(_head_dim(q), backend, causal, softmax_scale, deterministic=deterministic)
@@ -124,6 +126,7 @@ def zigzag_attention(
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
         backend = _check_tensors(q, k, v, backend)
+        q, k, v = cast_for_autocast(q, k, v)
         batch = as_batch(cu_seqlens, place.rank, place.world_size, method)
         check_device("cu_seqlens", batch.cu_seqlens, "q", q)
         options = method, heads_k_stride, grad_reduce_dtype

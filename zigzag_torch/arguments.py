@@ -2,7 +2,9 @@
 
 import torch
 
-from zigzag_kernels.checks import check_cu_seqlens, check_rank, check_world_size
+from zigzag_kernels.checks import DTYPE_BYTES, check_cu_seqlens, check_rank, check_world_size
+
+_AUTOCAST_DTYPES = {getattr(torch, name) for name in DTYPE_BYTES}
 
 
 def check_tensor(name: str, x) -> None:
@@ -33,3 +35,15 @@ def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(rank, torch.Tensor):
         return rank.to(torch.int32).reshape(1)
     return torch.full((1,), rank, dtype=torch.int32, device=device)
+
+
+def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return `tensors` in the dtype of `torch.autocast` if that is on for their device, as PyTorch's attention does.
+
+    Whatever mixture of the supported dtypes they come in, such as float32 from a rotary embedding beside bfloat16.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in tensors)

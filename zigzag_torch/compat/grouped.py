@@ -15,7 +15,7 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.checks import check_lengths
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-from ..arguments import check_batch, check_tensor
+from ..arguments import cast_for_autocast, check_batch, check_tensor
 from ..launch import describe
 from ..parallel import Residuals
 from ..parallel.allgather import windows
@@ -49,7 +49,7 @@ def split_q_by_zigzag_chunk_index(
         for start, end in pairwise(bounds):
             middle = start + (end - start) // 2
             pieces += [((start, middle), (middle, end))[late] for late in group]
-        indices = torch.cat([torch.arange(*piece) for piece in [(0, 0), *pieces]]).to(q.device)
+        indices = torch.cat([torch.arange(*piece, device="cpu") for piece in [(0, 0), *pieces]]).to(q.device)
         q_list.append(q.index_select(0, indices))
         cu_seqlens_list.append(offsets(pieces, cu_seqlens_q))
         indices_list.append(indices)
@@ -137,6 +137,7 @@ def execute_grouped_attention(
     """
     refuse_unsupported(dropout_p, window_size, alibi_slopes)
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)
     _, dtype, strides = describe(chunk_q_list[0])
     problem = make_problem(
         ArraySpec((kv_buffer.shape[1] // world_size, nheads, head_dim), dtype, strides),

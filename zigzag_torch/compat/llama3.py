@@ -11,7 +11,7 @@ from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.problem import make_problem
 
 from ..api import zigzag_attention, zigzag_attention_gathered
-from ..arguments import check_batch, check_tensor
+from ..arguments import cast_for_autocast, check_batch, check_tensor
 from ..launch import describe
 from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
 from . import grouped
@@ -41,7 +41,8 @@ def zigzag_llama3_flash_attn_varlen_func(
     """Attend from this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
 
     Args:
-        q: `[T, heads, head_dim]`; k, v: `[T, kv_heads, head_dim]`, all of this rank.
+        q: `[T, heads, head_dim]`; k, v: `[T, kv_heads, head_dim]`, all of this rank. Inside `torch.autocast` they are
+            cast to its type first.
         cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q. `cu_seqlens_k` is global, W times that.
         max_seqlen_q, max_seqlen_k, local_k_slice: any value will do, as they follow from the others.
         heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
@@ -64,6 +65,7 @@ def zigzag_llama3_flash_attn_varlen_func(
         grouped.refuse_unsupported(dropout_p, window_size, alibi_slopes)
         for name, x in {"q": q, "k": k, "v": v}.items():
             check_tensor(name, x)
+        q, k, v = cast_for_autocast(q, k, v)
         check_batch(cu_seqlens_q, None, world_size)
         check_batch(cu_seqlens_k, None, world_size)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -265,6 +267,7 @@ def replace_grouped_attention_with_fused_triton_v2(
             f"got {chunk_idx_1}"
         )
     grouped.check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)
 
     def fused_path(kv_buffer, *chunk_q):
         k, v = kv_buffer

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..api import zigzag_attention
+from ..arguments import cast_for_autocast
 from .grouped import refuse_unsupported
 from .llama3 import agreed_cu_seqlens, default_group, group_size
 from .verify import choose_path
@@ -116,7 +117,7 @@ class _Fused:
             out, lse, _ = self.original.apply(*arguments.values())
             return out, lse
 
-        out, lse = choose_path(fused_path, own_path, call["q"], call["k"], call["v"])
+        out, lse = choose_path(fused_path, own_path, *cast_for_autocast(call["q"], call["k"], call["v"]))
         return (out, lse, None) if call["return_softmax"] else out
 
 

@@ -12,7 +12,7 @@ from zigzag_kernels.problem import ArraySpec, make_problem
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from .. import launch
-from ..arguments import check_batch, check_device, check_tensor
+from ..arguments import cast_for_autocast, check_batch, check_device, check_tensor
 from ..autograd import attention
 from ..parallel import Tables, transport_of
 from . import grouped
@@ -52,6 +52,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     for name, x in {"q0": q0, "q1": q1, "k": k, "v": v}.items():
         check_tensor(name, x)
         check_device(name, x, "q0", q0)
+    q0, q1, k, v = cast_for_autocast(q0, q1, k, v)
     if q1.ndim != q0.ndim or q1.shape[1:] != q0.shape[1:] or q1.dtype != q0.dtype:
         raise ValueError(f"q1: expected heads, head_dim and dtype of q0, {tuple(q0.shape)}, got {tuple(q1.shape)}")
     offsets = {"cu_seqlens_q0": cu_seqlens_q0, "cu_seqlens_q1": cu_seqlens_q1, "cu_seqlens_k": cu_seqlens_k}

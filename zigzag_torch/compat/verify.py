@@ -27,8 +27,9 @@ class _Verified(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fused: Path, unfused: Path, *inputs: torch.Tensor):
         needed = ctx.needs_input_grad[2:]
-        leaves = [x.detach().requires_grad_(grad) for x, grad in zip(inputs, needed, strict=True)]
-        with torch.enable_grad():
+        recorded = not torch.is_inference_mode_enabled()
+        leaves = [x.detach().requires_grad_(grad and recorded) for x, grad in zip(inputs, needed, strict=True)]
+        with torch.set_grad_enabled(recorded):
             ours, theirs = fused(*leaves), unfused(*leaves)
         _compare("results", ours, theirs)
         ctx.graphs = [x for x in leaves if x.requires_grad], ours, theirs
