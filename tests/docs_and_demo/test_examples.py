@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import HANGS, ROOT, shell_environment
-from tests.support.machine import GPU
+from tests.support.commands import ROOT, shell_environment
+from tests.support.machine import GPU, HANGS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # (page, number of the block in it, how it is fenced, what it says)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.commands import HANGS, ROOT
-from tests.support.machine import GPU
+from tests.support.commands import ROOT
+from tests.support.machine import GPU, HANGS
 from zigzag_jax import launch
 from zigzag_kernels import doctor
 from zigzag_kernels.doctor import Machine, describe, diagnose

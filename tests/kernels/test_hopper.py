@@ -270,6 +270,7 @@ def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
         launch_gluon.kernel_call(whole, tuple(shapes()))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_they_compile_without_spills_within_their_memory(tmp_path):
     """In a process of its own, for this one may interpret."""

@@ -113,7 +113,7 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
         pytest.param("9.0", 256, "float16", marks=pytest.mark.slow),
         pytest.param("8.0", 64, "float16", marks=pytest.mark.slow),
         pytest.param("8.6", 256, "bfloat16", marks=pytest.mark.slow),
-        ("9.0", 40, "float32"),
+        pytest.param("9.0", 40, "float32", marks=pytest.mark.slow),
         ("9.0", 8, "bfloat16"),
     ],
 )

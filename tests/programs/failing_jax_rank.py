@@ -19,7 +19,7 @@ process, port, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=5, shutdown_timeout_seconds=5)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
 mesh = jax.make_mesh((2,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
 ones = np.ones((16, 2, 16), np.float32)
 x = jax.make_array_from_callback(ones.shape, NamedSharding(mesh, P("cp")), lambda index: ones[index])

@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.machine import CHOSEN
+from tests.support.machine import CHOSEN, HANGS
 
 ROOT = Path(__file__).parents[2]
-# Seconds. Ends a process that hangs, however busy the machine is; no test expects to come near it.
-HANGS = 1500
 
 
 class Ended(NamedTuple):

@@ -18,6 +18,8 @@ def _gpus() -> list[str]:
 
 GPUS = _gpus()
 GPU = bool(GPUS)
+# Seconds. Ends what hangs, however busy the machine is: nothing that does not hang comes near it.
+HANGS = 1500
 # How long the examples train, and by how much losses may differ between numbers of ranks: sums in another order round
 # differently, and training lets that grow (9.5e-5 in 200 steps on two H200).
 STEPS, TOLERANCE = (200, 5e-4) if GPU else (4, 2e-5)
@@ -30,7 +32,8 @@ else:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # A test runs what XLA compiles for it once or twice: compiling is most of its time, and optimising most of that.
     flags = "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    patience = f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS}"
+    os.environ["XLA_FLAGS"] = " ".join([*flags, patience, os.environ.get("XLA_FLAGS", "")])
     # With two threads, jax 0.10 can wait for ever inside a host callback.
     os.environ.setdefault("NPROC", "16")
 if "PYTEST_XDIST_WORKER" in os.environ:

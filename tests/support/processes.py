@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.support.commands import HANGS
+from tests.support.machine import HANGS
+
+# What ranks need before they do anything: pytest is imported by their tests, the settings of Inductor by
+# `torch.use_deterministic_algorithms`, which takes the better part of a second.
+PRELOADED = ["zigzag_kernels.plan", "zigzag_torch", "torch._inductor.config", "tests.support.rank", "pytest"]
 
 
 def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
@@ -20,9 +24,7 @@ def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
     The first exception of any of them is raised here, with its traceback, and ends the others. They are forked from a
     process that has imported what they need, and nothing that starts threads.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["zigzag_kernels.plan", "zigzag_torch", "tests.support.oracle"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(
         _rank, (world_size, str(directory), backend, function, arguments), nprocs=world_size, start_method="forkserver"
     )

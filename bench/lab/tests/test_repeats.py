@@ -34,7 +34,6 @@ def test_the_backward_pass_repeats_bit_for_bit(case, hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("tool", "kind"), [*((tool, "portable") for tool in sanitize.TOOLS), ("memcheck", "hopper")])
 def test_under_the_sanitizer(tool, kind):
     if sanitize.find_binary() is None:
