@@ -87,7 +87,7 @@ def prepare_batch(
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can be trained on all the same.
     """
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank)]
             return prepare_batch(*copies, world_size, method=method, group=group, backend=backend)  # pyright: ignore
