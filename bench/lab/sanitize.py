@@ -29,7 +29,7 @@ KINDS = {"portable": "0", "hopper": "1"}  # and what ZIGZAG_HOPPER says
 CONTROL = "control"
 NAME = "compute-sanitizer"
 # Nobody declares the mbarriers of Triton's kernels, and the tools would guess how many there are: 3 for each stage of
-# `hopper.pipeline`, of which there are up to 4, and 3 more. Full paths, as two files are named forward.py.
+# `hopper/stages.py`, of which there are up to 4, and 3 more. Full paths, as two files are named forward.py.
 OPTIONS = (
     "--error-exitcode", "1", "--num-cuda-barriers", "32", "--strip-paths", "no", "--show-backtrace", "no",
     "--print-limit", "100000",

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from zigzag_kernels.hopper.pipeline import load_box
+from zigzag_kernels.hopper.releases import load_box
 from zigzag_torch.launch import with_scratch
 
 TILES, PROGRAMS = 5, 2

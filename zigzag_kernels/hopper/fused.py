@@ -1,8 +1,8 @@
 """The fused backward for Hopper: the dK/dV kernel also adds each block's dQ to a float32 array, in no fixed order.
 
 Scores are computed once instead of twice, but the same inputs do not give the same bits. dS goes through shared memory,
-where both consumers' keys meet: each multiplies half of head_dim, and the copy engine adds its half of the block to
-`sums`, which `clear_sums` made zero and `finish_dq` turns into dQ.
+where the keys of both consumers meet: each multiplies half of head_dim. A third partition lets the copy engine add both
+halves to `sums`. `clear_sums` makes that array zero before, and `finish_dq` makes dQ of it.
 """
 
 import triton
@@ -16,17 +16,22 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..base2 import LOG2_E
 from ..segments.lookup import load_sequence, load_sequence_rows, tables_are_invalid, tile_and_head
-from .dkdv import _block_tokens, _copy_keys, _half, _key_rows, _producer, _row_descriptor
-from .pipeline import (
-    block_of,
-    issue_scores,
-    make_barriers,
-    make_stages,
-    result_layout,
-    specialize_warps,
-    store_tile,
-    thread_barrier,
+from .geometry import Geometry, product_layout
+from .owned import Strided, own_key_rows
+from .releases import struct, thread_barrier
+from .results import KeyGradients
+from .rows import (
+    BlockOrder,
+    Packing,
+    RowArrays,
+    RowStream,
+    SequenceRows,
+    find_half_blocks,
+    make_row_stream,
+    produce_rows,
 )
+from .stages import make_barrier
+from .warps import specialize_warps
 
 
 @builtin
@@ -36,171 +41,187 @@ def _add_to_global(desc, place, buffer, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, buffer.handle)
 
 
-@gluon.jit
-def _block_place(
-    i, late_row, late_first, late_whole, late_masked, early_first, early_whole, early_masked, TOKENS: gl.constexpr,
-    PARTS: gl.constexpr, PACK: gl.constexpr,
-):  # fmt: skip
-    """(row of the sequence, head of the group) where block `i` of `_producer` begins.
+@struct
+class _SharedDs:
+    """dS of a block in shared memory: each of the two consumers leaves that of its keys there, for both.
 
-    The late half begins at row `late_row`, the early one at 0; the rest is from `_half`: blocks that are whole, masked.
+    A consumer uses two buffers in turn, and no barrier says that they are empty: the other consumer stores dS of block
+    `i - 1` after it has read that of block `i - 2`.
     """
-    number = i // PARTS
-    whole = late_whole + early_whole
-    late = gl.where(number < late_whole, late_masked + number, number - whole)
-    early = gl.where(number < whole, early_masked + number - late_whole, number - whole - late_masked)
-    is_late = (number < late_whole) | ((number >= whole) & (number < whole + late_masked))
-    late_begin, _ = _block_tokens(late_first, late, TOKENS)
-    early_begin, _ = _block_tokens(early_first, early, TOKENS)
-    return gl.where(is_late, late_row + late_begin, early_begin), i % PARTS * PACK
+
+    buffers: gl.shared_memory_descriptor  # [4, 64, BLOCK_M]: two for even blocks, two for odd ones
+    full: gl.shared_memory_descriptor  # both consumers arrive
+
+    @gluon.jit
+    def put(self, warpgroup: gl.constexpr, ds, i):
+        """Leave dS of block `i` of the keys of consumer `warpgroup`."""
+        self.buffers.index((i & 1) * 2 + warpgroup).store(ds)
+        hopper.fence_async_shared()
+        # Both consumers wait until both have stored dS.
+        hopper.mbarrier.arrive(self.full, count=1)
+
+    @gluon.jit
+    def wait(self, i):
+        """Wait, as a consumer, until both have stored dS of block `i`."""
+        hopper.mbarrier.wait(self.full, i & 1)
+
+    @gluon.jit
+    def transposed(self, i, consumer: gl.constexpr):
+        """Return dS of block `i` of the keys of `consumer`: `[BLOCK_M, 64]`."""
+        return self.buffers.index((i & 1) * 2 + consumer).permute((1, 0))
+
+
+@struct
+class _DqOut:
+    """dQ of a block on its way to `_writer`: each of the two consumers has half of the columns."""
+
+    buffers: gl.shared_memory_descriptor  # [2, tokens, heads, BLOCK_D / 2] float32
+    full: gl.shared_memory_descriptor  # both consumers arrive
+    empty: gl.shared_memory_descriptor  # the writer arrives
+
+    @gluon.jit
+    def put(self, warpgroup: gl.constexpr, dq_token, i):
+        """Leave half of dQ of block `i` for the writer: `dq_token` is the last product but one that is under way."""
+        buffer = self.buffers.index(warpgroup)
+        ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
+        # This consumer waits until the writer has read dQ of block i - 1; before block 0 it waits for nobody.
+        hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
+        dq = hopper.warpgroup_mma_wait(1, [dq_token])
+        buffer.reshape(ROWS).store(dq)
+        hopper.fence_async_shared()
+        # The writer waits until both consumers have stored their half.
+        hopper.mbarrier.arrive(self.full, count=1)
+
+    @gluon.jit
+    def add_to(self, descriptor, row, head, i):
+        """Wait, as the writer, for dQ of block `i`, and let the copy engine add it to the box at `row` and `head`."""
+        HALF_D: gl.constexpr = self.buffers.shape[3]
+        # The writer waits until both consumers have stored their half.
+        hopper.mbarrier.wait(self.full, i & 1)
+        _add_to_global(descriptor, [row, head, 0], self.buffers.index(0))
+        _add_to_global(descriptor, [row, head, HALF_D], self.buffers.index(1))
+        hopper.tma.store_wait(0)  # until the copy engine has read both
+        # Both consumers wait until the buffers are empty.
+        hopper.mbarrier.arrive(self.empty, count=1)
+
+
+@struct
+class _Fused:
+    """Everything that both consumers of one program share."""
+
+    geometry: Geometry
+    slot_rows: gl.tensor
+    head: gl.tensor  # of the window
+    tile: gl.tuple  # the `KeyTile`
+    blocks: gl.tensor
+    whole: gl.tensor  # so many blocks need no mask; they come first
+    k: Strided
+    v: Strided
+    k_buffers: gl.shared_memory_descriptor  # [2, 64, BLOCK_D]
+    v_buffers: gl.shared_memory_descriptor
+    stream: RowStream
+    ds: _SharedDs
+    dq: _DqOut
+    results: KeyGradients
+    SCALE_LOG2: gl.constexpr
+
+
+@struct
+class _Keys:
+    """What a consumer keeps of its 64 keys."""
+
+    v: gl.shared_memory_descriptor  # [64, BLOCK_D]
+    numbers: gl.tensor  # [64], in the sequence
+    zero: gl.tensor  # [64, BLOCK_M]
+    no_dq: gl.tensor  # [BLOCK_M, BLOCK_D / 2]
 
 
 @gluon.jit
-def _block(
-    warpgroup: gl.constexpr, scores, dk, dv, dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
-    limit_smem, ds_smem, dout_full, ds_full, i, whole, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
-    SCALE_LOG2: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """What block `i`, whose scores are there, adds to dV, to dK, and to half of the columns of dQ: the products are
-    under way, in this order."""
-    R_LAYOUT: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    dtype: gl.constexpr = v.dtype
-    HALF_D: gl.constexpr = v.shape[1] // 2
-    stage = i % STAGES
-    dp = issue_scores(v, dout_smem, dout_full, i, zero, STAGES)
-    lse2 = lse2_smem.index(stage).load(R_LAYOUT)
-    p = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
-    delta = delta_smem.index(stage).load(R_LAYOUT)
+def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
+    """Add to dK and dV what block `i` gives, whose scores are there, and compute half of the columns of its dQ.
+
+    The products are under way: dV, then dK, then two of dQ.
+    """
+    geometry = program.geometry
+    stream = program.stream
+    HALF_D: gl.constexpr = geometry.BLOCK_D // 2
+    # This consumer waits until the producer has brought dO of block i and its delta.
+    dp = stream.dout.issue_scores(own.v, i, own.zero)
+    lse2 = stream.numbers(stream.lse2, i)
+    p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
+    delta = stream.numbers(stream.delta, i)
     dp = hopper.warpgroup_mma_wait(0, [dp]) - delta[None, :]
-    if i >= whole:
-        limit = limit_smem.index(stage).load(R_LAYOUT)
-        seen = keys[:, None] < limit[None, :]
+    if i >= program.whole:
+        limit = stream.numbers(stream.limit, i)
+        seen = own.numbers[:, None] < limit[None, :]
         p = gl.where(seen, p, 0.0)
         dp = gl.where(seen, dp, 0.0)  # zero times what is not finite would reach dQ of rows that do not see the key
-    dv = hopper.warpgroup_mma(
-        gl.convert_layout(p.to(dtype), P_LAYOUT), block_of(dout_smem, i, STAGES), dv, is_async=True
-    )
-    ds = (p * dp).to(dtype)
-    ds_operand = gl.convert_layout(ds, P_LAYOUT)
-    # Two buffers a consumer: whoever has seen dS of block i - 1 knows that the other has left that of block i - 2.
-    both = (i & 1) * 2
-    ds_smem.index(both + warpgroup).store(ds)
-    hopper.fence_async_shared()
-    hopper.mbarrier.arrive(ds_full, count=1)
-    dk = hopper.warpgroup_mma(ds_operand, block_of(q_smem, i, STAGES), dk, is_async=True)
-    hopper.mbarrier.wait(ds_full, i & 1)
-    k_upper = k_smem.index(0).slice(warpgroup * HALF_D, HALF_D, 1)
-    k_lower = k_smem.index(1).slice(warpgroup * HALF_D, HALF_D, 1)
-    dq = hopper.warpgroup_mma(ds_smem.index(both).permute((1, 0)), k_upper, dq, use_acc=False, is_async=True)
-    dq = hopper.warpgroup_mma(ds_smem.index(both + 1).permute((1, 0)), k_lower, dq, is_async=True)
+    p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
+    dv = hopper.warpgroup_mma(p_operand, stream.dout.block(i), dv, is_async=True)
+    ds = (p * dp).to(geometry.dtype)
+    ds_operand = gl.convert_layout(ds, geometry.OPERAND)
+    program.ds.put(warpgroup, ds, i)
+    dk = hopper.warpgroup_mma(ds_operand, stream.q.block(i), dk, is_async=True)
+    # This consumer multiplies dS of all 128 keys and half of the columns of K: it waits until the other has stored dS.
+    program.ds.wait(i)
+    k_upper = program.k_buffers.index(0).slice(warpgroup * HALF_D, HALF_D, 1)
+    k_lower = program.k_buffers.index(1).slice(warpgroup * HALF_D, HALF_D, 1)
+    dq = hopper.warpgroup_mma(program.ds.transposed(i, 0), k_upper, own.no_dq, use_acc=False, is_async=True)
+    dq = hopper.warpgroup_mma(program.ds.transposed(i, 1), k_lower, dq, is_async=True)
     return dk, dv, dq
 
 
 @gluon.jit
-def _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i):
-    """Half of dQ of block `i`, the last product but one, for `_writer`."""
-    SHAPE: gl.constexpr = [dq_buffer.shape[0] * dq_buffer.shape[1], dq_buffer.shape[2]]
-    hopper.mbarrier.wait(dq_empty, (i & 1) ^ 1)
-    dq = hopper.warpgroup_mma_wait(1, [dq_token])
-    dq_buffer.reshape(SHAPE).store(dq)
-    hopper.fence_async_shared()
-    hopper.mbarrier.arrive(dq_full, count=1)
-
-
-@gluon.jit
-def _writer(
-    sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks, late_row, late_first,
-    late_whole, late_masked, early_first, early_whole, early_masked, HEADS: gl.constexpr, GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, PACK: gl.constexpr, HALF_D: gl.constexpr,
-):  # fmt: skip
-    """Let the copy engine add both halves of dQ of every block to the sums."""
-    sums_desc = _row_descriptor(
-        sums_ptr, kv_head, sequence_row, sequence_rows, GROUP, HEAD_DIM, HEADS * HEAD_DIM, HEAD_DIM,
-        [TOKENS, PACK, HALF_D],
-    )  # fmt: skip
-    for i in range(blocks):
-        row, head = _block_place(
-            i,
-            late_row,
-            late_first,
-            late_whole,
-            late_masked,
-            early_first,
-            early_whole,
-            early_masked,
-            TOKENS,
-            PARTS,
-            PACK,
-        )
-        hopper.mbarrier.wait(dq_full, i & 1)
-        _add_to_global(sums_desc, [row, head, 0], dq_smem.index(0))
-        _add_to_global(sums_desc, [row, head, HALF_D], dq_smem.index(1))
-        hopper.tma.store_wait(0)  # until it has read them
-        hopper.mbarrier.arrive(dq_empty, count=1)
-
-
-@gluon.jit
-def _consumer(
-    warpgroup: gl.constexpr, values, SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    SOFTMAX_SCALE: gl.constexpr, STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr,
-    STRIDE_VH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
-):  # fmt: skip
-    k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty = values[0]
-    q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty = values[1]
-    first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole = values[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
-    )
-    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
-    )
-    HALF_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D // 2, 16]
-    )
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=D_LAYOUT, k_width=2)
-    SCALE_LOG2: gl.constexpr = SOFTMAX_SCALE * LOG2_E
-    first = first_key + warpgroup * 64
-    k = k_smem.index(warpgroup)
-    v = v_smem.index(warpgroup)
-    head = window_head.to(gl.int64)
-    k_ptr += head * STRIDE_KH
-    v_ptr += head * STRIDE_VH
-    _copy_keys(k_ptr, v_ptr, k, v, first, n_keys, kv_row, kv_chunk, slot_rows, SLOTS, HEAD_DIM, STRIDE_KT, STRIDE_VT)
+def _consumer(warpgroup: gl.constexpr, program):
+    """Compute dK and dV of 64 keys of the tile, and half of the columns of dQ of every block."""
+    geometry = program.geometry
+    stream = program.stream
+    blocks = program.blocks
+    BLOCK_M: gl.constexpr = geometry.STREAMED
+    BLOCK_D: gl.constexpr = geometry.BLOCK_D
+    own = own_key_rows(warpgroup, program.tile, program.slot_rows, geometry)
+    k = program.k_buffers.index(warpgroup)
+    v = program.v_buffers.index(warpgroup)
+    head = program.head.to(gl.int64)
+    own.copy(program.k.from_head(head), program.v.from_head(head), k, v)
     async_copy.wait_group(0)
     hopper.fence_async_shared()
+    # The warps of this consumer wait for each other: a product reads keys that all of them copied.
     thread_barrier()
 
-    keys = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-    zero = gl.zeros([64, BLOCK_M], gl.float32, S_LAYOUT)
-    dk = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
-    dv = gl.zeros([64, BLOCK_D], gl.float32, D_LAYOUT)
-    no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, HALF_LAYOUT)
-    dq_buffer = dq_smem.index(warpgroup)
+    numbers = own.numbers(geometry.SCORES)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, geometry.SCORES)
+    dk = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
+    dv = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
+    no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, product_layout(BLOCK_D // 2))
+    keys = _Keys(v=v, numbers=numbers, zero=zero, no_dq=no_dq)
     if blocks > 0:
-        # The scores of the next block are queued behind dQ of this one and run while that is written out.
-        scores = issue_scores(k, q_smem, q_full, 0, zero, STAGES)
+        # This consumer waits until the producer has brought the first Q and its lse.
+        scores = stream.q.issue_scores(k, 0, zero)
         for i in range(blocks):
             scores = hopper.warpgroup_mma_wait(0, [scores])
-            dk, dv, dq_token = _block(
-                warpgroup, scores, dk, dv, no_dq, k_smem, v, zero, keys, q_smem, dout_smem, lse2_smem, delta_smem,
-                limit_smem, ds_smem, dout_full, ds_full, i, whole, S_LAYOUT, P_LAYOUT, SCALE_LOG2, STAGES,
-            )  # fmt: skip
+            dk, dv, dq_token = _block(warpgroup, program, keys, scores, dk, dv, i)
+            # dV and dK are complete as soon as two products are left, those of dQ.
             dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
-            hopper.mbarrier.arrive(empty.index(i % STAGES), count=1)
-            # Behind the last block this multiplies whatever is there; nobody reads the product.
-            hopper.mbarrier.wait(q_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
-            q = block_of(q_smem, i + 1, STAGES)
-            scores = hopper.warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            _hand_over_dq(dq_token, dq_buffer, dq_full, dq_empty, i)
+            # The producer waits until both consumers have left Q, dO and the numbers of block i.
+            stream.empty.leave(i)
+            # This consumer waits until the producer has brought the next Q: its scores are queued behind dQ of this
+            # block and run while that is written out. Behind the last block this waits for nobody and multiplies
+            # whatever is there; nobody reads the product.
+            scores = stream.q.issue_scores(k, i + 1, zero, pred=i + 1 < blocks)
+            program.dq.put(warpgroup, dq_token, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
+    program.results.store(own, program.head, 0, dk, dv)
 
-    RESULT_LAYOUT: gl.constexpr = result_layout(BLOCK_D, dk_ptr.dtype.element_ty)
-    keys = first + gl.arange(0, 64, gl.SliceLayout(1, RESULT_LAYOUT))
-    rows = (_key_rows(keys, kv_row, kv_chunk, slot_rows, SLOTS) * KV_HEADS + window_head) * HEAD_DIM
-    valid = gl.where(poison, float("nan"), 1.0)
-    store_tile(dv_ptr, rows, keys < n_keys, dv * valid, HEAD_DIM, ACCUMULATE)
-    store_tile(dk_ptr, rows, keys < n_keys, dk * (valid * SOFTMAX_SCALE), HEAD_DIM, ACCUMULATE)
+
+@gluon.jit
+def _writer(dq, sums, sequence, order, blocks, geometry, packing):
+    """Let the copy engine add dQ of every block to the `Strided` array `sums`."""
+    BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
+    descriptor = sequence.descriptor(sums, geometry, BOX)
+    for i in range(blocks):
+        row, head = order.place(i, packing)
+        dq.add_to(descriptor, row, head, i)
 
 
 @gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
@@ -214,71 +235,62 @@ def backward_fused_hopper(
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """As `backward_dkdv_hopper`, and adds dQ, not yet scaled, to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
-    POWER: gl.constexpr = GROUP & -GROUP
-    PACK: gl.constexpr = POWER if POWER < BLOCK_M else BLOCK_M
-    TOKENS: gl.constexpr = BLOCK_M // PACK
-    PARTS: gl.constexpr = GROUP // PACK
-    tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    halves_ptr, first_key, n_keys, kv_row, kv_chunk, poison = load_sequence(
-        sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N
-    )
-    if first_key >= n_keys:
+    tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    tile = load_sequence(sequences_ptr, n_sequences, tile_number, slot_rows, SLOTS, BLOCK_N)
+    if tile.first_key >= tile.n_keys:
         return
 
-    sequence_row, sequence_rows = load_sequence_rows(halves_ptr)
-    late_row, _, _, late_first, late_blocks, late_masked = _half(
-        halves_ptr, 0, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS
-    )
-    _, _, _, early_first, early_blocks, early_masked = _half(halves_ptr, 1, first_key, n_keys, CAUSAL, BLOCK_N, TOKENS)
-    blocks = (late_blocks + early_blocks) * PARTS
+    geometry = Geometry(
+        dtype=q_ptr.dtype.element_ty, SLOTS=SLOTS, GROUP=GROUP, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, OWNED=BLOCK_N,
+        STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=1,
+    )  # fmt: skip
+    packing = Packing(GROUP, BLOCK_M)
+    sequence_row, sequence_rows = load_sequence_rows(tile.halves_ptr)
+    late = find_half_blocks(tile, 0, CAUSAL, BLOCK_N, packing.TOKENS)
+    early = find_half_blocks(tile, 1, CAUSAL, BLOCK_N, packing.TOKENS)
+    blocks = (late.blocks + early.blocks) * packing.PARTS
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
-    whole = gl.where(first_key + BLOCK_N > n_keys, 0, blocks - (late_masked + early_masked) * PARTS)
+    masked = (late.masked + early.masked) * packing.PARTS
+    whole = gl.where(tile.first_key + BLOCK_N > tile.n_keys, 0, blocks - masked)
     kv_head = (first_kv_head + window_head).to(gl.int64)
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    KEY_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
-    DS_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
-    DQ_SMEM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, PACK, BLOCK_D // 2], gl.float32)
-    STATISTIC_SMEM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
-    k_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
-    v_smem = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], KEY_SMEM)
-    ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], DS_SMEM)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, TOKENS, PACK, BLOCK_D // 2], DQ_SMEM)
-    q_smem, q_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
-    dout_smem, dout_full = make_stages([STAGES, TOKENS, PACK, BLOCK_D], dtype, 2)
-    empty = make_barriers(STAGES, 2)
-    lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], STATISTIC_SMEM)
-    limit_smem = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], STATISTIC_SMEM)
-    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    dq_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    hopper.mbarrier.init(ds_full, 2)
-    hopper.mbarrier.init(dq_full, 2)
-    hopper.mbarrier.init(dq_empty, 1)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], geometry.dtype)
+    DQ_BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, BLOCK_D // 2]
+    DQ: gl.constexpr = gl.NVMMASharedLayout.get_default_for(DQ_BOX, gl.float32)
+    k_buffers = gl.allocate_shared_memory(geometry.dtype, [2, 64, BLOCK_D], geometry.OWNED_BUFFER)
+    v_buffers = gl.allocate_shared_memory(geometry.dtype, [2, 64, BLOCK_D], geometry.OWNED_BUFFER)
+    ds_buffers = gl.allocate_shared_memory(geometry.dtype, [4, 64, BLOCK_M], DS)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, packing.TOKENS, packing.HEADS, BLOCK_D // 2], DQ)
+    stream = make_row_stream(geometry, packing)
+    ds = _SharedDs(buffers=ds_buffers, full=make_barrier(2))
+    dq = _DqOut(buffers=dq_buffers, full=make_barrier(2), empty=make_barrier(1))
     hopper.fence_async_shared()
-    values = (
-        (k_ptr, v_ptr, dk_ptr, dv_ptr, k_smem, v_smem, ds_smem, dq_smem, ds_full, dq_full, dq_empty),
-        (q_smem, dout_smem, lse2_smem, delta_smem, limit_smem, q_full, dout_full, empty),
-        (first_key, n_keys, kv_row, kv_chunk, slot_rows, window_head, poison, blocks, whole),
-    )
+    program = _Fused(
+        geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
+        k=Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH),
+        v=Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH), k_buffers=k_buffers, v_buffers=v_buffers,
+        stream=stream, ds=ds, dq=dq, SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        results=KeyGradients(
+            dk_ptr=dk_ptr, dv_ptr=dv_ptr, KV_HEADS=KV_HEADS, SOFTMAX_SCALE=SOFTMAX_SCALE, ACCUMULATE=ACCUMULATE
+        ),
+    )  # fmt: skip
+    sequence = SequenceRows(first=sequence_row, count=sequence_rows, kv_head=kv_head)
+    arrays = RowArrays(
+        q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH),
+        dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
+        lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
+    )  # fmt: skip
+    sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * HEAD_DIM, STRIDE_H=HEAD_DIM)
+    order = BlockOrder(
+        late_row=late.q_row - sequence_row, late_first=late.first, late_whole=late.blocks - late.masked,
+        late_masked=late.masked, early_first=early.first, early_whole=early.blocks - early.masked,
+        early_masked=early.masked,
+    )  # fmt: skip
     specialize_warps(
-        _consumer, (
-            values, SLOTS, KV_HEADS, HEAD_DIM, SOFTMAX_SCALE, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, BLOCK_M,
-            BLOCK_D, STAGES, ACCUMULATE,
-        ), 2,
-        (_producer, (
-            q_ptr, dout_ptr, lse2_ptr, delta_ptr, halves_ptr, q_smem, dout_smem, lse2_smem, delta_smem, limit_smem,
-            q_full, dout_full, empty, first_key, n_keys, kv_head, sequence_row, sequence_rows, T, CAUSAL, GROUP,
-            HEAD_DIM, STRIDE_QT, STRIDE_QH, STRIDE_DOT, STRIDE_DOH, PACK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
-        ), 1),
-        (_writer, (
-            sums_ptr, kv_head, sequence_row, sequence_rows, dq_smem, dq_full, dq_empty, blocks,
-            late_row - sequence_row, late_first, late_blocks - late_masked, late_masked, early_first,
-            early_blocks - early_masked, early_masked, HEADS, GROUP, HEAD_DIM, TOKENS, PARTS, PACK, BLOCK_D // 2,
-        ), 1),
+        _consumer, (program,), 2,
+        (produce_rows, (stream, tile, sequence, arrays, CAUSAL), 1),
+        (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
     )  # fmt: skip
 
 

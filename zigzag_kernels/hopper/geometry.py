@@ -1,0 +1,56 @@
+"""The constants of one kernel: the shape of its tiles, and the layouts and byte counts that follow from it."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .releases import aggregate
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """Return the layout in which a warpgroup holds a product of `columns` columns: its four warps share the rows."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@aggregate
+class Geometry:
+    """The shape of one kernel: each consumer, a warpgroup, owns 64 rows, and blocks of other rows stream past them.
+
+    The forward and dQ own query rows and stream keys; dK/dV owns keys and streams query rows.
+    """
+
+    dtype: gl.constexpr  # of q, k, v and dout
+    SLOTS: gl.constexpr
+    GROUP: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    BLOCK_D: gl.constexpr  # HEAD_DIM rounded up to a power of two
+    OWNED: gl.constexpr  # rows that all consumers of a program own
+    STREAMED: gl.constexpr  # rows of a block that streams past
+    STAGES: gl.constexpr  # buffers for each kind of block
+    HEADS_TOGETHER: gl.constexpr  # KV heads that a program serves, one after the other
+    WARPGROUPS: gl.constexpr  # consumers
+    BLOCK_BYTES: gl.constexpr  # of one block
+    SCORES: gl.constexpr  # layout [64, STREAMED] of scores, and of the gradient of the probabilities
+    SUMS: gl.constexpr  # layout [64, BLOCK_D] of what is summed over blocks
+    OPERAND: gl.constexpr  # layout [64, STREAMED] of P or dS that a product with SUMS takes from registers
+    LOADS: gl.constexpr  # layout [64, BLOCK_D] of rows that come by plain loads or copies, 16 bytes a thread
+    OWNED_BUFFER: gl.constexpr  # layout [64, BLOCK_D] in shared memory of the rows that a consumer owns
+
+    @gluon.constexpr_function
+    def __init__(self, dtype, SLOTS, GROUP, HEAD_DIM, BLOCK_D, OWNED, STREAMED, STAGES, HEADS_TOGETHER):
+        self.dtype = gl.constexpr(dtype)
+        self.SLOTS = gl.constexpr(SLOTS)
+        self.GROUP = gl.constexpr(GROUP)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.BLOCK_D = gl.constexpr(BLOCK_D)
+        self.OWNED = gl.constexpr(OWNED)
+        self.STREAMED = gl.constexpr(STREAMED)
+        self.STAGES = gl.constexpr(STAGES)
+        self.HEADS_TOGETHER = gl.constexpr(HEADS_TOGETHER)
+        self.WARPGROUPS = gl.constexpr(OWNED // 64)
+        self.BLOCK_BYTES = gl.constexpr(STREAMED * BLOCK_D * dtype.primitive_bitwidth // 8)
+        self.SCORES = gl.constexpr(product_layout(STREAMED))
+        self.SUMS = gl.constexpr(product_layout(BLOCK_D))
+        self.OPERAND = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=product_layout(BLOCK_D), k_width=2))
+        self.LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0]))
+        self.OWNED_BUFFER = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype))

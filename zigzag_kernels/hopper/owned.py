@@ -1,0 +1,127 @@
+"""The 64 rows that a consumer owns, of queries or of keys: where they are in arrays, and how they are loaded."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from ..segments.lookup import chunk_row
+from .geometry import Geometry
+from .releases import load_pointers, struct
+
+
+@struct
+class Strided:
+    """An array `[T, heads, head_dim]` that a kernel reads; its last dimension is contiguous."""
+
+    ptr: gl.tensor
+    STRIDE_T: gl.constexpr
+    STRIDE_H: gl.constexpr
+
+    @gluon.jit
+    def from_head(self, head):
+        """Return the array without the heads before `head` (int64)."""
+        return Strided(ptr=self.ptr + head * self.STRIDE_H, STRIDE_T=self.STRIDE_T, STRIDE_H=self.STRIDE_H)
+
+
+@struct
+class QueryRows:
+    """The query rows of one consumer: those of one segment from row `first` on, before row `end`."""
+
+    geometry: Geometry
+    first: gl.tensor
+    end: gl.tensor  # with which the segment ends
+    q_row: gl.tensor
+    diagonal: gl.tensor
+    kv_len: gl.tensor
+
+    @gluon.jit
+    def numbers(self, LAYOUT: gl.constexpr):
+        """Return the numbers `[64]` of the rows in their segment, for a tile in `LAYOUT`."""
+        return self.first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+
+    @gluon.jit
+    def keys_seen(self, row):
+        """Return the number of keys that `row` sees, for one row or for several."""
+        return gl.minimum(self.diagonal + row // self.geometry.GROUP + 1, self.kv_len)
+
+    @gluon.jit
+    def load(self, array, kv_head, end):
+        """Load these rows of a `Strided` array, `[64, BLOCK_D]`: zero from row `end` on.
+
+        Plain loads serve any strides and any number of heads in a group.
+        """
+        geometry = self.geometry
+        GROUP: gl.constexpr = geometry.GROUP
+        rows = self.numbers(geometry.LOADS)
+        tokens, heads = (self.q_row + rows // GROUP).to(gl.int64), kv_head * GROUP + rows % GROUP
+        places = tokens * array.STRIDE_T + heads * array.STRIDE_H
+        dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))
+        mask = (rows < end)[:, None] & (dims < geometry.HEAD_DIM)[None, :]
+        return gl.load(array.ptr + places[:, None] + dims[None, :], mask=mask, other=0.0)
+
+    @gluon.jit
+    def result_places(self, kv_head, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
+        """Return the numbers of the rows and where each begins in a result `[T, HEADS, HEAD_DIM]` (int64)."""
+        GROUP: gl.constexpr = self.geometry.GROUP
+        rows = self.numbers(LAYOUT)
+        tokens = (self.q_row + rows // GROUP).to(gl.int64)
+        return rows, (tokens * HEADS + kv_head * GROUP + rows % GROUP) * self.geometry.HEAD_DIM
+
+
+@gluon.jit
+def own_query_rows(warpgroup: gl.constexpr, tile, geometry):
+    """Return the `QueryRows` of consumer number `warpgroup` in a `QueryTile`."""
+    return QueryRows(
+        geometry=geometry,
+        first=tile.row + warpgroup * 64,
+        end=tile.q_len * geometry.GROUP,
+        q_row=tile.q_row,
+        diagonal=tile.diagonal,
+        kv_len=tile.kv_len,
+    )
+
+
+@struct
+class KeyRows:
+    """The keys of one consumer: those of one sequence from key `first` on, as far as it has keys."""
+
+    geometry: Geometry
+    first: gl.tensor
+    tile: gl.tuple  # the `KeyTile` of the program
+    slot_rows: gl.tensor
+
+    @gluon.jit
+    def numbers(self, LAYOUT: gl.constexpr):
+        """Return the numbers `[64]` of the keys in their sequence, for a tile in `LAYOUT`."""
+        return self.first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+
+    @gluon.jit
+    def buffer_rows(self, keys):
+        """Return the rows (int64) of the K/V buffer that `keys` of the sequence are in."""
+        rows = self.tile.kv_row + keys
+        if self.geometry.SLOTS > 1:
+            kv_chunk = self.tile.kv_chunk
+            chunks = keys // kv_chunk
+            rows += chunk_row(chunks, kv_chunk, self.slot_rows, self.geometry.SLOTS) - chunks * kv_chunk
+        return rows.to(gl.int64)
+
+    @gluon.jit
+    def copy(self, k, v, k_buffer, v_buffer):
+        """Begin to copy the keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; zero behind the last key.
+
+        Each row is copied by itself, as a tile may cross borders of chunks.
+        """
+        geometry = self.geometry
+        keys = self.numbers(geometry.LOADS)
+        rows = self.buffer_rows(keys)
+        dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))
+        mask = (keys < self.tile.n_keys)[:, None] & (dims < geometry.HEAD_DIM)[None, :]
+        load_pointers(k_buffer, k.ptr + (rows * k.STRIDE_T)[:, None] + dims[None, :], mask)
+        load_pointers(v_buffer, v.ptr + (rows * v.STRIDE_T)[:, None] + dims[None, :], mask)
+        async_copy.commit_group()
+
+
+@gluon.jit
+def own_key_rows(warpgroup: gl.constexpr, tile, slot_rows, geometry):
+    """Return the `KeyRows` of consumer number `warpgroup` in a `KeyTile`."""
+    return KeyRows(geometry=geometry, first=tile.first_key + warpgroup * 64, tile=tile, slot_rows=slot_rows)

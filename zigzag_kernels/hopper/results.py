@@ -1,0 +1,56 @@
+"""The way of results out of a kernel: their layout in registers, and stores that may add to what is there."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .releases import struct
+
+
+@gluon.constexpr_function
+def result_layout(BLOCK_D, dtype):
+    """Return the layout in which results `[64, BLOCK_D]` of `dtype` are stored.
+
+    A thread has 16 bytes of a row side by side, four threads 64. Rows are in the warps that have them of a product, so
+    that no number leaves its warp on the way from there.
+    """
+    wide = 128 // dtype.primitive_bitwidth
+    own, pair = wide.bit_length() - 1, wide.bit_length() + 1
+    columns = [[0, 2**i] for i in range(BLOCK_D.bit_length() - 1)]
+    rows = [[2**i, 0] for i in range(6)]
+    registers = [*columns[:own], rows[3], *columns[pair:]]
+    return gl.DistributedLinearLayout(registers, [*columns[own:pair], *rows[:3]], rows[4:], [], [64, BLOCK_D])
+
+
+@gluon.jit
+def store_tile(ptr, places, inside, x, HEAD_DIM: gl.constexpr, ACCUMULATE: gl.constexpr):
+    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`, in the layout that `places` is a slice of."""
+    LAYOUT: gl.constexpr = places.type.layout.parent
+    dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    ptrs = ptr + places[:, None] + dims[None, :]
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    if ACCUMULATE:
+        x = gl.convert_layout(x, LAYOUT) + gl.load(ptrs, mask=mask, other=0.0)
+    gl.store(ptrs, gl.convert_layout(x.to(ptr.dtype.element_ty), LAYOUT), mask=mask)
+
+
+@struct
+class KeyGradients:
+    """The arrays of dK and dV, `[kv_tokens, KV_HEADS, head_dim]`, with the rows of the K/V buffer."""
+
+    dk_ptr: gl.tensor
+    dv_ptr: gl.tensor
+    KV_HEADS: gl.constexpr
+    SOFTMAX_SCALE: gl.constexpr
+    ACCUMULATE: gl.constexpr
+
+    @gluon.jit
+    def store(self, own, head, n, dk, dv):
+        """Write dK, not yet scaled, and dV of the `KeyRows` `own`, for KV head `head + n` of the window."""
+        HEAD_DIM: gl.constexpr = own.geometry.HEAD_DIM
+        LAYOUT: gl.constexpr = result_layout(own.geometry.BLOCK_D, self.dk_ptr.dtype.element_ty)
+        keys = own.numbers(LAYOUT)
+        places = (own.buffer_rows(keys) * self.KV_HEADS + head + n) * HEAD_DIM
+        valid = gl.where(own.tile.poison, float("nan"), 1.0)
+        inside = keys < own.tile.n_keys
+        store_tile(self.dv_ptr, places, inside, dv * valid, HEAD_DIM, self.ACCUMULATE)
+        store_tile(self.dk_ptr, places, inside, dk * (valid * self.SOFTMAX_SCALE), HEAD_DIM, self.ACCUMULATE)
