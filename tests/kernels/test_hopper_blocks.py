@@ -140,7 +140,7 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
             places = []
             for run in range(4):
                 half = found[run % 2]
-                for block in range(half.masked if run < 2 else 0, half.blocks if run < 2 else half.masked):
+                for block in reversed(range(half.masked if run < 2 else 0, half.blocks if run < 2 else half.masked)):
                     begin, end = block_tokens(half.first, block, tokens)
                     assert 0 <= begin < end <= length
                     clamped += begin != half.first + block * tokens

@@ -289,7 +289,7 @@ def backward_fused_hopper(
     )  # fmt: skip
     specialize_warps(
         _consumer, (program,), 2,
-        (produce_rows, (stream, tile, sequence, arrays, CAUSAL), 1),
+        (produce_rows, (stream, tile, sequence, arrays, CAUSAL, True), 1),
         (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
     )  # fmt: skip
 

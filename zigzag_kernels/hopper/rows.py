@@ -150,11 +150,12 @@ def make_row_stream(geometry, packing):
 
 
 @gluon.jit
-def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr):
+def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr, DESCENDING: gl.constexpr = False):
     """Bring all blocks of rows that see a `KeyTile`, head after head.
 
     First come the whole blocks of the late half and of the early one, then the masked ones of both: consumers compare
-    the number of a block with one count, and the producer alone knows tables, halves and heads.
+    the number of a block with one count, and the producer alone knows tables, halves and heads. Each of these runs of
+    blocks begins with its first rows or, DESCENDING, with its last, which every tile of keys sees.
     """
     geometry = stream.geometry
     GROUP: gl.constexpr = geometry.GROUP
@@ -170,7 +171,9 @@ def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr):
     for run in range(4 * geometry.HEADS_TOGETHER):
         half = find_half_blocks(tile, run % 2, CAUSAL, geometry.OWNED, TOKENS)
         head, is_whole = run // 4, run % 4 < 2
-        for block in range(gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.blocks, half.masked)):
+        low, high = gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.blocks, half.masked)
+        for number in range(low, high):
+            block = low + high - 1 - number if DESCENDING else number
             begin, end = block_tokens(half.first, block, TOKENS)
             tokens = begin + packed // PACK
             limit = gl.where(tokens < end, gl.minimum(half.diagonal + tokens + 1, half.kv_len), 0)
@@ -200,7 +203,7 @@ def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr):
 
 @struct
 class BlockOrder:
-    """The order in which `produce_rows` brings the blocks of one head, for a partition that has to find them."""
+    """The order in which `produce_rows`, DESCENDING, brings the blocks of one head, for a partition that seeks them."""
 
     late_row: gl.tensor  # of the sequence, with which its late half begins; the early one begins with row 0
     late_first: gl.tensor  # of `HalfBlocks`
@@ -215,11 +218,10 @@ class BlockOrder:
         """Return (row of the sequence, head of the group) with which block `i` begins."""
         number = i // packing.PARTS
         whole = self.late_whole + self.early_whole
-        late = gl.where(number < self.late_whole, self.late_masked + number, number - whole)
-        early = gl.where(
-            number < whole, self.early_masked + number - self.late_whole, number - whole - self.late_masked
-        )  # fmt: skip
+        # Within a run of blocks their numbers rise as their places in the half fall: the sum is one less than these.
+        late = gl.where(number < self.late_whole, self.late_masked + self.late_whole, whole + self.late_masked)
+        early = gl.where(number < whole, self.early_masked + whole, whole + self.late_masked + self.early_masked)
         is_late = (number < self.late_whole) | ((number >= whole) & (number < whole + self.late_masked))
-        late_begin, _ = block_tokens(self.late_first, late, packing.TOKENS)
-        early_begin, _ = block_tokens(self.early_first, early, packing.TOKENS)
+        late_begin, _ = block_tokens(self.late_first, late - 1 - number, packing.TOKENS)
+        early_begin, _ = block_tokens(self.early_first, early - 1 - number, packing.TOKENS)
         return gl.where(is_late, self.late_row + late_begin, early_begin), i % packing.PARTS * packing.HEADS
