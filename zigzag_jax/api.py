@@ -10,10 +10,10 @@ from zigzag_kernels.checks import batch_shape, check_method
 from zigzag_kernels.modes import Backend, KVLayout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
-from . import autograd, launch, reference
-from .arguments import Array, check_array
+from . import autograd, launch, placement, reference
+from .arguments import Array, as_flag, check_array, check_unpadded
 from .axes import AxisName, place_on
-from .batch import Batch, as_batch, check_varying, tables_of
+from .batch import Batch, as_batch, check_rows_vary, check_varying, compare_if_untyped, marked, tables_of
 from .derivatives import reverse_mode_only
 from .parallel import Local, Transport, choose_transport
 
@@ -64,6 +64,7 @@ def zigzag_attention_gathered(
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
+    return_lse = as_flag("return_lse", return_lse)
     call = make_call_spec(
         head_dim=_head_dim(q),
         backend=launch.choose_backend(backend),
@@ -72,9 +73,10 @@ def zigzag_attention_gathered(
         deterministic=deterministic,
     )
     batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value)
+    check_unpadded(batch.cu_seqlens, call.causal)
     problem = _make_problem(q, k, v, batch, call, KVLayout.GATHERED)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    out, lse = _attend(Local(problem), q, k, v, batch, return_lse)
+    out, lse = _attend(Local(problem), q, k, v, batch, return_lse, by_default=backend is None)
     return (out, lse) if return_lse else out
 
 
@@ -119,14 +121,16 @@ def zigzag_attention(
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
+    return_lse = as_flag("return_lse", return_lse)
     check_method(method)
-    backend = launch.choose_backend(backend)
+    by_default, backend = backend is None, launch.choose_backend(backend)
     rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)
     batched = batch_shape(q.shape, k.shape, v.shape, cu_seqlens is not None)
     if batched:
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
     size, length = batched or (1, q.shape[0])
-    if cu_seqlens is None:
+    given = cu_seqlens is not None
+    if not given:
         if world_size > 1 and length % 2:
             raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
         cu_seqlens = np.array([i * length * world_size for i in range(size + 1)], np.int32)
@@ -140,17 +144,28 @@ def zigzag_attention(
         grad_reduce_dtype=None if grad_reduce_dtype is None else jnp.dtype(grad_reduce_dtype).name,
         deterministic=deterministic,
     )
-    batch = as_batch(cu_seqlens, rank, world_size, method)
+    batch = _batch_on(cu_seqlens, rank, world_size, method, axis_name)
+    check_unpadded(batch.cu_seqlens, call.causal)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     check_varying(batch, axis_name, q, k, v)
+    if given:
+        batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
     problem = _make_problem(q, k, v, batch, call, kv_layout)
-    out, lse = _attend(choose_transport(problem, axis_name), q, k, v, batch, return_lse)
+    check_rows_vary(axis_name, rank, q=q, k=k, v=v)
+    out, lse = _attend(choose_transport(problem, axis_name), q, k, v, batch, return_lse, by_default=by_default)
     if batched:
         out = out.reshape(size, length, *out.shape[1:])
         if return_lse:
             lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _batch_on(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str, axis_name) -> Batch:
+    """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis has the rank of each device."""
+    if isinstance(cu_seqlens, Batch) and axis_name is not None and cu_seqlens.compared_by == axis_name:
+        rank = cu_seqlens.rank
+    return as_batch(cu_seqlens, rank, world_size, method)
 
 
 def _head_dim(q: Array) -> int:
@@ -172,8 +187,11 @@ def _make_problem(q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv
     )
 
 
-def _attend(transport: Transport, q, k, v, batch: Batch, return_lse: bool) -> tuple:
+def _attend(transport: Transport, q, k, v, batch: Batch, return_lse: bool, *, by_default: bool) -> tuple:
+    """Return (out, lse) by the backend of the call, which is `by_default` if the caller named none."""
     backend = transport.problem.call.backend
+    placement.check_one_device(backend, q=q, k=k, v=v)
+    batch = marked(batch, backend, by_default)
     q, k, v = reverse_mode_only((q, k, v))
     if backend == Backend.REFERENCE:
         out, lse = reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)

@@ -1,12 +1,24 @@
-"""Checks of single arguments that are arrays of JAX or NumPy; `zigzag_kernels.checks` has the rules themselves."""
+"""Checks and conversions of single arguments; `zigzag_kernels.checks` has the rules themselves."""
+
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from zigzag_kernels.checks import check_cu_seqlens, check_rank, check_world_size
+from zigzag_kernels.checks import (
+    check_cu_seqlens,
+    check_flag,
+    check_lengths,
+    check_offsets,
+    check_rank,
+    check_world_size,
+)
+from zigzag_kernels.layout import MAX_OFFSET
 
 Array = jax.Array | np.ndarray
+_padded: "weakref.WeakValueDictionary[int, jax.Array]" = weakref.WeakValueDictionary()
 
 
 def check_array(name: str, x) -> None:
@@ -15,15 +27,85 @@ def check_array(name: str, x) -> None:
         raise ValueError(f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}")
 
 
-def check_batch(cu_seqlens: Array, rank: int | Array | None, world_size: int) -> None:
-    """Raise `ValueError` for shapes, types and host values that no batch has; values on a device are not read."""
-    check_world_size(world_size)
+def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
+    """Return offsets as an array `[N + 1]` int32; the values of a JAX array are not read.
+
+    A list, tuple or NumPy array is checked, as `validate` does. Of other integers those that int32 cannot hold become
+    -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    """
+    if isinstance(cu_seqlens, list | tuple):
+        cu_seqlens = np.array(check_offsets(cu_seqlens), np.int64)
     check_array("cu_seqlens", cu_seqlens)
     check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
-    if rank is not None:
-        check_rank(rank, world_size, isinstance(rank, Array | np.generic))
+    if isinstance(cu_seqlens, np.ndarray):
+        check_lengths(check_offsets(cu_seqlens.tolist()), world_size)
+        cu_seqlens = cu_seqlens.astype(np.int32)
+    return _as_int32(jnp.asarray(cu_seqlens))
+
+
+def _as_int32(x: jax.Array) -> jax.Array:
+    """Return integers as int32, with -1 for those that it cannot hold."""
+    if x.dtype == jnp.int32:
+        return x
+    if jnp.can_cast(x.dtype, jnp.int32):
+        return x.astype(jnp.int32)
+    held = (x >= jnp.asarray(0, x.dtype)) & (x <= jnp.asarray(MAX_OFFSET, x.dtype))
+    return jnp.where(held, x.astype(jnp.int32), jnp.int32(-1))
+
+
+def as_rank_argument(rank, world_size: int) -> int | Array:
+    """Return `rank` as an int or as an array of one integer, whose value is not read.
+
+    Raises `ValueError` for anything else, and for an int that is no rank.
+    """
+    return check_rank(rank, world_size, isinstance(rank, jax.Array) or (isinstance(rank, np.ndarray) and rank.ndim > 0))
+
+
+def check_batch(cu_seqlens, rank, world_size: int) -> tuple[jax.Array, int | Array, int]:
+    """Return the three arguments as array, int or array, and int; `ValueError` for those that no batch has.
+
+    Values on a device are not read.
+    """
+    world_size = check_world_size(world_size)
+    return as_cu_seqlens(cu_seqlens, world_size), as_rank_argument(rank, world_size), world_size
 
 
 def as_rank(rank: int | Array) -> jax.Array:
-    """Return a rank that `check_batch` accepts as the kernels read it: `[1]` int32."""
-    return jnp.asarray(rank, jnp.int32).reshape(1)
+    """Return a checked rank as the kernels read it: `[1]` int32, -1 if int32 cannot hold it."""
+    if isinstance(rank, int):
+        return jnp.full((1,), rank, jnp.int32)
+    if isinstance(rank, np.ndarray):  # JAX would cut off what its integers do not hold
+        return as_rank(min(max(int(rank.item()), -1), MAX_OFFSET))
+    return _as_int32(rank).reshape(1)
+
+
+def as_flag(name: str, flag: bool) -> bool:
+    """Return a flag of Python; of a traced one JAX says that it cannot be."""
+    return bool(flag) if isinstance(flag, Tracer) else check_flag(name, flag)
+
+
+def readable(*arrays: Array) -> bool:
+    """Return whether the host has the values of `arrays` at hand: NumPy's, and JAX's in its own memory."""
+    return all(map(_is_readable, arrays))
+
+
+def _is_readable(x: Array) -> bool:
+    if isinstance(x, np.ndarray):
+        return True
+    if isinstance(x, Tracer) or not x.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in x.devices())
+
+
+def mark_padded(cu_seqlens: jax.Array) -> None:
+    """Remember that some of the tokens that `cu_seqlens` counts are padding."""
+    _padded[id(cu_seqlens)] = cu_seqlens
+
+
+def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
+    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`."""
+    if not causal and _padded.get(id(cu_seqlens)) is cu_seqlens:
+        raise ValueError(
+            "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
+            "padding of its sequence; choose lengths that are multiples of 2 * world_size"
+        )

@@ -1,27 +1,35 @@
 """`Batch`, the lengths and device tables that all layers of a training step share, and how it is made and checked."""
 
 import dataclasses
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from zigzag_kernels.checks import check_method
+from zigzag_kernels.checks import check_method, check_world_size
 from zigzag_kernels.modes import Backend, Method
+from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
-from . import autograd, launch
-from .arguments import Array, as_rank, check_batch
+from . import autograd, launch, placement
+from .arguments import Array, as_cu_seqlens, as_rank, as_rank_argument
 from .axes import AxisName, axis_names, place_on, varying_axes
 from .parallel import Tables
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("cu_seqlens", "rank", "segments", "sequences"),
+    meta_fields=("world_size", "method", "compared_by"),
+    drop_fields=("host_rank",),
+)
 @dataclass(frozen=True)
 class Batch:
     """A batch holds the lengths and device tables that all layers of a training step share.
 
     `prepare_batch` makes it, and attention takes it in place of `cu_seqlens`. A batch is a pytree. Its specs for
-    `shard_map` are `Batch(P(), P(axis), world_size, method, P(axis), P(axis), axis)`.
+    `shard_map` are `Batch(P(), P(axis), world_size, method, P(axis), P(axis), axis)`; `make_zigzag_attention` makes a
+    function that prepares one outside.
 
     Attributes:
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch.
@@ -30,21 +38,23 @@ class Batch:
         method: the way of moving K/V that the tables are for.
         segments, sequences: the device tables, or None if it was prepared for the backend "reference".
         compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None: nobody has.
+        host_rank: the rank, if the host knows it. It is no part of the pytree: transformations forget it.
     """
 
     cu_seqlens: jax.Array
     rank: jax.Array
-    world_size: int = field(metadata={"static": True})
-    method: str = field(default=Method.ALLGATHER.value, metadata={"static": True})
+    world_size: int
+    method: str = Method.ALLGATHER.value
     segments: jax.Array | None = None
     sequences: jax.Array | None = None
-    compared_by: AxisName | None = field(default=None, metadata={"static": True})
+    compared_by: AxisName | None = None
+    host_rank: int | None = None
 
 
 def prepare_batch(
     cu_seqlens: Array,
-    rank: int | Array = 0,
-    world_size: int = 1,
+    rank: int | Array | None = None,
+    world_size: int | None = None,
     *,
     axis_name: AxisName | None = None,
     method: str = "allgather",
@@ -53,10 +63,12 @@ def prepare_batch(
     """Build the device tables of a batch once, for all layers and for both passes.
 
     Args:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch; may be traced.
-        rank: an int, or an array of one integer, which may be traced.
-        world_size: number of ranks.
-        axis_name: mesh axis, or axes, of the attention calls inside `shard_map`; it replaces `rank` and `world_size`.
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch; may be traced. Other integers are
+            converted; a list, tuple or NumPy array is checked, as `validate` does.
+        rank: an int, or an array of one integer, which may be traced. None is 0 if there is one rank, or that on the
+            mesh axis.
+        world_size: number of ranks. None is 1, or the size of the mesh axis.
+        axis_name: mesh axis, or axes, of the attention calls inside `shard_map`, with neither `rank` nor `world_size`.
             The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
         method: as in the attention calls.
         backend: as in the attention calls.
@@ -65,13 +77,20 @@ def prepare_batch(
     """
     check_method(method)
     if axis_name is not None:
+        for name, x in {"rank": rank, "world_size": world_size}.items():
+            if x is not None:
+                raise ValueError(f"{name}: expected None with axis_name, which gives it, got {x}")
         rank, world_size = place_on(axis_name)
-    backend = launch.choose_backend(backend)
+    world_size = check_world_size(1 if world_size is None else world_size)
+    if rank is None and world_size > 1:
+        raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
+    rank = 0 if rank is None else rank
+    by_default, backend = backend is None, launch.choose_backend(backend)
     batch = as_batch(cu_seqlens, rank, world_size, method)
     check_varying(batch, axis_name)
     if axis_name is not None:
-        compared = _compare(batch.cu_seqlens, axis_name)
-        batch = dataclasses.replace(batch, cu_seqlens=compared, compared_by=axis_name)
+        batch = compare(batch, axis_name)
+    batch = marked(batch, backend, by_default)
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
@@ -80,17 +99,47 @@ def prepare_batch(
 def as_batch(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str) -> Batch:
     """Return `cu_seqlens` as a batch, still without tables if it is an array.
 
-    Raises `ValueError` for a batch that was prepared for another `world_size` or `method`.
+    Raises `ValueError` for a batch that was prepared for another rank, `world_size` or `method`. If only the device
+    knows the ranks, and they differ, attention to the batch is NaN.
     """
+    world_size = check_world_size(world_size)
+    rank = as_rank_argument(rank, world_size)
+    host_rank = rank if isinstance(rank, int) else None
     if not isinstance(cu_seqlens, Batch):
-        check_batch(cu_seqlens, rank, world_size)
-        return Batch(jnp.asarray(cu_seqlens), as_rank(rank), world_size, method)
+        return Batch(as_cu_seqlens(cu_seqlens, world_size), as_rank(rank), world_size, method, host_rank=host_rank)
+    batch = cu_seqlens
     for name, wanted in {"world_size": world_size, "method": method}.items():
-        prepared = getattr(cu_seqlens, name)
+        prepared = getattr(batch, name)
         if prepared != wanted:
             raise ValueError(f"{name}: expected that of the prepared batch, {prepared!r}, got {wanted!r}")
-    check_batch(cu_seqlens.cu_seqlens, rank, world_size)
-    return cu_seqlens
+    if host_rank is not None and batch.host_rank is not None:
+        if host_rank != batch.host_rank:
+            raise ValueError(f"rank: expected that of the prepared batch, {batch.host_rank}, got {host_rank}")
+        return batch
+    return batch if rank is batch.rank else _for_rank(batch, as_rank(rank))
+
+
+def _for_rank(batch: Batch, rank: jax.Array) -> Batch:
+    """Return `batch`, but one of no rank, to which attention is NaN, if it was prepared for another than `rank`."""
+    same = batch.rank == rank
+    batch = dataclasses.replace(batch, rank=jnp.where(same, batch.rank, -1))
+    if batch.segments is None or batch.sequences is None:
+        return batch
+    keys = jnp.array([SegmentColumn.KV_LEN, SegmentColumn.KEYS])
+    segments = jnp.zeros_like(batch.segments).at[..., -1, keys].set(-1)
+    sequences = jnp.zeros_like(batch.sequences).at[..., -1, SequenceColumn.KEYS].set(-1)
+    return dataclasses.replace(
+        batch,
+        segments=jnp.where(same, batch.segments, segments),
+        sequences=jnp.where(same, batch.sequences, sequences),
+    )
+
+
+def marked(batch: Batch, backend: str, by_default: bool) -> Batch:
+    """Return `batch` with the `placement.mark` of a call by `backend`, which is `by_default` if no caller named it."""
+    rank = placement.mark(batch.rank, backend, by_default)
+    segments = None if batch.segments is None else placement.mark(batch.segments, backend, by_default)
+    return dataclasses.replace(batch, rank=rank, segments=segments)
 
 
 def tables_of(batch: Batch, backend: str) -> Tables:
@@ -115,8 +164,35 @@ def check_varying(batch: Batch, axis_name: AxisName | None, *arrays: jax.Array) 
             )
 
 
-def _compare(cu_seqlens: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Return `cu_seqlens` if all ranks have the same, else -1 everywhere, for which attention returns NaN."""
+def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays: jax.Array) -> None:
+    """Raise `ValueError` if, by the types of `shard_map`, every rank of `axis_name` has the same rows of an array."""
+    if isinstance(rank, int):
+        return
+    for axis in axis_names(axis_name):
+        if axis not in varying_axes(rank) or jax.lax.axis_size(axis) == 1:
+            continue  # without types, or with nothing to be spread over
+        for name, x in arrays.items():
+            if axis not in varying_axes(x):
+                raise ValueError(
+                    f"{name}: expected the rows of each rank, got an array that is the same along the mesh axis "
+                    f"{axis!r}; give its rows with P({axis!r}) in in_specs"
+                )
+
+
+def compare(batch: Batch, axis_name: AxisName) -> Batch:
+    """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then."""
     # The types of shard_map promise it within one process. Between processes, or without check_vma, nothing does.
-    same = jax.lax.pmax(cu_seqlens, axis_name) == jax.lax.pmin(cu_seqlens, axis_name)
-    return jnp.where(same.all(), cu_seqlens, -1)
+    own = batch.cu_seqlens
+    largest, of_inverse = jax.lax.pmax(jnp.stack((own, ~own)), axis_name)  # the largest of ~x is ~ of the smallest x
+    compared = jnp.where((largest == ~of_inverse).all(), own, -1)
+    return dataclasses.replace(batch, cu_seqlens=compared, compared_by=axis_name)
+
+
+def compare_if_untyped(batch: Batch, axis_name: AxisName | None, rank: int | jax.Array) -> Batch:
+    """Return `compare` of a batch that ranks may differ in: in several processes, or where `shard_map` has no types."""
+    if axis_name is None or isinstance(rank, int) or batch.compared_by == axis_name or batch.world_size == 1:
+        return batch
+    typed = set(axis_names(axis_name)) <= set(varying_axes(rank))
+    if typed and jax.process_count() == 1:
+        return batch
+    return dataclasses.replace(compare(batch, axis_name), segments=None, sequences=None)

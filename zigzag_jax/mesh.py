@@ -1,15 +1,38 @@
 """Attention for callers outside `shard_map`: whole arrays, sharded over the axes of a mesh."""
 
+import dataclasses
 import functools
+import inspect
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from zigzag_kernels.modes import Backend, Method
+
 from .api import zigzag_attention
-from .arguments import Array, check_array
+from .arguments import Array, as_cu_seqlens, as_flag, check_array
 from .axes import AxisName, axis_names
+from .batch import Batch, prepare_batch
+from .launch import choose_backend
+
+_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(zigzag_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "axis_name"
+)
+
+
+class _Axes(NamedTuple):
+    """The mesh axes that dimensions are spread over; the names are those of the arguments."""
+
+    axis: AxisName
+    head_axis: AxisName | None
+    batch_axis: AxisName | None
 
 
 def make_zigzag_attention(
@@ -35,36 +58,145 @@ def make_zigzag_attention(
     Returns:
         A function that takes one of
 
-        - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence;
+        - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence, or the `Batch` that
+          `attention.prepare_batch(cu_seqlens)` makes once for all layers;
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
         and returns out in the shape of q; with `return_lse`, (out, lse `[heads, W * T]` or `[batch, heads, W * T]`
         float32). It raises as `zigzag_attention`.
 
+        Arrays that are sharded over a mesh axis which no argument names are refused, where their sharding is known: in
+        eager calls, and if the axes of `mesh` are types. Under `jit` of other meshes XLA gathers such arrays.
+
     Raises:
-        ValueError: an axis that `mesh` does not have.
+        ValueError: an axis that `mesh` does not have, or has twice.
+        TypeError: an option that `zigzag_attention` does not take.
     """
-    for name in (name for axes in (axis, head_axis, batch_axis) for name in axis_names(axes)):
-        if name not in mesh.axis_names:
-            raise ValueError(f"mesh: expected an axis {name!r}, got the axes {mesh.axis_names}")
+    axes = _Axes(axis, head_axis, batch_axis)
+    _check_mesh(mesh, axes)
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"{name}: expected one of the options {', '.join(_OPTIONS)}")
+    return_lse = as_flag("return_lse", options.get("return_lse", False))
     attend = functools.partial(zigzag_attention, axis_name=axis, **options)
 
-    def attention(q: Array, k: Array, v: Array, cu_seqlens: Array | None = None):
-        for name, x in {"q": q, "k": k, "v": v}.items():
-            check_array(name, x)
-        if batch_axis is not None and q.ndim != 4:
-            raise ValueError(f"q: expected [batch, tokens, heads, head_dim] to spread over batch_axis, got {q.shape}")
+    def attention(q: Array, k: Array, v: Array, cu_seqlens: Array | Batch | None = None):
+        _check_arrays(mesh, axes, q=q, k=k, v=v)
         lead = (batch_axis,) * (q.ndim - 3)
         rows, lse = P(*lead, axis, head_axis), P(*lead, head_axis, axis)
-        arrays, specs, body = [q, k, v], [rows] * 3, attend
+        arrays: list[Any] = [q, k, v]
+        specs: list[Any] = [rows] * 3
+        body = attend
         if cu_seqlens is not None:
-            check_array("cu_seqlens", cu_seqlens)
-            arrays, specs = [*arrays, cu_seqlens], [*specs, P(*lead)]
+            lengths, spec = _spread_lengths(cu_seqlens, mesh, axes, q.shape[: q.ndim - 3])
+            arrays, specs = [*arrays, lengths], [*specs, spec]
             body = jax.vmap(attend) if lead else attend
         if AxisType.Explicit in mesh.axis_types:
-            arrays = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
-        out_specs = (rows, lse) if options.get("return_lse") else rows
+            arrays, specs_of = jax.tree.flatten(arrays)[0], jax.tree.flatten(specs, is_leaf=_is_spec)[0]
+            arrays = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs_of, strict=True)]
+            arrays = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_spec), arrays)
+        out_specs = (rows, lse) if return_lse else rows
         return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
 
+    def prepare(cu_seqlens: Array) -> Batch:
+        """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
+        chosen = {name: options[name] for name in ("method", "backend") if name in options}
+        lengths = as_cu_seqlens(cu_seqlens, _size(mesh, axis))
+        if AxisType.Explicit in mesh.axis_types:
+            lengths = jax.reshard(lengths, NamedSharding(mesh, P()))
+        body = functools.partial(prepare_batch, axis_name=axis, **chosen)
+        tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
+        method = options.get("method", Method.ALLGATHER.value)
+        specs = Batch(P(), P(axis), _size(mesh, axis), method, tables, tables, axis)  # pyright: ignore
+        return jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=specs)(lengths)
+
+    attention.prepare_batch = prepare
     return attention
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, P)
+
+
+def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
+    """Return the specs of a batch of all ranks."""
+    tables = {name: None if getattr(batch, name) is None else P(axis) for name in ("segments", "sequences")}
+    return dataclasses.replace(batch, cu_seqlens=P(), rank=P(axis), **tables)
+
+
+def _size(mesh: Mesh, axes: AxisName | None) -> int:
+    return math.prod(mesh.shape[name] for name in axis_names(axes))
+
+
+def _check_mesh(mesh: Mesh, axes: _Axes) -> None:
+    """Raise `ValueError` unless `mesh` has all of the axes, and none has two meanings."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
+    seen = {}
+    for argument, given in axes._asdict().items():
+        names = (given,) if isinstance(given, str) else given
+        if argument == "axis" and names in (None, ()):
+            raise ValueError(f"axis: expected a mesh axis, or several, got {given!r}")
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{argument}: expected the name of a mesh axis, or a tuple of names, got {given!r}")
+        for name in names or ():
+            if name not in mesh.axis_names:
+                raise ValueError(f"mesh: expected an axis {name!r}, got the axes {mesh.axis_names}")
+            if name in seen:
+                raise ValueError(f"{argument}: expected an axis other than {name!r}, which {seen[name]} is already")
+            seen[name] = argument
+
+
+def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
+    """Raise `ValueError` for arrays that the axes do not divide, or that are spread over others."""
+    for name, x in arrays.items():
+        check_array(name, x)
+    for name, x in arrays.items():
+        if axes.batch_axis is not None and x.ndim != 4:
+            raise ValueError(
+                f"{name}: expected [batch, tokens, heads, head_dim] to spread over batch_axis, got {x.shape}"
+            )
+        if x.ndim not in (3, 4):
+            raise ValueError(f"{name}: expected [tokens, heads, head_dim] or [batch, ...], got shape {x.shape}")
+        spread = {"head_axis": (-2, "heads"), "axis": (-3, "tokens"), "batch_axis": (-4, "batch")}
+        for argument, (dimension, what) in spread.items():
+            given = getattr(axes, argument)
+            if given is not None and x.shape[dimension] % (size := _size(mesh, given)):
+                raise ValueError(
+                    f"{name}: expected {what} that the {size} devices of {argument} {given!r} divide, "
+                    f"got {x.shape[dimension]} in shape {x.shape}"
+                )
+        _check_sharding(name, x, axes)
+
+
+def _check_sharding(name: str, x: Array, axes: _Axes) -> None:
+    """Raise `ValueError` for an array that is known to be spread over an axis that nobody named."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    spec = getattr(sharding, "spec", None) or ()
+    named = {name for given in axes for name in axis_names(given)}
+    for dimension, given in enumerate(spec):
+        for axis in axis_names(given if isinstance(given, str | tuple) else None):
+            if axis not in named:
+                raise ValueError(
+                    f"{name}: expected an array that is spread over {sorted(named)}, got one whose dimension "
+                    f"{dimension} is spread over {axis!r} too, and would be gathered: name it as axis, head_axis or "
+                    "batch_axis"
+                )
+
+
+def _spread_lengths(cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, batch: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return (cu_seqlens as an array or a batch, its spec); `batch` is that of q, or empty."""
+    if isinstance(cu_seqlens, Batch):
+        if batch or cu_seqlens.compared_by != axes.axis:
+            raise ValueError(
+                "cu_seqlens: expected, for packed q [tokens, heads, head_dim], a batch of attention.prepare_batch, "
+                f"got one prepared for axis_name {cu_seqlens.compared_by!r}"
+            )
+        return cu_seqlens, _batch_specs(cu_seqlens, axes.axis)
+    if not batch:
+        return as_cu_seqlens(cu_seqlens, _size(mesh, axes.axis)), P()
+    check_array("cu_seqlens", cu_seqlens)
+    if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
+        raise ValueError(f"cu_seqlens: expected [batch, N + 1] with batch {batch[0]} as in q, got {cu_seqlens.shape}")
+    return cu_seqlens, P(axes.batch_axis)

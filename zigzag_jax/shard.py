@@ -6,10 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.checks import check_lengths
-from zigzag_kernels.layout import gathered_row, padded_length, row_position
+from zigzag_kernels.checks import (
+    check_cu_seqlens,
+    check_fill,
+    check_int,
+    check_lengths,
+    check_offsets,
+    check_rank,
+    check_rows,
+    check_unsaid_rows,
+    check_world_size,
+)
+from zigzag_kernels.layout import gathered_row, impossible, padded_length, row_position
 
-from .arguments import Array, as_rank, check_batch
+from .arguments import Array, as_rank, check_array, check_batch, mark_padded, readable
 
 
 def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -37,9 +47,11 @@ def local_cu_seqlens(cu_seqlens: Array, world_size: int) -> jax.Array:
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
         world_size: number of ranks.
+
+    Raises `ValueError` for offsets that `validate` refuses; if they are traced or on a GPU, all of the result is -1.
     """
-    check_batch(cu_seqlens, None, world_size)
-    return jnp.asarray(cu_seqlens) // world_size
+    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
+    return _poisoned(cu_seqlens // world_size, _fault(cu_seqlens, 0, world_size))
 
 
 def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array:
@@ -51,18 +63,67 @@ def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: 
         world_size: number of ranks.
         tokens: T. Without it the last offset is read, which waits for the device.
 
-    Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced.
+    Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced, for offsets that `validate` refuses, for a rank
+    that is none, and for fewer `tokens` than the sequences have. If the values are traced or on a GPU, all positions
+    are -1 instead.
     """
-    check_batch(cu_seqlens, rank, world_size)
     if tokens is None:
-        tokens = _on_host(cu_seqlens, "give the number of local rows as `tokens`")[-1] // world_size
+        offsets = _on_host(cu_seqlens, "give the number of local rows as `tokens`")
+        world_size = check_world_size(world_size)
+        check_lengths(offsets, world_size)
+        tokens = check_unsaid_rows(offsets[-1] // world_size)
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+    tokens = check_int("tokens", tokens, 0)
+    fault = _fault(cu_seqlens, rank, world_size, tokens)
     _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-    return row_position(offset, length, as_rank(rank), world_size) * (length > 0)
+    return _poisoned(row_position(offset, length, as_rank(rank), world_size) * (length > 0), fault)
+
+
+def _fault(cu_seqlens: jax.Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array | None:
+    """Return whether the values cannot describe a batch of `tokens` local rows, as an array that nobody has read.
+
+    Values that the host has at hand are checked instead: `ValueError`, or None.
+    """
+    number = isinstance(rank, int)
+    if not readable(cu_seqlens) or not (number or readable(rank)):
+        return impossible(cu_seqlens, as_rank(rank), world_size, tokens)
+    check_rank(rank if number else int(np.asarray(rank).item()), world_size, False)
+    offsets = np.asarray(cu_seqlens).tolist()
+    check_lengths(offsets, world_size)
+    if tokens is not None and offsets[-1] > tokens * world_size:
+        raise ValueError(
+            f"tokens: expected at least the {offsets[-1] // world_size} local rows of cu_seqlens, got {tokens}"
+        )
+    return None
+
+
+def _poisoned(x: jax.Array, fault: jax.Array | None) -> jax.Array:
+    """Return `x`, but NaN in every place, or -1, or the largest of unsigned numbers, if there is a `fault`."""
+    if fault is None:
+        return x
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.where(fault, jnp.asarray(jnp.nan, x.dtype), x)
+    if x.dtype == jnp.bool_:
+        return fault | x
+    value = -1 if jnp.issubdtype(x.dtype, jnp.signedinteger) else jnp.iinfo(x.dtype).max
+    return jnp.where(fault, jnp.asarray(value, x.dtype), x)
+
+
+def _rows_of(x: Array, cu_seqlens: jax.Array, world_size: int) -> int:
+    """Return how many rows of `x` each rank has; `ValueError` unless the rows are those of `cu_seqlens`."""
+    check_array("x", x)
+    end = int(np.asarray(cu_seqlens)[-1]) if readable(cu_seqlens) else None
+    return check_rows("x", x.shape, world_size, end)
+
+
+def _take(x: Array, rows: jax.Array, fault: jax.Array | None) -> jax.Array:
+    """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
+    return _poisoned(jnp.asarray(x)[rows], fault)
 
 
 def _global_rows(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int) -> jax.Array:
     """Return the row of the whole batch that each local row holds, `[T]`; padding is dealt out evenly."""
-    cu_seqlens, rank = jnp.asarray(cu_seqlens), as_rank(rank)
+    rank = as_rank(rank)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
     used = cu_seqlens[-1]
@@ -82,10 +143,14 @@ def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> ja
 
     Returns:
         `[total / world_size, ...]`.
+
+    Raises `ValueError` for offsets that `validate` refuses and for a rank that is none. If those values are traced or
+    on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
     """
-    check_batch(cu_seqlens, rank, world_size)
-    _check_rows(x, world_size)
-    return jnp.asarray(x)[_global_rows(cu_seqlens, rank, world_size, x.shape[0] // world_size)]
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+    tokens = _rows_of(x, cu_seqlens, world_size)
+    fault = _fault(cu_seqlens, rank, world_size, tokens)
+    return _take(x, _global_rows(cu_seqlens, rank, world_size, tokens), fault)
 
 
 def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
@@ -95,11 +160,12 @@ def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
         x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on.
         cu_seqlens: `[N + 1]` int32, as for `shard`.
         world_size: number of ranks.
+
+    It treats offsets that `validate` refuses as `shard` does.
     """
-    check_batch(cu_seqlens, None, world_size)
-    _check_rows(x, world_size)
-    cu_seqlens = jnp.asarray(cu_seqlens)
-    total, tokens = x.shape[0], x.shape[0] // world_size
+    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
+    tokens = _rows_of(x, cu_seqlens, world_size)
+    fault, total = _fault(cu_seqlens, 0, world_size, tokens), x.shape[0]
     sequence, position, length = sequence_of_rows(cu_seqlens, 1, total)
     start = cu_seqlens[jnp.maximum(sequence, 0)]
     used = cu_seqlens[-1]
@@ -108,36 +174,49 @@ def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
     room = jnp.maximum(tokens - local_used, 1)
     padding = behind // room * tokens + local_used + behind % room
     rows = jnp.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
-    return jnp.asarray(x)[rows]
+    return _take(x, rows, fault)
 
 
 def pad_to_zigzag(
-    x: Array, cu_seqlens: Array, world_size: int, total: int | None = None
+    x: Array, cu_seqlens: Array, world_size: int, total: int | None = None, *, value: float = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Append zeros to each sequence so that its length is a multiple of 2W; with one rank lengths stay as they are.
+    """Append `value` to each sequence so that its length is a multiple of 2W; with one rank lengths stay as they are.
 
     Args:
         x: `[rows, ...]`, the packed batch.
         cu_seqlens: `[N + 1]` int32, its offsets, which are read on the host: `ValueError` if traced.
         world_size: W, the number of ranks.
-        total: number of rows of the result, a multiple of W; zeros behind the last sequence fill it up.
+        total: number of rows of the result, a multiple of W; rows of `value` behind the last sequence fill it up.
+        value: 0 for tokens; labels want the index that the loss ignores, such as -100.
 
     Returns:
-        (padded `x`, its `cu_seqlens`). Attention treats the zeros as tokens at the end of their sequence, so that with
-        a causal mask no real token attends to them.
+        (padded `x`, its `cu_seqlens`). Attention treats the padding as tokens at the end of their sequence, so that
+        with a causal mask no real token attends to them. Without one, every real token would: attention refuses
+        `causal=False` with the `cu_seqlens` of this function, unless they are traced.
     """
     lengths = _host_lengths(x, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     if total is None:
         total = sum(padded)
-    if total < sum(padded) or total % world_size:
-        raise ValueError(
-            f"total: expected a multiple of world_size = {world_size}, at least {sum(padded)}, got {total}"
-        )
+    expected = f"a multiple of world_size = {world_size}, at least {sum(padded)}"
+    if check_int("total", total, sum(padded), expected=expected) % world_size:
+        raise ValueError(f"total: expected {expected}, got {total}")
     x = jnp.asarray(x)
+    fill = jnp.asarray(check_fill("value", value, str(x.dtype), _limits(x.dtype)), x.dtype)
     rows, new_cu_seqlens = _padded_rows(lengths, padded)
-    result = jnp.zeros((total, *x.shape[1:]), x.dtype).at[rows].set(x[: len(rows)], unique_indices=True)
-    return result, jnp.asarray(new_cu_seqlens)
+    result = jnp.full((total, *x.shape[1:]), fill).at[rows].set(x[: len(rows)], unique_indices=True)
+    new_cu_seqlens = jnp.asarray(new_cu_seqlens)
+    if padded != lengths:
+        mark_padded(new_cu_seqlens)
+    return result, new_cu_seqlens
+
+
+def _limits(dtype: np.dtype) -> tuple[float, float]:
+    if dtype == jnp.bool_:
+        return 0, 1
+    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    return (int(limits.min), int(limits.max)) if whole else (float(limits.min), float(limits.max))
 
 
 def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
@@ -150,8 +229,11 @@ def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
     """
     lengths = _host_lengths(None, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
-    if x.shape[0] < sum(padded):
-        raise ValueError(f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0]}")
+    check_array("x", x)
+    if not x.ndim or x.shape[0] < sum(padded):
+        raise ValueError(
+            f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
+        )
     return jnp.asarray(x)[_padded_rows(lengths, padded)[0]]
 
 
@@ -166,26 +248,28 @@ def validate(cu_seqlens: Array, world_size: int, total: int | None = None) -> No
         world_size: number of ranks.
         total: rows of the whole batch, if the sequences are to be checked against them.
     """
-    check_batch(cu_seqlens, None, world_size)
+    world_size = check_world_size(world_size)
     check_lengths(_on_host(cu_seqlens), world_size, total)
 
 
-def _check_rows(x: Array, world_size: int) -> None:
-    if x.shape[0] % world_size:
-        raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {x.shape[0]}")
-
-
 def _on_host(cu_seqlens: Array, advice: str = "call this outside of jit") -> list[int]:
+    if isinstance(cu_seqlens, list | tuple):
+        return check_offsets(cu_seqlens)
+    check_array("cu_seqlens", cu_seqlens)
+    check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
     try:
-        return np.asarray(cu_seqlens).tolist()
+        return check_offsets(np.asarray(cu_seqlens).tolist())
     except jax.errors.TracerArrayConversionError:
         raise ValueError(f"cu_seqlens: expected values that can be read here, got a traced array; {advice}") from None
 
 
 def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[int]:
-    check_batch(cu_seqlens, None, world_size)
+    check_world_size(world_size)
     starts = _on_host(cu_seqlens)
-    check_lengths(starts, 1, None if x is None else x.shape[0])
+    check_lengths(starts, 1)
+    if x is not None:
+        check_array("x", x)
+        check_rows("x", x.shape, 1, starts[-1])
     return [end - start for start, end in itertools.pairwise(starts)]
 
 

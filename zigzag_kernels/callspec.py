@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from .checks import check_flag, check_method, check_softmax_scale
+from .checks import check_flag, check_method, check_softmax_scale, python_value
 from .modes import Method
 
 
@@ -65,18 +65,17 @@ def make_call_spec(
     `softmax_scale` None is `1 / sqrt(head_dim)`, and `grad_reduce_dtype` None is "float32". Raises `ValueError` for a
     value that no call accepts; `make_problem` checks the values that depend on the arrays.
     """
-    check_flag("causal", causal)
-    check_flag("deterministic", deterministic)
+    causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
     check_method(method)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(max(head_dim, 1))  # make_problem refuses a head_dim below 1
-    check_softmax_scale(softmax_scale)
+    softmax_scale = check_softmax_scale(softmax_scale)
     return CallSpec(
         causal=causal,
-        softmax_scale=float(softmax_scale),
+        softmax_scale=softmax_scale,
         backend=backend,
         method=Method(method),
-        heads_k_stride=heads_k_stride,
+        heads_k_stride=python_value(heads_k_stride),
         grad_reduce_dtype="float32" if grad_reduce_dtype is None else grad_reduce_dtype,
         deterministic=deterministic,
     )

@@ -6,6 +6,7 @@ Checks of how arrays go together are in `problem.make_problem`.
 import math
 from itertools import pairwise
 
+from .layout import MAX_OFFSET
 from .modes import Backend, Method
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -13,6 +14,9 @@ MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 8, 256, 8
 MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
 MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; the offset of the tile itself is int64
 MAX_BLOCK = 256
+MAX_RANKS = 2**20  # chunk numbers, and their products with rows, are int32 in the kernels
+MAX_UNSAID_ROWS = 2**27  # of one rank, as `cu_seqlens` alone says: more are more likely its garbage than a batch
+SCALES = 1e-30, 1e30  # between them softmax_scale, and its products with scores, are ordinary float32 numbers
 METHODS = tuple(method.value for method in Method)
 
 
@@ -41,41 +45,80 @@ def check_strides(name: str, strides: tuple[int, int], group: int) -> None:
         )
 
 
-def check_world_size(world_size: int) -> None:
-    """Raise `ValueError` unless `world_size` is a positive int."""
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size: expected a positive int, got {world_size!r}")
+def python_value(x):
+    """Return the Python value of a NumPy scalar, and anything else as it is."""
+    return x.item() if type(x).__module__ == "numpy" and getattr(x, "shape", None) == () else x
 
 
-def check_rank(rank, world_size: int, is_array: bool) -> None:
-    """Raise `ValueError` unless `rank` is one of `world_size`, or an array (`is_array`) of one integer.
+def check_int(name: str, x, least: int, most: int | None = None, expected: str = "") -> int:
+    """Return `x` as an int from `least` to `most`; `ValueError` for anything else, in the words of `expected`."""
+    x = python_value(x)
+    if isinstance(x, bool) or not isinstance(x, int) or x < least or (most is not None and x > most):
+        raise ValueError(f"{name}: expected {expected or f'an int of at least {least}'}, got {x!r}")
+    return x
+
+
+def check_world_size(world_size: int) -> int:
+    """Return `world_size` as a Python int; `ValueError` unless it is a number of ranks."""
+    world_size = check_int("world_size", world_size, 1, expected="a positive int")
+    return check_int("world_size", world_size, 1, MAX_RANKS, f"at most {MAX_RANKS} ranks")
+
+
+def check_rank(rank, world_size: int, is_array: bool):
+    """Return `rank`; `ValueError` unless it is one of `world_size`, or an array (`is_array`) of one integer.
 
     The value of an array may be on a device and is not looked at.
     """
     if is_array:
-        shape, dtype = tuple(rank.shape), str(rank.dtype).removeprefix("torch.")
+        shape, dtype = tuple(rank.shape), dtype_name(rank)
         if math.prod(shape) != 1 or "int" not in dtype:
             raise ValueError(f"rank: expected an int or an array of one integer, got shape {shape} {dtype}")
-    elif isinstance(rank, bool) or not isinstance(rank, int):
+        return rank
+    rank = python_value(rank)
+    if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"rank: expected an int or an array of one integer, got {type(rank).__name__}")
-    elif not 0 <= rank < world_size:
+    if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+    return rank
 
 
-def check_softmax_scale(softmax_scale: float) -> None:
-    """Raise `ValueError` unless `softmax_scale` is a positive finite Python number."""
+def check_softmax_scale(softmax_scale: float) -> float:
+    """Return `softmax_scale` as a float; `ValueError` unless it is a positive number that float32 arithmetic bears."""
+    softmax_scale = python_value(softmax_scale)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
         raise ValueError(f"softmax_scale: expected a Python number, got {type(softmax_scale).__name__}")
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
+    least, most = SCALES
+    if not least <= softmax_scale <= most:
+        raise ValueError(f"softmax_scale: expected a number from {least} to {most}, got {softmax_scale}")
+    return float(softmax_scale)
 
 
-def check_cu_seqlens(shape: tuple[int, ...], dtype: str) -> None:
-    """Raise `ValueError` unless an array of this shape and dtype name can be `cu_seqlens [N + 1]` int32."""
+def dtype_name(x) -> str:
+    """Return the name of the dtype of an array of any framework."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def check_cu_seqlens(shape: tuple[int, ...], dtype: str, name: str = "cu_seqlens") -> None:
+    """Raise `ValueError` unless an array of this shape and dtype name can be `cu_seqlens [N + 1]`."""
     if len(shape) != 1 or shape[0] < 1:
-        raise ValueError(f"cu_seqlens: expected shape [N + 1], got {shape}")
-    if dtype != "int32":
-        raise ValueError(f"cu_seqlens: expected dtype int32, got {dtype}")
+        raise ValueError(f"{name}: expected shape [N + 1], got {shape}")
+    if "int" not in dtype:
+        raise ValueError(f"{name}: expected dtype int32, or other integers, got {dtype}")
+
+
+def check_offsets(values, name: str = "cu_seqlens") -> list[int]:
+    """Return the offsets in a list or tuple as Python ints; `ValueError` unless int32 holds each of them."""
+    offsets = [python_value(value) for value in values]
+    if not offsets:
+        raise ValueError(f"{name}: expected [N + 1] integers, got none")
+    for i, value in enumerate(offsets):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name}: expected integers, got {type(value).__name__} {value!r} at [{i}]")
+        if not -MAX_OFFSET <= value <= MAX_OFFSET:
+            raise ValueError(f"{name}: expected integers that int32 holds, got {value} at [{i}]")
+    return offsets
 
 
 def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None) -> None:
@@ -83,6 +126,8 @@ def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = No
 
     `total` is the number of rows of the packed batch; rows behind the last sequence are padding.
     """
+    if total is not None:
+        total = check_int("total", total, 0)
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens: expected to begin with 0, got {cu_seqlens[0]}")
     for i, (start, end) in enumerate(pairwise(cu_seqlens)):
@@ -109,7 +154,46 @@ def check_target(target: str) -> None:
         raise RuntimeError(f"the kernels need a GPU of compute capability 8.0 or newer, got {target}")
 
 
-def check_flag(name: str, flag: bool) -> None:
-    """Raise `ValueError` unless the argument `name` is True or False."""
+def check_flag(name: str, flag: bool) -> bool:
+    """Return the argument `name` as a Python bool; `ValueError` unless it is True or False."""
+    flag = python_value(flag)
     if not isinstance(flag, bool):
         raise ValueError(f"{name}: expected True or False, got {flag!r}")
+    return flag
+
+
+def check_rows(name: str, shape: tuple[int, ...], world_size: int, end: int | None = None) -> int:
+    """Return how many rows of an array of this shape each rank has.
+
+    Raises `ValueError` unless the rows can be dealt out evenly, and are at least the `end` that offsets count.
+    """
+    if not shape:
+        raise ValueError(f"{name}: expected [total, ...], got shape ()")
+    if shape[0] % world_size:
+        raise ValueError(f"{name}: expected a multiple of world_size = {world_size} rows, got {shape[0]}")
+    if end is not None and end > shape[0]:
+        raise ValueError(
+            f"{name}: expected [total, ...] with the {end} rows of cu_seqlens or more, got shape {shape}; "
+            "a [batch, tokens] array is given row by row"
+        )
+    return shape[0] // world_size
+
+
+def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
+    """Return `value` as a Python number; `ValueError` unless an array of `dtype` holds it, whose `limits` are given."""
+    value = python_value(value)
+    least, most = limits
+    whole = "int" in dtype
+    number = isinstance(value, int) if whole else isinstance(value, int | float)
+    if not number or (isinstance(value, bool) and dtype != "bool"):
+        raise ValueError(f"{name}: expected {'an integer' if whole else 'a number'} for {dtype}, got {value!r}")
+    if (whole or math.isfinite(value)) and not least <= value <= most:
+        raise ValueError(f"{name}: expected a number that {dtype} holds, from {least} to {most}, got {value}")
+    return value
+
+
+def check_unsaid_rows(rows: int) -> int:
+    """Return `rows`, the local rows that `cu_seqlens` counts; `ValueError` if they are too many to make unasked."""
+    if rows > MAX_UNSAID_ROWS:
+        raise ValueError(f"tokens: expected a number, as {rows} local rows are above {MAX_UNSAID_ROWS}, got None")
+    return rows

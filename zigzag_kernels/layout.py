@@ -5,6 +5,8 @@ every sequence in order. With one rank a sequence stays whole, so that its lengt
 ints or integer arrays of any framework: only arithmetic and comparisons are used.
 """
 
+MAX_OFFSET = 2**31 - 1  # `cu_seqlens` is int32
+
 
 def chunk_length(length, world_size: int):
     """Tokens of one chunk of a sequence of `length` tokens; with one rank the whole sequence is the chunk."""
@@ -44,9 +46,14 @@ def padded_length(length: int, world_size: int) -> int:
     return -(-length // step) * step
 
 
-def impossible(cu_seqlens, rank, world_size: int, tokens: int):
-    """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread."""
+def impossible(cu_seqlens, rank, world_size: int, tokens: int | None):
+    """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread.
+
+    `tokens` None is any number of rows.
+    """
     step = 1 if world_size == 1 else 2 * world_size
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    uneven = ((lengths < 0) | (lengths % step != 0)).any() | (cu_seqlens[0] != 0)
-    return uneven | (cu_seqlens[-1] > world_size * tokens) | ((rank < 0) | (rank >= world_size)).any()
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]  # of offsets below 0 the difference may wrap around to a possible one
+    fault = ((lengths < 0) | (lengths % step != 0)).any() | (cu_seqlens[0] != 0) | (cu_seqlens < 0).any()
+    if tokens is not None:
+        fault = fault | (cu_seqlens[-1] > min(world_size * tokens, MAX_OFFSET))
+    return fault | ((rank < 0) | (rank >= world_size)).any()

@@ -6,11 +6,11 @@ import functools
 import torch
 
 from zigzag_kernels.callspec import CallSpec, make_call_spec
-from zigzag_kernels.checks import batch_shape, check_method
+from zigzag_kernels.checks import batch_shape, check_flag, check_method
 from zigzag_kernels.modes import Backend, KVLayout, Method
 
 from . import launch, reference
-from .arguments import as_rank, cast_for_autocast, check_device, check_tensor
+from .arguments import as_rank, cast_for_autocast, check_device, check_tensor, check_unpadded
 from .autograd import agreed_rank, attention
 from .batch import Batch, as_batch, tables_of
 from .dispatch import refuse_tangents
@@ -62,12 +62,14 @@ def zigzag_attention_gathered(
     """
     backend = _check_tensors(q, k, v, backend)
     q, k, v = cast_for_autocast(q, k, v)
-    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value)
+    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device)
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
+    return_lse = check_flag("return_lse", return_lse)
     call = _call_spec(_head_dim(q), backend, causal, softmax_scale, deterministic=deterministic)
+    check_unpadded(batch.cu_seqlens, call.causal)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
-    transport = transport_of(q, k, v, call, sequences, world_size, KVLayout.GATHERED, None)
+    transport = transport_of(q, k, v, call, sequences, batch.world_size, KVLayout.GATHERED, None)
     out, lse = _attend(transport, q, k, v, batch)
     return (out, lse) if return_lse else out
 
@@ -127,10 +129,12 @@ def zigzag_attention(
         check_method(method)
         backend = _check_tensors(q, k, v, backend)
         q, k, v = cast_for_autocast(q, k, v)
-        batch = as_batch(cu_seqlens, place.rank, place.world_size, method)
+        batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q.device)
         check_device("cu_seqlens", batch.cu_seqlens, "q", q)
+        return_lse = check_flag("return_lse", return_lse)
         options = method, heads_k_stride, grad_reduce_dtype
         call = _call_spec(_head_dim(q), backend, causal, softmax_scale, *options, deterministic=deterministic)
+        check_unpadded(batch.cu_seqlens, call.causal)
         q, k, v = _readable(q, k, v, backend)
         sequences, layout = batch.cu_seqlens.shape[0] - 1, KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
         transport = transport_of(q, k, v, call, sequences, place.world_size, layout, place.group_name)
@@ -152,7 +156,7 @@ def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method
         raise ValueError(f"q: expected an even number of local rows of each sequence, got {tokens}")
     cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * (place.world_size * tokens)
     rank = as_rank(place.rank, q.device)
-    return Batch(cu_seqlens, rank, place.world_size, method, compared_by=place.group_name)
+    return Batch(cu_seqlens, rank, place.world_size, method, compared_by=place.group_name, host_rank=place.rank)
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None) -> str:

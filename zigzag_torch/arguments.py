@@ -1,16 +1,41 @@
-"""Checks of single arguments that are tensors; `zigzag_kernels.checks` has the rules themselves."""
+"""Checks and conversions of single arguments; `zigzag_kernels.checks` has the rules themselves."""
+
+import weakref
 
 import torch
 
-from zigzag_kernels.checks import DTYPE_BYTES, check_cu_seqlens, check_rank, check_world_size
+from zigzag_kernels.checks import (
+    DTYPE_BYTES,
+    check_cu_seqlens,
+    check_lengths,
+    check_offsets,
+    check_rank,
+    check_world_size,
+    dtype_name,
+)
+from zigzag_kernels.layout import MAX_OFFSET
 
+from . import launch
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 _AUTOCAST_DTYPES = {getattr(torch, name) for name in DTYPE_BYTES}
+_padded: "weakref.WeakValueDictionary[int, torch.Tensor]" = weakref.WeakValueDictionary()
+_EXACT = {torch.int8, torch.int16, torch.int32, torch.uint8}  # types whose values int32 holds
 
 
 def check_tensor(name: str, x) -> None:
-    """Raise `ValueError` unless `x` is a tensor."""
+    """Raise `ValueError` unless `x` is a tensor whose elements lie in one block of memory."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise ValueError(f"{name}: expected the rows of this rank, got a DTensor: call .to_local()")
+    if x.is_nested:
+        raise ValueError(
+            f"{name}: expected packed rows, got a nested tensor: of a jagged one pass x.values(), and x.offsets() as "
+            "cu_seqlens"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}: call .to_dense()")
 
 
 def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -19,21 +44,75 @@ def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tenso
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
-def check_batch(cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int) -> None:
-    """Raise `ValueError` for shapes, types and host values that no batch has; values on a device are not read."""
-    check_world_size(world_size)
+def check_int32(name: str, cu_seqlens) -> None:
+    """Raise `ValueError` unless `cu_seqlens` is a tensor of int32 offsets; its values are not read."""
+    check_tensor(name, cu_seqlens)
+    check_cu_seqlens(tuple(cu_seqlens.shape), dtype_name(cu_seqlens), name)
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{name}: expected dtype int32, got {dtype_name(cu_seqlens)}")
+
+
+def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return offsets as a tensor `[N + 1]` int32; the values of a tensor are not read.
+
+    A list, tuple or NumPy array is checked, as `validate` does, and copied to `device`. Of other integers those that
+    int32 cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        offsets = _host_offsets(cu_seqlens)
+        check_lengths(offsets, world_size)
+        return torch.tensor(offsets, dtype=torch.int32, device=device)
     check_tensor("cu_seqlens", cu_seqlens)
-    check_cu_seqlens(tuple(cu_seqlens.shape), str(cu_seqlens.dtype).removeprefix("torch."))
-    if rank is not None:
-        check_rank(rank, world_size, isinstance(rank, torch.Tensor))
+    check_cu_seqlens(tuple(cu_seqlens.shape), dtype_name(cu_seqlens))
+    return _as_int32(cu_seqlens)
+
+
+def _host_offsets(cu_seqlens) -> list[int]:
+    if type(cu_seqlens).__module__ == "numpy":
+        check_cu_seqlens(tuple(cu_seqlens.shape), dtype_name(cu_seqlens))
+        cu_seqlens = cu_seqlens.tolist()
+    if not isinstance(cu_seqlens, list | tuple):
+        raise ValueError(f"cu_seqlens: expected a torch.Tensor or a list of ints, got {type(cu_seqlens).__name__}")
+    return check_offsets(cu_seqlens)
+
+
+def _as_int32(x: torch.Tensor) -> torch.Tensor:
+    """Return integers as int32, with -1 for those that it cannot hold."""
+    if x.dtype == torch.int32:
+        return x
+    if x.dtype in _EXACT:
+        return x.int()
+    x = x.long()
+    return torch.where((x < -1) | (x > MAX_OFFSET), -1, x).int()
+
+
+def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.device) -> int | torch.Tensor:
+    """Return `rank` as an int or as a tensor of one integer on `device`, whose value is not read.
+
+    Raises `ValueError` for anything else, and for an int that is no rank.
+    """
     if isinstance(rank, torch.Tensor):
-        check_device("rank", rank, "cu_seqlens", cu_seqlens)
+        check_tensor("rank", rank)
+        if rank.device != device:
+            raise ValueError(f"rank: expected the device of cu_seqlens, {device}, got {rank.device}")
+        return check_rank(rank, world_size, True)
+    return check_rank(rank, world_size, False)
+
+
+def check_batch(cu_seqlens, rank, world_size: int) -> tuple[torch.Tensor, int | torch.Tensor, int]:
+    """Return the three arguments as tensor, int or tensor, and int; `ValueError` for those that no batch has.
+
+    Values on a device are not read.
+    """
+    world_size = check_world_size(world_size)
+    cu_seqlens = as_cu_seqlens(cu_seqlens, world_size)
+    return cu_seqlens, as_rank_argument(rank, world_size, cu_seqlens.device), world_size
 
 
 def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a rank that `check_batch` accepts as the kernels read it: `[1]` int32."""
+    """Return a checked rank as the kernels read it: `[1]` int32, -1 if int32 cannot hold it."""
     if isinstance(rank, torch.Tensor):
-        return rank.to(torch.int32).reshape(1)
+        return _as_int32(rank).reshape(1)
     return torch.full((1,), rank, dtype=torch.int32, device=device)
 
 
@@ -47,3 +126,28 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in tensors)
+
+
+def readable(*tensors: torch.Tensor) -> bool:
+    """Return whether the host has the values of `tensors` at hand: in its own memory, with nothing tracing."""
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" or type(x) not in _PLAIN for x in tensors):
+        return False
+    fast = launch.fast_launch
+    if fast is None:
+        return False
+    nothing_traces = not (fast.transforms_run() or fast.dispatch_modes() or fast.traced_graph() is not None)
+    return nothing_traces and not any(map(fast.belongs_to_transform, tensors))
+
+
+def mark_padded(cu_seqlens: torch.Tensor) -> None:
+    """Remember that some of the tokens that `cu_seqlens` counts are padding."""
+    _padded[id(cu_seqlens)] = cu_seqlens
+
+
+def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
+    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`."""
+    if not causal and not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens:
+        raise ValueError(
+            "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
+            "padding of its sequence; choose lengths that are multiples of 2 * world_size"
+        )

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils import _pytree as pytree
 
-from zigzag_kernels.checks import check_method, check_rank
+from zigzag_kernels.checks import check_method, check_world_size
 from zigzag_kernels.modes import Backend, Method
+from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import launch
-from .arguments import as_rank, check_batch
+from .arguments import as_cu_seqlens, as_rank, as_rank_argument, check_batch
 from .autograd import segment_tables
 from .parallel import Tables
 from .parallel.agreement import Place, place_in, refuse_together
@@ -30,6 +31,7 @@ class Batch:
         method: the way of moving K/V that the tables are for.
         segments, sequences: the device tables, or None if it was prepared for the backend "reference".
         compared_by: name of the group whose ranks have compared their `cu_seqlens`; None: nobody has.
+        host_rank: the rank, if the host knows it; None: only the device does.
     """
 
     cu_seqlens: torch.Tensor
@@ -39,6 +41,7 @@ class Batch:
     segments: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
     compared_by: str | None = None
+    host_rank: int | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -76,9 +79,10 @@ def prepare_batch(
     """Build the device tables of a batch once, for all layers and for both passes.
 
     Args:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch.
-        rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means 0 and 1, or the
-            rank and size of the `group`.
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Other integers are converted; a list,
+            tuple or NumPy array is checked, as `validate` does, and is then on the CPU.
+        rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
+            of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.
         method: as in the attention calls.
         group: as in the attention calls. Every rank of it makes this call, and the ranks compare their `cu_seqlens` on
             the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
@@ -95,10 +99,12 @@ def prepare_batch(
     try:
         check_method(method)
         if place.group_name is None:
-            rank, world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
-            check_batch(cu_seqlens, rank, world_size)
+            world_size = check_world_size(1 if world_size is None else world_size)
+            if rank is None and world_size > 1:
+                raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
+            cu_seqlens, rank, world_size = check_batch(cu_seqlens, 0 if rank is None else rank, world_size)
         else:
-            _check_place(cu_seqlens, rank, world_size, place)
+            cu_seqlens = _check_place(cu_seqlens, rank, world_size, place)
             rank, world_size = place.rank, place.world_size
         backend = launch.choose_backend(backend, cu_seqlens.device)
     except (ValueError, RuntimeError) as error:
@@ -107,7 +113,8 @@ def prepare_batch(
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
         own_rank = common_rank(cu_seqlens, own_rank, place.group_name)
-    batch = Batch(cu_seqlens, own_rank, world_size, method, compared_by=place.group_name)
+    host_rank = rank if isinstance(rank, int) else None
+    batch = Batch(cu_seqlens, own_rank, world_size, method, compared_by=place.group_name, host_rank=host_rank)
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
@@ -115,30 +122,59 @@ def prepare_batch(
 
 def _check_place(
     cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int | None, place: Place
-) -> None:
-    """Raise `ValueError` if `rank` or `world_size` is not that of the group, or cannot be one."""
-    check_batch(cu_seqlens, rank, place.world_size)
-    if rank is not None and (isinstance(rank, torch.Tensor) or rank != place.rank):
+) -> torch.Tensor:
+    """Return the checked `cu_seqlens`; `ValueError` if `rank` or `world_size` is not that of the group."""
+    own_rank = place.rank if rank is None else rank
+    cu_seqlens, own_rank, _ = check_batch(cu_seqlens, own_rank, place.world_size)
+    if isinstance(own_rank, torch.Tensor) or own_rank != place.rank:
         raise ValueError(f"rank: expected None or that in the group, {place.rank}, got {rank}")
-    if world_size not in (None, place.world_size):
+    if world_size is not None and check_world_size(world_size) != place.world_size:
         raise ValueError(f"world_size: expected None or the size of the group, {place.world_size}, got {world_size}")
+    return cu_seqlens
 
 
-def as_batch(cu_seqlens: torch.Tensor | Batch, rank: int | torch.Tensor, world_size: int, method: str) -> Batch:
-    """Return `cu_seqlens` as a batch, still without tables if it is a tensor.
+def as_batch(
+    cu_seqlens: torch.Tensor | Batch, rank: int | torch.Tensor, world_size: int, method: str, device: torch.device
+) -> Batch:
+    """Return `cu_seqlens` as a batch for `rank`, still without tables if it is none yet.
 
-    Raises `ValueError` for a batch that was prepared for another `world_size` or `method`.
+    Raises `ValueError` for a batch that was prepared for another rank, `world_size` or `method`. If only the device
+    knows the ranks, and they differ, attention to the batch is NaN. Offsets of the host are copied to `device`.
     """
+    world_size = check_world_size(world_size)
     if not isinstance(cu_seqlens, Batch):
-        check_batch(cu_seqlens, rank, world_size)
-        return Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, method)
+        cu_seqlens = as_cu_seqlens(cu_seqlens, world_size, device)
+        rank = as_rank_argument(rank, world_size, cu_seqlens.device)
+        host_rank = rank if isinstance(rank, int) else None
+        return Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, method, host_rank=host_rank)
     batch = cu_seqlens
     if batch.world_size != world_size:
         raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
     if batch.method != method and world_size > 1:
         raise ValueError(f"method: expected that of the prepared batch, {batch.method!r}, got {method!r}")
-    check_rank(rank, world_size, isinstance(rank, torch.Tensor))
-    return batch
+    rank = as_rank_argument(rank, world_size, batch.cu_seqlens.device)
+    if isinstance(rank, int) and batch.host_rank is not None:
+        if rank != batch.host_rank:
+            raise ValueError(f"rank: expected that of the prepared batch, {batch.host_rank}, got {rank}")
+        return batch
+    return batch if rank is batch.rank else _for_rank(batch, as_rank(rank, batch.cu_seqlens.device))
+
+
+def _for_rank(batch: Batch, rank: torch.Tensor) -> Batch:
+    """Return `batch`, but one of no rank, to which attention is NaN, if it was prepared for another than `rank`."""
+    same = batch.rank == rank
+    batch = dataclasses.replace(batch, rank=torch.where(same, batch.rank, -1))
+    if batch.segments is None or batch.sequences is None:
+        return batch
+    of_no_rank = [torch.zeros_like(table) for table in (batch.segments, batch.sequences)]
+    of_no_rank[0][..., -1, [SegmentColumn.KV_LEN, SegmentColumn.KEYS]] = -1
+    of_no_rank[1][..., -1, SequenceColumn.KEYS] = -1
+    segments, sequences = batch.segments, batch.sequences
+    return dataclasses.replace(
+        batch,
+        segments=torch.where(same, segments, of_no_rank[0]),
+        sequences=torch.where(same, sequences, of_no_rank[1]),
+    )
 
 
 def tables_of(batch: Batch, backend: str) -> Tables:

@@ -8,9 +8,11 @@ import functools
 
 import torch
 
+from zigzag_kernels.checks import dtype_name
 from zigzag_kernels.layout import impossible, row_position
 from zigzag_kernels.problem import Problem
 
+from .arguments import check_device, check_tensor
 from .dispatch import operator
 from .parallel import Local, Ring, Transport
 from .parallel.collectives import all_gather, shift
@@ -255,8 +257,19 @@ def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, 
     """Merge attention to `n` disjoint parts of the keys into attention to all of them; differentiable.
 
     `out [n, T, heads, head_dim]`, `lse [n, heads, T]` (natural logarithm) -> out `[T, heads, head_dim]` in the dtype of
-    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any out.
+    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any out. Raises
+    `ValueError` for other shapes.
     """
+    for name, x in (("out", out), ("lse", lse)):
+        check_tensor(name, x)
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point type, got {dtype_name(x)}")
+    if out.ndim != 4 or lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
+        raise ValueError(
+            f"lse: expected [n, heads, T] for out [n, T, heads, head_dim], got shapes {tuple(lse.shape)} and "
+            f"{tuple(out.shape)}"
+        )
+    check_device("lse", lse, "out", out)
     lse = lse.float()
     unseen = torch.isneginf(lse)
     blind = unseen.all(0)

@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_mesh_is_refused():
     mesh = mesh_of(2, names=("cp",))
     with pytest.raises(ValueError, match=r"mesh: expected an axis 'tp', got the axes \('cp',\)"):
         zigzag_jax.make_zigzag_attention(mesh, head_axis="tp")
-    attend = zigzag_jax.make_zigzag_attention(mesh, batch_axis="cp")
+    attend = zigzag_jax.make_zigzag_attention(mesh_of(2, 2, names=("cp", "dp")), batch_axis="dp")
     with pytest.raises(ValueError, match=r"q: expected \[batch, tokens, heads, head_dim\] to spread over batch_axis"):
         attend(*global_arrays(CASE)[:3])
     with pytest.raises(ValueError, match="k: expected an array of JAX or NumPy, got list"):
@@ -127,11 +127,25 @@ def test_lengths_out_of_segment_ids():
     )
 
 
-def test_segment_ids_must_be_integers_in_one_row():
+def test_a_row_of_a_batch_begins_a_sequence():
+    """Though the last document of a row and the first of the next have the same id."""
+    convert = functools.partial(zigzag_jax.cu_seqlens_from_segment_ids, max_sequences=6)
+    for ids, wanted in (
+        ([[1, 1, 1, 1], [1, 1, 2, 2]], [0, 4, 6, 8, 8, 8, 8]),
+        ([[1, 1, 2, 0], [0, 2, 2, 0]], [0, 2, 3, 4, 5, 7, 7]),  # padding inside is a sequence of its own
+        ([[]], [0] * 7),
+    ):
+        ids = np.array(ids, np.int32)
+        assert_same([convert(ids), jax.jit(convert)(ids)], [wanted] * 2)
+    ids, positions = np.ones((2, 4), np.int32), np.array([[0, 1, 0, 1], [0, 1, 2, 3]])
+    assert_same([convert(ids, positions=positions)], [[0, 2, 4, 8, 8, 8, 8]])
+
+
+def test_segment_ids_must_be_integers_in_rows():
     convert = zigzag_jax.cu_seqlens_from_segment_ids
-    with pytest.raises(ValueError, match=r"segment_ids: expected integers \[total\], got shape \(2, 4\) int32"):
-        convert(jnp.ones((2, 4), jnp.int32), 2)
-    with pytest.raises(ValueError, match=r"positions: expected integers \[total\], got shape \(3,\) int32"):
+    with pytest.raises(ValueError, match=r"segment_ids: expected integers \[total\] or .* got shape \(1, 2, 4\) int32"):
+        convert(jnp.ones((1, 2, 4), jnp.int32), 2)
+    with pytest.raises(ValueError, match=r"positions: expected integers \(4,\) as segment_ids, got shape \(3,\) int32"):
         convert(jnp.ones(4, jnp.int32), 2, jnp.ones(3, jnp.int32))
     with pytest.raises(ValueError, match="max_sequences: expected a positive int, got 0"):
         convert(jnp.ones(4, jnp.int32), 0)

@@ -31,7 +31,7 @@ class Jax:
 
     @staticmethod
     def ints(values, dtype="int32"):
-        return np.array(values, dtype)
+        return np.array(values, dtype) if dtype == "int64" else jnp.array(values, dtype)
 
 
 @pytest.fixture(params=[Torch, Jax], ids=["torch", "jax"])
@@ -61,8 +61,24 @@ BAD = {
     "head_dim 0": ({"q": (4, 4, 0), "k": (8, 2, 0), "v": (8, 2, 0)}, {}, "head_dim: .* from 8 to 256, got 0"),
     "head_dim 264": ({"q": (4, 4, 264), "k": (8, 2, 264), "v": (8, 2, 264)}, {}, "head_dim: .* got 264"),
     "no heads": ({"q": (4, 0, 16)}, {}, "q: expected a number of heads divisible .* got 0"),
-    "cu_seqlens int64": ({"cu_seqlens": ([0, 8], "int64")}, {}, "cu_seqlens: expected dtype int32, got int64"),
+    "cu_seqlens float": (
+        {"cu_seqlens": ([0, 8], "float32")},
+        {},
+        "cu_seqlens: expected dtype int32, or other integers, got float32",
+    ),
     "cu_seqlens 2-D": ({"cu_seqlens": [[0, 8]]}, {}, r"cu_seqlens: expected shape \[N \+ 1\], got \(1, 2\)"),
+    "rank None": ({}, {"rank": None}, "rank: expected an int or an array of one integer, got NoneType"),
+    "scale too small": (
+        {},
+        {"softmax_scale": 1e-320},
+        "softmax_scale: expected a number from 1e-30 to .* got 1e-320",
+    ),
+    "scale too large": (
+        {},
+        {"softmax_scale": 1e300},
+        "softmax_scale: expected a number from 1e-30 to .* got 1e.300",
+    ),
+    "return_lse": ({}, {"return_lse": "yes"}, "return_lse: expected True or False, got 'yes'"),
     "rank": ({}, {"rank": 2}, "rank: expected 0 to 1, got 2"),
     "negative rank": ({}, {"rank": -1}, "rank: expected 0 to 1, got -1"),
     "rank float": ({}, {"rank": 0.5}, "rank: expected an int or .* got float"),

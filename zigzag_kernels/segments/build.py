@@ -132,6 +132,8 @@ def _lengths_are_valid(cu_seqlens_ptr, n_sequences, WORLD_SIZE: tl.constexpr, BL
         sequence = first + offsets
         held = _load_sequence(cu_seqlens_ptr, sequence, sequence < n_sequences, WORLD_SIZE, False, False)
         uneven = (held.length < 0) | ((held.start != 0) & (sequence == 0))
+        # The difference of an offset below 0 and one above may wrap around to a length that is possible.
+        uneven = uneven | (held.start < 0) | (held.start + held.length < 0)
         if WORLD_SIZE > 1:
             uneven = uneven | (held.chunk_length * (2 * WORLD_SIZE) != held.length)
         faults += uneven.to(tl.int32)

@@ -12,10 +12,17 @@ import torch
 import torch.distributed as dist
 
 from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.checks import check_lengths
+from zigzag_kernels.checks import (
+    check_flag,
+    check_int,
+    check_lengths,
+    check_rank,
+    check_rows,
+    check_world_size,
+)
 from zigzag_kernels.problem import ArraySpec, make_problem
 
-from ..arguments import cast_for_autocast, check_batch, check_tensor
+from ..arguments import cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
 from ..parallel import Residuals
 from ..parallel.allgather import windows
@@ -24,8 +31,15 @@ from ..parallel.streams import streams_of
 from ..profiling import region
 from ..shard import position_order
 from . import flash2
-
-KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
+from .checks import (
+    KVSlice,
+    check_grouped,
+    check_list,
+    check_n_chunks,
+    check_slices,
+    local_bounds,
+    refuse_unsupported,
+)
 
 
 def split_q_by_zigzag_chunk_index(
@@ -40,9 +54,11 @@ def split_q_by_zigzag_chunk_index(
         For each group its rows `[rows, heads, head_dim]` (differentiable), their `cu_seqlens` (one entry per chunk,
         `[N + 1]` with two groups) and their local rows `[rows]` int64. Rows of padding are in none.
     """
-    check_batch(cu_seqlens_q, rank, world_size)
-    bounds = cu_seqlens_q.tolist()
-    check_lengths([world_size * bound for bound in bounds], world_size, world_size * q.shape[0])
+    world_size = check_world_size(world_size)
+    rank = check_rank(rank, world_size, False)
+    check_tensor("q", q)
+    check_rows("q", tuple(q.shape), 1)
+    bounds = local_bounds("cu_seqlens_q", cu_seqlens_q, world_size, q.shape[0])
     q_list, cu_seqlens_list, indices_list = [], [], []
     for group in _groups((rank, 2 * world_size - 1 - rank), world_size, n_chunks):
         pieces = []
@@ -64,7 +80,12 @@ def rearrange_kv_from_zigzag_to_contiguous(
     `cu_seqlens [N + 1]` int32 is local; offsets that end with W * T are taken for global ones. Rows of padding come
     last. Differentiable.
     """
-    check_batch(cu_seqlens, None, world_size)
+    world_size = check_world_size(world_size)
+    check_tensor("kv_buffer", kv_buffer)
+    if kv_buffer.ndim < 2 or kv_buffer.shape[0] != 2:
+        raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
+    check_rows("kv_buffer", tuple(kv_buffer.shape[1:]), world_size)
+    check_int32("cu_seqlens", cu_seqlens)
     bounds = cu_seqlens.tolist()
     if bounds[-1] != kv_buffer.shape[1]:
         bounds = [world_size * bound for bound in bounds]
@@ -88,12 +109,18 @@ def compute_kv_slices_for_groups(
         For each group a list of (start, end) rows in the position-ordered buffer, one per entry of its
         `chunk_cu_seqlens_q_list`, and the `cu_seqlens` of these slices laid end to end.
     """
-    check_batch(cu_seqlens_k, None, world_size)
-    bounds = [world_size * bound for bound in cu_seqlens_k.tolist()]
-    check_lengths(bounds, world_size)
-    chunks = chunk_idx_0, chunk_idx_1
+    world_size = check_world_size(world_size)
+    bounds = [world_size * bound for bound in local_bounds("cu_seqlens_k", cu_seqlens_k, world_size)]
+    chunks = {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}
+    last = 2 * world_size - 1
+    chunks = [check_int(name, x, 0, last, f"a chunk from 0 to {last}") for name, x in chunks.items()]
+    n_chunks = check_n_chunks(n_chunks, world_size)
+    check_list("chunk_cu_seqlens_q_list", chunk_cu_seqlens_q_list, n_chunks)
     slices = []
-    for group, cu_seqlens_q in zip(_groups(chunks, world_size, n_chunks), chunk_cu_seqlens_q_list, strict=True):
+    for group, cu_seqlens_q in zip(
+        _groups((chunks[0], chunks[1]), world_size, n_chunks), chunk_cu_seqlens_q_list, strict=True
+    ):
+        check_int32("chunk_cu_seqlens_q_list", cu_seqlens_q)
         ranges = [
             (start, start + (chunks[i] + 1) * (end - start) // (2 * world_size))
             for start, end in pairwise(bounds)
@@ -136,7 +163,12 @@ def execute_grouped_attention(
         three lists.
     """
     refuse_unsupported(dropout_p, window_size, alibi_slopes)
-    check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    deterministic = check_flag("deterministic", deterministic)
+    world_size = check_world_size(world_size)
+    check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)
+    check_list("chunk_cu_seqlens_q_list", chunk_cu_seqlens_q_list, len(chunk_q_list))
+    check_slices(kv_slices, len(chunk_q_list), kv_buffer.shape[1])
+    local_bounds("cu_seqlens_k", cu_seqlens_k, world_size, kv_buffer.shape[1] // world_size)
     kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)
     _, dtype, strides = describe(chunk_q_list[0])
     problem = make_problem(
@@ -190,41 +222,6 @@ def chunk_info(chunk_indices_list: list, chunk_cu_seqlens_q_list: list, kv_slice
         "chunk_cu_seqlens_q_list": chunk_cu_seqlens_q_list,
         "kv_slices": kv_slices,
     }
-
-
-def check_grouped(
-    chunk_q_list: list[torch.Tensor],
-    chunk_indices_list: list[torch.Tensor],
-    kv_buffer: torch.Tensor,
-    nheads: int,
-    head_dim: int,
-) -> None:
-    """Raise `ValueError` unless the shapes belong together."""
-    check_tensor("kv_buffer", kv_buffer)
-    if kv_buffer.ndim != 4 or kv_buffer.shape[0] != 2:
-        raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
-    for q, indices in zip(chunk_q_list, chunk_indices_list, strict=True):
-        if q.shape != (len(indices), nheads, head_dim):
-            raise ValueError(
-                f"chunk_q_list: expected shape {(len(indices), nheads, head_dim)} as in chunk_indices_list, nheads "
-                f"and head_dim, got {tuple(q.shape)}"
-            )
-
-
-def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> None:
-    """Raise `NotImplementedError` for options that neither path computes."""
-    if dropout_p != 0:
-        raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
-    if tuple(window_size) != (-1, -1):
-        raise NotImplementedError(f"window_size: only (-1, -1), no window, is supported, got {window_size}")
-    if alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes: only None is supported")
-
-
-def check_n_chunks(n_chunks: int, world_size: int) -> None:
-    """Raise `ValueError` unless the 2W chunks of a sequence can be in `n_chunks` groups."""
-    if not 1 <= n_chunks <= 2 * world_size:
-        raise ValueError(f"n_chunks: expected 1 to 2 * world_size = {2 * world_size}, got {n_chunks}")
 
 
 class Call(NamedTuple):
@@ -368,7 +365,7 @@ def _add_slices(totals: list[torch.Tensor], slices: list[torch.Tensor], call: Ca
 
 def _groups(chunks: tuple[int, int], world_size: int, n_chunks: int) -> list[list[int]]:
     """Return, for each of `n_chunks` groups, the numbers (0: early, 1: late) of a rank's `chunks` that belong to it."""
-    check_n_chunks(n_chunks, world_size)
+    n_chunks = check_n_chunks(n_chunks, world_size)
     per_group = 2 * world_size // n_chunks
     of_chunk = [min(chunk // per_group, n_chunks - 1) for chunk in chunks]
     return [[i for i in (0, 1) if of_chunk[i] == group] for group in range(n_chunks)]

@@ -7,14 +7,16 @@ import torch
 import torch.distributed as dist
 
 from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.checks import check_flag, check_int, check_world_size
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.problem import make_problem
 
 from ..api import zigzag_attention, zigzag_attention_gathered
-from ..arguments import cast_for_autocast, check_batch, check_tensor
+from ..arguments import cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
 from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
 from . import grouped
+from .checks import check_grouped, check_n_chunks, refuse_unsupported
 from .verify import choose_path
 
 
@@ -62,12 +64,14 @@ def zigzag_llama3_flash_attn_varlen_func(
     group = default_group(group)
     world_size = group_size(group)
     try:
-        grouped.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+        refuse_unsupported(dropout_p, window_size, alibi_slopes)
         for name, x in {"q": q, "k": k, "v": v}.items():
             check_tensor(name, x)
         q, k, v = cast_for_autocast(q, k, v)
-        check_batch(cu_seqlens_q, None, world_size)
-        check_batch(cu_seqlens_k, None, world_size)
+        deterministic = check_flag("deterministic", deterministic)
+        return_attn_probs = check_flag("return_attn_probs", return_attn_probs)
+        check_int32("cu_seqlens_q", cu_seqlens_q)
+        check_int32("cu_seqlens_k", cu_seqlens_k)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             raise ValueError(
                 f"cu_seqlens_k: expected the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}, "
@@ -89,7 +93,7 @@ def zigzag_llama3_flash_attn_varlen_func(
             target="reference",
         )
         choose_heads_k_stride(heads_k_stride, problem)
-        grouped.check_n_chunks(n_chunks, world_size)
+        check_n_chunks(n_chunks, world_size)
     except (ValueError, NotImplementedError) as error:
         if group is not None:
             refuse(group, error)
@@ -172,7 +176,7 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(
     n_chunks: int = 2,
 ):
     """Call `zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`."""
-    k, v = kv.unbind(1)
+    k, v = _unpacked("kv", kv, 2)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
         k,
@@ -214,7 +218,7 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
     n_chunks: int = 2,
 ):
     """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = _unpacked("qkv", qkv, 3)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
         k,
@@ -235,6 +239,14 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
         group,
         n_chunks,
     )
+
+
+def _unpacked(name: str, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Return the parts of `x [T, parts, heads, head_dim]`, or raise `ValueError`."""
+    check_tensor(name, x)
+    if x.ndim != 4 or x.shape[1] != parts:
+        raise ValueError(f"{name}: expected [T, {parts}, heads, head_dim], got shape {tuple(x.shape)}")
+    return x.unbind(1)
 
 
 def replace_grouped_attention_with_fused_triton_v2(
@@ -260,13 +272,18 @@ def replace_grouped_attention_with_fused_triton_v2(
 
     `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's.
     """
-    grouped.refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    world_size = check_world_size(world_size)
+    chunk_idx_0 = check_int(
+        "chunk_idx_0", chunk_idx_0, 0, world_size - 1, f"a rank's early chunk, 0 to {world_size - 1}"
+    )
     if chunk_idx_1 != 2 * world_size - 1 - chunk_idx_0:
         raise ValueError(
             f"chunk_idx_1: expected 2 * world_size - 1 - chunk_idx_0 = {2 * world_size - 1 - chunk_idx_0}, "
             f"got {chunk_idx_1}"
         )
-    grouped.check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim)
+    check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)
+    check_int32("cu_seqlens_k", cu_seqlens_k)
     kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)
 
     def fused_path(kv_buffer, *chunk_q):

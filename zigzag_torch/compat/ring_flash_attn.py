@@ -18,7 +18,7 @@ import torch
 
 from ..api import zigzag_attention
 from ..arguments import cast_for_autocast
-from .grouped import refuse_unsupported
+from .checks import refuse_unsupported
 from .llama3 import agreed_cu_seqlens, default_group, group_size
 from .verify import choose_path
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 
 from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.checks import check_lengths
+from zigzag_kernels.checks import MAX_RANKS, check_int, check_lengths
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import ArraySpec, make_problem
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from .. import launch
-from ..arguments import cast_for_autocast, check_batch, check_device, check_tensor
+from ..arguments import cast_for_autocast, check_device, check_int32, check_tensor
 from ..autograd import attention
 from ..parallel import Tables, transport_of
 from . import grouped
@@ -57,16 +57,17 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
         raise ValueError(f"q1: expected heads, head_dim and dtype of q0, {tuple(q0.shape)}, got {tuple(q1.shape)}")
     offsets = {"cu_seqlens_q0": cu_seqlens_q0, "cu_seqlens_q1": cu_seqlens_q1, "cu_seqlens_k": cu_seqlens_k}
     for name, cu_seqlens in offsets.items():
-        check_batch(cu_seqlens, None, 1)
+        check_int32(name, cu_seqlens)
         check_device(name, cu_seqlens, "q0", q0)
         if cu_seqlens.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"{name}: expected the shape of cu_seqlens_k, {tuple(cu_seqlens_k.shape)}, "
                 f"got {tuple(cu_seqlens.shape)}"
             )
-    for name, chunk in {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}.items():
-        if not 0 <= chunk < total_chunks:
-            raise ValueError(f"{name}: expected 0 to total_chunks - 1 = {total_chunks - 1}, got {chunk}")
+    total_chunks = check_int("total_chunks", total_chunks, 1, MAX_RANKS, f"a number of chunks from 1 to {MAX_RANKS}")
+    last = total_chunks - 1
+    chunks = {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}
+    chunks = [check_int(name, x, 0, last, f"0 to total_chunks - 1 = {last}") for name, x in chunks.items()]
     backend = launch.choose_backend(None, q0.device)
     _, dtype, strides = launch.describe(q0)
     problem = make_problem(
@@ -85,7 +86,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
         (len(q0), len(q1)),
         cu_seqlens_k,
         len(k),
-        (chunk_idx_0, chunk_idx_1),
+        (chunks[0], chunks[1]),
         total_chunks,
     )
 

@@ -1,0 +1,94 @@
+"""Checks of what the published names take besides tensors: lists of groups, slices of keys, and unsupported options."""
+
+from itertools import accumulate
+
+import torch
+
+from zigzag_kernels.checks import check_int, check_lengths, check_rows, dtype_name
+
+from ..arguments import check_device, check_int32, check_tensor, readable
+
+KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
+
+
+def check_list(name: str, x, length: int) -> None:
+    """Raise `ValueError` unless `x` is a list or tuple of `length` entries."""
+    if not isinstance(x, list | tuple) or len(x) != length:
+        got = f"{len(x)}" if isinstance(x, list | tuple) else f"{type(x).__name__} {x!r}"
+        raise ValueError(f"{name}: expected a list with an entry for each of the {length} groups, got {got}")
+
+
+def local_bounds(name: str, cu_seqlens: torch.Tensor, world_size: int, tokens: int | None = None) -> list[int]:
+    """Return the values of local offsets; `ValueError` unless they can be those of a rank with `tokens` rows."""
+    check_int32(name, cu_seqlens)
+    bounds = cu_seqlens.tolist()
+    check_lengths([world_size * bound for bound in bounds], world_size, None if tokens is None else world_size * tokens)
+    return bounds
+
+
+def check_slices(kv_slices: list[KVSlice], groups: int, keys: int) -> None:
+    """Raise `ValueError` unless there is a range of existing keys for each of the offsets, in each of the groups."""
+    check_list("kv_slices", kv_slices, groups)
+    for entry in kv_slices:
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[0], list | tuple):
+            raise ValueError(f"kv_slices: expected pairs of a list of (start, end) and cu_seqlens, got {entry!r}")
+        ranges, cu_seqlens = entry
+        check_int32("kv_slices", cu_seqlens)
+        for bounds in ranges:
+            if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+                raise ValueError(f"kv_slices: expected (start, end), got {bounds!r}")
+            start = check_int("kv_slices", bounds[0], 0, keys, f"rows from 0 to {keys}")
+            check_int("kv_slices", bounds[1], start, keys, f"a range that ends between {start} and the {keys} keys")
+        if cu_seqlens.tolist() != [0, *accumulate(end - start for start, end in ranges)]:
+            raise ValueError(
+                f"kv_slices: expected the cu_seqlens of {ranges} laid end to end, got {cu_seqlens.tolist()}"
+            )
+
+
+def check_grouped(
+    chunk_q_list: list[torch.Tensor],
+    chunk_indices_list: list[torch.Tensor],
+    kv_buffer: torch.Tensor,
+    nheads: int,
+    head_dim: int,
+    world_size: int,
+) -> None:
+    """Raise `ValueError` unless the shapes belong together, and rows that the host can read are each in one group."""
+    check_tensor("kv_buffer", kv_buffer)
+    if kv_buffer.ndim != 4 or kv_buffer.shape[0] != 2:
+        raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
+    check_rows("kv_buffer", tuple(kv_buffer.shape[1:]), world_size)
+    if not isinstance(chunk_q_list, list | tuple) or not chunk_q_list:
+        raise ValueError(f"chunk_q_list: expected a list of tensors, got {chunk_q_list!r}")
+    check_list("chunk_indices_list", chunk_indices_list, len(chunk_q_list))
+    for q, indices in zip(chunk_q_list, chunk_indices_list, strict=True):
+        check_tensor("chunk_q_list", q)
+        check_tensor("chunk_indices_list", indices)
+        check_device("chunk_q_list", q, "kv_buffer", kv_buffer)
+        if indices.dtype != torch.int64 or indices.ndim != 1:
+            raise ValueError(
+                f"chunk_indices_list: expected [rows] int64, got shape {tuple(indices.shape)} {dtype_name(indices)}"
+            )
+        if q.shape != (len(indices), nheads, head_dim):
+            raise ValueError(
+                f"chunk_q_list: expected shape {(len(indices), nheads, head_dim)} as in chunk_indices_list, nheads "
+                f"and head_dim, got {tuple(q.shape)}"
+            )
+    rows = sum(map(len, chunk_indices_list))
+    if readable(*chunk_indices_list) and sorted(torch.cat(list(chunk_indices_list)).tolist()) != list(range(rows)):
+        raise ValueError(f"chunk_indices_list: expected each of the local rows 0 to {rows - 1} in one group")
+
+
+def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> None:
+    """Raise `NotImplementedError` for options that neither path computes."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or dropout_p != 0:
+        raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
+    if not isinstance(window_size, list | tuple) or tuple(window_size) != (-1, -1):
+        raise NotImplementedError(f"window_size: only (-1, -1), no window, is supported, got {window_size}")
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes: only None is supported")
+
+
+def check_n_chunks(n_chunks: int, world_size: int) -> int:
+    """Return `n_chunks`; `ValueError` unless the 2W chunks of a sequence can be in so many groups."""
+    return check_int("n_chunks", n_chunks, 1, 2 * world_size, f"1 to 2 * world_size = {2 * world_size}")
