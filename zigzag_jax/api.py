@@ -144,10 +144,12 @@ def zigzag_attention(
         grad_reduce_dtype=None if grad_reduce_dtype is None else jnp.dtype(grad_reduce_dtype).name,
         deterministic=deterministic,
     )
-    batch = _batch_on(cu_seqlens, rank, world_size, method, axis_name)
-    check_unpadded(batch.cu_seqlens, call.causal)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    if isinstance(cu_seqlens, Batch):
+        check_varying(cu_seqlens, axis_name, q, k, v)
+    batch = _batch_on(cu_seqlens, rank, world_size, method, axis_name)
     check_varying(batch, axis_name, q, k, v)
+    check_unpadded(batch.cu_seqlens, call.causal)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED

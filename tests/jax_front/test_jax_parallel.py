@@ -294,7 +294,10 @@ REFUSED = {
         {"method": "ring", "cu_seqlens": {"axis_name": "cp"}},
         "method: expected that of the prepared batch, 'allgather', got 'ring'",
     ),
-    "batch of one rank": ({"cu_seqlens": {"world_size": 2}}, "rank: .* got the same rank everywhere along it"),
+    "batch of one rank": (
+        {"cu_seqlens": {"rank": 0, "world_size": 2}},
+        "rank: .* got the same rank everywhere",
+    ),
     "k rows": (dict.fromkeys("kv", jnp.zeros((15, 4, 16), jnp.bfloat16)), r"k: expected .* = 14 rows, got 15"),
     "odd sequence": (
         {"cu_seqlens": None, **dict.fromkeys("qkv", jnp.zeros((13, 4, 16)))},

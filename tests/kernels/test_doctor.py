@@ -195,10 +195,10 @@ def test_every_variable_that_is_read_is_known(monkeypatch):
     ("contents", "fault"),
     [
         ("{", "Expecting property name"),
-        ("[1]", "no attribute"),
+        ("[1]", "expected an object of architecture names"),
         ('{"sm_89": {}}', "expected architecture"),
-        ('{"sm_90": {"16-bit": {"forward": {"64": {"BLOCK_M": 17}}}}}', "missing 3 required"),
-        ('{"sm_90": {"16-bit": {"forward": {"64": []}}}}', "sm_90 16-bit forward 64"),
+        ('{"sm_90": {"16-bit": {"forward": {"64": {"BLOCK_M": 17}}}}}', "expected a field BLOCK_N"),
+        ('{"sm_90": {"16-bit": {"forward": {"64": []}}}}', "sm_90: 16-bit: forward: 64"),
     ],
 )
 def test_a_file_of_tiles_is_checked(contents, fault, tmp_path):

@@ -118,13 +118,50 @@ def test_an_override_replaces_one_entry_alone(write_override):
         ({"sm_90": {"16-bit": {"forward": {"96": TILES}}}}, "expected head_dim 64, 128, 256, got '96'"),
         ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"BLOCK_M": 40}}}}}, "BLOCK_M: expected a multiple of 16"),
         ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"BLOCK_M": 48}}}}}, "needs a power of two as BLOCK_M"),
-        ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"warps": 4}}}}}, "unexpected keyword argument 'warps'"),
+        (
+            {"sm_90": {"16-bit": {"forward": {"64": TILES | {"warps": 4}}}}},
+            "expected the fields .* got 'warps'",
+        ),
         ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"num_stages": 40}}}}}, "shared memory, the GPU has"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(write_override, tables, message):
     write_override(tables)
     with pytest.raises(ValueError, match=message):
+        choose_tiles(FORWARD, 64, "bfloat16", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected a file that can be read, got No such file or directory"),
+        ("", "expected JSON, got: Expecting value"),
+        ("{'sm_90': {}}", "expected JSON, got: Expecting property name"),
+        (b"\xff", "expected JSON, got: 'utf-8' codec can't decode"),
+        ("[" * 100_000, "expected JSON, got: "),
+        ("null", "expected an object of architecture names, got None"),
+        ("[]", r"expected an object of architecture names, got \[\]"),
+        ('{"sm_90": 1}', "sm_90: expected an object of width names, got 1"),
+        ('{"sm_90": {"16-bit": []}}', r"sm_90: 16-bit: expected an object of kernel names, got \[\]"),
+        ('{"sm_90": {"16-bit": {"forward": 64}}}', "forward: expected an object of head_dim names, got 64"),
+        (
+            '{"sm_90": {"16-bit": {"forward": {"64": [64, 32]}}}}',
+            "64: expected an object with the fields of tiles",
+        ),
+        ('{"sm_90": {"16-bit": {"forward": {"64": {}}}}}', "64: expected a field BLOCK_M, got none"),
+        ('{"sm_90": {}, "sm_90": {}}', "expected every name once in its place, got 'sm_90' twice"),
+        (
+            '{"sm_80": {"16-bit": {"backward_dq": {"64": {"BLOCK_M": 1}}}}}',
+            "64: expected a field BLOCK_N, got BLOCK_M",
+        ),
+    ],
+)
+def test_a_file_that_is_none_names_the_variable(tmp_path, monkeypatch, text, message):
+    path = tmp_path / "tiles.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setenv(override.VARIABLE, str(path))
+    with pytest.raises(ValueError, match=f"ZIGZAG_KERNEL_CONFIG: .*tiles.json: .*{message}"):
         choose_tiles(FORWARD, 64, "bfloat16", "9.0")
 
 

@@ -8,7 +8,7 @@ Nowhere else is a kernel a name.
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import NamedTuple
 
 from ..modes import LengthClass, Operation
@@ -66,49 +66,71 @@ def read_config(
         if name not in tables:
             return None
         tables = tables[name]
-    where = f"{path}: {' '.join(entry)}"
-    config = _make_config(where, tables)
+    where = f"{VARIABLE}: {path}: {' '.join(entry)}"
+    config = _tile_config(where, tables)
     if budget := exceeds(config):
         raise ValueError(f"{where}: {config} needs {budget}")
     return config
 
 
 def check_file(path: str, known: KnownNames) -> None:
-    """Raise `ValueError` for a file with a name that would never be looked up or a wrong `TileConfig`, or `OSError`."""
-    for architecture, widths in _read(path, known).items():
-        for width_name, kernels in widths.items():
-            for kernel, head_dims in kernels.items():
-                for head_dim, fields in head_dims.items():
-                    _make_config(f"{path}: {architecture} {width_name} {kernel} {head_dim}", fields)
-
-
-def _make_config(where: str, fields: dict) -> TileConfig:
-    try:
-        return TileConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+    """Raise `ValueError` for a file with a name that would never be looked up or a wrong `TileConfig`."""
+    _read(path, known)
 
 
 @functools.cache
 def _read(path: str, known: KnownNames) -> dict:
-    with open(path, encoding="utf-8") as file:
-        tables = json.load(file)
+    where = f"{VARIABLE}: {path}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            tables = json.load(file, object_pairs_hook=functools.partial(_without_repeats, where))
+    except OSError as error:
+        raise ValueError(f"{where}: expected a file that can be read, got {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, got: {error}") from error
     levels = [
         ("architecture", known.architectures),
         ("width", tuple(WIDTHS.values())),
         ("kernel", known.kernels),
         ("head_dim", tuple(map(str, HEAD_DIMS))),
     ]
-    _check_names(path, tables, levels)
+    _check_entries(where, tables, levels)
     return tables
 
 
-def _check_names(path: str, tables: dict, levels: list[tuple[str, tuple[str, ...]]]) -> None:
-    """Raise `ValueError` for a name in the nested `tables` that is none of its level's."""
+def _without_repeats(where: str, pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: expected every name once in its place, got {name!r} twice")
+    return dict(pairs)
+
+
+def _check_entries(where: str, tables, levels: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Raise `ValueError` for a name in the nested `tables` that is none of its level's, and for wrong tiles."""
     if not levels:
+        _tile_config(where, tables)
         return
     (level, names), *rest = levels
+    if not isinstance(tables, dict):
+        raise ValueError(f"{where}: expected an object of {level} names, got {tables!r}")
     for name, inner in tables.items():
         if name not in names:
-            raise ValueError(f"{path}: expected {level} {', '.join(names)}, got {name!r}")
-        _check_names(path, inner, rest)
+            raise ValueError(f"{where}: expected {level} {', '.join(names)}, got {name!r}")
+        _check_entries(f"{where}: {name}", inner, rest)
+
+
+def _tile_config(where: str, entry) -> TileConfig:
+    """Return the `TileConfig` of one entry; `ValueError` if it has other fields, or values that cannot be."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object with the fields of tiles, got {entry!r}")
+    for field in fields(TileConfig):
+        if field.name not in entry and field.default is MISSING:
+            raise ValueError(f"{where}: expected a field {field.name}, got {', '.join(entry) or 'none'}")
+    for name in entry:
+        if name not in (known := [field.name for field in fields(TileConfig)]):
+            raise ValueError(f"{where}: expected the fields {', '.join(known)}, got {name!r}")
+    try:
+        return TileConfig(**entry)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
