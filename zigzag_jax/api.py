@@ -145,7 +145,7 @@ def zigzag_attention(
         deterministic=deterministic,
     )
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    if isinstance(cu_seqlens, Batch):
+    if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
         check_varying(cu_seqlens, axis_name, q, k, v)
     batch = _batch_on(cu_seqlens, rank, world_size, method, axis_name)
     check_varying(batch, axis_name, q, k, v)
