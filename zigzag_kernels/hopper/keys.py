@@ -125,7 +125,7 @@ class KeyStream:
     keys: Keys
     k: Ring
     v: Ring
-    numbers: gl.shared_memory_descriptor  # 0 to BLOCK_N - 1, for `KeyMask`
+    numbers: gl.shared_memory_descriptor  # 0 to BLOCK_N - 1, for `HeadBlocks`
     empty: EmptyStages
 
     @gluon.jit

@@ -12,7 +12,7 @@ def blocks_to_hide(keys, blocks, seen_by_all):
     """Count the blocks, from the top on, with keys that not all rows see: return (their number, first ragged block).
 
     Where chunks are not whole blocks, the last block of each runs over the end of its chunk: it is *ragged*. If none
-    is, the second is -1. The first block of all has number 0 here.
+    is, the second is -1. The top block has number 0.
     """
     whole = gl.maximum(seen_by_all, 0)
     if keys.SLOTS == 1:
