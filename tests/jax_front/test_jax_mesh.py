@@ -95,8 +95,9 @@ def test_equal_lengths_on_a_mesh_whose_axes_are_types():
 
 def test_what_does_not_fit_the_mesh_is_refused():
     mesh = mesh_of(2, names=("cp",))
-    with pytest.raises(ValueError, match=r"mesh: expected an axis 'tp', got the axes \('cp',\)"):
-        zigzag_jax.make_zigzag_attention(mesh, head_axis="tp")
+    for option in ("axis", "head_axis", "batch_axis"):
+        with pytest.raises(ValueError, match=r"mesh: expected an axis 'tp', got the axes \('cp',\)"):
+            zigzag_jax.make_zigzag_attention(mesh, **{option: "tp"})
     attend = zigzag_jax.make_zigzag_attention(mesh_of(2, 2, names=("cp", "dp")), batch_axis="dp")
     with pytest.raises(ValueError, match=r"q: expected \[batch, tokens, heads, head_dim\] to spread over batch_axis"):
         attend(*global_arrays(CASE)[:3])
@@ -125,6 +126,9 @@ def test_lengths_out_of_segment_ids():
         [jax.vmap(lambda ids, positions: convert(ids, positions=positions))(ids, positions)],
         [[[0, 2, 3, 5, 5, 5], [0, 6, 6, 6, 6, 6]]],
     )
+    # Positions of padding between sequences begin nothing.
+    between = convert(np.array([1, 1, 0, 0, 2, 2]), positions=np.array([0, 1, 0, 0, 0, 1]))
+    assert_same([between], [[0, 2, 4, 6, 6, 6]])
 
 
 def test_a_row_of_a_batch_begins_a_sequence():

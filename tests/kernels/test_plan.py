@@ -15,9 +15,11 @@ from tests.support.problems import small_problem as problem
 from zigzag_jax import launch as jax_launch
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.hopper.family import HOPPER
 from zigzag_kernels.modes import KVLayout, Operation
 from zigzag_kernels.plan.grid import order_tiles
+from zigzag_kernels.plan.operation import make_operation
 from zigzag_kernels.portable.family import PORTABLE, sums_apart
 from zigzag_kernels.problem import ArraySpec, make_problem, segment_table_shapes
 from zigzag_kernels.tiles.config import TileConfig
@@ -35,6 +37,16 @@ def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, to
     changed = replace(problem(), **changes)
     assert order_tiles(changed, TileConfig(64, 64, 4, 2), tiles).tiles_together == together
     assert order_tiles(changed, TileConfig(64, 64, 4, 2, tiles_together=4), tiles).tiles_together == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "stride"), [(2**14, 1, 4), (2**14, 8, 4), (2**14, 16, 8), (2**16, 8, 1), (2**10, 1, 8)]
+)
+def test_a_gather_brings_the_fewest_heads_that_fill_a_gpu_and_keep_it_busy(tokens, sequences, stride):
+    """On 8 ranks: 2**16 query rows, and with the mean length of a sequence 2**30 scores."""
+    sizes = types.SimpleNamespace(tokens=tokens, heads=8, kv_heads=8, world_size=8, sequences=sequences)
+    assert choose_heads_k_stride(None, sizes) == stride
+    assert choose_heads_k_stride(2, sizes) == 2
 
 
 @pytest.mark.parametrize(("tokens", "together"), [(512, 1), (2**15, 0)])
@@ -64,6 +76,12 @@ def test_equal_problems_are_planned_once():
             )
     assert len(planner.launches) == 4
     assert launched == 2 * planner.launches
+
+
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.DKDV, Operation.DQ])
+def test_no_operation_is_planned_for_an_old_gpu(operation):
+    with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or newer, got 7\.5"):
+        make_operation(replace(problem(), target="7.5"), operation, plan.WHOLE, problem().q_strides)
 
 
 class Recorder:

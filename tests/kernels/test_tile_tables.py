@@ -122,6 +122,11 @@ def test_an_override_replaces_one_entry_alone(write_override):
             {"sm_90": {"16-bit": {"forward": {"64": TILES | {"warps": 4}}}}},
             "expected the fields .* got 'warps'",
         ),
+        (
+            {"sm_90": {"16-bit": {"forward": {"64": TILES | {"heads_together": 0}}}}},
+            "heads_together: .* positive .* got 0",
+        ),
+        ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"tiles_together": -1}}}}}, "tiles_together: .* got -1"),
         ({"sm_90": {"16-bit": {"forward": {"64": TILES | {"num_stages": 40}}}}}, "shared memory, the GPU has"),
     ],
 )

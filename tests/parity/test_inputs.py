@@ -1,5 +1,7 @@
 """Bad input is refused with the argument's name, what was expected and what was got, before anything is launched."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import torch
 import zigzag_jax
 import zigzag_torch
 from tests.support.machine import GPU
+from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.modes import KVLayout, Method
+from zigzag_kernels.problem import ArraySpec, make_problem
 
 
 class Torch:
@@ -193,6 +198,27 @@ def test_a_backend_that_cannot_run_says_why(framework):
     q = framework.array((8, 2, 16))
     with pytest.raises(ValueError, match="backend: 'triton' expected"):
         framework.package.zigzag_attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize("module", [zigzag_torch.parallel, zigzag_jax.parallel], ids=["torch", "jax"])
+def test_more_keys_on_all_ranks_together_than_the_kernels_count_are_refused(module):
+    """Those of one rank are few enough, so that a ring takes them."""
+    rows = ArraySpec((2**28, 1, 64), "float16", (64, 64))
+    call = make_call_spec(head_dim=64, backend="triton")
+    problem = make_problem(rows, rows, rows, call, sequences=1, world_size=8, target="9.0", kv_layout=KVLayout.PEER)
+    with pytest.raises(ValueError, match=f"expected at most {2**30} rows .*got {2**31}"):
+        module.choose_transport(problem, "cp")
+    ring = dataclasses.replace(problem, call=dataclasses.replace(call, method=Method.RING))
+    assert module.choose_transport(ring, "cp").problem.kv_tokens == 2**28
+
+
+def test_a_buffer_of_keys_and_values_too_wide_for_a_tile_is_refused():
+    """Its rows are twice as far apart as those of k and of v, which are accepted."""
+    rows = ArraySpec((8, 2**15, 256), "float16", (2**23, 256))
+    call = make_call_spec(head_dim=256, backend="triton", heads_k_stride=2**15)
+    problem = make_problem(rows, rows, rows, call, sequences=1, world_size=2, target="9.0", kv_layout=KVLayout.PEER)
+    with pytest.raises(ValueError, match="k: expected strides"):
+        zigzag_torch.parallel.choose_transport(problem, "a group")
 
 
 def test_an_old_gpu_is_refused():

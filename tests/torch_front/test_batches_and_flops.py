@@ -1,5 +1,6 @@
 """Prepared batches in the hands of a trainer, and the floating point operations that PyTorch counts."""
 
+import dataclasses
 from itertools import accumulate
 
 import pytest
@@ -71,7 +72,24 @@ def test_a_batch_is_a_pytree(backend):
     assert doubled.world_size == WORLD_SIZE
     leaves, structure = pytree.tree_flatten(batch)
     assert_same(gradients(pytree.tree_unflatten(leaves, structure), backend), gradients(batch, backend))
+    shared = dataclasses.replace(batch, method="ring", compared_by="a group")
+    again = pytree.tree_map_only(torch.Tensor, lambda x: x, shared)
+    assert (again.world_size, again.method, again.compared_by) == (WORLD_SIZE, "ring", "a group")
     assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+
+
+def test_offsets_that_are_a_column_of_something(backend):
+    columns = torch.stack([offsets(), -offsets()], 1)
+    batch = zigzag_torch.prepare_batch(columns[:, 0], 1, WORLD_SIZE, backend=backend)
+    expected = zigzag_torch.prepare_batch(offsets(), 1, WORLD_SIZE, backend=backend)
+    assert_same(gradients(batch, backend), gradients(expected, backend))
+
+
+def test_one_device_takes_a_batch_that_was_prepared_for_another_method(backend):
+    batch = zigzag_torch.prepare_batch(offsets(), 0, 1, method="ring", backend=backend)
+    leaves = arrays(tokens=sum(LENGTHS))
+    out = zigzag_torch.zigzag_attention(*leaves, batch, method="allgather", backend=backend)
+    assert torch.equal(out, zigzag_torch.zigzag_attention(*leaves, offsets(), backend=backend))
 
 
 def count(forward):

@@ -82,6 +82,7 @@ PAIRS = {
     "any chunks": Pair((35, 50), ((7, 3), (2, 20)), (1, 2), 5, softmax_scale=0.4),
     "late first": Pair((24, 48), ((4, 8), (4, 0)), (5, 0), 6, heads=(3, 3), dtype="float16"),
     "full": Pair((24, 40), ((3, 5), (3, 5)), (0, 7), 8, causal=False, padding=(1, 0, 3)),
+    "a product of 33 bits": Pair((16, 8), ((4, 2), (4, 2)), (2**29, 3 * 2**28), 2**30),
     "odd": Pair((5, 1, 0), ((2, 0, 0), (3, 1, 0)), (0, 1), 2),
     "empty": Pair((0, 0), ((0, 0), (0, 0)), (0, 1), 2, padding=(3, 0, 2)),
 }
@@ -96,6 +97,16 @@ def test_both_paths_match_the_definition(name, fused, kernel_backend):
         results = pair.results()
     for name, *arrays in zip(NAMES, results, exact, straightforward, strict=True):
         assert_close(name, *arrays)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_inputs_whose_last_dimension_is_not_contiguous(fused, kernel_backend):
+    pair = PAIRS["any chunks"]
+    inputs = [tensor(x, pair.dtype) for x in pair.inputs]
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    with pieces.kernels(kernel_backend), ZigzagConfig(use_fused_triton_v2=fused):
+        for ours, theirs in zip(pair.call(*transposed), pair.call(*inputs), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_the_reference_is_the_default_without_a_gpu():

@@ -135,6 +135,16 @@ def test_mask_and_scale_of_the_package_are_those_of_the_fused_path(name, causal,
     assert_rank_is_right(case, inputs, 0, {name: named})
 
 
+def test_lengths_of_keys_that_contradict_those_of_rows_give_nan(monkeypatch):
+    fake_package(monkeypatch)
+    q, rows, keys = torch.ones(8, 1, HEAD_DIM), *(torch.tensor([0, n, 8], dtype=torch.int32) for n in (4, 6))
+    options = 0.0, None, True, (-1, -1), None, False, False, None
+    with patch_ring_flash_attn():
+        function = sys.modules["ring_flash_attn.llama3_flash_attn_varlen"].Llama3FlashAttnVarlenFunc
+        assert function.apply(q, q, q, rows, rows, 4, 4, 1, slice(0, 8), *options).isfinite().all()
+        assert function.apply(q, q, q, rows, keys, 6, 6, 1, slice(0, 8), *options).isnan().all()
+
+
 def test_a_changed_package_is_left_alone(monkeypatch):
     fake_package(monkeypatch, llama3_flash_attn_varlen="ctx q k v cu_seqlens")
     before = {name: dict(vars(sys.modules[f"ring_flash_attn.{name}"])) for name in patching.REPLACED}

@@ -35,8 +35,10 @@ def test_a_config_wins_over_the_environment_while_it_is_in_force(monkeypatch):
     with config:
         assert not flags.enabled("use_fused_triton_v2")
         assert flags.enabled("verify_correctness")
-        with ZigzagConfig(verify_correctness=False), config:
-            assert flags.enabled("verify_correctness")
+        with ZigzagConfig(verify_correctness=False):
+            assert not flags.enabled("verify_correctness")
+            with config:
+                assert flags.enabled("verify_correctness")
         assert flags.enabled("verify_correctness")
     assert flags.enabled("use_fused_triton_v2")
     with pytest.raises(ValueError, match="profile_kernels: expected True or False, got 1"):
@@ -49,6 +51,10 @@ def double(x):
 
 def slightly_more(x):
     return x * 2.1, x.sum()
+
+
+def cube(x):
+    return x.square(), x.pow(3).sum()
 
 
 class WrongBackward(torch.autograd.Function):
@@ -68,6 +74,10 @@ def test_verification_compares_both_directions():
         out, total = verify.choose_path(double, double, x)
         (dx,) = torch.autograd.grad((out, total), x, (torch.ones_like(out), torch.ones_like(total)))
         assert torch.equal(dx, torch.full_like(x, 3))
+        out, total = verify.choose_path(cube, cube, x)
+        twice = [torch.autograd.grad(total, x, retain_graph=True) for _ in range(2)]
+        for (dx,) in twice:
+            torch.testing.assert_close(dx, 3 * x * x)
         with pytest.raises(AssertionError, match=r"results\[0\] of the fused and the unfused path differ"):
             verify.choose_path(double, slightly_more, x)
         out, _ = verify.choose_path(double, lambda x: (WrongBackward.apply(x), x.sum()), x)

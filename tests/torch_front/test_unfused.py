@@ -14,6 +14,7 @@ from tests.support.pieces import DEVICE, grouped, rank_oracle, rank_tensors, ten
 from zigzag_torch.compat import flash2
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
+ONE_TOKEN = Case(name="one token in every chunk", world_size=2, lengths=(4, 4), heads=4, kv_heads=2)
 CASE = Case(name="chunks", world_size=3, lengths=(12, 0, 30, 6), heads=4, kv_heads=2)
 
 
@@ -117,8 +118,9 @@ def test_a_deterministic_backward_leaves_the_global_setting_as_it_was():
 
 
 @pytest.mark.skipif(GPU, reason="the operator itself is tested here")
-@pytest.mark.parametrize("name", ["w2-one-token-chunks", "w2-empty-runs", "w4"])
-def test_how_flash_attention_is_called(name, monkeypatch):
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", [ONE_TOKEN.name, "w2-empty-runs", "w4"])
+def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
     """With a dense stand-in for the operators, which have no gradient of lse: arguments, and that gradient."""
 
     def forward(
@@ -135,6 +137,7 @@ def test_how_flash_attention_is_called(name, monkeypatch):
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
         rng_state, unused, *, scale, **_,
     ):  # fmt: skip
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         with torch.enable_grad():
             results = dense(*leaves, cum_seq_q, cum_seq_k, is_causal, scale)
@@ -149,6 +152,6 @@ def test_how_flash_attention_is_called(name, monkeypatch):
         assert positional == list(inspect.signature(stand_in).parameters)[: len(positional)]
         monkeypatch.setattr(torch.ops.aten, name_of_operator, stand_in)
     monkeypatch.setattr(flash2, "is_flash", lambda _: True)
-    case = next(case for case in CASES if case.name == name)
+    case = next(case for case in (ONE_TOKEN, *CASES) if case.name == name)
     for rank in range(case.world_size):
-        check_rank(case, rank)
+        check_rank(case, rank, deterministic=deterministic)
