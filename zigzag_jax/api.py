@@ -11,7 +11,7 @@ from zigzag_kernels.modes import Backend, KVLayout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
 from . import autograd, launch, placement, reference
-from .arguments import Array, as_flag, check_array, check_unpadded
+from .arguments import Array, as_flag, check_array, check_unpadded, dtype_name
 from .axes import AxisName, place_on
 from .batch import Batch, as_batch, check_rows_vary, check_varying, compare_if_untyped, marked, tables_of
 from .derivatives import reverse_mode_only
@@ -141,7 +141,7 @@ def zigzag_attention(
         softmax_scale=softmax_scale,
         method=method,
         heads_k_stride=heads_k_stride,
-        grad_reduce_dtype=None if grad_reduce_dtype is None else jnp.dtype(grad_reduce_dtype).name,
+        grad_reduce_dtype=None if grad_reduce_dtype is None else dtype_name("grad_reduce_dtype", grad_reduce_dtype),
         deterministic=deterministic,
     )
     q, k, v = (jnp.asarray(x) for x in (q, k, v))

@@ -84,6 +84,16 @@ def as_flag(name: str, flag: bool) -> bool:
     return bool(flag) if isinstance(flag, Tracer) else check_flag(name, flag)
 
 
+def dtype_name(name: str, dtype) -> str:
+    """Return the name of a dtype, given as JAX takes it; `ValueError` for anything else."""
+    try:
+        if isinstance(dtype, str | type | np.dtype):
+            return jnp.dtype(dtype).name
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected a dtype, got {dtype!r}")
+
+
 def readable(*arrays: Array) -> bool:
     """Return whether the host has the values of `arrays` at hand: NumPy's, and JAX's in its own memory."""
     return all(map(_is_readable, arrays))

@@ -136,7 +136,7 @@ def _check_mesh(mesh: Mesh, axes: _Axes) -> None:
     seen = {}
     for argument, given in axes._asdict().items():
         names = (given,) if isinstance(given, str) else given
-        if argument == "axis" and names in (None, ()):
+        if argument == "axis" and (names is None or (isinstance(names, tuple) and not names)):
             raise ValueError(f"axis: expected a mesh axis, or several, got {given!r}")
         if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"{argument}: expected the name of a mesh axis, or a tuple of names, got {given!r}")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from zigzag_kernels.checks import check_int
+from zigzag_kernels.checks import MAX_ROWS, check_int
 
 from .arguments import Array, check_array
 
@@ -31,7 +31,7 @@ def cu_seqlens_from_segment_ids(segment_ids: Array, max_sequences: int, position
         if x.ndim not in (1, 2) or x.shape != segment_ids.shape or not jnp.issubdtype(x.dtype, jnp.integer):
             expected = "[total] or [batch, tokens]" if name == "segment_ids" else f"{segment_ids.shape} as segment_ids"
             raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
-    max_sequences = check_int("max_sequences", max_sequences, 1, expected="a positive int")
+    max_sequences = check_int("max_sequences", max_sequences, 1, MAX_ROWS, "a positive int")
     ids = jnp.asarray(segment_ids).reshape(-1)
     rows = jnp.arange(len(ids), dtype=jnp.int32)
     end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zigzag_kernels.checks import (
+    MAX_ROWS,
     check_cu_seqlens,
     check_fill,
     check_int,
@@ -17,7 +18,7 @@ from zigzag_kernels.checks import (
     check_unsaid_rows,
     check_world_size,
 )
-from zigzag_kernels.layout import gathered_row, impossible, padded_length, row_position
+from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_length, row_position
 
 from .arguments import Array, as_rank, check_array, check_batch, mark_padded, readable
 
@@ -73,7 +74,7 @@ def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: 
         check_lengths(offsets, world_size)
         tokens = check_unsaid_rows(offsets[-1] // world_size)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
-    tokens = check_int("tokens", tokens, 0)
+    tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
     fault = _fault(cu_seqlens, rank, world_size, tokens)
     _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     return _poisoned(row_position(offset, length, as_rank(rank), world_size) * (length > 0), fault)
@@ -194,12 +195,13 @@ def pad_to_zigzag(
         with a causal mask no real token attends to them. Without one, every real token would: attention refuses
         `causal=False` with the `cu_seqlens` of this function, unless they are traced.
     """
+    check_array("x", x)
     lengths = _host_lengths(x, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     if total is None:
         total = sum(padded)
     expected = f"a multiple of world_size = {world_size}, at least {sum(padded)}"
-    if check_int("total", total, sum(padded), expected=expected) % world_size:
+    if check_int("total", total, sum(padded), MAX_OFFSET, expected) % world_size:
         raise ValueError(f"total: expected {expected}, got {total}")
     x = jnp.asarray(x)
     fill = jnp.asarray(check_fill("value", value, str(x.dtype), _limits(x.dtype)), x.dtype)
@@ -268,7 +270,6 @@ def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[i
     starts = _on_host(cu_seqlens)
     check_lengths(starts, 1)
     if x is not None:
-        check_array("x", x)
         check_rows("x", x.shape, 1, starts[-1])
     return [end - start for start, end in itertools.pairwise(starts)]
 

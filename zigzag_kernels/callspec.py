@@ -70,12 +70,15 @@ def make_call_spec(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(max(head_dim, 1))  # make_problem refuses a head_dim below 1
     softmax_scale = check_softmax_scale(softmax_scale)
+    heads_k_stride = python_value(heads_k_stride)
+    if isinstance(heads_k_stride, bool | float):  # equal to an int, and so found where the int was looked up
+        raise ValueError(f"heads_k_stride: expected an int or None, got {heads_k_stride!r}")
     return CallSpec(
         causal=causal,
         softmax_scale=softmax_scale,
         backend=backend,
         method=Method(method),
-        heads_k_stride=python_value(heads_k_stride),
+        heads_k_stride=heads_k_stride,
         grad_reduce_dtype="float32" if grad_reduce_dtype is None else grad_reduce_dtype,
         deterministic=deterministic,
     )

@@ -15,6 +15,7 @@ MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
 MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; the offset of the tile itself is int64
 MAX_BLOCK = 256
 MAX_RANKS = 2**20  # chunk numbers, and their products with rows, are int32 in the kernels
+MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and an int64
 MAX_UNSAID_ROWS = 2**27  # of one rank, as `cu_seqlens` alone says: more are more likely its garbage than a batch
 SCALES = 1e-30, 1e30  # between them softmax_scale, and its products with scores, are ordinary float32 numbers
 METHODS = tuple(method.value for method in Method)
@@ -121,25 +122,25 @@ def check_offsets(values, name: str = "cu_seqlens") -> list[int]:
     return offsets
 
 
-def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None) -> None:
+def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None, name: str = "cu_seqlens") -> None:
     """Raise `ValueError` unless sequences of these offsets, on the host, can be dealt out to `world_size` ranks.
 
     `total` is the number of rows of the packed batch; rows behind the last sequence are padding.
     """
     if total is not None:
-        total = check_int("total", total, 0)
+        total = check_int("total", total, 0, MAX_TOTAL, "a number of rows")
     if cu_seqlens[0] != 0:
-        raise ValueError(f"cu_seqlens: expected to begin with 0, got {cu_seqlens[0]}")
+        raise ValueError(f"{name}: expected to begin with 0, got {cu_seqlens[0]}")
     for i, (start, end) in enumerate(pairwise(cu_seqlens)):
         if end < start:
-            raise ValueError(f"cu_seqlens: expected no decrease, got {start} then {end} (sequence {i})")
+            raise ValueError(f"{name}: expected no decrease, got {start} then {end} (sequence {i})")
         if world_size > 1 and (end - start) % (2 * world_size):
             raise ValueError(
-                f"cu_seqlens: expected lengths that are multiples of 2 * world_size = {2 * world_size}, "
+                f"{name}: expected lengths that are multiples of 2 * world_size = {2 * world_size}, "
                 f"got {end - start} (sequence {i}); pad_to_zigzag makes them so"
             )
     if total is not None and cu_seqlens[-1] > total:
-        raise ValueError(f"cu_seqlens: expected to end at or before the {total} rows there are, got {cu_seqlens[-1]}")
+        raise ValueError(f"{name}: expected to end at or before the {total} rows there are, got {cu_seqlens[-1]}")
 
 
 def check_method(method: str) -> None:

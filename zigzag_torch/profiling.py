@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from zigzag_kernels.checks import check_flag
+
 _lock = threading.Lock()  # the backward pass runs in threads of its own
 _milliseconds: dict[str, list[float]] = defaultdict(list)
 _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -65,6 +67,7 @@ def profile_report(reset: bool = False) -> None:
     around the launch: it includes the wait for the host if the GPU is idle, and kernels that run side by side both
     count the time they share. Launches in a captured CUDA graph have names but no times.
     """
+    reset = check_flag("reset", reset)
     with _lock:
         for _, _, end in _pending:
             end.synchronize()

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from zigzag_kernels.checks import (
+    MAX_ROWS,
     check_fill,
     check_int,
     check_lengths,
@@ -14,7 +15,7 @@ from zigzag_kernels.checks import (
     check_world_size,
     dtype_name,
 )
-from zigzag_kernels.layout import gathered_row, impossible, padded_length, row_position
+from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_length, row_position
 
 from .arguments import as_cu_seqlens, as_rank, check_batch, check_device, check_tensor, mark_padded, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
@@ -62,7 +63,7 @@ def position_ids(
         offsets = cu_seqlens.tolist()
         check_lengths(offsets, world_size)
         tokens = check_unsaid_rows(offsets[-1] // world_size)
-    tokens = check_int("tokens", tokens, 0)
+    tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
     fault = _fault(cu_seqlens, rank, world_size, tokens)
     _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, as_rank(rank, cu_seqlens.device), world_size)
@@ -177,12 +178,13 @@ def pad_to_zigzag(
     Padded positions are keys like any other behind their sequence: under a causal mask no real token sees them.
     Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function.
     """
+    check_tensor("x", x)
     lengths = _host_lengths(x, cu_seqlens, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     if total is None:
         total = sum(padded)
     expected = f"a multiple of world_size = {world_size}, at least {sum(padded)}"
-    if check_int("total", total, sum(padded), expected=expected) % world_size:
+    if check_int("total", total, sum(padded), MAX_OFFSET, expected) % world_size:
         raise ValueError(f"total: expected {expected}, got {total}")
     result = x.new_full((total, *x.shape[1:]), check_fill("value", value, dtype_name(x), _limits(x.dtype)))
     rows, new_cu_seqlens = _padded_rows(lengths, padded, x.device)
@@ -215,7 +217,6 @@ def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: 
     starts = as_cu_seqlens(cu_seqlens, 1).tolist()
     check_lengths(starts, 1)
     if x is not None:
-        check_tensor("x", x)
         check_rows("x", tuple(x.shape), 1, starts[-1])
     return [end - start for start, end in itertools.pairwise(starts)]
 

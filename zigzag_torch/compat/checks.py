@@ -22,7 +22,8 @@ def local_bounds(name: str, cu_seqlens: torch.Tensor, world_size: int, tokens: i
     """Return the values of local offsets; `ValueError` unless they can be those of a rank with `tokens` rows."""
     check_int32(name, cu_seqlens)
     bounds = cu_seqlens.tolist()
-    check_lengths([world_size * bound for bound in bounds], world_size, None if tokens is None else world_size * tokens)
+    total = None if tokens is None else world_size * tokens
+    check_lengths([world_size * bound for bound in bounds], world_size, total, name)
     return bounds
 
 
@@ -60,6 +61,7 @@ def check_grouped(
     check_rows("kv_buffer", tuple(kv_buffer.shape[1:]), world_size)
     if not isinstance(chunk_q_list, list | tuple) or not chunk_q_list:
         raise ValueError(f"chunk_q_list: expected a list of tensors, got {chunk_q_list!r}")
+    nheads, head_dim = check_int("nheads", nheads, 1), check_int("head_dim", head_dim, 1)
     check_list("chunk_indices_list", chunk_indices_list, len(chunk_q_list))
     for q, indices in zip(chunk_q_list, chunk_indices_list, strict=True):
         check_tensor("chunk_q_list", q)

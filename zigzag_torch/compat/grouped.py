@@ -167,6 +167,8 @@ def execute_grouped_attention(
     world_size = check_world_size(world_size)
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)
     check_list("chunk_cu_seqlens_q_list", chunk_cu_seqlens_q_list, len(chunk_q_list))
+    for offsets_of_group in chunk_cu_seqlens_q_list:
+        check_int32("chunk_cu_seqlens_q_list", offsets_of_group)
     check_slices(kv_slices, len(chunk_q_list), kv_buffer.shape[1])
     local_bounds("cu_seqlens_k", cu_seqlens_k, world_size, kv_buffer.shape[1] // world_size)
     kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)

@@ -16,7 +16,7 @@ from ..arguments import cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
 from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
 from . import grouped
-from .checks import check_grouped, check_n_chunks, refuse_unsupported
+from .checks import check_grouped, check_list, check_n_chunks, refuse_unsupported
 from .verify import choose_path
 
 
@@ -82,7 +82,7 @@ def zigzag_llama3_flash_attn_varlen_func(
             describe(k),
             describe(v),
             make_call_spec(
-                head_dim=q.shape[-1],
+                head_dim=q.shape[-1] if q.ndim else 0,
                 backend="reference",
                 causal=causal,
                 softmax_scale=softmax_scale,
@@ -277,12 +277,12 @@ def replace_grouped_attention_with_fused_triton_v2(
     chunk_idx_0 = check_int(
         "chunk_idx_0", chunk_idx_0, 0, world_size - 1, f"a rank's early chunk, 0 to {world_size - 1}"
     )
-    if chunk_idx_1 != 2 * world_size - 1 - chunk_idx_0:
-        raise ValueError(
-            f"chunk_idx_1: expected 2 * world_size - 1 - chunk_idx_0 = {2 * world_size - 1 - chunk_idx_0}, "
-            f"got {chunk_idx_1}"
-        )
+    late = 2 * world_size - 1 - chunk_idx_0
+    check_int("chunk_idx_1", chunk_idx_1, late, late, f"2 * world_size - 1 - chunk_idx_0 = {late}")
+    deterministic = check_flag("deterministic", deterministic)
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)
+    check_list("chunk_cu_seqlens_q_list", chunk_cu_seqlens_q_list, len(chunk_q_list))
+    check_list("kv_slices", kv_slices, len(chunk_q_list))
     check_int32("cu_seqlens_k", cu_seqlens_k)
     kv_buffer, *chunk_q_list = cast_for_autocast(kv_buffer, *chunk_q_list)
 

@@ -58,6 +58,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     offsets = {"cu_seqlens_q0": cu_seqlens_q0, "cu_seqlens_q1": cu_seqlens_q1, "cu_seqlens_k": cu_seqlens_k}
     for name, cu_seqlens in offsets.items():
         check_int32(name, cu_seqlens)
+    for name, cu_seqlens in offsets.items():
         check_device(name, cu_seqlens, "q0", q0)
         if cu_seqlens.shape != cu_seqlens_k.shape:
             raise ValueError(
@@ -79,7 +80,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
         world_size=1,
         target=launch.target(backend, q0.device),
         kv_layout=KVLayout.CONTIGUOUS,
-        kv_rows=len(k),
+        kv_rows=k.shape[0] if k.ndim else 0,
     )
     pair = _Pair(
         (cu_seqlens_q0, cu_seqlens_q1),

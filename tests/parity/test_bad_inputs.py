@@ -1,0 +1,299 @@
+"""Every argument of every public function, given what it is not: an error that names an argument, or NaN, or -1."""
+
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh
+
+import zigzag_jax
+import zigzag_torch
+
+WORLD_SIZE, TOKENS, OFFSETS = 2, 8, [0, 4, 16]
+OURS = (ValueError, TypeError, NotImplementedError, RuntimeError)
+
+
+class Torch:
+    package = zigzag_torch
+
+    @staticmethod
+    def array(x):
+        return torch.tensor(x)
+
+
+class Jax:
+    package = zigzag_jax
+    array = staticmethod(jnp.asarray)
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+NEVER = {
+    "text": "text", "bytes": b"0", "object": object(), "dict": {"a": 1}, "set": {1}, "function": len, "class": int,
+    "complex": 1j, "ellipsis": ..., "slice": slice(0, 4), "nested": [[0, 4], [0]], "generator": (x for x in ()),
+    "strings": ["0", "4"], "none in list": [None], "range": range(3), "module": np, "exception": ValueError("x"),
+    "bytearray": bytearray(b"1"),
+}  # fmt: skip
+"""Values that no argument takes."""
+NUMBERS = {"nan": float("nan"), "inf": float("inf"), "half": 0.5, "minus": -1, "huge": 2**70, "minus huge": -(2**70)}
+BAD = {
+    "array": {"none": None, "number": 1, "float": 1.5, "flag": True, "list": [1.0], "empty": [], "tuple": (1.0, 2.0)},
+    "flag": {"none": None, "zero": 0, "one": 1, "float": 1.0, "empty": [], "list": [True], **NUMBERS},
+    "int": {"flag": True, "float": 1.0, "list": [1], "tuple": (1,), "empty": [], "false": False, **NUMBERS},
+    "offsets": {
+        "none": None, "number": 1, "float": 1.5, "flag": True, "empty": [], "floats": [0.0, 4.0],
+        "flags": [False, True], "huge": [0, 2**40], "late": [4, 16], "decrease": [0, 16, 12], "uneven": [0, 5, 16],
+        "minus": [0, -4],
+        "nans": [0.0, float("nan")],
+    },
+    "scale": {"flag": True, "zero": 0, "tiny": 1e-320, "large": 1e300, "list": [1.0], "empty": [], **NUMBERS},
+    "name": {"number": 0, "flag": True, "empty": "", "list": ["triton"], "float": 1.5, "other": "Reference"},
+    "none": {"number": 1, "flag": True, "float": 1.5, "empty": [], "list": [0]},
+    "list": {"none": None, "number": 1, "float": 1.5, "flag": True, "empty": [], "list": [0], "tuple": (1.5,)},
+    "fill": {"none": None, "list": [1], "tuple": (), "empty": []},
+}  # fmt: skip
+"""Further values that arguments of each kind do not take."""
+ARRAYS = {
+    "0-d": np.float32(1) * np.ones(()), "bool": np.ones((2, 3), bool), "complex array": np.ones(4, np.complex64),
+    "no rows": ones(0), "5-d": ones(1, 1, 1, 1, 1), "float64": np.ones((3, 1, 7)), "other": ones(3, 5, 7),
+}  # fmt: skip
+"""Arrays that no argument takes."""
+
+
+def attention_arguments(local):
+    rows = TOKENS if local else WORLD_SIZE * TOKENS
+    return {
+        "q": ("array", ones(TOKENS, 4, 16)), "k": ("array", ones(rows, 2, 16)), "v": ("array", ones(rows, 2, 16)),
+        "cu_seqlens": ("offsets", OFFSETS if not local else [0, 4, 8]),
+    }  # fmt: skip
+
+
+OPTIONS = {
+    "causal": ("flag", True), "softmax_scale": ("scale", 0.5), "return_lse": ("flag", True),
+    "backend": ("name", "reference"), "deterministic": ("flag", True),
+}  # fmt: skip
+BETWEEN = {"method": ("name", "allgather"), "heads_k_stride": ("int", 1), "grad_reduce_dtype": ("name", None)}
+X, LENGTHS = {"x": ("rows", ones(16, 3))}, {"cu_seqlens": ("offsets", OFFSETS)}
+RANK, SIZE = {"rank": ("int", 1)}, {"world_size": ("int", WORLD_SIZE)}
+BOTH = {
+    "zigzag_attention_gathered": {**attention_arguments(False), **RANK, **SIZE, **OPTIONS},
+    "zigzag_attention": {**attention_arguments(True), **BETWEEN, **OPTIONS},
+    "prepare_batch": {**LENGTHS, **RANK, **SIZE, "method": ("name", "ring"), "backend": ("name", "reference")},
+    "shard": {**X, **LENGTHS, **RANK, **SIZE},
+    "unshard": {**X, **LENGTHS, **SIZE},
+    "position_ids": {**LENGTHS, **RANK, **SIZE, "tokens": ("int", 8)},
+    "local_cu_seqlens": {**LENGTHS, **SIZE},
+    "pad_to_zigzag": {**X, **LENGTHS, **SIZE, "total": ("int", 20), "value": ("fill", 7.0)},
+    "unpad": {**X, **LENGTHS, **SIZE},
+    "validate": {**LENGTHS, **SIZE, "total": ("int", 16)},
+    "merge_partials": {"out": ("array", ones(2, 8, 4, 16)), "lse": ("array", ones(2, 4, 8))},
+}
+ONLY_JAX = {
+    "make_zigzag_attention": {
+        "mesh": ("none", None), "axis": ("name", "cp"), "head_axis": ("name", "tp"), "batch_axis": ("name", "dp"),
+    },
+    "cu_seqlens_from_segment_ids": {
+        "segment_ids": ("array", np.array([1, 1, 2])), "max_sequences": ("int", 3),
+        "positions": ("optional array", np.array([0, 1, 0])),
+    },
+}  # fmt: skip
+PAIR = {"chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3)}
+IGNORED = dict.fromkeys(("max_seqlen_q", "max_seqlen_k", "local_k_slice"), ("ignored", 8))
+UNSUPPORTED = {"dropout_p": ("zero", 0.0), "window_size": ("list", (-1, -1)), "alibi_slopes": ("none", None)}
+PUBLISHED = {
+    **UNSUPPORTED, "softmax_scale": ("scale", 0.5), "causal": ("flag", True), "deterministic": ("flag", False),
+    "return_attn_probs": ("flag", True), "n_chunks": ("int", 2), "heads_k_stride": ("int", 1), **IGNORED,
+    "cu_seqlens_q": ("int32", [0, 4, 8]), "cu_seqlens_k": ("int32", [0, 4, 8]),
+}  # fmt: skip
+GROUPED = {
+    "chunk_q_list": ("list", None), "chunk_cu_seqlens_q_list": ("list", None), "chunk_indices_list": ("list", None),
+    "kv_buffer": ("array", ones(2, 16, 2, 16)), "kv_slices": ("list", None), "nheads": ("int", 4),
+    "head_dim": ("int", 16), "softmax_scale": ("scale", 0.5), **UNSUPPORTED, "causal": ("flag", True),
+    "deterministic": ("flag", False), "world_size": ("int", 2), "cu_seqlens_k": ("int32", [0, 2, 8]),
+}  # fmt: skip
+ROWS = {name: ("array", ones(8, heads, 16)) for name, heads in {"q": 4, "k": 2, "v": 2}.items()}
+ONLY_TORCH = {
+    "zigzag_llama3_flash_attn_varlen_func": {**ROWS, **PUBLISHED},
+    "zigzag_llama3_flash_attn_varlen_kvpacked_func": {
+        "q": ROWS["q"], "kv": ("array", ones(8, 2, 2, 16)), **PUBLISHED,
+    },
+    "zigzag_llama3_flash_attn_varlen_qkvpacked_func": {"qkv": ("array", ones(8, 3, 2, 16)), **PUBLISHED},
+    "split_q_by_zigzag_chunk_index": {
+        "q": ROWS["q"], "cu_seqlens_q": ("int32", [0, 2, 8]), **SIZE, "rank": ("int", 0), "n_chunks": ("int", 2),
+    },
+    "rearrange_kv_from_zigzag_to_contiguous": {
+        "kv_buffer": GROUPED["kv_buffer"], **SIZE, "cu_seqlens": ("int32", [0, 2, 8]),
+    },
+    "compute_kv_slices_for_groups": {
+        "cu_seqlens_k": ("int32", [0, 2, 8]), **PAIR, **SIZE, "chunk_cu_seqlens_q_list": ("list", None),
+        "n_chunks": ("int", 2),
+    },
+    "execute_grouped_attention": GROUPED,
+    "replace_grouped_attention_with_fused_triton_v2": {**GROUPED, **PAIR},
+    "fused_zigzag_llama3_flash_attn_forward_v2": {
+        "q0": ROWS["q"], "q1": ROWS["q"], "k": ("array", ones(32, 2, 16)), "v": ("array", ones(32, 2, 16)),
+        "cu_seqlens_q0": ("int32", [0, 8]), "cu_seqlens_q1": ("int32", [0, 8]), "cu_seqlens_k": ("int32", [0, 32]),
+        "chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3), "total_chunks": ("int", 4),
+        "softmax_scale": ("scale", 0.5), "causal": ("flag", True),
+    },
+    "ZigzagConfig": dict.fromkeys(("use_fused_triton_v2", "verify_correctness", "profile_kernels"), ("flag", False)),
+}  # fmt: skip
+FUNCTIONS = [(Torch, name, arguments) for name, arguments in {**BOTH, **ONLY_TORCH}.items()]
+FUNCTIONS += [(Jax, name, arguments) for name, arguments in {**BOTH, **ONLY_JAX}.items()]
+OPTIONAL = {
+    "head_axis",
+    "batch_axis",
+    "softmax_scale",
+    "backend",
+    "heads_k_stride",
+    "grad_reduce_dtype",
+    "tokens",
+    "total",
+    "positions",
+}
+"""Arguments for which None is a value."""
+NOT_READ = {"replace_grouped_attention_with_fused_triton_v2": ("kv_slices", "chunk_cu_seqlens_q_list")}
+"""Lists of which the fused path needs no entry: it computes the same whatever they are."""
+
+
+@functools.cache
+def lists_of_groups():
+    """The lists that the published functions hand to one another, of rank 0."""
+    local = torch.tensor([0, 2, 8], dtype=torch.int32)
+    rows, offsets, indices = zigzag_torch.split_q_by_zigzag_chunk_index(torch.ones(8, 4, 16), local, 2, 0)
+    slices = zigzag_torch.compute_kv_slices_for_groups(local, 0, 3, 2, offsets)
+    names = "chunk_q_list", "chunk_cu_seqlens_q_list", "chunk_indices_list", "kv_slices"
+    return dict(zip(names, (rows, offsets, indices, slices), strict=True))
+
+
+def good_arguments(framework, name, arguments):
+    values = {}
+    for argument, (kind, value) in arguments.items():
+        if value is None and argument in lists_of_groups():
+            value = lists_of_groups()[argument]
+        elif kind in ("offsets", "int32"):
+            value = framework.array(np.array(value, np.int32))
+        elif isinstance(value, np.ndarray):
+            value = framework.array(value)
+        values[argument] = value
+    if name == "make_zigzag_attention":
+        values["mesh"] = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("cp", "tp", "dp"))
+    if name == "zigzag_attention" and framework is Torch:
+        values["group"] = None
+    return values
+
+
+def bad_values(framework, name, argument, kind):
+    """What `argument` does not take, by name."""
+    values = dict(NEVER)
+    if kind == "fill" or (kind == "list" and argument == "window_size"):
+        values.pop("range")
+    values |= BAD[{"rows": "array", "optional array": "array", "int32": "offsets", "zero": "scale"}.get(kind, kind)]
+    values |= {f"array {shape}": framework.array(x) for shape, x in ARRAYS.items() if shape != "float64"}
+    if (
+        argument in OPTIONAL
+        or (name, argument) == ("zigzag_attention", "cu_seqlens")
+        or kind == "none"
+        or (kind == "optional array")
+    ):
+        values.pop("none", None)
+    if kind in ("int", "scale", "flag", "fill") and framework is Torch:
+        values["jax array"] = jnp.ones(3)
+    if kind == "zero":
+        values = {key: x for key, x in values.items() if key != "zero"} | {"tenth": 0.1}
+    if kind == "rows":  # of any type and number of dimensions
+        for key in ("bool", "5-d", "other", "complex array", "no rows"):
+            values.pop(f"array {key}")
+        values |= {"15 rows": framework.array(ones(15, 2)), "row by row": framework.array(ones(2, 16))}
+    if kind in ("offsets", "int32"):
+        lists = {key: x for key, x in BAD["offsets"].items() if isinstance(x, list) and key not in ("empty", "huge")}
+        values |= {f"array of {key}": framework.array(np.array(x)) for key, x in lists.items()}
+        if name in ("pad_to_zigzag", "unpad") or (name == "zigzag_attention"):
+            values = {key: x for key, x in values.items() if "uneven" not in key}
+        if name == "local_cu_seqlens":
+            values.pop("minus", None)
+    if kind == "name" and argument in ("method", "backend"):
+        values["float64"] = "float64"
+    if argument == "softmax_scale":
+        values = {key: x for key, x in values.items() if key not in ("half", "huge")} | {"minus one half": -0.5}
+    return values
+
+
+def poison(result):
+    """Whether there is nothing in `result` but NaN, -1 or what stands for it in unsigned integers."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(result) if hasattr(x, "shape")]
+    return bool(leaves) and all(np.isnan(x).all() if x.dtype.kind == "f" else (x == -1).all() for x in leaves)
+
+
+def names_an_argument(message, function, argument):
+    """Whether a message begins with an argument, as `name: expected ...`: the bad one, or one that it contradicts."""
+    found = re.match(r"(?:rank \d+: )?(\w+)(?:\[\d+\])?: ", message)
+    names = {*inspect.signature(function).parameters, "head_dim", "q", "k", "v"}  # the last are parts of qkv
+    return (found is not None and (found[1] in names or found[1] == argument)) or re.match(
+        rf"{function.__name__}\(\) .*'{argument}'", message
+    )
+
+
+def wrong_outcome(function, arguments, argument, value):
+    """Return what is wrong with the answer to a bad value in words, or None."""
+    try:
+        result = function(**arguments | {argument: value})
+    except OURS as error:
+        message = str(error)
+        return (
+            None
+            if names_an_argument(message, function, argument)
+            else f"unclear {type(error).__name__}: {message[:150]}"
+        )
+    except Exception as error:
+        return f"not ours: {type(error).__name__}: {str(error)[:150]}"
+    if isinstance(result, zigzag_torch.Batch | zigzag_jax.Batch):
+        return None if (np.asarray(result.cu_seqlens) < 0).any() or argument == "cu_seqlens" else "a batch"
+    if argument in NOT_READ.get(function.__name__, ()) and torch.equal(result[0], function(**arguments)[0]):
+        return None
+    return None if poison(result) else f"taken: {str(result)[:80]}"
+
+
+@pytest.mark.parametrize(("framework", "name", "arguments"), FUNCTIONS, ids=lambda x: getattr(x, "__name__", None))
+def test_what_an_argument_is_not(framework, name, arguments):
+    function = getattr(framework.package, name)
+    good = good_arguments(framework, name, arguments)
+    function(**good)
+    wrong = {}
+    for argument, (kind, _) in arguments.items():
+        if kind == "ignored":
+            continue
+        for key, value in bad_values(framework, name, argument, kind).items():
+            outcome = wrong_outcome(function, good, argument, value)
+            if outcome is not None:
+                wrong[argument, key] = outcome
+    assert not wrong, "\n".join(f"{'/'.join(key)}: {text}" for key, text in wrong.items())
+
+
+def test_every_public_function_is_called():
+    called = {(framework.package, name) for framework, name, _ in FUNCTIONS}
+    for package in (zigzag_torch, zigzag_jax):
+        public = {name for name in package.__all__ if callable(getattr(package, name))}
+        assert public - {name for of, name in called if of is package} <= {
+            "Batch",  # what `prepare_batch` makes
+            "export_disabled_checks",  # without arguments
+            "patch_ring_flash_attn",  # without arguments
+        }
+
+
+def test_there_are_thousands_of_calls():
+    calls = 0
+    for framework, name, arguments in FUNCTIONS:
+        for argument, (kind, _) in arguments.items():
+            if kind != "ignored":
+                values = bad_values(framework, name, argument, kind)
+                assert len(values) >= 20, (name, argument)
+                calls += len(values)
+    assert calls >= 3000
