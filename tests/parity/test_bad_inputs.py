@@ -143,6 +143,7 @@ ONLY_TORCH = {
         "chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3), "total_chunks": ("int", 4),
         "softmax_scale": ("scale", 0.5), "causal": ("flag", True),
     },
+    "profile_report": {"reset": ("flag", False)},
     "ZigzagConfig": dict.fromkeys(("use_fused_triton_v2", "verify_correctness", "profile_kernels"), ("flag", False)),
 }  # fmt: skip
 FUNCTIONS = [(Torch, name, arguments) for name, arguments in {**BOTH, **ONLY_TORCH}.items()]
