@@ -122,7 +122,7 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     Whatever mixture of the supported dtypes they come in, such as float32 from a rotary embedding beside bfloat16.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # PyTorch has no autocast of meta tensors
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in tensors)

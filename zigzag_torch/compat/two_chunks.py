@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.checks import MAX_RANKS, check_int, check_lengths
+from zigzag_kernels.checks import MAX_ROWS, check_int, check_lengths
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import ArraySpec, make_problem
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
@@ -65,7 +65,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
                 f"{name}: expected the shape of cu_seqlens_k, {tuple(cu_seqlens_k.shape)}, "
                 f"got {tuple(cu_seqlens.shape)}"
             )
-    total_chunks = check_int("total_chunks", total_chunks, 1, MAX_RANKS, f"a number of chunks from 1 to {MAX_RANKS}")
+    total_chunks = check_int("total_chunks", total_chunks, 1, MAX_ROWS, f"a number of chunks from 1 to {MAX_ROWS}")
     last = total_chunks - 1
     chunks = {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}
     chunks = [check_int(name, x, 0, last, f"0 to total_chunks - 1 = {last}") for name, x in chunks.items()]

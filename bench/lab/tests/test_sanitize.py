@@ -6,20 +6,20 @@ from bench.lab import sanitize
 from tests.support.commands import ROOT, finish, start
 from tests.support.hopper import needs_hopper, needs_triton
 
-DKDV = ROOT / "zigzag_kernels" / "hopper" / "dkdv.py"
-SOURCE = DKDV.read_text(encoding="utf-8").splitlines()
+FOLDER = ROOT / "zigzag_kernels" / "hopper"
 
 
-def at(text, offset=0):
-    """A place of the dK/dV kernel as the tools print it: `offset` lines behind the first one with `text`."""
-    number = next(i for i, line in enumerate(SOURCE, 1) if text in line) + offset
-    return f"backward_dkdv_hopper+0x1f0 in {DKDV}:{number}", number
+def at(file, text, offset=0):
+    """A place of the dK/dV kernel as the tools print it: `offset` lines behind the first line of `file` with `text`."""
+    source = (FOLDER / file).read_text(encoding="utf-8").splitlines()
+    number = next(i for i, line in enumerate(source, 1) if text in line) + offset
+    return f"backward_dkdv_hopper+0x1f0 in {FOLDER / file}:{number}", number
 
 
-STORE, STORE_LINE = at("lse2_smem.index(stage).store(lse2)")
-LOAD, LOAD_LINE = at("lse2 = lse2_smem.index(stage).load(R_LAYOUT)")
-HEAD, _ = at("def backward_dkdv_hopper(")
-SPECIALIZE, _ = at("    specialize_warps(", 3)
+STORE, STORE_LINE = at("rows.py", "stream.lse2.index(stage).store(lse2)")
+LOAD, LOAD_LINE = at("dkdv.py", "lse2 = stream.numbers(stream.lse2, i)")
+HEAD, _ = at("dkdv.py", "def backward_dkdv_hopper(")
+SPECIALIZE, _ = at("dkdv.py", "    specialize_warps(", 1)
 RACECHECK = f"""\
 ========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at {STORE}
@@ -65,7 +65,7 @@ INITCHECK = """\
 
 
 def test_reports_are_counted_by_kernel_kind_and_place():
-    stored, loaded = f"dkdv.py:{STORE_LINE} _producer", f"dkdv.py:{LOAD_LINE} _block"
+    stored, loaded = f"rows.py:{STORE_LINE} produce_rows", f"dkdv.py:{LOAD_LINE} _block"
     assert sanitize.read_reports(RACECHECK) == {
         ("backward_dkdv_hopper", "race: Write, Read", f"{stored} | {loaded}"): 4,
         ("backward_dkdv_hopper", "race: Write, Write", f"{stored} | {stored}"): 12,
