@@ -187,7 +187,7 @@ class Player:
         gathers = itertools.cycle(windows)
         stand_ins = {
             "resolve": lambda _: SimpleNamespace(size=lambda: self.case.world_size, rank=lambda: self.rank),
-            "agree_on_call": lambda *_: None,
+            "agree_on_call": lambda *_, **__: None,
             "gather_into": lambda buffer, own, group: buffer.copy_(next(gathers).flatten(1, 2)),
             "reduce_into": lambda total, x, group: None,
         }

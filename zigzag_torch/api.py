@@ -18,6 +18,8 @@ from .parallel import Local, Moving, Transport, transport_of
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
 
+_UNPREPARED = "zigzag_attention without a batch prepared with this group"
+
 
 def zigzag_attention_gathered(
     q: torch.Tensor,
@@ -113,9 +115,10 @@ def zigzag_attention(
 
     Raises:
         ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks agree on all that the host knows
-            the first time that they see it: if they differ, or one of them finds a fault, every rank raises the same
-            ValueError. `RuntimeError` if another rank makes no such call in time (ZIGZAG_AGREEMENT_TIMEOUT, seconds).
-            Values of `cu_seqlens` that differ, which the host does not look at, give NaN on every rank.
+            (with gloo in every call, with NCCL the first time that they see it): if they differ, or one of them finds
+            a fault, every rank raises the same ValueError. `RuntimeError` if another rank makes no such call in time
+            (ZIGZAG_AGREEMENT_TIMEOUT, seconds). Other lengths in `cu_seqlens`, or another number of them, give NaN on
+            every rank, as the host does not look at them.
     """
     place = place_in(group)
     try:
@@ -124,7 +127,8 @@ def zigzag_attention(
         batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
         if batched:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        if cu_seqlens is None:
+        equal_lengths = cu_seqlens is None
+        if equal_lengths:
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
         backend = _check_tensors(q, k, v, backend)
@@ -142,7 +146,7 @@ def zigzag_attention(
         refuse_together(place, error)
         raise
     if not isinstance(transport, Local):
-        batch = _compared(batch, place.rank, transport, q, k, v)
+        batch = _compared(batch, place.rank, transport, q, k, v, equal_lengths=equal_lengths)
     out, lse = _attend(transport, q, k, v, batch)
     if batched:
         out = out.unflatten(0, batched)
@@ -220,18 +224,20 @@ def _make_call_spec(head_dim, backend, causal, softmax_scale, method, heads_k_st
 _known_call_spec = functools.lru_cache(maxsize=1024, typed=True)(_make_call_spec)  # typed: True is 1.0, and refused
 
 
-def _compared(batch: Batch, rank: int, transport: Moving, q, k, v) -> Batch:
-    """Return `batch` once the ranks have agreed on the call and compared their `cu_seqlens`.
+def _compared(batch: Batch, rank: int, transport: Moving, q, k, v, *, equal_lengths: bool) -> Batch:
+    """Return `batch` once the ranks have compared their `cu_seqlens`, and agreed on what the kernels do not agree on.
 
-    Attention agrees on the call itself if it is by the kernels; nothing may be sent before that.
+    Kernels agree on the call before they send anything. The reference does not, and neither knows that `batch` has
+    `equal_lengths`, which follow from the shape of q and are not compared on the device.
     """
-    compared = batch.compared_by == transport.group_name
-    if compared and transport.problem.call.backend != Backend.REFERENCE:
-        return batch
-    own_rank = agreed_rank(transport, batch.rank if compared else as_rank(rank, q.device), q, k, v)
-    if not compared:
-        own_rank = common_rank(batch.cu_seqlens, own_rank, transport.group_name)
-    return dataclasses.replace(batch, rank=own_rank, segments=None, sequences=None)
+    if batch.compared_by != transport.group_name:
+        own_rank = as_rank(rank, q.device)
+        own_rank = common_rank(batch.cu_seqlens, None, own_rank, transport.group_name, _UNPREPARED)
+        batch = dataclasses.replace(batch, rank=own_rank, segments=None, sequences=None)
+    if equal_lengths or transport.problem.call.backend == Backend.REFERENCE:
+        own_rank = agreed_rank(transport, batch.rank, q, k, v, equal_lengths)
+        batch = dataclasses.replace(batch, rank=own_rank, segments=None, sequences=None)
+    return batch
 
 
 def _attend(transport: Transport, q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

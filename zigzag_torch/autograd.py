@@ -92,13 +92,13 @@ class _Attention(_Function):
 
 
 def agreed_rank(
-    transport: Moving, rank: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    transport: Moving, rank: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, equal_lengths: bool
 ) -> torch.Tensor:
-    """Return `rank` once the ranks have agreed on the call, for calls that move other data before `attention`."""
+    """Return `rank` once the ranks have agreed on the call, and on the number of sequences if q has `equal_lengths`."""
     if goes_straight((rank, q, k, v)):
-        agree_on_call(resolve(transport.group_name), transport.problem)
+        _agree(transport, equal_lengths)
         return rank
-    constants = transport.problem.sequences, *_constants(transport)
+    constants = transport.problem.sequences, equal_lengths, *_constants(transport)
     return agreed_rank_operator(rank, q.detach(), k.detach(), v.detach(), *constants)
 
 
@@ -215,14 +215,21 @@ def agreed_rank_operator(
     k: torch.Tensor,
     v: torch.Tensor,
     sequences: int,
+    equal_lengths: bool,
     call: str,
     world_size: int,
     group_name: str,
 ) -> torch.Tensor:
     """Return a copy of `rank`: see `agreed_rank`."""
     transport = transport_of(q, k, v, CallSpec.from_key(call), sequences, world_size, KVLayout.PEER, group_name)
-    agree_on_call(resolve(group_name), transport.problem)
+    assert not isinstance(transport, Local)
+    _agree(transport, equal_lengths)
     return rank.clone()
+
+
+def _agree(transport: Moving, equal_lengths: bool) -> None:
+    others = {"sequences": transport.problem.sequences} if equal_lengths else {}
+    agree_on_call(resolve(transport.group_name), transport.problem, **others)
 
 
 def _fake_forward(q, k, v, segments, sequences, *constants):

@@ -11,7 +11,7 @@ from zigzag_kernels.modes import Backend, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import launch
-from .arguments import as_cu_seqlens, as_rank, as_rank_argument, check_batch
+from .arguments import as_cu_seqlens, as_rank, as_rank_argument, check_batch, check_device, check_tensor
 from .autograd import segment_tables
 from .parallel import Tables
 from .parallel.agreement import Place, place_in, refuse_together
@@ -75,6 +75,7 @@ def prepare_batch(
     method: str = "allgather",
     group=None,
     backend: str | None = None,
+    unsharded: torch.Tensor | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
@@ -87,14 +88,18 @@ def prepare_batch(
         group: as in the attention calls. Every rank of it makes this call, and the ranks compare their `cu_seqlens` on
             the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
         backend: as in the attention calls.
+        unsharded: the whole batch before `shard`, such as token ids, on the device of `cu_seqlens`. With a group, ranks
+            compare it as they compare `cu_seqlens`, since ranks that read other data would attend to a mixture of it.
 
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can be trained on all the same.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank)]
-            return prepare_batch(*copies, world_size, method=method, group=group, backend=backend)  # pyright: ignore
+            tensors = cu_seqlens, rank, unsharded
+            lengths, rank, unsharded = (x.clone() if isinstance(x, torch.Tensor) else x for x in tensors)
+            options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded}
+            return prepare_batch(lengths, rank, world_size, **options)  # pyright: ignore
     place = place_in(group)
     try:
         check_method(method)
@@ -107,12 +112,15 @@ def prepare_batch(
             cu_seqlens = _check_place(cu_seqlens, rank, world_size, place)
             rank, world_size = place.rank, place.world_size
         backend = launch.choose_backend(backend, cu_seqlens.device)
+        if unsharded is not None:
+            check_tensor("unsharded", unsharded)
+            check_device("unsharded", unsharded, "cu_seqlens", cu_seqlens)
     except (ValueError, RuntimeError) as error:
         refuse_together(place, error)
         raise
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
-        own_rank = common_rank(cu_seqlens, own_rank, place.group_name)
+        own_rank = common_rank(cu_seqlens, unsharded, own_rank, place.group_name, "prepare_batch")
     host_rank = rank if isinstance(rank, int) else None
     batch = Batch(cu_seqlens, own_rank, world_size, method, compared_by=place.group_name, host_rank=host_rank)
     if backend == Backend.REFERENCE:

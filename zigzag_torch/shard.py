@@ -19,6 +19,7 @@ from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_l
 
 from .arguments import as_cu_seqlens, as_rank, check_batch, check_device, check_tensor, mark_padded, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
+from .parallel.collectives import fingerprint
 
 
 def sequence_of_rows(
@@ -229,12 +230,20 @@ def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) ->
     return torch.cat([empty, *rows]), starts.int()
 
 
-def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None, *, group=None) -> None:
+def validate(
+    cu_seqlens: torch.Tensor,
+    world_size: int,
+    total: int | None = None,
+    *,
+    group=None,
+    unsharded: torch.Tensor | None = None,
+) -> None:
     """Raise `ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; the host reads it: call it once.
 
     `total` is the number of rows of the unsharded batch. Attention itself produces NaN for invalid lengths, because
     checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of it makes
-    this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
+    this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error. `unsharded` is
+    the whole batch before `shard`, which ranks of a group compare as well.
     """
     if group is None:
         _check_values(cu_seqlens, world_size, total)
@@ -246,9 +255,13 @@ def validate(cu_seqlens: torch.Tensor, world_size: int, total: int | None = None
         if world_size != place.world_size:
             raise ValueError(f"world_size: expected the size of the group, {place.world_size}, got {world_size}")
         values = _check_values(cu_seqlens, world_size, total)
+        if unsharded is not None:
+            check_tensor("unsharded", unsharded)
     except ValueError as error:
         refuse(group, error)
     report = {"call": "validate", "total": total, "sequences": len(values) - 1}
+    if unsharded is not None:
+        report["unsharded"] = f"fingerprint {int(fingerprint(unsharded)):#x}"
     compare(group, report | {f"cu_seqlens[{index}]": value for index, value in enumerate(values)})
 
 

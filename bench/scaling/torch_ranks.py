@@ -50,8 +50,8 @@ class Ranks:
         self.case = case
         self.q, self.k, self.v, self.dout = map(draw, (case.heads, case.kv_heads, case.kv_heads, case.heads))
         self.k_all, self.v_all = (x.new_empty((case.total, *x.shape[1:])) for x in (self.k, self.v))
-        gather_into(self.k_all, self.k)
-        gather_into(self.v_all, self.v)
+        gather_into(self.k_all, self.k, dist.group.WORLD)
+        gather_into(self.v_all, self.v, dist.group.WORLD)
         self.cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=self.device)
         out, both = self.share_calls()
         self.alone = out(), *both()
@@ -89,7 +89,7 @@ class Ranks:
         expected = [out, dq]
         for x in sums:
             expected.append(self.k.new_empty(self.k.shape, dtype=torch.float32))
-            reduce_into(expected[-1], x.float())
+            reduce_into(expected[-1], x.float(), dist.group.WORLD)
         for name, got, wanted in zip(("out", "dq", "dk", "dv"), (forward(), *both()), expected, strict=True):
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
 

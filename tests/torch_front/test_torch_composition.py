@@ -91,8 +91,8 @@ def check_registration(tensors, rank, world_size, group):
         backward = q, k, v, out, lse, dout, None, *tables, *constants
         torch.library.opcheck(ops.parallel_backward, backward, test_utils=tests)
     rank = torch.tensor([rank], dtype=torch.int32)
-    torch.library.opcheck(ops.common_rank, (CU_SEQLENS, rank, name), test_utils=tests)
-    torch.library.opcheck(ops.agreed_rank, (rank, q, k, v, 2, *constants), test_utils=tests)
+    torch.library.opcheck(ops.common_rank, (CU_SEQLENS, CU_SEQLENS, rank, name, "prepare_batch"), test_utils=tests)
+    torch.library.opcheck(ops.agreed_rank, (rank, q, k, v, 2, False, *constants), test_utils=tests)
     torch.library.opcheck(ops.all_gather, (leaves[0], world_size, name), test_utils=tests)
     torch.library.opcheck(ops.reduce_scatter, (q, world_size, name), test_utils=tests)
     torch.library.opcheck(ops.shift, (leaves[0], 1, name), test_utils=tests)

@@ -33,10 +33,11 @@ def alone(monkeypatch):
     monkeypatch.setattr(launch, "run", run)
     for module in (allgather, ring):
         monkeypatch.setattr(module, "resolve", lambda _: SimpleNamespace(size=lambda: WORLD_SIZE, rank=lambda: 0))
-        monkeypatch.setattr(module, "agree_on_call", lambda *_: None)
+        monkeypatch.setattr(module, "agree_on_call", lambda *_, **__: None)
     for name in ("gather_into", "reduce_into"):
         monkeypatch.setattr(allgather, name, lambda *_, **__: nothing)
     monkeypatch.setattr(ring, "exchange", lambda *_, **__: [nothing])
+    monkeypatch.setattr(ring, "wait", lambda *_: None)
 
 
 def peak(function, *arguments):

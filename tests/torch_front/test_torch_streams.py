@@ -105,7 +105,7 @@ def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(launch, "run", recorder.run)
     monkeypatch.setattr(allgather, "resolve", lambda _: SimpleNamespace(size=lambda: 2, rank=lambda: 0))
-    monkeypatch.setattr(allgather, "agree_on_call", lambda *_: None)
+    monkeypatch.setattr(allgather, "agree_on_call", lambda *_, **__: None)
     monkeypatch.setattr(allgather, "streams_of", lambda _: recorder.streams)
     monkeypatch.setattr(allgather, "on", recorder.on)
     for name in ("gather", "reduce"):

@@ -25,6 +25,7 @@ from zigzag_kernels.problem import ArraySpec, make_problem
 from ..arguments import cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
 from ..parallel import Residuals
+from ..parallel.agreement import BACKWARD, agree
 from ..parallel.allgather import windows
 from ..parallel.collectives import reduce_into
 from ..parallel.streams import streams_of
@@ -306,6 +307,9 @@ class GroupedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         k, v, out, lse, *chunk_q = ctx.saved_tensors
         grouping, group, heads_k_stride = ctx.constants
+        if group is not None:
+            shapes = tuple(out.shape), tuple(k.shape), str(k.dtype)
+            agree(group, (("call", BACKWARD), ("backend", "unfused"), ("out, k, dtype", shapes)))
         dout = torch.zeros_like(out) if dout is None else dout
         dchunk_q, dk, dv = [torch.zeros_like(q) for q in chunk_q], torch.empty_like(k), torch.empty_like(v)
         for first, *keys in _gathered(group, heads_k_stride, k, v):
@@ -329,7 +333,7 @@ class GroupedAttention(torch.autograd.Function):
                 buffer[_order(grouping, len(dx))] = dx
                 local = buffer if group is None else buffer.new_empty((len(k), *buffer.shape[1:]))
                 if group is not None:
-                    reduce_into(local, buffer, group=group)
+                    reduce_into(local, buffer, group)
                 into[:, first : first + local.shape[1]] = local
         return None, None, None, dk, dv, *dchunk_q
 

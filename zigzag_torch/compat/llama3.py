@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 
 from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.checks import check_flag, check_int, check_world_size
+from zigzag_kernels.checks import check_flag, check_int, check_lengths, check_world_size
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.problem import make_problem
 
 from ..api import zigzag_attention, zigzag_attention_gathered
-from ..arguments import cast_for_autocast, check_int32, check_tensor
+from ..arguments import as_rank, cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
 from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
+from ..parallel.collectives import common_rank
 from . import grouped
 from .checks import check_grouped, check_list, check_n_chunks, refuse_unsupported
 from .verify import choose_path
@@ -114,13 +115,22 @@ def zigzag_llama3_flash_attn_varlen_func(
         return out, lse
 
     def unfused_path(q, k, v):
-        expected = [world_size * bound for bound in cu_seqlens_q.tolist()]
-        if cu_seqlens_k.tolist() != expected:
-            raise ValueError(
-                f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
-            )
+        try:
+            expected = [world_size * bound for bound in cu_seqlens_q.tolist()]
+            if cu_seqlens_k.tolist() != expected:
+                raise ValueError(
+                    f"cu_seqlens_k: expected {world_size} times cu_seqlens_q, {expected}, got {cu_seqlens_k.tolist()}"
+                )
+            check_lengths(expected, world_size, world_size * len(q))
+        except ValueError as error:
+            if group is not None:
+                refuse(group, error)
+            raise
         if group is not None:
             agree_on_call(group, problem, method="unfused", backend="unfused")
+            own_rank = as_rank(group.rank(), q.device)
+            if int(common_rank(cu_seqlens_k, None, own_rank, group.group_name, "comparison of cu_seqlens_k")) < 0:
+                raise ValueError("cu_seqlens_k: expected the same lengths on every rank of the group, got others")
         return grouped.varlen_attention(
             q,
             k,

@@ -9,7 +9,7 @@ import torch
 from zigzag_kernels.problem import Problem
 
 from .. import launch
-from .agreement import agree_on_call, resolve
+from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import gather_into, reduce_into
 from .streams import Streams, on, streams_of
 from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
@@ -53,6 +53,7 @@ class AllGather:
         self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, dk and dv summed over all ranks."""
+        agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
         # All heads are put together when the buffers are free again: with delta and lse of two windows, the buffers are
         # the most memory that a call takes beside its results.
         dq, of_windows = self._window_gradients(residuals, launch.last_dim_contiguous(dout), dlse, tables)
@@ -94,7 +95,7 @@ class AllGather:
             transfers.wait_stream(side)
             with on(transfers):
                 for total, x in zip(sums, contribution, strict=True):
-                    reduce_into(total, x, group=group)
+                    reduce_into(total, x, group)
                 # Memory of `transfers`, which waits for the other streams before it uses that memory again.
                 if first_head + window < problem.kv_heads:
                     dkv.append(sums.to(k.dtype, copy=True))
@@ -126,7 +127,7 @@ def windows(
         own = own_slot(buffers[index % 2], group)
         with on(transfers):
             torch.cat((k[:, heads], v[:, heads]), 1, out=own)
-            gather_into(buffers[index % 2], own, group=group)
+            gather_into(buffers[index % 2], own, group)
 
     side.wait_stream(current)  # before any waits for it: while a graph is captured, it is a part of that only then
     try:

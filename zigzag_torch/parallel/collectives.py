@@ -1,14 +1,54 @@
 """Collectives: operators that `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, ReduceScatterOptions
 
 from ..dispatch import operator
-from .agreement import agree, resolve
+from .agreement import BACKWARD, agree, finish, resolve, transfer_timeout
 
 # From torch 2.13 on the old names warn.
-gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# Odd multipliers, as of splitmix64, in the range of int64.
+_STEP, _FIRST_FACTOR, _SECOND_FACTOR = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def gather_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write `x` of all ranks, one after the other, into `output`."""
+    timeout = transfer_timeout(group)
+    if timeout is None:
+        _gather_into(output, x, group=group)
+    else:
+        finish(group, [group._allgather_base(output, x, _with(AllgatherOptions(), timeout))], None)
+
+
+def reduce_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write this rank's part of the sum of all ranks' `x` into `output`."""
+    timeout = transfer_timeout(group)
+    if timeout is None:
+        _reduce_into(output, x, group=group)
+    else:
+        finish(group, [group._reduce_scatter_base(output, x, _with(ReduceScatterOptions(), timeout))], None)
+
+
+def maximum_in_place(x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Replace the elements of `x` by the largest of all ranks."""
+    timeout = transfer_timeout(group)
+    if timeout is None:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    else:
+        options = _with(AllreduceOptions(), timeout)
+        options.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
+        finish(group, [group.allreduce([x], options)], None)
+
+
+def _with(options, timeout: timedelta):
+    """Return `options` with `timeout`, for which the functions of `torch.distributed` have no argument."""
+    options.timeout = timeout
+    return options
 
 
 def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
@@ -26,28 +66,49 @@ def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup
     )
 
 
-def wait(works: list) -> None:
+def wait(works: list, group: dist.ProcessGroup) -> None:
     """Make the current stream wait for the transfers of `exchange`; without a stream, the host waits."""
-    for work in works:
-        work.wait()
+    timeout = transfer_timeout(group)
+    if timeout is None:
+        for work in works:
+            work.wait()
+    else:
+        finish(group, works, timeout)
 
 
 @operator("zigzag::common_rank")
-def common_rank(cu_seqlens: torch.Tensor, rank: torch.Tensor, group_name: str) -> torch.Tensor:
-    """Return `rank`, or -1 on every rank if `cu_seqlens` is not the same on all of them.
+def common_rank(
+    cu_seqlens: torch.Tensor, unsharded: torch.Tensor | None, rank: torch.Tensor, group_name: str, call: str
+) -> torch.Tensor:
+    """Return `rank`, or -1 on every rank if `cu_seqlens` or `unsharded` is not the same on all of them.
 
-    The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere.
+    The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere. Ranks compare
+    fingerprints, so that the message has one size, however many sequences there are.
     """
     group = resolve(group_name)
-    agree(group, (("call", "prepare_batch"), ("cu_seqlens", tuple(cu_seqlens.shape))))
-    extremes = torch.stack((cu_seqlens, ~cu_seqlens))  # the largest of ~x is ~ of the smallest x
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    same = (extremes[0] == ~extremes[1]).all()
-    return torch.where(same, rank, -1)
+    agree(group, (("call", call), ("unsharded", "nothing" if unsharded is None else "a tensor")))
+    own = fingerprint(cu_seqlens)
+    if unsharded is not None:
+        own = own * _STEP + fingerprint(unsharded)
+    extremes = torch.stack((own, ~own))  # the largest of ~x is ~ of the smallest x
+    maximum_in_place(extremes, group)
+    largest, largest_inverse = extremes
+    return torch.where(largest == ~largest_inverse, rank, -1)
+
+
+def fingerprint(x: torch.Tensor) -> torch.Tensor:
+    """Return 64 bits, one int64 on the device of `x`, that other elements or another order would change."""
+    elements = x.detach().contiguous().view(-1)
+    if elements.is_floating_point() or elements.is_complex():
+        elements = elements.view(torch.uint8)
+    mixed = torch.arange(1, len(elements) + 1, device=x.device).mul_(_STEP).add_(elements)
+    mixed = mixed.bitwise_xor_(mixed >> 30).mul_(_FIRST_FACTOR)
+    mixed = mixed.bitwise_xor_(mixed >> 27).mul_(_SECOND_FACTOR)
+    return mixed.bitwise_xor_(mixed >> 31).sum()
 
 
 @common_rank.register_fake
-def _(cu_seqlens, rank, group_name):
+def _(cu_seqlens, unsharded, rank, group_name, call):
     return rank.new_empty(rank.shape)
 
 
@@ -55,7 +116,7 @@ def _(cu_seqlens, rank, group_name):
 def all_gather(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
     """Return `x [T, ...]` of all ranks, in their order, `[world_size * T, ...]`; differentiable."""
     gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
-    gather_into(gathered, x.contiguous(), group=resolve(group_name))
+    gather_into(gathered, x.contiguous(), resolve(group_name))
     return gathered
 
 
@@ -66,9 +127,11 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::reduce_scatter")
 def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
-    """Return this rank's part `[T, ...]` of the sum of all ranks' `x [world_size * T, ...]`."""
+    """Return this rank's part `[T, ...]` of the sum of all ranks' `x [world_size * T, ...]`: a backward pass."""
+    group = resolve(group_name)
+    agree(group, _facts_of_backward(x))
     scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
-    reduce_into(scattered, x.contiguous(), group=resolve(group_name))
+    reduce_into(scattered, x.contiguous(), group)
     return scattered
 
 
@@ -79,16 +142,23 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::shift")
 def shift(x: torch.Tensor, hops: int, group_name: str) -> torch.Tensor:
-    """Return `x` of the rank `hops` before this one on the ring; differentiable."""
+    """Return `x` of the rank `hops` before this one on the ring; differentiable. The backward pass has `hops` < 0."""
+    group = resolve(group_name)
+    if hops < 0:
+        agree(group, _facts_of_backward(x))
     received = x.new_empty(x.shape)
     sent = x.contiguous()
-    wait(exchange(sent, received, resolve(group_name), hops))
+    wait(exchange(sent, received, group, hops), group)
     return received
 
 
 @shift.register_fake
 def _(x, hops, group_name):
     return x.new_empty(x.shape)
+
+
+def _facts_of_backward(x: torch.Tensor) -> tuple:
+    return ("call", BACKWARD), ("gradients", (tuple(x.shape), str(x.dtype)))
 
 
 def _save_constants(ctx, inputs, output) -> None:

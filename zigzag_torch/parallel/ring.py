@@ -9,7 +9,7 @@ import torch
 from zigzag_kernels.problem import Problem
 
 from .. import launch
-from .agreement import agree_on_call, resolve
+from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange, wait
 from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
 
@@ -50,6 +50,7 @@ class Ring:
 
         q, k, v, out, lse = readable(residuals)
         group, reduce_dtype = resolve(self.group_name), self.problem.call.grad_reduce_dtype
+        agree_on_call(group, self.problem, call=BACKWARD)
         dout = launch.last_dim_contiguous(dout)
         strides: Any = {"dout_strides": row_strides(dout)}
         problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
@@ -62,14 +63,14 @@ class Ring:
         steps = zip(_around(k, v, group), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
         for step, (keys, segments, sequences) in enumerate(steps):
             here, there = step % 2, (step + 1) % 2
-            wait(works)
+            wait(works, group)
             arguments = launch.run, problem, q, *keys, dout, rows
             part = part_of(0, step > 0, reduce_dtype)
             plan.backward_keys(*arguments, sequences, part=part, into=pairs[here], **strides)
             works = exchange(sums[here], sums[there], group, tag=1)
             part = part_of(0, step > 0, "float32")
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
-        wait(works)
+        wait(works, group)
         assert dq is not None
         return dq.to(q.dtype), sums[problem.world_size % 2].to(k.dtype)
 
@@ -83,4 +84,4 @@ def _around(k: torch.Tensor, v: torch.Tensor, group) -> Iterator[tuple[torch.Ten
         here, there = step % 2, (step + 1) % 2
         works = exchange(buffers[here], buffers[there], group) if step + 1 < steps else []
         yield keys[here]
-        wait(works)
+        wait(works, group)

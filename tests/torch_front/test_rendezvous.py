@@ -1,0 +1,129 @@
+"""Ranks meet in a store: one verdict for all, whoever comes when, at a cost that does not grow with their number."""
+
+import collections
+import random
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from zigzag_torch.parallel import rendezvous
+from zigzag_torch.parallel.rendezvous import ABSENCE, AGREED, DIFFERENCE, Seat
+
+REPORT = {"call": "attention", "causal": "True"}
+
+
+class Counted:
+    """A store that counts its operations, and fails where an operation would wait for a key."""
+
+    def __init__(self, store):
+        self.store, self.operations = store, collections.Counter()
+
+    def __getattr__(self, name):
+        assert name not in ("wait", "barrier"), f"{name} keeps other threads of this process waiting"
+        self.operations[name] += 1
+        assert name != "get" or threading.current_thread() is not None
+        return getattr(self.store, name)
+
+
+def meet(seat, report=REPORT, timeout=20.0, patience=None):
+    return rendezvous.meet(seat, report, timeout, lambda ranks: f"{rendezvous.named(ranks)} did not come", patience)
+
+
+def together(*calls):
+    """The results of calls that run at the same time."""
+    results = [None] * len(calls)
+
+    def run(index):
+        results[index] = calls[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture(params=["hash", "tcp", "file"])
+def store(request, tmp_path):
+    if request.param == "hash":
+        return dist.HashStore()
+    if request.param == "tcp":
+        return dist.TCPStore("127.0.0.1", 0, 1, True)
+    return dist.FileStore(str(tmp_path / "store"), 1)
+
+
+def seats(store, size):
+    return [Seat(Counted(store), rank, size) for rank in range(size)]
+
+
+def test_all_hear_the_same(store):
+    three = seats(store, 3)
+    reports = REPORT, REPORT | {"causal": "False"}, REPORT
+    for _ in range(3):
+        assert {verdict.kind for verdict in together(*(lambda s=s: meet(s) for s in three))} == {AGREED}
+        verdicts = together(*(lambda s=s, r=r: meet(s, r) for s, r in zip(three, reports, strict=True)))
+        (message,) = {verdict.message for verdict in verdicts}
+        assert message.endswith("got causal: ranks 0, 2 have True, rank 1 has False")
+        faulty = together(lambda: meet(three[0]), lambda: meet(three[1], {"error": "k: bad"}), lambda: meet(three[2]))
+        assert {(verdict.kind, verdict.message) for verdict in faulty} == {(DIFFERENCE, "rank 1: k: bad")}
+
+
+def test_a_rank_that_is_too_late_finds_a_new_round(store):
+    three = seats(store, 3)
+    verdicts = together(lambda: meet(three[0], timeout=0.3), lambda: meet(three[1]))
+    assert {(verdict.kind, verdict.message) for verdict in verdicts} == {(ABSENCE, "rank 2 did not come")}
+    late = meet(three[2], timeout=0.2)  # of the round before it hears nothing
+    assert (late.kind, late.message) == (ABSENCE, "ranks 0, 1 did not come")
+    assert {verdict.kind for verdict in together(*(lambda s=s: meet(s) for s in three))} == {AGREED}
+
+
+def test_a_refusal_waits_for_those_who_come_later(store):
+    three = seats(store, 3)
+    alone = meet(three[1], {"error": "k: bad"}, patience=0.1)
+    assert (alone.kind, alone.message) == (ABSENCE, "ranks 0, 2 did not come")
+    heard = together(lambda: meet(three[0]), lambda: meet(three[2]))
+    assert {verdict.message for verdict in heard} == {"rank 1: k: bad"}
+    # It has not been heard when the rank goes on: that ends the round for those who are there.
+    meet(three[1], {"error": "k: worse"}, patience=0.1)
+    first, second, third = together(
+        lambda: [meet(three[0]), meet(three[0])],
+        lambda: (time.sleep(0.3), meet(three[1]))[1],
+        lambda: (time.sleep(0.6), meet(three[2]))[1],
+    )
+    assert [verdict.message for verdict in first] == ["rank 1: k: worse", ""]
+    assert second.kind == third.kind == AGREED
+
+
+@pytest.mark.parametrize("size", [2, 64])
+def test_what_a_meeting_costs(size):
+    """Operations of each rank do not grow with the number of ranks, nor keys with that of meetings."""
+    store = dist.HashStore()
+    keys = []
+    for _ in range(5):
+        all_seats = seats(store, size)
+        together(*(lambda s=s: meet(s) for s in all_seats))
+        for seat in all_seats:
+            once = seat.store.operations - collections.Counter(check=10**6)
+            assert once.total() <= 12, once
+        keys.append(store.num_keys())
+    assert keys[-1] == keys[-2] <= size + 10
+
+
+def test_random_programs_end_and_agree(store):
+    """Each rank makes calls at times of its own, gives up, and goes on: a call succeeds on all ranks or on none."""
+    size, rounds = 4, 12
+    heard = [[] for _ in range(size)]
+
+    def program(seat):
+        generator = random.Random(seat.rank)
+        for _ in range(rounds):
+            time.sleep(generator.random() * 0.05)
+            verdict = meet(seat, timeout=generator.choice((0.02, 0.1, 5.0)))
+            heard[seat.rank].append(verdict.kind)
+
+    together(*(lambda s=s: program(s) for s in seats(store, size)))
+    agreed = [kinds.count(AGREED) for kinds in heard]
+    assert len(set(agreed)) == 1, heard
