@@ -96,10 +96,9 @@ def prepare_batch(
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            tensors = cu_seqlens, rank, unsharded
-            lengths, rank, unsharded = (x.clone() if isinstance(x, torch.Tensor) else x for x in tensors)
+            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank)]
             options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded}
-            return prepare_batch(lengths, rank, world_size, **options)  # pyright: ignore
+            return prepare_batch(*copies, world_size, **options)  # pyright: ignore
     place = place_in(group)
     try:
         check_method(method)

@@ -9,9 +9,12 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Reduc
 from ..dispatch import operator
 from .agreement import BACKWARD, agree, finish, resolve, transfer_timeout
 
-# From torch 2.13 on the old names warn.
-_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# torch 2.13 has new names, for which the old ones of functions warn.
+_IS_RENAMED = hasattr(dist, "all_gather_single")
+_gather_into = getattr(dist, "all_gather_single" if _IS_RENAMED else "all_gather_into_tensor")
+_reduce_into = getattr(dist, "reduce_scatter_single" if _IS_RENAMED else "reduce_scatter_tensor")
+_GATHER_METHOD = "all_gather_single" if _IS_RENAMED else "_allgather_base"
+_REDUCE_METHOD = "reduce_scatter_single" if _IS_RENAMED else "_reduce_scatter_base"
 # Odd multipliers, as of splitmix64, in the range of int64.
 _STEP, _FIRST_FACTOR, _SECOND_FACTOR = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -22,7 +25,8 @@ def gather_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
     if timeout is None:
         _gather_into(output, x, group=group)
     else:
-        finish(group, [group._allgather_base(output, x, _with(AllgatherOptions(), timeout))], None)
+        options = _with(AllgatherOptions(), timeout)
+        finish(group, [getattr(group, _GATHER_METHOD)(output, x, options)], None)
 
 
 def reduce_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -31,7 +35,8 @@ def reduce_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
     if timeout is None:
         _reduce_into(output, x, group=group)
     else:
-        finish(group, [group._reduce_scatter_base(output, x, _with(ReduceScatterOptions(), timeout))], None)
+        options = _with(ReduceScatterOptions(), timeout)
+        finish(group, [getattr(group, _REDUCE_METHOD)(output, x, options)], None)
 
 
 def maximum_in_place(x: torch.Tensor, group: dist.ProcessGroup) -> None:
