@@ -60,24 +60,33 @@ def check_packing(world_size):
 
 
 def check_threads(rank, world_size):
-    """A thread that waits for a rank in one group keeps none from another group."""
+    """A thread that waits for a rank in one group keeps none from another group, whose store has the same client."""
     waiting, other = (Program(dist.new_group(list(range(world_size))), "ring") for _ in range(2))
     done, errors = threading.Event(), []
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = [server and server.port]
+    dist.broadcast_object_list(port)
+    client = dist.TCPStore("127.0.0.1", port[0], is_master=False, wait_for_workers=False)
 
     def wait():
         if rank == 1:
             done.wait()
         errors.append(error_of(waiting.first_call))
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.2)
-    other.first_call()
-    other.step()
-    done.set()
-    thread.join()
-    assert errors == [None]
-    waiting.step()
+    def store_of(group):
+        return dist.PrefixStore(group.group_name, client)
+
+    with mock.patch.object(dist.ProcessGroup, "get_group_store", store_of):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.2)
+        other.first_call()
+        other.step()
+        done.set()
+        thread.join()
+        assert errors == [None]
+        waiting.step()
+    dist.barrier()
 
 
 def check_timeouts(rank, world_size):
