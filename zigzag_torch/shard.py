@@ -247,6 +247,8 @@ def validate(
     """
     if group is None:
         _check_values(cu_seqlens, world_size, total)
+        if unsharded is not None:
+            check_tensor("unsharded", unsharded)
         return
     place = place_in(group)
     assert place.group_name is not None

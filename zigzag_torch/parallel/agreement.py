@@ -95,7 +95,8 @@ def _inherit_groups() -> None:
         _inherited.update(dist.distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]
 
 
-os.register_at_fork(after_in_child=_inherit_groups)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_inherit_groups)
 
 
 def place_in(group) -> Place:
