@@ -325,11 +325,11 @@ def check_all_by_store(rank, world_size):
     dist.barrier()
 
 
-@pytest.mark.parametrize("check", [check_kernels, check_all_by_store])
+@pytest.mark.parametrize("check", [pytest.param(check_kernels, marks=pytest.mark.slow), check_all_by_store])
 def test_faults_in_other_transfers(check, tmp_path):
     run_ranks(2, tmp_path, check)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_faults_of_one_rank(world_size, tmp_path):
     run_ranks(world_size, tmp_path, check_all)
