@@ -39,8 +39,18 @@ CASES = (
     Case(name="w8", world_size=8, lengths=(48,)),
     *(case for case in cases.CASES if GPU and case.name in ("w2-edges", "w4-llama", "w8-64-uneven")),
 )
-SPREAD_CASES = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.multigpu] * (case.world_size > 1)) for case in CASES
+# XLA compiles each for a second: of the reference two do for `make test`.
+QUICK_REFERENCE = ("w2", "w4")
+SPREAD = [
+    pytest.param(
+        case,
+        backend,
+        id=f"{case.name}-{backend}",
+        marks=[pytest.mark.multigpu] * (case.world_size > 1)
+        + [pytest.mark.slow] * (backend == "reference" and case.name not in QUICK_REFERENCE),
+    )
+    for case in CASES
+    for backend in BACKENDS
 ]
 WINDOWS = Case(name="windows", world_size=2, lengths=(28,), heads=4, kv_heads=4, dtype="bfloat16")
 SMALL = Case(name="small", world_size=2, lengths=(8, 20), dtype="bfloat16")
@@ -68,10 +78,9 @@ def spread(case, check_vma=True, prepared=False, cu_spec=P(), **options):  # noq
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", SPREAD_CASES)
-def test_all_ranks_give_the_results_of_the_whole_batch(case, method, backend):
+@pytest.mark.parametrize(("case", "backend"), SPREAD)
+def test_all_ranks_give_the_results_of_the_whole_batch(case, backend, method):
     results = spread(case, method=method, backend=backend)(*global_arrays(case), offsets(case))
     assert [str(x.dtype) for x in results] == [case.dtype, "float32", *[case.dtype] * 3]
     assert_batch_is_right(case, results)

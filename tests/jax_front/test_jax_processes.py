@@ -44,6 +44,7 @@ def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_pat
         np.testing.assert_allclose(losses, one, rtol=0, atol=TOLERANCE, err_msg=where)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="processes of a CPU")
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_process_that_fails_ends_the_others(how):

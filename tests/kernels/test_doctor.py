@@ -223,6 +223,7 @@ def test_on_this_machine():
     assert result.stdout.endswith("All is well.\n")
 
 
+@pytest.mark.slow
 def test_files_of_the_folder_are_not_imported(tmp_path):
     """Some folders have a torch.py or a jax.py; this one's raise."""
     for name in ("torch", "jax", "json"):
@@ -239,6 +240,7 @@ def test_a_missing_framework_is_not_tried(monkeypatch):
     assert not machine.has("jax")
 
 
+@pytest.mark.slow
 def test_a_problem_of_this_machine_is_found():
     """One front end is broken: the other is tried all the same."""
     result = run_doctor(JAX_PLATFORMS="no-such-platform")

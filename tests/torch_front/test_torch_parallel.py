@@ -44,7 +44,12 @@ else:
     }
 # On GPUs compiling is most of the time, so that each case is a test of its own, for pytest-xdist to spread.
 TESTS = [
-    pytest.param(world_size, names, id="-".join((str(world_size), *(names if GPU else ()))))
+    pytest.param(
+        world_size,
+        names,
+        id="-".join((str(world_size), *(names if GPU else ()))),
+        marks=[pytest.mark.slow] * (world_size == 8 and not GPU),  # eight processes share the cores
+    )
     for world_size, cases in TRIED.items()
     for names in ([[name] for name in cases] if GPU else [list(cases)])
 ]
