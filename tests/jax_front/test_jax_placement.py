@@ -107,6 +107,7 @@ def test_a_batch_is_prepared_once_for_all_layers(method, backend):
             attend(*global_arrays(CASE)[:3], single)
 
 
+@pytest.mark.slow
 def test_a_batch_is_prepared_on_a_mesh_whose_axes_are_types():
     mesh = jax.make_mesh((2,), ("cp",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     attend = zigzag_jax.make_zigzag_attention(mesh, backend="reference")

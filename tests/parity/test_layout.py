@@ -122,6 +122,7 @@ def packings(draw):
 
 
 # Few and the same every time: an interpreted case takes seconds, a compiled one five compilations.
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=packings(), data=st.data())
 def test_random_packings_match_the_oracle(case, data):

@@ -221,6 +221,7 @@ def check_group(rank, world_size):
                     assert_same_bits(f"{method}, {backend}, {name}", ours, expected[: len(ours)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_no_bit_changes_between_ranks(tmp_path):

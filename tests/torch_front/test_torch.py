@@ -78,7 +78,7 @@ def test_compiles_for_any_length(kernel_backend, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_code_takes_numbers_of_later_calls(kernel_backend, dynamic):
     """Options are constants of the compiled code, and another value compiles it again."""
     torch.compiler.reset()  # there is a limit to that

@@ -45,33 +45,39 @@ def assert_close(ours, theirs):
         torch.testing.assert_close(a, b)
 
 
-def check_transformations(rank, world_size):
+def local_batch(rank, world_size, dtype):
+    return [zigzag_torch.shard(x, CU_SEQLENS, rank, world_size).to(dtype) for x in whole_batch()]
+
+
+def check_transformations(rank, world_size, backend):
     warnings.simplefilter("ignore")  # dynamo's own
     group = dist.group.WORLD
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "cp"))["cp"]
-    in_float32 = [zigzag_torch.shard(x, CU_SEQLENS, rank, world_size) for x in whole_batch()]
-    rounded = [x.bfloat16() for x in in_float32]  # whose operators have tensors of two types
-    for backend, tensors in (("interpret", rounded), ("reference", in_float32)):
-        for method in METHODS:
+    # Operators of the kernels have tensors of two types if these are rounded.
+    tensors = local_batch(rank, world_size, torch.bfloat16 if backend == "interpret" else torch.float32)
+    for method in METHODS:
 
-            def attend(q, k, v, group=group, method=method, backend=backend):
-                batch = zigzag_torch.prepare_batch(CU_SEQLENS, group=group, method=method, backend=backend)
-                return zigzag_torch.zigzag_attention(q * 2, k, v, batch, group=group, method=method, backend=backend)
+        def attend(q, k, v, method=method):
+            batch = zigzag_torch.prepare_batch(CU_SEQLENS, group=group, method=method, backend=backend)
+            return zigzag_torch.zigzag_attention(q * 2, k, v, batch, group=group, method=method, backend=backend)
 
-            def unprepared(q, k, v, group=mesh, method=method, backend=backend):
-                return zigzag_torch.zigzag_attention(
-                    q * 2, k, v, CU_SEQLENS, group=group, method=method, backend=backend
-                )
+        def unprepared(q, k, v, method=method):
+            return zigzag_torch.zigzag_attention(q * 2, k, v, CU_SEQLENS, group=mesh, method=method, backend=backend)
 
-            def checkpointed(q, k, v, attend=attend):
-                return torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)
+        def checkpointed(q, k, v, attend=attend):
+            return torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)
 
-            expected = results(attend, *tensors)
-            assert_same(results(torch.compile(attend, fullgraph=True, backend="aot_eager"), *tensors), expected)
-            if backend == "reference":  # the operators are called alike, and sooner done
-                assert_same(results(torch.compile(unprepared, fullgraph=True, backend="aot_eager"), *tensors), expected)
-                assert_same(results(checkpointed, *tensors), expected)
-    check_registration(rounded, rank, world_size, group)
+        expected = results(attend, *tensors)
+        assert_same(results(torch.compile(attend, fullgraph=True, backend="aot_eager"), *tensors), expected)
+        if backend == "reference":  # the operators are called alike, and sooner done
+            assert_same(results(torch.compile(unprepared, fullgraph=True, backend="aot_eager"), *tensors), expected)
+            assert_same(results(checkpointed, *tensors), expected)
+
+
+def check_calls(rank, world_size):
+    warnings.simplefilter("ignore")  # dynamo's own
+    group = dist.group.WORLD
+    check_registration(local_batch(rank, world_size, torch.bfloat16), rank, world_size, group)
     check_shapes(rank, world_size, group)
     check_documentation(rank, world_size, group)
 
@@ -134,8 +140,13 @@ def check_shapes(rank, world_size, group):
         torch.testing.assert_close(out, whole)
 
 
-def test_compile_checkpointing_and_shapes(tmp_path):
-    run_ranks(2, tmp_path, check_transformations)
+@pytest.mark.parametrize("backend", ["interpret", pytest.param("reference", marks=pytest.mark.slow)])
+def test_compile_and_checkpointing(backend, tmp_path):
+    run_ranks(2, tmp_path, check_transformations, backend)
+
+
+def test_operators_shapes_and_documentation(tmp_path):
+    run_ranks(2, tmp_path, check_calls)
 
 
 class Model(torch.nn.Module):
