@@ -6,8 +6,19 @@ import json
 import math
 from dataclasses import dataclass
 
-from .checks import check_flag, check_method, check_softmax_scale, python_value
-from .modes import Method
+from .checks import (
+    check_attention_chunk,
+    check_flag,
+    check_layout,
+    check_method,
+    check_softcap,
+    check_softmax_scale,
+    check_window_size,
+    python_value,
+)
+from .modes import Layout, Method
+
+NO_WINDOW = -1, -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +28,10 @@ class CallSpec:
     Fields mean what the arguments of `zigzag_attention` mean, with their defaults filled in. `heads_k_stride` None
     leaves the stride to `heuristics.choose_heads_k_stride`; `grad_reduce_dtype` is the name of a dtype; `backend` is
     one of `modes.Backend`.
+
+    `causal` and `window_size` say a mask in one way alone: a causal window has no right side, and a window that ends
+    with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
+    their padding.
     """
 
     causal: bool
@@ -26,6 +41,18 @@ class CallSpec:
     heads_k_stride: int | None = None
     grad_reduce_dtype: str = "float32"
     deterministic: bool = True
+    window_size: tuple[int, int] = NO_WINDOW
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    has_sinks: bool = False
+    return_max_logits: bool = False
+    layout: Layout = Layout.DOCUMENT
+    has_lengths: bool = False
+
+    @property
+    def has_range(self) -> bool:
+        """Whether a row sees fewer keys than those up to its own, or all of them: by a window or by chunks."""
+        return self.window_size != NO_WINDOW or self.attention_chunk > 0
 
     @property
     def key(self) -> str:
@@ -46,7 +73,8 @@ def _key(spec: CallSpec) -> str:
 @functools.lru_cache(maxsize=1024)
 def _from_key(key: str) -> CallSpec:
     fields = json.loads(key)
-    return CallSpec(**fields | {"method": Method(fields["method"])})
+    members = {"method": Method(fields["method"]), "layout": Layout(fields["layout"])}
+    return CallSpec(**fields | members | {"window_size": tuple(fields["window_size"])})
 
 
 def make_call_spec(
@@ -59,6 +87,13 @@ def make_call_spec(
     heads_k_stride: int | None = None,
     grad_reduce_dtype: str | None = None,
     deterministic: bool = True,
+    window_size: tuple[int | None, int | None] = NO_WINDOW,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    has_sinks: bool = False,
+    return_max_logits: bool = False,
+    layout: str = Layout.DOCUMENT,
+    has_lengths: bool = False,
 ) -> CallSpec:
     """Return the checked `CallSpec` of a call on arrays of `head_dim`.
 
@@ -73,6 +108,9 @@ def make_call_spec(
     heads_k_stride = python_value(heads_k_stride)
     if isinstance(heads_k_stride, bool | float):  # equal to an int, and so found where the int was looked up
         raise ValueError(f"heads_k_stride: expected an int or None, got {heads_k_stride!r}")
+    left, right = check_window_size(window_size)
+    if causal or right == 0:
+        causal, right = True, -1
     return CallSpec(
         causal=causal,
         softmax_scale=softmax_scale,
@@ -81,4 +119,11 @@ def make_call_spec(
         heads_k_stride=heads_k_stride,
         grad_reduce_dtype="float32" if grad_reduce_dtype is None else grad_reduce_dtype,
         deterministic=deterministic,
+        window_size=(left, right),
+        attention_chunk=check_attention_chunk(attention_chunk),
+        softcap=check_softcap(softcap),
+        has_sinks=has_sinks,
+        return_max_logits=check_flag("return_max_logits", return_max_logits),
+        layout=check_layout(layout),
+        has_lengths=has_lengths,
     )

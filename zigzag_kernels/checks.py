@@ -7,7 +7,7 @@ import math
 from itertools import pairwise
 
 from .layout import MAX_OFFSET
-from .modes import Backend, Method
+from .modes import Backend, Layout, Method
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 8, 256, 8
@@ -18,7 +18,9 @@ MAX_RANKS = 2**20  # chunk numbers, and their products with rows, are int32 in t
 MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and an int64
 MAX_UNSAID_ROWS = 2**27  # of one rank, as `cu_seqlens` alone says: more are more likely its garbage than a batch
 SCALES = 1e-30, 1e30  # between them softmax_scale, and its products with scores, are ordinary float32 numbers
+SOFTCAPS = 1e-6, 1e6  # between them a cap, its inverse and its products with scores are ordinary float32 numbers
 METHODS = tuple(method.value for method in Method)
+LAYOUTS = tuple(layout.value for layout in Layout)
 
 
 def batch_shape(
@@ -94,6 +96,43 @@ def check_softmax_scale(softmax_scale: float) -> float:
     if not least <= softmax_scale <= most:
         raise ValueError(f"softmax_scale: expected a number from {least} to {most}, got {softmax_scale}")
     return float(softmax_scale)
+
+
+def check_window_size(window_size) -> tuple[int, int]:
+    """Return `window_size` as (left, right); `ValueError` unless both are numbers of tokens, -1 or None: unlimited."""
+    expected = "window_size: expected (left, right), tokens on each side of a token, -1 for all"
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"{expected}, got {window_size!r}")
+    sides = [-1 if side is None else python_value(side) for side in window_size]
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, int) or not -1 <= side <= MAX_OFFSET:
+            raise ValueError(f"{expected}, got {window_size!r}")
+    left, right = (-1 if side >= MAX_ROWS else side for side in sides)  # no sequence is as long
+    return left, right
+
+
+def check_attention_chunk(attention_chunk: int) -> int:
+    """Return `attention_chunk` as an int; `ValueError` unless it is a number of tokens, or 0: no chunks."""
+    attention_chunk = check_int("attention_chunk", attention_chunk, 0, MAX_OFFSET, "a number of tokens, or 0 for none")
+    return 0 if attention_chunk >= MAX_ROWS else attention_chunk
+
+
+def check_softcap(softcap: float) -> float:
+    """Return `softcap` as a float; `ValueError` unless it is a bound that float32 arithmetic bears, or 0: none."""
+    softcap = python_value(softcap)
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        raise ValueError(f"softcap: expected a Python number, got {type(softcap).__name__}")
+    least, most = SOFTCAPS
+    if softcap != 0 and not least <= softcap <= most:
+        raise ValueError(f"softcap: expected a number from {least} to {most}, or 0 for none, got {softcap}")
+    return float(softcap)
+
+
+def check_layout(layout: str) -> Layout:
+    """Return `layout` as a member of `modes.Layout`; `ValueError` unless it is one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    return Layout(layout)
 
 
 def dtype_name(x) -> str:

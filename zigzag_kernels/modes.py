@@ -28,6 +28,15 @@ class KVLayout(StrEnum):
     """Every sequence in position order."""
 
 
+class Layout(StrEnum):
+    """What is cut into `2 * W` chunks, of which each rank holds two."""
+
+    DOCUMENT = "document"
+    """Every document: work is equal on all ranks, and lengths are multiples of `2 * W`, after padding."""
+    ROW = "row"
+    """Each packed row as a whole: documents of any length lie anywhere in it, and work may be unequal."""
+
+
 class Method(StrEnum):
     """Way in which K/V reach the ranks whose queries attend to them."""
 

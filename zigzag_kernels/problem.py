@@ -16,7 +16,7 @@ from .checks import (
     check_strides,
     check_world_size,
 )
-from .modes import KVLayout
+from .modes import KVLayout, Layout
 from .segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 
 
@@ -69,6 +69,16 @@ class Problem:
     def slots(self) -> int:
         """Parts of the K/V buffer in which a sequence's keys follow each other by chunk, not by position."""
         return self.world_size if self.kv_layout == KVLayout.GATHERED else 1
+
+    @property
+    def row_layout(self) -> bool:
+        """Whether packed rows are cut into chunks, and documents lie anywhere in them; one rank holds rows whole."""
+        return self.call.layout == Layout.ROW and self.world_size > 1
+
+    @property
+    def ranged(self) -> bool:
+        """Whether kernels read from the tables which keys a row sees first and last, and which rows are padding."""
+        return self.call.has_range or self.call.has_lengths or self.row_layout
 
     @property
     def kv_tokens(self) -> int:
