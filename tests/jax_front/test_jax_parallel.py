@@ -286,8 +286,11 @@ def test_a_ring_of_any_size_is_a_program_of_the_same_size(world_size):
     case = dataclasses.replace(WINDOWS, world_size=world_size, lengths=(14 * world_size,))
     sent = collectives(case, method="ring")
     assert not sent["all_gather"] + sent["reduce_scatter"]
-    # Keys leave in the first step and in those of the loop, gradients in the last one too.
-    assert sorted(sent["collective_permute"]) == ["14x4x16xbf16"] * 2 * 2 * 2 + ["14x4x16xf32"] * 3 * 2
+    # Keys leave in the first step and in those of the loop, gradients in the last one too. JAX 0.12 writes the body of
+    # a loop twice.
+    keys, gradients = (sent["collective_permute"].count(f"14x4x16x{dtype}") for dtype in ("bf16", "f32"))
+    assert (keys, gradients) in {(2 * 2 * 2, 3 * 2), (2 * 3 * 2, 4 * 2)}
+    assert keys + gradients == len(sent["collective_permute"])
 
 
 REFUSED = {

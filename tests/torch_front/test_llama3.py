@@ -1,6 +1,7 @@
 """The published names: signatures, both paths, what the flags do, and all ranks of a process group."""
 
 import contextlib
+import dataclasses
 import inspect
 from unittest import mock
 
@@ -41,7 +42,7 @@ SIGNATURES = {
         "cu_seqlens_k, chunk_idx_0, chunk_idx_1, world_size, chunk_cu_seqlens_q_list, n_chunks=2"
     ),
     "execute_grouped_attention": GROUPED,
-    "replace_grouped_attention_with_fused_triton_v2": f"{GROUPED}, chunk_idx_0, chunk_idx_1",
+    "replace_grouped_attention_with_fused_triton_v2": f"{GROUPED}, chunk_idx_0=None, chunk_idx_1=None",
 }
 
 
@@ -90,6 +91,58 @@ def test_any_number_of_groups_fused(kernels):
     for n_chunks in (1, 8):
         for ours, theirs in zip(grouped(case, 1, q, kv, n_chunks, fused=True)[:2], expected, strict=False):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 2, 8])
+@pytest.mark.parametrize("rank", range(4))
+def test_the_stand_in_finds_the_chunks_of_the_rank(rank, n_chunks, kernels):
+    """As the guide's monkey-patch calls it: with the arguments of `execute_grouped_attention`, and no others."""
+    case = CASES[0]
+    q, kv, *_ = rank_tensors(case, rank, make_inputs(case))
+    arguments = pieces.grouped_arguments(q, kv, tensor(case.cu_seqlens, "int32"), rank, case.world_size, case.causal)
+    arguments["softmax_scale"] = case.softmax_scale
+
+    def fused_execute(*args, **kwargs):
+        return zigzag_torch.replace_grouped_attention_with_fused_triton_v2(*args, **kwargs)
+
+    with mock.patch.object(zigzag_torch, "execute_grouped_attention", fused_execute):
+        results = zigzag_torch.execute_grouped_attention(*arguments.values())
+    expected = grouped(case, rank, q, kv, fused=True)
+    assert all(torch.equal(a, b) for a, b in zip(results[:2], expected[:2], strict=True))
+
+
+def test_slices_that_say_nothing_of_the_rank_are_refused():
+    case = CASES[0]
+    q, kv, *_ = rank_tensors(case, 1, make_inputs(case))
+    arguments = pieces.grouped_arguments(q, kv, tensor(case.cu_seqlens, "int32"), 1, case.world_size, case.causal)
+    ranges, offsets = arguments["kv_slices"][0]
+    arguments["kv_slices"][0] = [(start, end - (end > start)) for start, end in ranges], offsets
+    with pytest.raises(ValueError, match=r"kv_slices: expected keys up to two chunks .* got slices of \[5, 21\] keys"):
+        zigzag_torch.replace_grouped_attention_with_fused_triton_v2(**arguments)
+    empty = tensor([0, 0], "int32")
+    arguments = pieces.grouped_arguments(q[:0], kv[:, :0], empty, 1, case.world_size, case.causal)
+    out, lse, _ = zigzag_torch.replace_grouped_attention_with_fused_triton_v2(**arguments)
+    assert out.shape == (0, case.heads, case.head_dim)
+    assert lse.shape == (case.heads, 0)
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_fused_triton_v2": False}], ids=["fused", "unfused"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_window_of_a_causal_mask_is_a_causal_mask(causal, flags, kernels):
+    case = CASES[0]
+    q, kv, *_ = rank_tensors(case, 1, make_inputs(case))
+    local = tensor([0, *case.lengths], "int32").cumsum(0, dtype=torch.int32)
+    q_whole = kv[0]
+    function = zigzag_torch.zigzag_llama3_flash_attn_varlen_func
+    call = q_whole, kv[0], kv[1], local, local, 0, 0, 1, slice(0)
+    with ZigzagConfig(**flags):
+        expected = function(*call, causal=True)
+        assert torch.equal(function(*call, causal=causal, window_size=(-1, 0)), expected)
+        by_rank, whole = (
+            grouped(dataclasses.replace(case, causal=mask), 1, q, kv, fused=True, window_size=window)[0]
+            for mask, window in ((causal, (-1, 0)), (True, (-1, -1)))
+        )
+        assert torch.equal(by_rank, whole)
 
 
 def test_without_the_flag_nothing_is_launched(kernels, monkeypatch):
@@ -219,6 +272,36 @@ FULL = Case(
 )
 def test_all_ranks_of_a_group(flags, cases, backend, tmp_path):
     run_ranks(4, tmp_path, check_rank, cases, flags, backend)
+
+
+def check_compiled(rank, world_size, backend):
+    """In one graph, with the default group and with a group, the same as eagerly."""
+    local = torch.tensor([0, 4, 12], dtype=torch.int32)
+    values = torch.randn(3, 12, 2, 16, generator=torch.Generator().manual_seed(rank))
+    packed = {"func": (0, 1, 2), "kvpacked_func": (0, [1, 2]), "qkvpacked_func": ([0, 1, 2],)}
+    with pieces.kernels(backend):
+        for name, arguments in packed.items():
+            function = getattr(zigzag_torch, f"zigzag_llama3_flash_attn_varlen_{name}")
+            for group in (None, dist.group.WORLD):
+
+                def step(x, arguments=arguments, function=function, group=group):
+                    tensors = (x[i] if isinstance(i, int) else x[i].transpose(0, 1) for i in arguments)
+                    call = local, world_size * local, 8, 8 * world_size, 1, slice(0, 12)
+                    return function(*tensors, *call, causal=True, return_attn_probs=True, group=group)[:2]
+
+                results = []
+                for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+                    x = values.clone().requires_grad_()
+                    out, lse = call(x)
+                    results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), x)])
+                for eager, compiled in zip(*results, strict=True):
+                    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
+@pytest.mark.parametrize("backend", ["reference", "interpret"])
+def test_published_names_compile_into_one_graph(backend, tmp_path):
+    run_ranks(2, tmp_path, check_compiled, backend)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 import zigzag_torch
 from tests.support import stand_ins
 from tests.support.cases import RESULTS, Case, make_inputs
+from tests.support.machine import GPU
 from tests.support.processes import run_ranks, torch_numpy
 from tests.support.rank import assert_rank_is_right, rank_arrays
 from zigzag_torch import ZigzagConfig, patch_ring_flash_attn
@@ -90,9 +91,12 @@ def test_the_patched_package_gives_the_same(world_size, tmp_path):
     run_ranks(world_size, tmp_path, check_patch)
 
 
-def fake_package(monkeypatch, **changed):
-    """Modules with functions of the right parameters, but for those `changed`."""
-    for module_name, (function_name, parameters) in patching.REPLACED.items():
+FORK = {name: (function, f"{parameters} n_chunks") for name, (function, parameters) in patching.FORK.items()}
+
+
+def fake_package(monkeypatch, fork=FORK, **changed):
+    """Modules with functions of the right parameters, but for those `changed`; with those of the `fork` too."""
+    for module_name, (function_name, parameters) in (patching.REPLACED | fork).items():
         names = changed.get(module_name, parameters)
 
         def forward(*_):
@@ -107,7 +111,7 @@ def fake_package(monkeypatch, **changed):
 
 
 @pytest.mark.parametrize(("causal", "softmax_scale"), [(True, None), (False, None), (True, 0.4)])
-@pytest.mark.parametrize("name", patching.REPLACED)
+@pytest.mark.parametrize("name", patching.REPLACED | FORK)
 def test_mask_and_scale_of_the_package_are_those_of_the_fused_path(name, causal, softmax_scale, monkeypatch):
     """Its functions hand these on by position; on one device, which needs no group."""
     fake_package(monkeypatch)
@@ -122,11 +126,12 @@ def test_mask_and_scale_of_the_package_are_those_of_the_fused_path(name, causal,
         "zigzag_ring_flash_attn_varlen": (cu_seqlens, 8),
         "zigzag_ring_flash_attn": (),
         "llama3_flash_attn_varlen": (cu_seqlens, cu_seqlens, 8, 8, 1, slice(0, 16)),
+        "zigzag_llama3_flash_attn_varlen": (cu_seqlens, cu_seqlens, 8, 8, 1, slice(0, 16)),
     }[name]
     given = leaves if lengths else [x.unflatten(0, (2, 8)) for x in leaves]
-    options = 0.0, softmax_scale, causal, (-1, -1), None, False, True, None
+    options = 0.0, softmax_scale, causal, (-1, -1), None, False, True, None, *[2] * (name in FORK)
     with patch_ring_flash_attn():
-        function = getattr(sys.modules[f"ring_flash_attn.{name}"], patching.REPLACED[name][0])
+        function = getattr(sys.modules[f"ring_flash_attn.{name}"], (patching.REPLACED | FORK)[name][0])
         out, lse, _ = function.apply(*given, *lengths, *options)
     if not lengths:
         out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
@@ -154,6 +159,46 @@ def test_a_changed_package_is_left_alone(monkeypatch):
     monkeypatch.delattr(sys.modules["ring_flash_attn.zigzag_ring_flash_attn"], "ZigZagRingFlashAttnFunc")
     with pytest.raises(RuntimeError, match="got no such function"):
         patch_ring_flash_attn()
+
+
+def check_fork(rank, world_size):
+    """The function that only the fork has is fused on any number of ranks: its layout is ours."""
+    local = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+    q, k, v = torch.randn(3, sum(LENGTHS), 2, HEAD_DIM).unbind()
+    lengths = local, world_size * local, 16, 16 * world_size, 1, slice(0, 24)
+    options = 0.0, None, True, (-1, -1), None, False, False, None, 2
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fake_package(monkeypatch)
+        with patch_ring_flash_attn():
+            (name,) = FORK
+            function = getattr(sys.modules[f"ring_flash_attn.{name}"], FORK[name][0])
+            out = function.apply(q, k, v, *lengths, *options)
+    assert out.equal(zigzag_torch.zigzag_llama3_flash_attn_varlen_func(q, k, v, *lengths, causal=True))
+
+
+@pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
+def test_the_function_of_the_fork_is_fused_between_ranks(tmp_path):
+    run_ranks(2, tmp_path, check_fork)
+
+
+def test_the_package_needs_no_fork_and_a_changed_fork_is_left_alone(monkeypatch):
+    fake_package(monkeypatch, fork={})
+    monkeypatch.delitem(sys.modules, f"ring_flash_attn.{next(iter(FORK))}", raising=False)
+    patch_ring_flash_attn().undo()
+    fake_package(monkeypatch, zigzag_llama3_flash_attn_varlen="ctx q k v group")
+    with pytest.raises(RuntimeError, match=r"expected zigzag_llama3_flash_attn_varlen\.Zigzag.* got ctx q k v group$"):
+        patch_ring_flash_attn()
+
+
+def test_a_package_that_failed_to_import_is_not_patched_the_second_time(monkeypatch):
+    """Of a failed import Python keeps the modules inside of the package that were imported before the failure."""
+    fake_package(monkeypatch)
+    monkeypatch.setitem(sys.modules, "ring_flash_attn", None)
+    before = {name: dict(vars(sys.modules[f"ring_flash_attn.{name}"])) for name in patching.REPLACED}
+    for _ in range(2):
+        with pytest.raises(ImportError, match=r"expected ring_flash_attn 0\.1\.8, which failed"):
+            patch_ring_flash_attn()
+    assert before == {name: vars(sys.modules[f"ring_flash_attn.{name}"]) for name in patching.REPLACED}
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import zigzag_jax
 from tests.support.machine import GPU
 from zigzag_torch import ZigzagConfig, profile_report, profiling, zigzag_attention
-from zigzag_torch.compat import flags, verify
+from zigzag_torch.compat import flags
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -45,47 +45,16 @@ def test_a_config_wins_over_the_environment_while_it_is_in_force(monkeypatch):
         ZigzagConfig(profile_kernels=1)
 
 
-def double(x):
-    return x * 2, x.sum()
-
-
-def slightly_more(x):
-    return x * 2.1, x.sum()
-
-
-def cube(x):
-    return x.square(), x.pow(3).sum()
-
-
-class WrongBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, dout):
-        return dout * 2.1
-
-
-def test_verification_compares_both_directions():
-    x = torch.rand(3, 4, device=DEVICE) + 1
-    x.requires_grad_()
-    with ZigzagConfig(verify_correctness=True):
-        out, total = verify.choose_path(double, double, x)
-        (dx,) = torch.autograd.grad((out, total), x, (torch.ones_like(out), torch.ones_like(total)))
-        assert torch.equal(dx, torch.full_like(x, 3))
-        out, total = verify.choose_path(cube, cube, x)
-        twice = [torch.autograd.grad(total, x, retain_graph=True) for _ in range(2)]
-        for (dx,) in twice:
-            torch.testing.assert_close(dx, 3 * x * x)
-        with pytest.raises(AssertionError, match=r"results\[0\] of the fused and the unfused path differ"):
-            verify.choose_path(double, slightly_more, x)
-        out, _ = verify.choose_path(double, lambda x: (WrongBackward.apply(x), x.sum()), x)
-        with pytest.raises(AssertionError, match=r"gradients\[0\] .*\n.*\n.*\n.*\nGreatest absolute difference: 0\.09"):
-            out.sum().backward()
-    assert torch.equal(verify.choose_path(double, slightly_more, x)[0], x * 2)
-    with ZigzagConfig(use_fused_triton_v2=False, verify_correctness=True):
-        assert torch.equal(verify.choose_path(double, slightly_more, x)[0], x * 2.1)
+def test_the_published_names_of_flags_are_those_in_force(monkeypatch):
+    for name, variable in flags.VARIABLES.items():
+        published = variable.removeprefix("ZIGZAG_")
+        for value in ("1", "0"):
+            monkeypatch.setenv(variable, value)
+            assert getattr(ZigzagConfig, published) is (value == "1")
+            with ZigzagConfig(**{name: value == "0"}):
+                assert getattr(ZigzagConfig, published) is (value == "0")
+        with pytest.raises(AttributeError, match=f"ZigzagConfig.{published} is read-only: .* {variable}, or .*{name}="):
+            setattr(ZigzagConfig, published, True)
 
 
 def test_the_profile_names_and_times_launches(capsys):

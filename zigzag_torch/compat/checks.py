@@ -81,14 +81,44 @@ def check_grouped(
         raise ValueError(f"chunk_indices_list: expected each of the local rows 0 to {rows - 1} in one group")
 
 
-def refuse_unsupported(dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> None:
-    """Raise `NotImplementedError` for options that neither path computes."""
+def mask_of(causal: bool, dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> bool:
+    """Return whether the mask is causal; `NotImplementedError` for options that neither path computes.
+
+    FlashAttention reads `causal` as the window (-1, 0): all keys to the left, and none to the right.
+    """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or dropout_p != 0:
         raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
-    if not isinstance(window_size, list | tuple) or tuple(window_size) != (-1, -1):
-        raise NotImplementedError(f"window_size: only (-1, -1), no window, is supported, got {window_size}")
+    if not isinstance(window_size, list | tuple) or tuple(window_size) not in ((-1, -1), (-1, 0)):
+        raise NotImplementedError(
+            f"window_size: only (-1, -1), no window, and (-1, 0), causal, are supported, got {window_size}"
+        )
     if alibi_slopes is not None:
         raise NotImplementedError("alibi_slopes: only None is supported")
+    return True if tuple(window_size) == (-1, 0) and causal is False else causal
+
+
+def chunks_of(kv_slices: list[KVSlice], world_size: int) -> tuple[int, int]:
+    """Return the early and the late chunk of the rank for which `compute_kv_slices_for_groups` made `kv_slices`.
+
+    The keys up to chunk r and those up to chunk 2W - 1 - r of a sequence are 2W + 1 chunks together. A batch without
+    any keys is the same for every rank.
+    """
+    check_list("kv_slices", kv_slices, len(kv_slices) if isinstance(kv_slices, list | tuple) else 2)
+    lengths: dict[int, list[int]] = {}
+    for ranges, _ in kv_slices:
+        for start, end in ranges:
+            if end > start:
+                lengths.setdefault(start, []).append(end - start)
+    if not lengths:
+        return 0, 2 * world_size - 1
+    both = sorted(next(iter(lengths.values())))
+    chunk, rest = divmod(sum(both), 2 * world_size + 1)
+    if len(both) != 2 or rest or both[0] % chunk:
+        raise ValueError(
+            f"kv_slices: expected keys up to two chunks of each sequence, as compute_kv_slices_for_groups gives, to "
+            f"find chunk_idx_0 and chunk_idx_1, got slices of {both} keys"
+        )
+    return both[0] // chunk - 1, both[1] // chunk - 1
 
 
 def check_n_chunks(n_chunks: int, world_size: int) -> int:

@@ -23,12 +23,29 @@ def _flag(variable: str):
     return field(default_factory=lambda: _from_environment(variable), metadata={"variable": variable})
 
 
+class _PublishedNames(type):
+    """The flags in force, under the names that the published class has them: `ZigzagConfig.USE_FUSED_TRITON_V2`."""
+
+    USE_FUSED_TRITON_V2 = property(lambda _: enabled("use_fused_triton_v2"))
+    VERIFY_CORRECTNESS = property(lambda _: enabled("verify_correctness"))
+    PROFILE_KERNELS = property(lambda _: enabled("profile_kernels"))
+
+    def __setattr__(cls, name: str, value) -> None:
+        if f"ZIGZAG_{name}" in DEFAULTS:
+            raise AttributeError(
+                f"ZigzagConfig.{name} is read-only: set the environment variable ZIGZAG_{name}, or use "
+                f"`with ZigzagConfig({name.lower()}=...)`"
+            )
+        super().__setattr__(name, value)
+
+
 @dataclass(frozen=True, kw_only=True)
-class ZigzagConfig:
+class ZigzagConfig(metaclass=_PublishedNames):
     """The flags as an object; flags that are not given keep the value of the environment.
 
     `with ZigzagConfig(use_fused_triton_v2=False): ...` puts it in force for the whole process, as the environment is:
-    the backward pass runs in threads of its own.
+    the backward pass runs in threads of its own. `ZigzagConfig.USE_FUSED_TRITON_V2`, `.VERIFY_CORRECTNESS` and
+    `.PROFILE_KERNELS` are the flags in force.
     """
 
     use_fused_triton_v2: bool = _flag("ZIGZAG_USE_FUSED_TRITON_V2")

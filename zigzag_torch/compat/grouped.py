@@ -39,7 +39,7 @@ from .checks import (
     check_n_chunks,
     check_slices,
     local_bounds,
-    refuse_unsupported,
+    mask_of,
 )
 
 
@@ -163,7 +163,7 @@ def execute_grouped_attention(
         out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict of the
         three lists.
     """
-    refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
     deterministic = check_flag("deterministic", deterministic)
     world_size = check_world_size(world_size)
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)

@@ -14,11 +14,11 @@ from zigzag_kernels.problem import make_problem
 from ..api import zigzag_attention, zigzag_attention_gathered
 from ..arguments import as_rank, cast_for_autocast, check_int32, check_tensor
 from ..launch import describe
-from ..parallel.agreement import agree_on_call, place_in, refuse, resolve
+from ..parallel.agreement import agree_on_call, place_in, refuse_together, resolve
 from ..parallel.collectives import common_rank
 from . import grouped
-from .checks import check_grouped, check_list, check_n_chunks, refuse_unsupported
-from .verify import choose_path
+from .checks import check_grouped, check_list, check_n_chunks, chunks_of, mask_of
+from .verify import choose_path, fused_backend
 
 
 def zigzag_llama3_flash_attn_varlen_func(
@@ -59,13 +59,15 @@ def zigzag_llama3_flash_attn_varlen_func(
         contradict each other, the fused path gives NaN, because the host does not read them; the unfused path raises.
 
     Raises:
-        NotImplementedError: `dropout_p`, `window_size` or `alibi_slopes` other than the defaults.
+        NotImplementedError: `dropout_p` or `alibi_slopes` other than the defaults, or a `window_size` other than
+            (-1, -1) and (-1, 0), which is `causal`.
         ValueError: as `zigzag_attention_gathered`.
     """
     group = default_group(group)
-    world_size = group_size(group)
+    place = place_in(group)
+    world_size = place.world_size
     try:
-        refuse_unsupported(dropout_p, window_size, alibi_slopes)
+        causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
         for name, x in {"q": q, "k": k, "v": v}.items():
             check_tensor(name, x)
         q, k, v = cast_for_autocast(q, k, v)
@@ -96,8 +98,7 @@ def zigzag_llama3_flash_attn_varlen_func(
         choose_heads_k_stride(heads_k_stride, problem)
         check_n_chunks(n_chunks, world_size)
     except (ValueError, NotImplementedError) as error:
-        if group is not None:
-            refuse(group, error)
+        refuse_together(place, error)
         raise
 
     def fused_path(q, k, v):
@@ -111,10 +112,12 @@ def zigzag_llama3_flash_attn_varlen_func(
             softmax_scale=softmax_scale,
             heads_k_stride=heads_k_stride,
             return_lse=True,
+            backend=fused_backend(q.device),
         )
         return out, lse
 
     def unfused_path(q, k, v):
+        members = None if place.group_name is None else resolve(place.group_name)
         try:
             expected = [world_size * bound for bound in cu_seqlens_q.tolist()]
             if cu_seqlens_k.tolist() != expected:
@@ -123,20 +126,19 @@ def zigzag_llama3_flash_attn_varlen_func(
                 )
             check_lengths(expected, world_size, world_size * len(q))
         except ValueError as error:
-            if group is not None:
-                refuse(group, error)
+            refuse_together(place, error)
             raise
-        if group is not None:
-            agree_on_call(group, problem, method="unfused", backend="unfused")
-            own_rank = as_rank(group.rank(), q.device)
-            if int(common_rank(cu_seqlens_k, None, own_rank, group.group_name, "comparison of cu_seqlens_k")) < 0:
+        if members is not None:
+            agree_on_call(members, problem, method="unfused", backend="unfused")
+            own_rank = as_rank(members.rank(), q.device)
+            if int(common_rank(cu_seqlens_k, None, own_rank, members.group_name, "comparison of cu_seqlens_k")) < 0:
                 raise ValueError("cu_seqlens_k: expected the same lengths on every rank of the group, got others")
         return grouped.varlen_attention(
             q,
             k,
             v,
             cu_seqlens_q,
-            group,
+            members,
             heads_k_stride=heads_k_stride,
             causal=causal,
             softmax_scale=problem.call.softmax_scale,
@@ -144,21 +146,15 @@ def zigzag_llama3_flash_attn_varlen_func(
             n_chunks=n_chunks,
         )
 
-    out, lse = choose_path(fused_path, unfused_path, q, k, v)
+    out, lse = choose_path(fused_path, unfused_path, {"q": q, "k": k, "v": v}, ("out", "lse"))
     return (out, lse, None) if return_attn_probs else out
 
 
-def default_group(group) -> dist.ProcessGroup | None:
-    """Return the process group of `group`, the default one if it is None, or None if there is neither."""
+def default_group(group):
+    """Return `group`, the default process group if it is None, or None if there is neither."""
     if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    name = place_in(group).group_name
-    return None if name is None else resolve(name)
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks of `group`, 1 for None."""
-    return 1 if group is None else group.size()
+        return dist.group.WORLD
+    return group
 
 
 def agreed_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, world_size: int) -> torch.Tensor:
@@ -275,15 +271,18 @@ def replace_grouped_attention_with_fused_triton_v2(
     deterministic: bool,
     world_size: int,
     cu_seqlens_k: torch.Tensor,
-    chunk_idx_0: int,
-    chunk_idx_1: int,
+    chunk_idx_0: int | None = None,
+    chunk_idx_1: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Compute `execute_grouped_attention` in one launch that reads `kv_buffer` in place.
 
-    `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's.
+    `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's. Left
+    out, as by code that puts this function in the place of `execute_grouped_attention`, they follow from `kv_slices`.
     """
-    refuse_unsupported(dropout_p, window_size, alibi_slopes)
+    causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
     world_size = check_world_size(world_size)
+    if chunk_idx_0 is None or chunk_idx_1 is None:
+        chunk_idx_0, chunk_idx_1 = chunks_of(kv_slices, world_size)
     chunk_idx_0 = check_int(
         "chunk_idx_0", chunk_idx_0, 0, world_size - 1, f"a rank's early chunk, 0 to {world_size - 1}"
     )
@@ -309,6 +308,7 @@ def replace_grouped_attention_with_fused_triton_v2(
             causal=causal,
             softmax_scale=softmax_scale,
             return_lse=True,
+            backend=fused_backend(kv_buffer.device),
         )
         return out[:rows], lse[:, :rows]
 
@@ -332,7 +332,8 @@ def replace_grouped_attention_with_fused_triton_v2(
         )
         return out, lse
 
-    out, lse = choose_path(fused_path, unfused_path, kv_buffer, *chunk_q_list)
+    inputs = {"kv_buffer": kv_buffer} | {f"chunk_q_list[{i}]": q for i, q in enumerate(chunk_q_list)}
+    out, lse = choose_path(fused_path, unfused_path, inputs, ("out", "lse"))
     return out, lse, grouped.chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
 
 

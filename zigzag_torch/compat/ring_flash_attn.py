@@ -1,11 +1,13 @@
-"""The fused path behind the names of the published ring_flash_attn package, version 0.1.8.
+"""The fused path behind the names of the published ring_flash_attn package, version 0.1.8, and of its zigzag fork.
 
-The patch replaces the three autograd functions that the package's functions call, and so serves callers that imported
+The patch replaces the autograd functions that the package's functions call, and so serves callers that imported
 those functions before. Layouts that agree:
 
 - `zigzag_ring_flash_attn_varlen_*`: rank r holds chunks r and 2W - 1 - r of every sequence, as here. `cu_seqlens` is
   local.
 - `zigzag_ring_flash_attn_*`: the same for `[batch, T, heads, head_dim]`.
+- `zigzag_llama3_flash_attn_varlen_*`, which the fork alone has: the same layout; `cu_seqlens_q` is local and
+  `cu_seqlens_k` global.
 - `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the batch, which agrees on one rank only. With
   more ranks the package's own function serves.
 """
@@ -18,23 +20,24 @@ import torch
 
 from ..api import zigzag_attention
 from ..arguments import cast_for_autocast
-from .checks import refuse_unsupported
-from .llama3 import agreed_cu_seqlens, default_group, group_size
-from .verify import choose_path
+from ..parallel.agreement import place_in
+from .checks import mask_of
+from .llama3 import agreed_cu_seqlens, default_group
+from .verify import choose_path, fused_backend
 
+_LLAMA3 = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k heads_k_stride local_k_slice"
 _OPTIONS = "dropout_p softmax_scale causal window_size alibi_slopes deterministic return_softmax group"
 REPLACED = {  # module: autograd function, the parameters of its forward
     "zigzag_ring_flash_attn_varlen": ("ZigZagRingFlashAttnVarlenFunc", f"ctx q k v cu_seqlens max_seqlen {_OPTIONS}"),
     "zigzag_ring_flash_attn": ("ZigZagRingFlashAttnFunc", f"ctx q k v {_OPTIONS}"),
-    "llama3_flash_attn_varlen": (
-        "Llama3FlashAttnVarlenFunc",
-        f"ctx q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k heads_k_stride local_k_slice {_OPTIONS}",
-    ),
+    "llama3_flash_attn_varlen": ("Llama3FlashAttnVarlenFunc", f"ctx {_LLAMA3} {_OPTIONS}"),
 }
+# Other parameters follow, which choose between ways of computing the same.
+FORK = {"zigzag_llama3_flash_attn_varlen": ("ZigzagLlama3FlashAttnVarlenFunc", f"ctx {_LLAMA3} {_OPTIONS}")}
 
 
 def patch_ring_flash_attn() -> "Patch":
-    """Put the fused path behind the functions of ring_flash_attn whose layout agrees with ours.
+    """Put the fused path behind the functions of ring_flash_attn, or of its fork, whose layout agrees with ours.
 
     Undo it with `.undo()`, or use it as a context manager. The flags work here too: ZIGZAG_USE_FUSED_TRITON_V2=0 takes
     the package's own function, ZIGZAG_VERIFY_CORRECTNESS=1 compares with it.
@@ -44,10 +47,14 @@ def patch_ring_flash_attn() -> "Patch":
         RuntimeError: its functions are not those of version 0.1.8, or are patched already. Nothing is replaced then.
     """
     found = {}
-    for name, (function_name, parameters) in REPLACED.items():
+    for name, (function_name, parameters) in (REPLACED | FORK).items():
         try:
+            # The package first: of an import that failed, modules inside of the package may be left.
+            importlib.import_module("ring_flash_attn")
             module = importlib.import_module(f"ring_flash_attn.{name}")
         except ImportError as error:
+            if name in FORK and error.name == f"ring_flash_attn.{name}":
+                continue
             raise ImportError(
                 f"patch_ring_flash_attn: expected ring_flash_attn 0.1.8, which failed: {error}"
             ) from error
@@ -55,6 +62,8 @@ def patch_ring_flash_attn() -> "Patch":
         if isinstance(function, _Fused):
             raise RuntimeError("patch_ring_flash_attn: ring_flash_attn is patched already; undo that first")
         got = " ".join(inspect.signature(function.forward).parameters) if function else "no such function"
+        if name in FORK and got.startswith(f"{parameters} "):
+            got = parameters
         if got != parameters:
             raise RuntimeError(
                 f"patch_ring_flash_attn: expected {name}.{function_name}.forward({parameters}) as in ring_flash_attn "
@@ -70,7 +79,7 @@ class Patch:
     def __init__(self, replaced: list):
         self._replaced = replaced
         for module, name, function in replaced:
-            setattr(module, name, _Fused(function))
+            setattr(module, name, _Fused(function, module.__name__ == "ring_flash_attn.llama3_flash_attn_varlen"))
 
     def undo(self) -> None:
         """Give the package its own functions back; a second time does nothing."""
@@ -86,29 +95,35 @@ class Patch:
 
 
 class _Fused:
-    """Stands in for an autograd function of the package, whose public functions call `apply`."""
+    """Stands in for an autograd function of the package, whose public functions call `apply`.
 
-    def __init__(self, original: Any):
-        self.original = original
+    `contiguous` says that a rank's rows are one piece of the batch, which is the zigzag layout on one rank alone.
+    """
+
+    def __init__(self, original: Any, contiguous: bool):
+        self.original, self.contiguous = original, contiguous
         self.parameters = list(inspect.signature(original.forward).parameters)[1:]
 
     def apply(self, *args):
         call = dict(zip(self.parameters, args, strict=True))
         group = default_group(call["group"])
-        if "local_k_slice" in call and group_size(group) > 1:
+        world_size = place_in(group).world_size
+        if self.contiguous and world_size > 1:
             return self.original.apply(*args)
-        refuse_unsupported(call["dropout_p"], call["window_size"], call["alibi_slopes"])
+        causal = mask_of(call["causal"], call["dropout_p"], call["window_size"], call["alibi_slopes"])
 
         def fused_path(q, k, v):
             out, lse = zigzag_attention(
                 q,
                 k,
                 v,
-                _global_cu_seqlens(call, group_size(group)),
+                _global_cu_seqlens(call, world_size),
                 group=group,
-                causal=call["causal"],
+                causal=causal,
                 softmax_scale=call["softmax_scale"],
+                heads_k_stride=None if self.contiguous else call.get("heads_k_stride"),
                 return_lse=True,
+                backend=fused_backend(q.device),
             )
             return out, lse
 
@@ -117,7 +132,8 @@ class _Fused:
             out, lse, _ = self.original.apply(*arguments.values())
             return out, lse
 
-        out, lse = choose_path(fused_path, own_path, *cast_for_autocast(call["q"], call["k"], call["v"]))
+        inputs = dict(zip("qkv", cast_for_autocast(call["q"], call["k"], call["v"]), strict=True))
+        out, lse = choose_path(fused_path, own_path, inputs, ("out", "lse"))
         return (out, lse, None) if call["return_softmax"] else out
 
 

@@ -16,7 +16,7 @@ from ..arguments import cast_for_autocast, check_device, check_int32, check_tens
 from ..autograd import attention
 from ..parallel import Tables, transport_of
 from . import grouped
-from .verify import choose_path
+from .verify import choose_path, fused_backend
 
 
 def fused_zigzag_llama3_flash_attn_forward_v2(
@@ -69,7 +69,7 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
     last = total_chunks - 1
     chunks = {"chunk_idx_0": chunk_idx_0, "chunk_idx_1": chunk_idx_1}
     chunks = [check_int(name, x, 0, last, f"0 to total_chunks - 1 = {last}") for name, x in chunks.items()]
-    backend = launch.choose_backend(None, q0.device)
+    backend = launch.choose_backend(fused_backend(q0.device), q0.device)
     _, dtype, strides = launch.describe(q0)
     problem = make_problem(
         ArraySpec((len(q0) + len(q1), *q0.shape[1:]), dtype, strides),
@@ -106,7 +106,8 @@ def fused_zigzag_llama3_flash_attn_forward_v2(
         out, lse = grouped.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
         return _split(out, lse, pair)
 
-    out0, out1, lse0, lse1 = choose_path(fused_path, unfused_path, q0, q1, k, v)
+    inputs, results = {"q0": q0, "q1": q1, "k": k, "v": v}, ("out0", "out1", "lse0", "lse1")
+    out0, out1, lse0, lse1 = choose_path(fused_path, unfused_path, inputs, results)
     return out0, out1, lse0, lse1
 
 

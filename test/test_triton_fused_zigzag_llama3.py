@@ -1,0 +1,1 @@
+../tests/test_triton_fused_zigzag_llama3.py
