@@ -1,5 +1,6 @@
 """The fused kernels against the unfused path: `python tests/test_triton_fused_zigzag_llama3.py`, or under pytest."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_backward_correctness(kernel_backend):
                 if rank == 0:
                     difference = (fused[name] - original[name]).abs().max().item()
                     print(f"{name} shape: {original[name].shape}, largest difference {difference:.1e}")
+
+
+def test_the_published_path_of_this_file_leads_here():
+    here = Path(__file__).resolve()
+    other = here.parents[1] / "test" / here.name
+    assert other.resolve() == here
+    assert runpy.run_path(str(other))["both_paths"].__code__.co_code == both_paths.__code__.co_code
 
 
 def main():
