@@ -84,6 +84,31 @@ def test_a_rank_that_is_too_late_finds_a_new_round(store):
     assert {verdict.kind for verdict in together(*(lambda s=s: meet(s) for s in three))} == {AGREED}
 
 
+class EndsMeanwhile(Counted):
+    """A store in which another rank ends the round after this one has looked for a verdict, and waits no longer."""
+
+    def __init__(self, store, end):
+        super().__init__(store)
+        self.end, self.looks = end, 0
+
+    def add(self, key, amount):
+        self.looks += key == "zigzag/round"
+        if self.looks == 2:  # the first is on joining
+            self.looks += 1
+            self.end()
+        return self.store.add(key, amount)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_two_ranks_that_wait_no_longer_at_the_same_time_hear_the_same(store, size):
+    others = seats(store, size)
+    heard = []
+    store_of_first = EndsMeanwhile(store, lambda: heard.append(meet(others[1], timeout=0.0)))
+    heard.append(meet(Seat(store_of_first, 0, size), timeout=0.2))
+    expected = (AGREED, "") if size == 2 else (ABSENCE, "rank 2 did not come")
+    assert [(verdict.kind, verdict.message) for verdict in heard] == [expected, expected]
+
+
 def test_a_refusal_waits_for_those_who_come_later(store):
     three = seats(store, 3)
     alone = meet(three[1], {"error": "k: bad"}, patience=0.1)

@@ -100,9 +100,10 @@ def _hear(
             absent = [peer for peer in range(size) if peer not in _reports(seat, number, range(size))]
             return Verdict(ABSENCE, absence(absent), [rank])
         if waited >= timeout:
-            if store.add(_ROUND, 0) != number:
+            if store.add(_ROUND, 0) == number:
+                _end(seat, number, _judge(seat, number, absence))
+            elif not store.check([_verdict_key(number)]):  # the verdict may be newer than the look for it above
                 return None
-            _end(seat, number, _judge(seat, number, absence))
         else:
             time.sleep(min(max(waited / 8, 0.001), _LONGEST_PAUSE, timeout - waited))
 
