@@ -182,6 +182,47 @@ def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = No
         raise ValueError(f"{name}: expected to end at or before the {total} rows there are, got {cu_seqlens[-1]}")
 
 
+def check_sinks(shape: tuple[int, ...], dtype: str, heads: int) -> None:
+    """Raise `ValueError` unless an array of this shape and dtype name can be `sinks [heads]`."""
+    if tuple(shape) != (heads,):
+        raise ValueError(f"sinks: expected shape [heads] = ({heads},) as in q, got {tuple(shape)}")
+    if "float" not in dtype:
+        raise ValueError(f"sinks: expected floating-point numbers, got {dtype}")
+
+
+def check_real_lengths_array(shape: tuple[int, ...], dtype: str, sequences: int) -> None:
+    """Raise `ValueError` unless an array of this shape and dtype name can be the real `lengths [N]` of sequences."""
+    if tuple(shape) != (sequences,):
+        raise ValueError(
+            f"lengths: expected shape [N] = ({sequences},), one for each sequence of cu_seqlens, got {tuple(shape)}"
+        )
+    if "int" not in dtype:
+        raise ValueError(f"lengths: expected dtype int32, or other integers, got {dtype}")
+
+
+def check_real_lengths(lengths: list[int], cu_seqlens: list[int]) -> None:
+    """Raise `ValueError` unless each sequence has at least as many rows as real tokens; all values are on the host."""
+    for i, (length, (start, end)) in enumerate(zip(lengths, pairwise(cu_seqlens), strict=True)):
+        if not 0 <= length <= end - start:
+            raise ValueError(
+                f"lengths: expected real lengths from 0 to the {end - start} rows of the sequence, "
+                f"got {length} (sequence {i})"
+            )
+
+
+def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tuple[int, int]:
+    """Return (row_length, rows), the tokens of a packed row on all ranks together, and the number of packed rows.
+
+    Raises `ValueError` unless rows of that length can be cut into `2 * world_size` chunks.
+    """
+    step = 2 * world_size
+    expected = f"a multiple of 2 * world_size = {step}, the tokens of one packed row on all ranks"
+    row_length = check_int("row_length", row_length, 0, MAX_OFFSET, expected)
+    if row_length % step:
+        raise ValueError(f"row_length: expected {expected}, got {row_length}")
+    return row_length, check_int("rows", rows, 1, MAX_OFFSET, "a positive number of packed rows")
+
+
 def check_method(method: str) -> None:
     """Raise `ValueError` unless `method` is a way of moving K/V between ranks: see `modes.Method`."""
     if method not in METHODS:
