@@ -5,7 +5,7 @@ benchmark times, "quick" the part of it that does not take long.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import ml_dtypes  # noqa: F401  (its import makes "bfloat16" a NumPy dtype)
 import numpy as np
@@ -17,7 +17,12 @@ QUICK = frozenset({"quick"})
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A packed batch and how it is attended; `lengths` are global, multiples of `2 * world_size` from two ranks on."""
+    """A packed batch and how it is attended; `lengths` are global, multiples of `2 * world_size` from two ranks on.
+
+    In the "row" layout lengths are any, and packed rows of `row_length` tokens (0: one row, which is the whole batch)
+    are multiples of `2 * world_size`; its `padding` are global rows. `lengths_real` are those of documents whose last
+    tokens are padding; with `sinks`, `make_inputs` draws one for each head.
+    """
 
     name: str
     world_size: int
@@ -30,10 +35,28 @@ class Case:
     dtype: str = "float32"
     padding: int = 0  # local rows behind the last sequence
     tags: frozenset[str] = INTERPRET
+    window_size: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    lengths_real: tuple[int, ...] | None = None
+    layout: str = "document"
+    row_length: int = 0
 
     def __post_init__(self):
         assert self.heads % self.kv_heads == 0, self
-        assert self.world_size == 1 or all(length % (2 * self.world_size) == 0 for length in self.lengths), self
+        step = 1 if self.world_size == 1 else 2 * self.world_size
+        if self.lengths_real is not None:
+            assert len(self.lengths_real) == len(self.lengths), self
+            assert all(0 <= real <= length for real, length in zip(self.lengths_real, self.lengths, strict=True)), self
+        if self.layout == "document":
+            assert all(length % step == 0 for length in self.lengths), self
+            return
+        row_length = self.row_length or self.total
+        assert row_length % step == 0, self
+        assert self.total % max(row_length, 1) == 0, self
+        borders = range(row_length, self.total, row_length) if row_length else ()
+        assert not any(start < x < end for x in borders for start, end in pairwise(self.cu_seqlens)), self
 
     def __str__(self):
         return self.name
@@ -46,24 +69,44 @@ class Case:
     @property
     def tokens(self):
         """Local rows, the padding included: T."""
-        return sum(self.lengths) // self.world_size + self.padding
+        return self.total // self.world_size
 
     @property
     def total(self):
         """Global rows, the padding of every rank included: `world_size * T`."""
-        return self.world_size * self.tokens
+        return sum(self.lengths) + self.padding * (self.world_size if self.layout == "document" else 1)
+
+    @property
+    def rows(self):
+        """Number of packed rows of `row_length` tokens."""
+        return self.total // self.row_length if self.row_length else 1
+
+    @property
+    def has_options(self):
+        """Whether the case asks for more than causal or full attention to whole documents."""
+        return any(getattr(self, name) != getattr(_WITHOUT_OPTIONS, name) for name in _OPTIONS)
+
+    @property
+    def results(self):
+        """Names of the results to compare: RESULTS, with options the largest logits, and with sinks their gradient."""
+        return RESULTS + ("max_logits",) * self.has_options + ("dsinks",) * self.sinks
+
+
+_OPTIONS = ("window_size", "attention_chunk", "softcap", "sinks", "lengths_real", "layout")
+_WITHOUT_OPTIONS = Case(name="without options", world_size=1, lengths=())
 
 
 def select(*tags):
     """The cases with any of `tags`."""
-    return [case for case in CASES if case.tags & set(tags)]
+    return [case for case in CASES + RANGES if case.tags & set(tags)]
 
 
 def make_inputs(case, seed=0):
     """Global `q, k, v, dout` `[total, heads, head_dim]` with values of `case.dtype`, and `dlse [heads, total]`.
 
     All are float32 arrays. Every row is another draw, so no two ranks hold the same, and the padding is as random as
-    the rest: a kernel that reads it is found out.
+    the rest: a kernel that reads it is found out. There are `sinks [heads]` if the case has them: of four heads or more
+    the third has none, as its sink is -inf, and the sink of the fourth takes all weight.
     """
     rng = np.random.default_rng(seed)
     q_shape = (case.total, case.heads, case.head_dim)
@@ -73,7 +116,12 @@ def make_inputs(case, seed=0):
         name: rng.standard_normal(shape, dtype=np.float32).astype(case.dtype).astype(np.float32)
         for name, shape in shapes.items()
     }
-    return inputs | {"dlse": rng.standard_normal((case.heads, case.total), dtype=np.float32)}
+    inputs["dlse"] = rng.standard_normal((case.heads, case.total), dtype=np.float32)
+    if case.sinks:
+        inputs["sinks"] = rng.standard_normal(case.heads, dtype=np.float32)
+        if case.heads >= 4:
+            inputs["sinks"][2:4] = -np.inf, 100.0
+    return inputs
 
 
 # Chunks of 63 to 129 tokens, one token, and none: around and far below the edges of every tile size in use.
@@ -234,4 +282,75 @@ CASES = (
         name="w8-one-token-chunks", world_size=8, lengths=(16,) * 48, heads=8, head_dim=128, dtype="bfloat16", tags=GPU
     ),
     *_BENCH_CASES,
+)
+
+
+def _ranges(name, world_size, lengths, **changes):
+    """A case with options, for backends that know them, in the interpreter or on a CPU."""
+    return Case(name=name, world_size=world_size, lengths=lengths, tags=frozenset({"ranges"}), **changes)
+
+
+# Windows of one key, smaller than a tile of 32, a tile and one more or less, larger than a chunk, larger than the
+# document; then chunks, caps, sinks, real lengths, the row layout, and all of them together.
+RANGES = (
+    _ranges("w1-window-one", 1, (37, 11), window_size=(0, -1)),
+    _ranges("w1-window-left", 1, (70, 9), window_size=(5, -1), heads=4, kv_heads=2, dtype="bfloat16"),
+    _ranges("w1-window-tile-minus", 1, (100,), window_size=(31, -1)),
+    _ranges("w1-window-tile", 1, (100, 3), window_size=(32, -1), dtype="float16"),
+    _ranges("w1-window-tile-plus", 1, (100,), window_size=(33, 0), causal=False),
+    _ranges("w1-window-both", 1, (64, 37), window_size=(4, 7), causal=False),
+    _ranges("w1-window-right", 1, (61, 40), window_size=(-1, 3), causal=False, padding=5),
+    _ranges("w1-window-left-full", 1, (61, 40), window_size=(3, -1), causal=False, dtype="bfloat16"),
+    _ranges("w1-window-beyond", 1, (40, 7), window_size=(200, 100), causal=False),
+    _ranges("w1-chunk", 1, (75, 16, 33), attention_chunk=16),
+    _ranges("w1-chunk-full", 1, (75, 16), attention_chunk=20, causal=False),
+    _ranges("w1-chunk-window", 1, (90,), attention_chunk=40, window_size=(10, -1)),
+    _ranges("w1-softcap", 1, (50, 23), softcap=2.0, softmax_scale=1.0, heads=4, kv_heads=2),
+    _ranges("w1-sinks", 1, (50, 0, 23), sinks=True, heads=4, kv_heads=2, padding=3),
+    _ranges("w1-lengths", 1, (50, 8, 23), lengths_real=(41, 0, 23), causal=False),
+    _ranges("w2-window-one", 2, (40, 12), window_size=(0, -1)),
+    _ranges("w2-window-left", 2, (64, 8, 28), window_size=(5, 0), heads=4, kv_heads=2, padding=2, dtype="bfloat16"),
+    _ranges("w2-window-chunk-plus", 2, (80, 16), window_size=(25, -1)),
+    _ranges("w2-window-both", 2, (48, 40), window_size=(6, 14), causal=False),
+    _ranges("w2-window-right", 2, (48, 40), window_size=(-1, 2), causal=False),
+    _ranges("w2-chunk", 2, (76, 24), attention_chunk=13, dtype="float16"),
+    _ranges("w2-softcap", 2, (44, 20), softcap=1.5, softmax_scale=0.8, dtype="bfloat16"),
+    _ranges("w2-sinks", 2, (36, 12), sinks=True, heads=4, kv_heads=2, padding=5),
+    _ranges("w2-sinks-full", 2, (36, 12), sinks=True, causal=False, dtype="bfloat16"),
+    _ranges("w2-lengths", 2, (36, 8, 40), lengths_real=(33, 0, 18)),
+    _ranges("w2-lengths-full", 2, (36, 8, 40), lengths_real=(33, 1, 18), causal=False),
+    _ranges(
+        "w2-all",
+        2,
+        (60, 0, 44),
+        lengths_real=(57, 0, 40),
+        window_size=(17, -1),
+        attention_chunk=32,
+        softcap=3.0,
+        sinks=True,
+        heads=4,
+        kv_heads=2,
+        padding=1,
+    ),
+    _ranges("w3-window", 3, (90, 12), window_size=(20, -1), heads=6, kv_heads=2),
+    _ranges("w3-window-both", 3, (66, 30), window_size=(9, 30), causal=False, dtype="float16"),
+    _ranges("w3-all", 3, (66, 30), window_size=(9, -1), softcap=2.0, sinks=True, lengths_real=(61, 30)),
+    _ranges("w2-row", 2, (13, 0, 30, 1, 18), layout="row", padding=2),
+    _ranges("w2-row-full", 2, (13, 30, 1, 18), layout="row", padding=6, causal=False),
+    _ranges("w2-row-batch", 2, (13, 27, 40, 22, 14), layout="row", padding=4, row_length=40, dtype="bfloat16"),
+    _ranges("w3-row-window", 3, (50, 7, 30), layout="row", padding=3, window_size=(11, -1)),
+    _ranges(
+        "w2-row-all",
+        2,
+        (21, 9, 34, 5),
+        layout="row",
+        padding=3,
+        lengths_real=(20, 9, 30, 0),
+        window_size=(12, 4),
+        causal=False,
+        softcap=3.0,
+        sinks=True,
+        heads=4,
+        kv_heads=2,
+    ),
 )

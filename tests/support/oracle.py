@@ -31,42 +31,105 @@ def straightforward(dtype):
     return Arithmetic(np.dtype("float32"), np.dtype(dtype))
 
 
+class Options(NamedTuple):
+    """Which keys a row sees, and how scores become probabilities.
+
+    The row at position `p` of its document sees the keys `p - left` to `p + right` of `window_size` (-1: all on that
+    side), of the same `attention_chunk` (0: none), and none behind the real length of the document. `sinks [heads]` are
+    further logits, which have no values. In the "row" layout packed rows of `row_length` tokens are cut into chunks,
+    not documents; 0 is one row that holds the whole batch.
+    """
+
+    window_size: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    sinks: np.ndarray | None = None
+    lengths: tuple[int, ...] | None = None
+    layout: str = "document"
+    row_length: int = 0
+
+
+PLAIN = Options()
+
+
 class RankResult(NamedTuple):
-    """What one rank produces; its part of `dk, dv` is in gathered (rank-major) layout, as K/V are."""
+    """What one rank produces; its part of `dk, dv` is in gathered (rank-major) layout, as K/V are.
+
+    `max_logits` are the largest scores that rows of this rank see, and `dsinks` sums over its rows.
+    """
 
     out: np.ndarray  # [T, heads, head_dim]
     lse: np.ndarray  # [heads, T]
     dq: np.ndarray | None  # [T, heads, head_dim]
     dk: np.ndarray | None  # [world_size * T, kv_heads, head_dim]
     dv: np.ndarray | None
+    max_logits: np.ndarray  # [heads]
+    dsinks: np.ndarray | None  # [heads]
 
 
-def attend(q, k, v, mask, scale, arithmetic=EXACT):
+def attend(q, k, v, mask, scale, arithmetic=EXACT, softcap=0.0, sink=-np.inf):
     """One head: `q [M, D]`, `k, v [N, D]`, `mask [M, N]` (True: seen) -> `out [M, D]`, `lse [M]` (natural log).
 
-    A row that sees no key has `out` 0 and `lse` -inf.
+    A row that sees no key has `out` 0 and `lse` -inf, whatever the sink is.
     """
-    scores = np.where(mask, (q @ k.T) * scale, -np.inf)
-    maximum = scores.max(axis=1, initial=-np.inf)
+    scores = visible_scores(q, k, mask, scale, softcap)
+    sink = np.asarray(sink, dtype=scores.dtype)
+    maximum = np.maximum(scores.max(axis=1, initial=-np.inf), sink)
     maximum = np.where(np.isneginf(maximum), 0, maximum)
     weights = np.exp(scores - maximum[:, None])
-    total = weights.sum(axis=1)
+    total = weights.sum(axis=1) + np.where(mask.any(axis=1), np.exp(sink - maximum), 0)
     with np.errstate(divide="ignore"):
         lse = maximum + np.log(total)
     p = weights / np.where(total == 0, 1, total)[:, None]
     return arithmetic.rounded(arithmetic.rounded(p) @ v), lse
 
 
-def attend_gradients(q, k, v, mask, scale, out, lse, dout, dlse, arithmetic=EXACT):
+def visible_scores(q, k, mask, scale, softcap=0.0):
+    """One head: the scores `[M, N]`, after scale and softcap, of the keys that are seen; -inf for the others."""
+    return np.where(mask, _capped((q @ k.T) * scale, softcap), -np.inf)
+
+
+def _capped(scores, softcap):
+    return softcap * np.tanh(scores / softcap) if softcap else scores
+
+
+def attend_gradients(q, k, v, mask, scale, out, lse, dout, dlse, arithmetic=EXACT, softcap=0.0):
     """One head: `out, lse` of `attend` and their cotangents `dout [M, D]`, `dlse [M]` -> `dq, dk, dv`, not yet rounded.
 
-    With `P = exp(S - lse)`: `dP = dout v^T`, `dS = P (dP - rowsum(dout * out) + dlse)`.
+    With `P = exp(S - lse)`: `dP = dout v^T`, `dS = P (dP - rowsum(dout * out) + dlse)`. The derivative of capped scores
+    is `1 - (S / softcap)^2`.
     """
     finite_lse = np.where(np.isneginf(lse), 0, lse)
-    p = np.exp(np.where(mask, (q @ k.T) * scale, -np.inf) - finite_lse[:, None])
+    scores = _capped((q @ k.T) * scale, softcap)
+    p = np.exp(np.where(mask, scores, -np.inf) - finite_lse[:, None])
     dp = dout @ v.T
-    ds = arithmetic.rounded(p * (dp + (dlse - (dout * out).sum(axis=1))[:, None]))
+    ds = p * (dp + (dlse - (dout * out).sum(axis=1))[:, None])
+    if softcap:
+        ds = ds * (1 - (scores / softcap) ** 2)
+    ds = arithmetic.rounded(ds)
     return (ds @ k) * scale, (ds.T @ q) * scale, arithmetic.rounded(p).T @ dout
+
+
+def sink_gradient(sink, out, lse, dout, dlse):
+    """One head: the gradient of its sink, a sum over rows; the sink is a key whose value is 0."""
+    share = np.exp(np.asarray(sink, dtype=lse.dtype) - np.where(np.isneginf(lse), np.inf, lse))
+    return (share * (dlse - (dout * out).sum(axis=1))).sum()
+
+
+def visible(positions, keys, length, causal, options=PLAIN):
+    """Whether the rows at `positions [M]` of a document of `length` real tokens see its `keys [N]`: `[M, N]`."""
+    rows = positions[:, None]
+    left, right = options.window_size
+    mask = (rows < length) & (keys < length)
+    if causal:
+        mask &= keys <= rows
+    if left >= 0:
+        mask &= keys >= rows - left
+    if right >= 0:
+        mask &= keys <= rows + right
+    if options.attention_chunk:
+        mask &= keys // options.attention_chunk == rows // options.attention_chunk
+    return mask
 
 
 def rank_positions(length, rank, world_size):
@@ -94,13 +157,40 @@ def zigzag_rows(cu_seqlens, rank, world_size, padding=0):
     return np.array(rows, dtype=np.int64)
 
 
+def rows_of_rank(cu_seqlens, rank, world_size, total, options=PLAIN):
+    """Global row that each local row of `rank` holds, `[T]`, in the layout of `options`.
+
+    `total` are the global rows of all ranks. In the row layout padding is at the end of the last packed row.
+    """
+    if options.layout == "row":
+        row_length = options.row_length or max(total, 1)
+        return zigzag_rows(range(0, total + 1, row_length), rank, world_size)
+    return zigzag_rows(cu_seqlens, rank, world_size, (total - int(cu_seqlens[-1])) // world_size)
+
+
+def rows_of_all(cu_seqlens, world_size, total, options=PLAIN):
+    """Global row that each row of the gathered (rank-major) buffer holds, in the layout of `options`: `[total]`."""
+    return np.concatenate([rows_of_rank(cu_seqlens, rank, world_size, total, options) for rank in range(world_size)])
+
+
 def gathered_rows(cu_seqlens, world_size, padding=0):
     """Global row that each row of the gathered (rank-major) buffer holds: `[world_size * T]`."""
     return np.concatenate([zigzag_rows(cu_seqlens, rank, world_size, padding) for rank in range(world_size)])
 
 
 def rank_attention(
-    q, k, v, cu_seqlens, rank, world_size, causal, softmax_scale=None, dout=None, dlse=None, arithmetic=EXACT
+    q,
+    k,
+    v,
+    cu_seqlens,
+    rank,
+    world_size,
+    causal,
+    softmax_scale=None,
+    dout=None,
+    dlse=None,
+    arithmetic=EXACT,
+    options=PLAIN,
 ):
     """What `rank` must produce; gradients if `dout` is given.
 
@@ -110,51 +200,51 @@ def rank_attention(
     total, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    padding = (total - int(cu_seqlens[-1])) // world_size
-    rows = zigzag_rows(cu_seqlens, rank, world_size, padding)
+    rows = rows_of_rank(cu_seqlens, rank, world_size, total, options)
     q, k, v = (x.astype(arithmetic.accumulate) for x in (q[rows], k, v))
     out = np.zeros_like(q)
     lse = np.full((heads, len(rows)), -np.inf, dtype=q.dtype)
+    max_logits = np.full(heads, -np.inf, dtype=q.dtype)
+    sinks = np.full(heads, -np.inf) if options.sinks is None else options.sinks
     if dout is not None:
         dout = dout.astype(q.dtype)
         dlse = np.zeros_like(lse) if dlse is None else dlse.astype(q.dtype)
-        dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+        dq, dk, dv, dsinks = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(heads, dtype=q.dtype)
 
-    local_start = 0
-    for start, end in pairwise(cu_seqlens):
-        positions = rank_positions(end - start, rank, world_size)
-        mine = slice(local_start, local_start + len(positions))
+    for document, (start, end) in enumerate(pairwise(cu_seqlens)):
+        mine = np.flatnonzero((start <= rows) & (rows < end))
         keys = slice(start, end)
-        local_start += len(positions)
-        key_positions = np.arange(end - start)
-        mask = np.ones((len(positions), end - start), dtype=bool)
-        if causal:
-            mask = key_positions[None, :] <= positions[:, None]
+        length = end - start if options.lengths is None else options.lengths[document]
+        mask = visible(rows[mine] - start, np.arange(end - start), length, causal, options)
         for head in range(heads):
             kv_head = head // (heads // kv_heads)
             operands = q[mine, head], k[keys, kv_head], v[keys, kv_head], mask, scale
-            out[mine, head], lse[head, mine] = attend(*operands, arithmetic)
+            out[mine, head], lse[head, mine] = attend(*operands, arithmetic, options.softcap, sinks[head])
+            scores = visible_scores(*operands[:2], mask, scale, options.softcap)
+            max_logits[head] = max(max_logits[head], scores.max(initial=-np.inf))
             if dout is not None:
                 results = out[mine, head], lse[head, mine], dout[mine, head], dlse[head, mine]
-                dq_head, dk_head, dv_head = attend_gradients(*operands, *results, arithmetic)
+                dq_head, dk_head, dv_head = attend_gradients(*operands, *results, arithmetic, options.softcap)
                 dq[mine, head] = dq_head
                 dk[keys, kv_head] += dk_head
                 dv[keys, kv_head] += dv_head
+                dsinks[head] += sink_gradient(sinks[head], *results)
 
     if dout is None:
-        return RankResult(out, lse, None, None, None)
-    gathered = gathered_rows(cu_seqlens, world_size, padding)
-    return RankResult(out, lse, *(arithmetic.rounded(x) for x in (dq, dk[gathered], dv[gathered])))
+        return RankResult(out, lse, None, None, None, max_logits, None)
+    gathered = rows_of_all(cu_seqlens, world_size, total, options)
+    gradients = (arithmetic.rounded(x) for x in (dq, dk[gathered], dv[gathered]))
+    return RankResult(out, lse, *gradients, max_logits, dsinks)
 
 
-def attention(q, k, v, cu_seqlens, causal, softmax_scale=None, arithmetic=EXACT):
+def attention(q, k, v, cu_seqlens, causal, softmax_scale=None, arithmetic=EXACT, options=PLAIN):
     """The whole packed batch `[total, heads, head_dim]` -> `out`, `lse [heads, total]`.
 
     One rank that holds everything holds it in global order, which makes this a special case of `rank_attention`.
     """
-    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, arithmetic=arithmetic)[:2]
+    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, arithmetic=arithmetic, options=options)[:2]
 
 
-def attention_gradients(q, k, v, cu_seqlens, causal, softmax_scale, dout, dlse=None, arithmetic=EXACT):
+def attention_gradients(q, k, v, cu_seqlens, causal, softmax_scale, dout, dlse=None, arithmetic=EXACT, options=PLAIN):
     """Gradients `dq, dk, dv` of the whole packed batch for the cotangents `dout` and `dlse [heads, total]`."""
-    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, dout, dlse, arithmetic)[2:]
+    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, dout, dlse, arithmetic, options)[2:5]

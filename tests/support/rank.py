@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.support import oracle
-from tests.support.cases import RESULTS
 from tests.support.closeness import assert_close
 
 
@@ -19,14 +18,22 @@ class RankArrays(NamedTuple):
     dlse: np.ndarray  # [heads, T]
 
 
+def options_of(case, inputs=None):
+    """The `oracle.Options` of `case`; `inputs` have its sinks, if it has any."""
+    sinks = inputs["sinks"] if case.sinks and inputs is not None else None
+    return oracle.Options(
+        case.window_size, case.attention_chunk, case.softcap, sinks, case.lengths_real, case.layout, case.row_length
+    )
+
+
 def rank_rows(case, rank):
     """Global row that each local row of `rank` holds, padding included: `[T]`."""
-    return oracle.zigzag_rows(case.cu_seqlens, rank, case.world_size, case.padding)
+    return oracle.rows_of_rank(case.cu_seqlens, rank, case.world_size, case.total, options_of(case))
 
 
 def gathered_rows(case):
     """Global row that each row of the gathered buffer holds, the ranks behind one another: `[world_size * T]`."""
-    return oracle.gathered_rows(case.cu_seqlens, case.world_size, case.padding)
+    return oracle.rows_of_all(case.cu_seqlens, case.world_size, case.total, options_of(case))
 
 
 def rank_arrays(case, inputs, rank, key_rows=None):
@@ -38,25 +45,28 @@ def rank_arrays(case, inputs, rank, key_rows=None):
 
 
 def rank_results(case, inputs, rank, arithmetic):
-    """{name: array} for each of RESULTS: what `rank` must produce, dK/dV of gathered rows."""
+    """{name: array} of the results that `rank` must produce, dK/dV of gathered rows."""
     rows = rank_rows(case, rank)
     return oracle.rank_attention(
         inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, rank, case.world_size, case.causal, case.softmax_scale,
         dout=inputs["dout"][rows], dlse=inputs["dlse"][:, rows], arithmetic=arithmetic,
+        options=options_of(case, inputs),
     )._asdict()  # fmt: skip
 
 
 def batch_results(case, inputs, arithmetic):
-    """{name: array} for each of RESULTS: those of the whole batch, in global order."""
+    """{name: array} of the results of the whole batch, in global order."""
     return oracle.rank_attention(
         inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens, 0, 1, case.causal, case.softmax_scale,
-        dout=inputs["dout"], dlse=inputs["dlse"], arithmetic=arithmetic,
+        dout=inputs["dout"], dlse=inputs["dlse"], arithmetic=arithmetic, options=options_of(case, inputs),
     )._asdict()  # fmt: skip
 
 
 def rows_of_results(results, rows):
-    """`results` of the whole batch at the global `rows`."""
-    return {name: x[:, rows] if name == "lse" else x[rows] for name, x in results.items()}
+    """`results` of the whole batch at the global `rows`; those that have no rows as they are."""
+    of_heads = {name: results[name] for name in ("max_logits", "dsinks") if name in results}
+    rest = {name: x[:, rows] if name == "lse" else x[rows] for name, x in results.items() if name not in of_heads}
+    return rest | of_heads
 
 
 def assert_rank_is_right(case, inputs, rank, named):
@@ -67,6 +77,6 @@ def assert_rank_is_right(case, inputs, rank, named):
         for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
     )
     for origin, results in named.items():
-        for name in RESULTS:
+        for name in case.results:
             where = f"{origin}, rank {rank} of {case.world_size}: {name}"
             assert_close(where, results[name], exact[name], straightforward[name])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.support import oracle
-from tests.support.cases import Case, make_inputs
+from tests.support.cases import RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 
-QUANTITIES = oracle.RankResult._fields
+QUANTITIES = RESULTS
 DTYPES = ("float32", "float16", "bfloat16")
 LENGTH = 300
 
