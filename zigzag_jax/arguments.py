@@ -16,6 +16,7 @@ from zigzag_kernels.checks import (
     check_world_size,
 )
 from zigzag_kernels.layout import MAX_OFFSET
+from zigzag_kernels.modes import Layout
 
 Array = jax.Array | np.ndarray
 _padded: "weakref.WeakValueDictionary[int, jax.Array]" = weakref.WeakValueDictionary()
@@ -61,13 +62,16 @@ def as_rank_argument(rank, world_size: int) -> int | Array:
     return check_rank(rank, world_size, isinstance(rank, jax.Array) or (isinstance(rank, np.ndarray) and rank.ndim > 0))
 
 
-def check_batch(cu_seqlens, rank, world_size: int) -> tuple[jax.Array, int | Array, int]:
+def check_batch(
+    cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
+) -> tuple[jax.Array, int | Array, int]:
     """Return the three arguments as array, int or array, and int; `ValueError` for those that no batch has.
 
-    Values on a device are not read.
+    Values on a device are not read. In the row layout documents may have any lengths.
     """
     world_size = check_world_size(world_size)
-    return as_cu_seqlens(cu_seqlens, world_size), as_rank_argument(rank, world_size), world_size
+    cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1)
+    return cu_seqlens, as_rank_argument(rank, world_size), world_size
 
 
 def as_rank(rank: int | Array) -> jax.Array:

@@ -1,8 +1,10 @@
-"""The zigzag layout in one place: where a local row sits in its sequence, written for ints and for arrays alike.
+"""The zigzag layouts in one place: where a local row sits in its sequence, written for ints and for arrays alike.
 
 `W` ranks cut a sequence into `2 * W` chunks of `L` tokens; rank `r` holds chunk `r`, then chunk `2 * W - 1 - r`, of
-every sequence in order. With one rank a sequence stays whole, so that its length may be odd. Arguments may be Python
-ints or integer arrays of any framework: only arithmetic and comparisons are used.
+every sequence in order. In the document layout the sequences are the documents. In the row layout they are the packed
+rows, `row_length` tokens each, in which documents lie anywhere. With one rank a sequence stays whole, so that its
+length may be odd, and both layouts are the same. Arguments may be Python ints or integer arrays of any framework: only
+arithmetic and comparisons are used.
 """
 
 MAX_OFFSET = 2**31 - 1  # `cu_seqlens` is int32
@@ -40,20 +42,49 @@ def gathered_row(position, start, length, tokens, world_size: int):
     return slot * tokens + start // world_size + late * chunk_len + position - chunk * chunk_len
 
 
+def packed_row(row, row_length: int, rank, world_size: int):
+    """Row of the unsharded batch that the local row `row` of `rank` holds in the row layout.
+
+    `row_length` counts the tokens of one packed row over all ranks, a multiple of `2 * W`.
+    """
+    share = max(row_length // world_size, 1)  # of no tokens there are no rows
+    number = row // share
+    return number * row_length + row_position(row - number * share, row_length, rank, world_size)
+
+
+def gathered_packed_row(row, row_length: int, tokens: int, world_size: int):
+    """Row of the rank-major gathered buffer that holds the row `row` of the unsharded batch in the row layout."""
+    start = row // max(row_length, 1) * row_length
+    return gathered_row(row - start, start, row_length, tokens, world_size)
+
+
 def padded_length(length: int, world_size: int) -> int:
     """The smallest length not below `length` that can be dealt out to `world_size` ranks."""
     step = 1 if world_size == 1 else 2 * world_size
     return -(-length // step) * step
 
 
-def impossible(cu_seqlens, rank, world_size: int, tokens: int | None):
+def impossible(cu_seqlens, rank, world_size: int, tokens: int | None, row_length: int | None = None, lengths=None):
     """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread.
 
-    `tokens` None is any number of rows.
+    `tokens` None is any number of rows. `row_length` is None in the document layout, and in the row layout the tokens
+    of a packed row, which no document leaves. `lengths [N]` are the real lengths of documents, None if all is real.
     """
-    step = 1 if world_size == 1 else 2 * world_size
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]  # of offsets below 0 the difference may wrap around to a possible one
-    fault = ((lengths < 0) | (lengths % step != 0)).any() | (cu_seqlens[0] != 0) | (cu_seqlens < 0).any()
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    padded = ends - starts  # of offsets below 0 the difference may wrap around to a possible one
+    wrong = padded < 0
+    fault = (cu_seqlens[0] != 0) | (cu_seqlens < 0).any() | ((rank < 0) | (rank >= world_size)).any()
     if tokens is not None:
         fault = fault | (cu_seqlens[-1] > min(world_size * tokens, MAX_OFFSET))
-    return fault | ((rank < 0) | (rank >= world_size)).any()
+    if lengths is not None:
+        wrong = wrong | (lengths < 0) | (lengths > padded)
+    if row_length is None or world_size == 1:
+        step = 1 if world_size == 1 else 2 * world_size
+        return fault | (wrong | (padded % step != 0)).any()
+    row_length = max(row_length, 1)  # of no tokens there are no rows
+    if tokens is not None:
+        total = world_size * tokens
+        uneven = row_length % (2 * world_size) != 0 or total % row_length != 0 or total > MAX_OFFSET
+        padding = cu_seqlens[-1] < min(total - row_length, MAX_OFFSET)  # only the last row has any
+        fault = fault | padding | (uneven and total > 0)
+    return fault | (wrong | ((padded > 0) & (starts // row_length != (ends - 1) // row_length))).any()

@@ -14,6 +14,7 @@ from zigzag_kernels.checks import (
     dtype_name,
 )
 from zigzag_kernels.layout import MAX_OFFSET
+from zigzag_kernels.modes import Layout
 
 from . import launch
 
@@ -99,13 +100,15 @@ def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.de
     return check_rank(rank, world_size, False)
 
 
-def check_batch(cu_seqlens, rank, world_size: int) -> tuple[torch.Tensor, int | torch.Tensor, int]:
+def check_batch(
+    cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
+) -> tuple[torch.Tensor, int | torch.Tensor, int]:
     """Return the three arguments as tensor, int or tensor, and int; `ValueError` for those that no batch has.
 
-    Values on a device are not read.
+    Values on a device are not read. In the row layout documents may have any lengths.
     """
     world_size = check_world_size(world_size)
-    cu_seqlens = as_cu_seqlens(cu_seqlens, world_size)
+    cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1)
     return cu_seqlens, as_rank_argument(rank, world_size, cu_seqlens.device), world_size
 
 
