@@ -16,8 +16,10 @@ from .axes import AxisName, place_on
 from .batch import Batch, as_batch, check_rows_vary, check_varying, compare_if_untyped, marked, tables_of
 from .derivatives import reverse_mode_only
 from .parallel import Local, Transport, choose_transport
+from .surroundings import under_own_promotion
 
 
+@under_own_promotion
 def zigzag_attention_gathered(
     q: Array,
     k: Array,
@@ -80,6 +82,7 @@ def zigzag_attention_gathered(
     return (out, lse) if return_lse else out
 
 
+@under_own_promotion
 def zigzag_attention(
     q: Array,
     k: Array,

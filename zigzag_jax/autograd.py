@@ -11,6 +11,7 @@ from . import launch
 from .axes import vary, varying_axes
 from .derivatives import without_derivative
 from .parallel import Residuals, Tables, Transport
+from .surroundings import under_own_promotion
 
 
 def segment_tables(cu_seqlens: jax.Array, rank: jax.Array, world_size: int, method: str, backend: str) -> Tables:
@@ -47,6 +48,7 @@ def _attention(transport, return_lse, q, k, v, tables):
     return _forward(transport, return_lse, q, k, v, tables)[0]
 
 
+@under_own_promotion
 def _forward(transport, return_lse, q, k, v, tables):
     # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward pass repeats them.
     # Residuals are the arguments themselves: a marker's results would be kept beside them.
@@ -55,6 +57,7 @@ def _forward(transport, return_lse, q, k, v, tables):
     return (out, lse if return_lse else None), (Residuals(q, k, v, out, lse), tables)
 
 
+@under_own_promotion
 def _backward(transport, _, saved, cotangents):
     (residuals, tables), cotangents = without_derivative((saved, cotangents))
     return *transport.backward(residuals, *cotangents, tables), None

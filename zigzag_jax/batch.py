@@ -15,6 +15,7 @@ from . import autograd, launch, placement
 from .arguments import Array, as_cu_seqlens, as_rank, as_rank_argument
 from .axes import AxisName, axis_names, place_on, varying_axes
 from .parallel import Tables
+from .surroundings import under_own_promotion
 
 
 @functools.partial(
@@ -51,6 +52,7 @@ class Batch:
     host_rank: int | None = None
 
 
+@under_own_promotion
 def prepare_batch(
     cu_seqlens: Array,
     rank: int | Array | None = None,

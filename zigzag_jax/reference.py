@@ -19,6 +19,7 @@ from .axes import vary, varying_axes
 from .derivatives import without_derivative
 from .parallel import AllGather, Local, Ring, Transport
 from .shard import sequence_of_rows
+from .surroundings import under_own_promotion
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -53,6 +54,7 @@ def attention(
     return attend(q, k, v, everyone)
 
 
+@under_own_promotion
 def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Combine attention to n disjoint parts of the keys into attention to all of them; differentiable.
 
@@ -124,13 +126,15 @@ def _dense(softmax_scale, q, k, v, visible):
     return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse.reshape(q.shape[1], len(q))
 
 
+@under_own_promotion
 def _forward(softmax_scale, q, k, v, visible):
-    q, k, v, visible = without_derivative((q, k, v, visible))
-    results: Any = _dense(softmax_scale, q, k, v, visible)
+    # Residuals are the arguments themselves: a marker's results would be kept beside them.
+    results: Any = _dense(softmax_scale, *without_derivative((q, k, v, visible)))
     out, _ = results
     return results, (q, k, v, visible, out)
 
 
+@under_own_promotion
 def _backward(softmax_scale, saved, cotangents):
     (q, k, v, visible, out), (dout, dlse) = without_derivative((saved, cotangents))
     probabilities, _ = _probabilities(softmax_scale, q, k, visible)

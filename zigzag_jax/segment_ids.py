@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from zigzag_kernels.checks import MAX_ROWS, check_int
 
 from .arguments import Array, check_array
+from .surroundings import under_own_promotion
 
 
+@under_own_promotion
 def cu_seqlens_from_segment_ids(segment_ids: Array, max_sequences: int, positions: Array | None = None) -> jax.Array:
     """Convert the `segment_ids` of a packed row, or of a batch of rows, to `cu_seqlens`.
 

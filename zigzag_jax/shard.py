@@ -21,6 +21,7 @@ from zigzag_kernels.checks import (
 from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_length, row_position
 
 from .arguments import Array, as_rank, check_array, check_batch, mark_padded, readable
+from .surroundings import under_own_promotion
 
 
 def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -42,6 +43,7 @@ def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[j
     return sequence, offset, length
 
 
+@under_own_promotion
 def local_cu_seqlens(cu_seqlens: Array, world_size: int) -> jax.Array:
     """Return the offsets of the sequences in the local rows of a rank, `[N + 1]` int32, equal on all ranks.
 
@@ -55,6 +57,7 @@ def local_cu_seqlens(cu_seqlens: Array, world_size: int) -> jax.Array:
     return _poisoned(cu_seqlens // world_size, _fault(cu_seqlens, 0, world_size))
 
 
+@under_own_promotion
 def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array:
     """Return the position of every local row in its sequence, `[T]` int32, for example for RoPE; 0 for padding.
 
@@ -133,6 +136,7 @@ def _global_rows(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: 
     return jnp.where(sequence >= 0, cu_seqlens[jnp.maximum(sequence, 0)] + position, padding)
 
 
+@under_own_promotion
 def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> jax.Array:
     """Return the rows of a whole batch that belong to `rank`, in zigzag order; differentiable.
 
@@ -154,6 +158,7 @@ def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> ja
     return _take(x, _global_rows(cu_seqlens, rank, world_size, tokens), fault)
 
 
+@under_own_promotion
 def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
     """Return the whole batch in its original order: undoes `shard`.
 
@@ -178,6 +183,7 @@ def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
     return _take(x, rows, fault)
 
 
+@under_own_promotion
 def pad_to_zigzag(
     x: Array, cu_seqlens: Array, world_size: int, total: int | None = None, *, value: float = 0
 ) -> tuple[jax.Array, jax.Array]:
@@ -221,6 +227,7 @@ def _limits(dtype: np.dtype) -> tuple[float, float]:
     return (int(limits.min), int(limits.max)) if whole else (float(limits.min), float(limits.max))
 
 
+@under_own_promotion
 def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
     """Return the rows of a padded batch that are no padding: undoes `pad_to_zigzag`.
 

@@ -125,7 +125,8 @@ def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, tor
     (q_sequence, q_position), (k_sequence, k_position) = rows, keys
     visible = (q_sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
     if causal:
-        visible &= q_position[:, None] >= k_position[None, :]
+        # Not in place: under vmap one of the two may have a batch dimension that the other lacks.
+        visible = visible & (q_position[:, None] >= k_position[None, :])
     return dense_forward(q, k, v, visible, softmax_scale)
 
 

@@ -1,0 +1,153 @@
+"""What JAX switches on around a call changes no bit of its results, in the forward pass or in the backward pass."""
+
+import contextlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import zigzag_jax
+
+W, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
+CU_SEQLENS = np.array([0, 8, 8, 24], np.int32)
+TOKENS = 14  # of a rank, the last two of them padding
+
+SURROUNDINGS = {
+    "strict dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion raises": lambda: jax.numpy_rank_promotion("raise"),
+    "x64": lambda: jax.enable_x64(True),
+    "matmul precision": lambda: jax.default_matmul_precision("bfloat16"),
+    "debug_nans": lambda: jax.debug_nans(True),
+}
+SLOW = "x64", "matmul precision"
+
+
+def attention(backend):
+    return lambda q, k, v: zigzag_jax.zigzag_attention(q, k, v, CU_SEQLENS, return_lse=True, backend=backend)
+
+
+def batched(backend):
+    return lambda *qkv: zigzag_jax.zigzag_attention(*(x[None] for x in qkv), return_lse=True, backend=backend)
+
+
+def gathered(backend):
+    def call(q, k, v):
+        batch = zigzag_jax.prepare_batch(CU_SEQLENS, 1, W, backend=backend)
+        return zigzag_jax.zigzag_attention_gathered(q[:TOKENS], k, v, batch, 1, W, return_lse=True, backend=backend)
+
+    return call
+
+
+def on_a_mesh(backend, method):
+    def call(q, k, v):
+        mesh = jax.make_mesh((W,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+        attend = zigzag_jax.make_zigzag_attention(mesh, return_lse=True, backend=backend, method=method)
+        return attend(q, k, v, CU_SEQLENS)
+
+    return call
+
+
+def prepared_on_a_mesh(q, k, v):
+    mesh = jax.make_mesh((W,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(q, k, v):
+        batch = zigzag_jax.prepare_batch(CU_SEQLENS, axis_name="cp", backend="reference")
+        return zigzag_jax.zigzag_attention(q, k, v, batch, axis_name="cp", backend="reference")
+
+    return (jax.shard_map(body, mesh=mesh, in_specs=P("cp"), out_specs=P("cp"))(q, k, v),)
+
+
+def merged(q, k, v):
+    lse = q.astype(jnp.float32).sum(-1).T
+    return zigzag_jax.merge_partials(jnp.stack((q, q + q)), jnp.stack((lse, -lse)))
+
+
+def moved(q, k, v):
+    local = zigzag_jax.shard(q, CU_SEQLENS, 1, W)
+    padded, _ = zigzag_jax.pad_to_zigzag(q, CU_SEQLENS, 4)
+    whole = zigzag_jax.unshard(jnp.concatenate((local, local)), CU_SEQLENS, W)
+    return whole, padded, zigzag_jax.unpad(padded, CU_SEQLENS, 4)
+
+
+def calls_on_one_device(kernel_backend):
+    """{name: function of (q, k, v)} for every differentiable call."""
+    by_backend = {"attention": attention, "batched": batched, "gathered": gathered}
+    named = {f"{n} {b}": f(b) for n, f in by_backend.items() for b in ("reference", kernel_backend)}
+    return named | {"merge_partials": merged, "shard and pad": moved}
+
+
+def calls_on_a_mesh(kernel_backend):
+    """As `calls_on_one_device`."""
+    methods = "allgather", "ring"
+    named = {f"{m} {b}": on_a_mesh(b, m) for m in methods for b in ("reference", kernel_backend)}
+    return named | {"prepared": prepared_on_a_mesh}
+
+
+def integers():
+    """Results of the calls that return integers."""
+    segment_ids = np.array([1, 1, 2, 2, 2, 0], np.int32)
+    return (
+        zigzag_jax.local_cu_seqlens(CU_SEQLENS, W),
+        zigzag_jax.position_ids(CU_SEQLENS, 1, W),
+        zigzag_jax.position_ids(jnp.asarray(CU_SEQLENS), jnp.int32(1), W, TOKENS),
+        zigzag_jax.cu_seqlens_from_segment_ids(segment_ids, 4),
+        zigzag_jax.cu_seqlens_from_segment_ids(segment_ids, 4, positions=np.array([0, 1, 0, 1, 0, 0], np.int32)),
+        zigzag_jax.pad_to_zigzag(jnp.zeros((24, 1)), CU_SEQLENS, 4)[1],
+    )
+
+
+def inputs(dtype):
+    rng = np.random.default_rng(0)
+    return [
+        jnp.asarray(rng.standard_normal((W * TOKENS, heads, HEAD_DIM), np.float32), dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def results(call, arrays, compiled, forward=contextlib.nullcontext, backward=contextlib.nullcontext):
+    """Results of `call` and its gradients, each pass inside of its own context."""
+    with forward():
+        outputs, pullback = jax.vjp(jax.jit(call) if compiled else call, *arrays)
+    cotangents = tuple(jnp.asarray(np.linspace(-1, 1, x.size).reshape(x.shape), x.dtype) for x in outputs)
+    with backward():
+        gradients = pullback(cotangents)
+    return *outputs, *gradients
+
+
+def assert_same_bits(where, ours, theirs):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype, f"{where}: {i}"
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{where}: {i}"
+
+
+def check(name, calls, apart_too=()):
+    """Compare results of `calls` inside and outside; `apart_too` are run operation by operation as well."""
+    there, nothing = SURROUNDINGS[name], contextlib.nullcontext
+    arrays = inputs("float32" if name == "matmul precision" else "bfloat16")
+    for (call_name, call), compiled in itertools.product(calls.items(), (False, True)):
+        if not compiled and call_name not in apart_too:
+            continue
+        expected = results(call, arrays, compiled)
+        for forward, backward in ((there, nothing), (nothing, there)):
+            ours = results(call, arrays, compiled, forward, backward)
+            assert_same_bits(f"{call_name}, compiled: {compiled}", ours, expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in SURROUNDINGS])
+def test_no_bit_changes(name, kernel_backend):
+    apart_too = "attention reference", f"gathered {kernel_backend}", "merge_partials"
+    check(name, calls_on_one_device(kernel_backend), apart_too)
+    expected = integers()
+    with SURROUNDINGS[name]():
+        ours = integers()
+    assert_same_bits("integers", ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_no_bit_changes_between_devices(name, kernel_backend):
+    check(name, calls_on_a_mesh(kernel_backend))

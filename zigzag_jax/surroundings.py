@@ -1,0 +1,21 @@
+"""Settings of JAX that a user may have around our calls, which must not forbid what our own arithmetic relies on."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def under_own_promotion(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with JAX's standard promotion of dtypes and ranks, whatever the user has set around the call."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return wrapped
