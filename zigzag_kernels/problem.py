@@ -86,12 +86,16 @@ class Problem:
         return self.slots * self.slot_rows
 
 
-def segment_table_shapes(sequences: int, steps: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def segment_table_shapes(
+    sequences: int, steps: int = 1, row_layout: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the segment table and of the sequence table.
 
-    The segment table has two chunks a sequence, and the padding. With several ring `steps` there is one table each.
+    The segment table has two chunks a sequence, and the padding. In the row layout the padding of the last row is one
+    sequence more. With several ring `steps` there is one table each.
     """
     lead = () if steps == 1 else (steps,)
+    sequences += row_layout
     return (*lead, 2 * sequences + 1, SEGMENT_FIELDS), (*lead, sequences + 1, SEQUENCE_FIELDS)
 
 

@@ -22,6 +22,7 @@ from zigzag_kernels.plan.grid import order_tiles
 from zigzag_kernels.plan.operation import make_operation
 from zigzag_kernels.portable.family import PORTABLE, sums_apart
 from zigzag_kernels.problem import ArraySpec, make_problem, segment_table_shapes
+from zigzag_kernels.segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 from zigzag_kernels.tiles.config import TileConfig
 from zigzag_torch import launch as torch_launch
 
@@ -162,4 +163,5 @@ def test_rows_too_far_apart_for_a_tile_are_refused(strides, fits):
 
 
 def test_tables_have_room_for_all_entries():
-    assert segment_table_shapes(3) == ((7, 8), (4, 12))
+    assert segment_table_shapes(3) == ((7, SEGMENT_FIELDS), (4, SEQUENCE_FIELDS))
+    assert segment_table_shapes(3, 2, row_layout=True) == ((2, 9, SEGMENT_FIELDS), (2, 5, SEQUENCE_FIELDS))

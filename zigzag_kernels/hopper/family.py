@@ -96,7 +96,7 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     from .fused import backward_fused_hopper, clear_sums, finish_dq
 
     problem = draft.problem
-    (segments, _), _ = segment_table_shapes(problem.sequences)
+    (segments, _), _ = segment_table_shapes(problem.sequences, 1, problem.row_layout)
     shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
     elements = {
         "target": problem.target,

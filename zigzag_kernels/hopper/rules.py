@@ -18,6 +18,9 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
         strides += (*problem.q_strides, *(dout_strides or ()))
     return (
         problem.gluon
+        and not problem.ranged
+        and not problem.call.softcap
+        and not (operation is Operation.FORWARD and (problem.call.has_sinks or problem.call.return_max_logits))
         and problem.target == TARGET
         and DTYPE_BYTES[problem.dtype] == 2
         and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM

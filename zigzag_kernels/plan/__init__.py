@@ -6,7 +6,17 @@ Front ends call the steps in `steps`; everything else is how those find their la
 from ..launch import Launch, Output
 from .operation import WHOLE, Part
 from .planner import Planned, Planner, use_planner
-from .steps import Run, backward, backward_keys, backward_queries, backward_rows, forward, plan_step, segment_tables
+from .steps import (
+    Run,
+    backward,
+    backward_keys,
+    backward_queries,
+    backward_rows,
+    backward_sinks,
+    forward,
+    plan_step,
+    segment_tables,
+)
 
 __all__ = [
     "WHOLE",
@@ -20,6 +30,7 @@ __all__ = [
     "backward_keys",
     "backward_queries",
     "backward_rows",
+    "backward_sinks",
     "forward",
     "plan_step",
     "segment_tables",

@@ -11,7 +11,7 @@ from ..tiles.config import TileConfig, block_d
 
 def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> int:
     """Return the tiles of one KV head: an upper bound from static shapes alone, see `segments.lookup.locate`."""
-    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
+    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences, 1, problem.row_layout)
     if operation.owns_keys:
         return problem.kv_tokens // config.BLOCK_N + sequences
     return problem.tokens * problem.group // config.BLOCK_M + segments
@@ -25,7 +25,8 @@ def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
     rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
     """
     few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
-    unequal = problem.call.causal and problem.kv_layout != KVLayout.PEER
+    call = problem.call
+    unequal = call.causal and not call.has_range and problem.kv_layout != KVLayout.PEER
     return replace(config, tiles_together=config.tiles_together or int(few and unequal))
 
 

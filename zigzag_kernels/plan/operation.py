@@ -42,7 +42,7 @@ def make_operation(
     heads_together = count_heads_together(problem, config, tiles)
     outputs = _outputs(problem, operation, part)
     in_place = {output.name: f"into_{output.name}" for output in outputs}
-    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences)
+    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences, 1, problem.row_layout)
     entries = {"n_sequences": sequences} if operation.owns_keys else {"n_segments": segments}
     draft = Draft(
         problem=problem,
@@ -61,7 +61,7 @@ def make_operation(
 
 def _inputs(operation: Operation) -> tuple[str, ...]:
     table = "sequences" if operation.owns_keys else "segments"
-    rows = () if operation is Operation.FORWARD else ("dout", "delta", "lse2")
+    rows = ("sinks",) if operation is Operation.FORWARD else ("dout", "delta", "lse2")
     return "q", "k", "v", *rows, table
 
 
@@ -70,7 +70,8 @@ def _outputs(problem: Problem, operation: Operation, part: Part) -> tuple[Output
     q_shape = problem.tokens, problem.heads, problem.head_dim
     kv_shape = problem.kv_tokens, problem.window, problem.head_dim
     if operation is Operation.FORWARD:
-        return Output("out", q_shape, dtype), Output("lse", (problem.heads, problem.tokens), "float32")
+        statistics = (2,) if problem.call.return_max_logits else ()
+        return Output("out", q_shape, dtype), Output("lse", (*statistics, problem.heads, problem.tokens), "float32")
     if operation is Operation.DQ:
         return (Output("dq", q_shape, dtype),)
     sums = (Output("sums", q_shape, "float32"),) if operation is Operation.FUSED_BACKWARD else ()
@@ -84,13 +85,19 @@ def _scalars(problem: Problem, part: Part) -> dict[str, int]:
 def _constexprs(
     problem: Problem, operation: Operation, part: Part, config: TileConfig, dout_strides: tuple[int, int] | None
 ) -> dict[str, Any]:
+    call = problem.call
     constexprs = {
         "SLOTS": problem.slots,
         "KV_HEADS": problem.window,
         "GROUP": problem.group,
         "HEAD_DIM": problem.head_dim,
-        "CAUSAL": problem.call.causal,
-        "SOFTMAX_SCALE": problem.call.softmax_scale,
+        "CAUSAL": call.causal,
+        "SOFTMAX_SCALE": call.softmax_scale,
+        "RANGED": problem.ranged,
+        "LEFT": call.window_size[0],
+        "RIGHT": call.window_size[1],
+        "CHUNK": call.attention_chunk,
+        "SOFTCAP": call.softcap,
         "STRIDE_QT": problem.q_strides[0],
         "STRIDE_QH": problem.q_strides[1],
         "STRIDE_KT": problem.k_strides[0],
@@ -103,6 +110,8 @@ def _constexprs(
         "TILES_TOGETHER": config.tiles_together,
         "ACCUMULATE": part.accumulate,
     }
+    if operation is Operation.FORWARD:
+        constexprs |= {"HAS_SINKS": call.has_sinks and not part.accumulate, "HAS_MAX": call.return_max_logits}
     if operation is not Operation.DKDV:  # its results have the heads of K and V alone
         constexprs["HEADS"] = problem.heads
     if dout_strides is not None:

@@ -11,26 +11,41 @@ pieces, with communication between them.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..modes import KVLayout, Operation
+from ..modes import KVLayout, Layout, Operation
 from ..problem import Problem
 from . import planner
 from .operation import WHOLE, Part, make_operation
 from .planner import NOTHING, Planned
 from .rows import make_rows
-from .tables import make_tables
+from .sinks import make_sinks
+from .tables import BatchForm, make_tables
 
 Run = Callable[..., tuple]
 
 
 def segment_tables(
-    run: Run, cu_seqlens, rank, *, sequences: int, world_size: int, target: str, kv_layout: str = KVLayout.GATHERED
+    run: Run,
+    cu_seqlens,
+    rank,
+    lengths=None,
+    *,
+    sequences: int,
+    world_size: int,
+    target: str,
+    kv_layout: str = KVLayout.GATHERED,
+    layout: str = Layout.DOCUMENT,
+    row_length: int = 0,
+    rows: int = 1,
 ) -> tuple:
     """Return (segments, sequences), the device tables of one batch on one rank, for all its layers.
 
-    The "peer" layout has one table a ring step: step `s` has the keys of rank `(rank - s) % world_size`.
+    `lengths [N]` int32 are the real tokens of each document, None for all. In the row layout each of `rows` packed rows
+    has `row_length` tokens on all ranks. The "peer" layout of keys has one table a ring step: step `s` has the keys of
+    rank `(rank - s) % world_size`.
     """
-    planned = planner.current.plan(make_tables, sequences, world_size, kv_layout, target)
-    return run(planned.launches[0], cu_seqlens, rank)
+    form = BatchForm(sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None)
+    planned = planner.current.plan(make_tables, form, target)
+    return run(planned.launches[0], cu_seqlens, rank, cu_seqlens if lengths is None else lengths)
 
 
 def forward(
@@ -41,15 +56,18 @@ def forward(
     v,
     segments,
     *,
+    sinks=None,
     part: Part = WHOLE,
     into: tuple = (None, None),
 ) -> tuple:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log).
 
-    They are new arrays, or those of `into`, whose elements outside of `part` stay as they are.
+    They are new arrays, or those of `into`, whose elements outside of `part` stay as they are. `sinks [heads]` float32
+    if `problem.call.has_sinks`: the parts of a row's keys count them once, in the first part. With
+    `problem.call.return_max_logits` the second array is `[2, heads, T]`: lse, then the largest score of each row.
     """
     planned = planner.current.plan(make_operation, problem, Operation.FORWARD, part)
-    return run(planned.launches[0], q, k, v, segments, *into)
+    return run(planned.launches[0], q, k, v, q if sinks is None else sinks, segments, *into)
 
 
 def backward_rows(
@@ -105,6 +123,14 @@ def backward_queries(
     return dq
 
 
+def backward_sinks(run: Run, problem: Problem, rows: tuple, sinks, *, part: Part = WHOLE, into=None):
+    """Return dsinks `[heads]` float32 of this rank's rows, from `backward_rows` of the same part."""
+    first, second = planner.current.plan(make_sinks, problem, part).launches
+    (parts,) = run(first, *rows, sinks)
+    (dsinks,) = run(second, parts, into)
+    return dsinks
+
+
 def backward(
     run: Run,
     problem: Problem,
@@ -119,17 +145,23 @@ def backward(
     sequences,
     *,
     dout_strides: tuple[int, int],
+    sinks=None,
 ) -> tuple:
-    """Return (dq, dk, dv) of all heads at once, in the dtype of q. `dlse` may be None."""
+    """Return (dq, dk, dv) of all heads at once, in the dtype of q, and dsinks if there are `sinks`.
+
+    `dlse` may be None.
+    """
     rows, fused, dkdv, dq = planner.current.plan(make_backward, problem, dout_strides, dlse is not None)
-    inputs = q, k, v, dout, *_run_rows(run, rows, out, lse, dout, dlse)
+    statistics = _run_rows(run, rows, out, lse, dout, dlse)
+    inputs = q, k, v, dout, *statistics
+    dsinks = () if sinks is None else (backward_sinks(run, problem, statistics, sinks),)
     if fused.launches:
         clear, compute, finish = fused.launches
         (sums,) = run(clear, q)
         dk, dv, sums = run(compute, *inputs, sequences, None, None, sums)
-        return *run(finish, sums, segments), dk, dv
+        return *run(finish, sums, segments), dk, dv, *dsinks
     dk, dv = _run_dkdv(run, dkdv, (*inputs, sequences), (None, None))
-    return *run(dq.launches[0], *inputs, segments, None), dk, dv
+    return *run(dq.launches[0], *inputs, segments, None), dk, dv, *dsinks
 
 
 def _run_rows(run: Run, planned: Planned, out, lse, dout, dlse) -> tuple:
@@ -170,7 +202,9 @@ def plan_step(
     `dout_strides` None are the strides of q.
     """
     strides = dout_strides or problem.q_strides
-    tables = make_tables(problem.sequences, problem.world_size, problem.kv_layout, problem.target)
+    row_length = problem.world_size * problem.tokens
+    form = BatchForm(problem.sequences, problem.world_size, problem.kv_layout, problem.call.layout, row_length)
+    tables = make_tables(form._replace(has_lengths=problem.call.has_lengths), problem.target)
     forward = make_operation(problem, Operation.FORWARD, part)
     if part == WHOLE:
         backward = make_backward(problem, strides, has_dlse)

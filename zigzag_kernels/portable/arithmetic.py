@@ -26,3 +26,12 @@ def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def cap_scores(scores, CAP_LOG2: tl.constexpr):
+    """Return the hyperbolic tangent of `scores` times `CAP_LOG2 / (2 * log2(e))`: capped scores, divided by the cap.
+
+    Both tails are exact, as exp2 becomes infinite or zero.
+    """
+    return 1.0 - 2.0 / (tl.math.exp2(scores * CAP_LOG2) + 1.0)

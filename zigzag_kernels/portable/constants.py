@@ -16,8 +16,15 @@ class Constants:
     BLOCK_M: Any
     BLOCK_N: Any
     BLOCK_D: Any  # HEAD_DIM rounded up to a power of two
-    SCALE_LOG2: Any  # softmax scale times log2(e), for scores whose exponential is taken in base 2
+    SCALE_LOG2: Any  # factor of scores, or of capped ones, whose exponential is taken in base 2
+    CAP_LOG2: Any  # factor of scores whose exponential in base 2 is that of `2 * score / SOFTCAP`
     INTERPRET: Any
+    RANGED: Any  # masks are ranges of keys; otherwise rows see all keys, or those up to their own
+    CAUSAL: Any
+    LEFT: Any  # tokens on each side that a row sees, -1 for all
+    RIGHT: Any
+    CHUNK: Any  # tokens of a chunk of attention, 0 for none
+    SOFTCAP: Any  # bound of the scaled scores, 0.0 for none
     # None in kernels whose helpers do not need them.
     SLOTS: Any = None
     STRIDE_QT: Any = None

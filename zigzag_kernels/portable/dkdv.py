@@ -11,10 +11,20 @@ import triton
 import triton.language as tl
 
 from ..base2 import LOG2_E
-from ..segments.lookup import load_half, load_sequence, tile_and_head
-from .arithmetic import cast, dot
+from ..segments.lookup import key_index, load_document, load_half, load_ranged_half, load_sequence, tile_and_head
+from .arithmetic import cap_scores, cast, dot
 from .constants import bundle
-from .ranges import EDGE_ROWS, ROW_RUNS, keys_of_rows, row_run, seeing_rows, sees
+from .ranges import (
+    ROW_RUNS,
+    WHOLE_ROWS,
+    has_row_run,
+    keys_of_positions,
+    keys_of_rows,
+    row_run,
+    seeing_row_range,
+    seeing_rows,
+    sees,
+)
 from .rows import KeyBlock, key_places, load_rows, make_key_rows, query_places, store_rows
 
 
@@ -35,12 +45,13 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _add_rows(sums, tile, half, arrays, row, end_row, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
+def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return `sums` with the rows `[row, row + BLOCK_M)` of a segment more, none from `end_row` on.
 
     The block is one of run number `RUN`. Scores are transposed, `[BLOCK_N, BLOCK_M]`.
     """
-    MASKED: tl.constexpr = RUN == EDGE_ROWS
+    half, document = rows_of
+    MASKED: tl.constexpr = RUN != WHOLE_ROWS
     GROUP: tl.constexpr = CONSTANTS.GROUP
     HEAD_DIM: tl.constexpr = CONSTANTS.HEAD_DIM
     BLOCK_M: tl.constexpr = CONSTANTS.BLOCK_M
@@ -53,6 +64,8 @@ def _add_rows(sums, tile, half, arrays, row, end_row, CONSTANTS: tl.constexpr, R
     q = load_rows(arrays.q_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
     statistics = half.q_row * GROUP + rows
     scores = dot(tile.k, tl.trans(q), None, INTERPRET)
+    if CONSTANTS.SOFTCAP > 0:
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
     if MASKED:
         # Rows behind the last get probability exp2(-inf) = 0.
         lse2 = tl.load(arrays.lse2_ptr + statistics, mask=inside, other=float("inf"))
@@ -60,8 +73,11 @@ def _add_rows(sums, tile, half, arrays, row, end_row, CONSTANTS: tl.constexpr, R
         lse2 = tl.load(arrays.lse2_ptr + statistics)
     p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - lse2[None, :])
     if MASKED:
-        by_row = keys_of_rows(places.tokens, half.diagonal, half.kv_len)
-        p = tl.where(sees(by_row, tile.keys, True), p, 0.0)
+        if CONSTANTS.RANGED:
+            by_row = keys_of_positions(half.position + places.tokens, document, CONSTANTS)
+        else:
+            by_row = keys_of_rows(places.tokens, half.diagonal, half.kv_len)
+        p = tl.where(sees(by_row, tile.keys, CONSTANTS.RANGED, True), p, 0.0)
     places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_DOT, CONSTANTS.STRIDE_DOH)
     dout = load_rows(arrays.dout_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
     if CONSTANTS.HAS_DV:
@@ -73,6 +89,8 @@ def _add_rows(sums, tile, half, arrays, row, end_row, CONSTANTS: tl.constexpr, R
         else:
             delta = tl.load(arrays.delta_ptr + statistics)
         ds = p * (dp - delta[None, :])
+        if CONSTANTS.SOFTCAP > 0:
+            ds *= 1.0 - scores * scores
         dk = dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET)
     return Sums(dk=dk, dv=dv)
 
@@ -100,6 +118,11 @@ def backward_dkdv(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
+    RANGED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     STRIDE_QT: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KT: tl.constexpr,
@@ -127,13 +150,20 @@ def backward_dkdv(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        SCALE_LOG2=(SOFTCAP if SOFTCAP > 0 else SOFTMAX_SCALE) * LOG2_E,
+        CAP_LOG2=2 * SOFTMAX_SCALE * LOG2_E / SOFTCAP if SOFTCAP > 0 else 0.0,
         STRIDE_QT=STRIDE_QT,
         STRIDE_QH=STRIDE_QH,
         STRIDE_DOT=STRIDE_DOT,
         STRIDE_DOH=STRIDE_DOH,
         HAS_DK=HAS_DK,
         HAS_DV=HAS_DV,
+        RANGED=RANGED,
+        CAUSAL=CAUSAL,
+        LEFT=LEFT,
+        RIGHT=RIGHT,
+        CHUNK=CHUNK,
+        SOFTCAP=SOFTCAP,
         INTERPRET=INTERPRET,
     )
     number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
@@ -145,11 +175,15 @@ def backward_dkdv(
     window_head = window_head.to(tl.int64)
     numbers = found.first_key + tl.arange(0, BLOCK_N)
     inside = numbers < found.n_keys
-    key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows)
+    place, loaded_keys = 0, inside
+    if RANGED:  # keys of padding may hold anything
+        document = load_document(found)
+        place, loaded_keys = document.place, inside & (numbers < key_index(document, document.real))
+    key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows, place)
     first_row, rows = key_places(key_rows, found.first_key, SLOTS, BLOCK_N, False)
     rows += first_row
-    k = load_rows(k_ptr + window_head * STRIDE_KH, rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr + window_head * STRIDE_KH, rows * STRIDE_KT, loaded_keys, True, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, loaded_keys, True, HEAD_DIM, BLOCK_D)
     tile = KeyBlock(keys=numbers, k=k, v=v)
     arrays = QueryArrays(
         q_ptr=q_ptr + kv_head * GROUP * STRIDE_QH,
@@ -160,12 +194,19 @@ def backward_dkdv(
 
     sums = Sums(dk=tl.zeros([BLOCK_N, BLOCK_D], tl.float32), dv=tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     for i in range(2):
-        half = load_half(found.halves_ptr, i, found.n_keys, CAUSAL)
-        seeing = seeing_rows(half, found.first_key, found.n_keys, CONSTANTS)
+        if RANGED:
+            half = load_ranged_half(found.halves_ptr, i)
+            rows_of = half, document
+            seeing = seeing_row_range(half, document, found.first_key, CONSTANTS)
+        else:
+            half = load_half(found.halves_ptr, i, found.n_keys, CAUSAL)
+            rows_of = half, half
+            seeing = seeing_rows(half, found.first_key, found.n_keys, CONSTANTS)
         for RUN in tl.static_range(ROW_RUNS):
-            begin, end = row_run(seeing, RUN)
-            for row in range(begin, end, BLOCK_M):
-                sums = _add_rows(sums, tile, half, arrays, row, end, CONSTANTS, RUN)
+            if has_row_run(RUN, RANGED):
+                begin, end = row_run(seeing, RUN)
+                for row in range(begin, end, BLOCK_M):
+                    sums = _add_rows(sums, tile, rows_of, arrays, row, end, CONSTANTS, RUN)
 
     dk = sums.dk * SOFTMAX_SCALE
     dv = sums.dv

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from ..base2 import LOG2_E
-from ..segments.lookup import load_segment, tile_and_head
-from .arithmetic import cast, dot
+from ..segments.lookup import key_index, load_ranged_segment, load_segment, tile_and_head
+from .arithmetic import cap_scores, cast, dot
 from .constants import bundle
-from .ranges import ALIGNED_KEYS, EDGE_KEYS, KEY_RUNS, has_key_run, key_run, sees, visible_keys
+from .ranges import ALIGNED_KEYS, KEY_RUNS, has_key_run, is_edge, key_run, sees, visible_key_range, visible_keys
 from .rows import Keys, load_keys, load_rows, make_key_rows, query_places, store_rows
 
 
@@ -28,13 +28,18 @@ class QueryRows(NamedTuple):
 @triton.jit
 def _add_keys(dq, rows, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return `dq` with the keys `[start, start + BLOCK_N)` more, a block of run number `RUN`."""
-    block = load_keys(keys, start, CONSTANTS, RUN == EDGE_KEYS, RUN == ALIGNED_KEYS)
+    EDGE: tl.constexpr = is_edge(RUN)
+    block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(rows.q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
+    if CONSTANTS.SOFTCAP > 0:
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
     p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - rows.lse2[:, None])
-    if RUN == EDGE_KEYS:
-        p = tl.where(sees(by_row, block.keys, False), p, 0.0)
+    if EDGE:
+        p = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), p, 0.0)
     dp = dot(rows.dout, tl.trans(block.v), None, CONSTANTS.INTERPRET)
     ds = p * (dp - rows.delta[:, None])
+    if CONSTANTS.SOFTCAP > 0:
+        ds *= 1.0 - scores * scores
     return dot(cast(ds, block.k.dtype, CONSTANTS.INTERPRET), block.k, dq, CONSTANTS.INTERPRET)
 
 
@@ -60,6 +65,11 @@ def backward_dq(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
+    RANGED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     STRIDE_QT: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KT: tl.constexpr,
@@ -83,13 +93,23 @@ def backward_dq(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        SCALE_LOG2=(SOFTCAP if SOFTCAP > 0 else SOFTMAX_SCALE) * LOG2_E,
+        CAP_LOG2=2 * SOFTMAX_SCALE * LOG2_E / SOFTCAP if SOFTCAP > 0 else 0.0,
         STRIDE_KT=STRIDE_KT,
         STRIDE_VT=STRIDE_VT,
+        RANGED=RANGED,
+        CAUSAL=CAUSAL,
+        LEFT=LEFT,
+        RIGHT=RIGHT,
+        CHUNK=CHUNK,
+        SOFTCAP=SOFTCAP,
         INTERPRET=INTERPRET,
     )
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    if RANGED:
+        queries, position, document = load_ranged_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    else:
+        queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
     if queries.row >= queries.q_len * GROUP:
         return
     if ACCUMULATE and queries.kv_len == 0:
@@ -97,31 +117,39 @@ def backward_dq(
     kv_head = (first_kv_head + window_head).to(tl.int64)
     rows = queries.row + tl.arange(0, BLOCK_M)
     inside = rows < queries.q_len * GROUP
+    loaded_rows = inside
+    if RANGED:  # rows of padding may hold anything
+        loaded_rows = inside & (position + rows // GROUP < document.real)
     q_places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
     q = load_rows(
-        q_ptr + kv_head * GROUP * STRIDE_QH + q_places.start, q_places.offsets, inside, True, HEAD_DIM, BLOCK_D
+        q_ptr + kv_head * GROUP * STRIDE_QH + q_places.start, q_places.offsets, loaded_rows, True, HEAD_DIM, BLOCK_D
     )
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_DOT, STRIDE_DOH)
     dout = load_rows(
-        dout_ptr + kv_head * GROUP * STRIDE_DOH + places.start, places.offsets, inside, True, HEAD_DIM, BLOCK_D
+        dout_ptr + kv_head * GROUP * STRIDE_DOH + places.start, places.offsets, loaded_rows, True, HEAD_DIM, BLOCK_D
     )
     window_head = window_head.to(tl.int64)
     statistics = window_head * T * GROUP + queries.q_row * GROUP + rows
-    lse2 = tl.load(lse2_ptr + statistics, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
+    lse2 = tl.load(lse2_ptr + statistics, mask=loaded_rows, other=float("inf"))
+    delta = tl.load(delta_ptr + statistics, mask=loaded_rows, other=0.0)
     loaded = QueryRows(q=q, dout=dout, lse2=lse2, delta=delta)
+    if RANGED:
+        visible = visible_key_range(queries, position, document, q_places.tokens, CONSTANTS)
+        n_keys, place = key_index(document, document.real), document.place
+    else:
+        visible = visible_keys(queries, q_places.tokens, CONSTANTS)
+        n_keys, place = queries.kv_len, 0
     keys = Keys(
         k_ptr=k_ptr + window_head * STRIDE_KH,
         v_ptr=v_ptr + window_head * STRIDE_VH,
-        n_keys=queries.kv_len,
-        rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows),
+        n_keys=n_keys,
+        rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
-    visible = visible_keys(queries, q_places.tokens, CONSTANTS)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for RUN in tl.static_range(KEY_RUNS):
-        if has_key_run(RUN, SLOTS):
-            begin, end = key_run(visible, RUN)
+        if has_key_run(RUN, SLOTS, RANGED):
+            begin, end = key_run(visible, RANGED, RUN)
             for start in range(begin, end, BLOCK_N):
                 dq = _add_keys(dq, loaded, visible.by_row, keys, start, CONSTANTS, RUN)
 

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from ..base2 import LN_2, LOG2_E
-from ..segments.lookup import load_segment, tile_and_head
-from .arithmetic import dot
+from ..segments.lookup import key_index, load_ranged_segment, load_segment, tile_and_head
+from .arithmetic import cap_scores, dot
 from .constants import bundle
-from .ranges import ALIGNED_KEYS, EDGE_KEYS, KEY_RUNS, has_key_run, key_run, sees, visible_keys
+from .ranges import ALIGNED_KEYS, KEY_RUNS, has_key_run, is_edge, key_run, sees, visible_key_range, visible_keys
 from .rows import Keys, load_keys, load_rows, make_key_rows, query_places, store_rows
-from .softmax import add_block, finish_softmax, start_softmax
+from .softmax import add_block, add_sinks, finish_softmax, start_softmax
 
 
 class Results(NamedTuple):
@@ -30,11 +30,14 @@ class Results(NamedTuple):
 @triton.jit
 def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return the running softmax with the keys `[start, start + BLOCK_N)` more, a block of run number `RUN`."""
-    block = load_keys(keys, start, CONSTANTS, RUN == EDGE_KEYS, RUN == ALIGNED_KEYS)
+    EDGE: tl.constexpr = is_edge(RUN)
+    block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
-    if RUN == EDGE_KEYS:
-        scores = tl.where(sees(by_row, block.keys, False), scores, float("-inf"))
-    return add_block(running, scores, block.v, CONSTANTS.SCALE_LOG2, CONSTANTS.INTERPRET)
+    if CONSTANTS.SOFTCAP > 0:
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
+    if EDGE:
+        scores = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), scores, float("-inf"))
+    return add_block(running, scores, block.v, CONSTANTS.SCALE_LOG2, EDGE and CONSTANTS.RANGED, CONSTANTS.INTERPRET)
 
 
 @triton.jit
@@ -57,6 +60,7 @@ def attention_forward(
     q_ptr,  # [T, HEADS, HEAD_DIM]
     k_ptr,  # [SLOTS * slot_rows, KV_HEADS, HEAD_DIM]
     v_ptr,
+    sinks_ptr,  # [HEADS] float32, read if HAS_SINKS
     segments_ptr,
     into_out_ptr,  # out and lse themselves, or unused: jax-triton 0.3 passes results that are written in place twice
     into_lse_ptr,
@@ -65,7 +69,7 @@ def attention_forward(
     slot_rows,
     first_kv_head,
     out_ptr,  # [T, HEADS, HEAD_DIM]
-    lse_ptr,  # [HEADS, T] float32
+    lse_ptr,  # [HEADS, T] float32; with HAS_MAX [2, HEADS, T], the largest score of each row behind lse
     SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -73,6 +77,13 @@ def attention_forward(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
+    RANGED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     STRIDE_QT: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KT: tl.constexpr,
@@ -88,7 +99,8 @@ def attention_forward(
 ):
     """Write out and lse of the window's query heads.
 
-    `ACCUMULATE` merges them with the results that are there; rows that see no key then stay as they are.
+    `ACCUMULATE` merges them with the results that are there; rows that see no key then stay as they are. A sink is one
+    more logit in the total of each row, without a value: results that are merged later do not count it again.
     """
     CONSTANTS: tl.constexpr = bundle(
         SLOTS=SLOTS,
@@ -97,13 +109,23 @@ def attention_forward(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        SCALE_LOG2=(SOFTCAP if SOFTCAP > 0 else SOFTMAX_SCALE) * LOG2_E,
+        CAP_LOG2=2 * SOFTMAX_SCALE * LOG2_E / SOFTCAP if SOFTCAP > 0 else 0.0,
         STRIDE_KT=STRIDE_KT,
         STRIDE_VT=STRIDE_VT,
+        RANGED=RANGED,
+        CAUSAL=CAUSAL,
+        LEFT=LEFT,
+        RIGHT=RIGHT,
+        CHUNK=CHUNK,
+        SOFTCAP=SOFTCAP,
         INTERPRET=INTERPRET,
     )
     tile, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    if RANGED:
+        queries, position, document = load_ranged_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    else:
+        queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
     if queries.row >= queries.q_len * GROUP:
         return
     if ACCUMULATE and queries.kv_len == 0:
@@ -114,21 +136,29 @@ def attention_forward(
     head = kv_head * GROUP + rows % GROUP
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
     q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + places.start, places.offsets, inside, True, HEAD_DIM, BLOCK_D)
+    if RANGED:
+        visible = visible_key_range(queries, position, document, places.tokens, CONSTANTS)
+        n_keys, place = key_index(document, document.real), document.place
+    else:
+        visible = visible_keys(queries, places.tokens, CONSTANTS)
+        n_keys, place = queries.kv_len, 0
     keys = Keys(
         k_ptr=k_ptr + window_head.to(tl.int64) * STRIDE_KH,
         v_ptr=v_ptr + window_head.to(tl.int64) * STRIDE_VH,
-        n_keys=queries.kv_len,
-        rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows),
+        n_keys=n_keys,
+        rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
-    visible = visible_keys(queries, places.tokens, CONSTANTS)
 
     running = start_softmax(BLOCK_M, BLOCK_D)
     for RUN in tl.static_range(KEY_RUNS):
-        if has_key_run(RUN, SLOTS):
-            begin, end = key_run(visible, RUN)
+        if has_key_run(RUN, SLOTS, RANGED):
+            begin, end = key_run(visible, RANGED, RUN)
             for start in range(begin, end, BLOCK_N):
                 running = _attend_block(running, q, visible.by_row, keys, start, CONSTANTS, RUN)
 
+    largest = running.maximum * LN_2
+    if HAS_SINKS:
+        running = add_sinks(running, tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2_E)
     out, lse2 = finish_softmax(running)
     lse_places = head * T + queries.q_row + places.tokens
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
@@ -140,5 +170,11 @@ def attention_forward(
     if queries.kv_len < 0:
         lse = tl.full([BLOCK_M], float("nan"), tl.float32)
         out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
+        largest = tl.full([BLOCK_M], float("nan"), tl.float32)
+    if HAS_MAX:
+        max_ptr = lse_ptr + HEADS * T.to(tl.int64)
+        if ACCUMULATE:
+            largest = tl.maximum(largest, tl.load(max_ptr + lse_places, mask=inside, other=0.0))
+        tl.store(max_ptr + lse_places, largest, mask=inside)
     tl.store(lse_ptr + lse_places, lse, mask=inside)
     store_rows(out_ptr + out_start, places.offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)

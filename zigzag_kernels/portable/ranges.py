@@ -1,9 +1,13 @@
-"""The mask of the portable kernels: each query row sees one range of keys.
+"""The masks of the portable kernels: each query row sees one range of keys.
 
 `KeyRange` is that range. Two things follow from it: the blocks of keys that a tile of rows walks through
 (`visible_keys`, for the forward kernel and dQ), and the blocks of rows that a tile of keys walks through
 (`seeing_rows`, for dK and dV). Both come as *runs* of blocks, one behind the other, and the number of a run says
 whether its blocks need the mask. The kernels loop over the runs and do not know the shape of the mask.
+
+A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
+Both ends of a range grow with the position of the row, so that the first row and the last one of a tile say which
+blocks it walks through.
 """
 
 from typing import NamedTuple
@@ -11,32 +15,48 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..segments.lookup import key_index, key_position
+
 # Runs of blocks of keys, in this order.
-ALIGNED_KEYS = tl.constexpr(0)  # every row sees every key, and chunks are whole blocks (see `rows.key_places`)
-WHOLE_KEYS = tl.constexpr(1)  # every row sees every key
-EDGE_KEYS = tl.constexpr(2)  # some rows do not see some keys
-KEY_RUNS = tl.constexpr(3)
+LOW_EDGE_KEYS = tl.constexpr(0)  # some rows do not see some keys; in ranged masks alone
+ALIGNED_KEYS = tl.constexpr(1)  # every row sees every key, and chunks are whole blocks (see `rows.key_places`)
+WHOLE_KEYS = tl.constexpr(2)  # every row sees every key
+EDGE_KEYS = tl.constexpr(3)  # some rows do not see some keys
+KEY_RUNS = tl.constexpr(4)
 
 # Runs of blocks of query rows, in this order.
 EDGE_ROWS = tl.constexpr(0)  # some rows do not see some keys
 WHOLE_ROWS = tl.constexpr(1)  # every row sees every key
-ROW_RUNS = tl.constexpr(2)
+LATE_EDGE_ROWS = tl.constexpr(2)  # some rows do not see some keys; in ranged masks alone
+ROW_RUNS = tl.constexpr(3)
 
 
 class KeyRange(NamedTuple):
-    """The keys that each row of a tile sees: `[0, end)`."""
+    """The keys that each row of a tile sees: `[begin, end)`, or `[0, end)` unless the mask is ranged."""
 
-    end: tl.tensor  # [BLOCK_M], or a scalar for one row
+    begin: tl.tensor  # [BLOCK_M], or a scalar for one row
+    end: tl.tensor
+
+
+class RowRange(NamedTuple):
+    """Rows at positions `[begin, end)`; all of the whole ones see every key of a tile."""
+
+    begin: tl.tensor
+    whole_begin: tl.tensor
+    whole_end: tl.tensor
+    end: tl.tensor
 
 
 class VisibleKeys(NamedTuple):
     """The keys that a tile of query rows sees: by row, and as the ends of the runs of blocks of keys.
 
-    The runs `ALIGNED_KEYS` and `WHOLE_KEYS` have the same blocks: the length of the chunks decides which of the two
-    is empty.
+    `begin` and `low_end` count if the mask is ranged. The runs `ALIGNED_KEYS` and `WHOLE_KEYS` have the same blocks:
+    the length of the chunks decides which of the two is empty.
     """
 
     by_row: KeyRange
+    begin: tl.tensor
+    low_end: tl.tensor
     aligned_end: tl.tensor
     whole_end: tl.tensor
     end: tl.tensor
@@ -47,22 +67,52 @@ class SeeingRows(NamedTuple):
 
     begin: tl.tensor
     whole_begin: tl.tensor
+    whole_end: tl.tensor
     end: tl.tensor
 
 
 @triton.jit
 def keys_of_rows(tokens, diagonal, kv_len):
-    """Return the `KeyRange` of the rows of these `tokens` of a segment."""
-    return KeyRange(end=tl.minimum(diagonal + tokens + 1, kv_len))
+    """Return the `KeyRange` of the rows of these `tokens` of a segment whose mask is not ranged."""
+    end = tl.minimum(diagonal + tokens + 1, kv_len)
+    return KeyRange(begin=end, end=end)
 
 
 @triton.jit
-def sees(by_row, keys, TRANSPOSED: tl.constexpr):
+def keys_of_positions(positions, document, CONSTANTS: tl.constexpr):
+    """Return the `KeyRange` of the rows at these `positions` of a `Document`; rows of padding see no key."""
+    CHUNK: tl.constexpr = CONSTANTS.CHUNK
+    begin = positions * 0
+    if CONSTANTS.LEFT >= 0:
+        begin = tl.maximum(positions - CONSTANTS.LEFT, 0)
+    if CONSTANTS.CAUSAL:
+        end = positions + 1
+    elif CONSTANTS.RIGHT >= 0:
+        end = positions + CONSTANTS.RIGHT + 1
+    else:
+        end = positions * 0 + document.real
+    if CHUNK > 0:
+        chunk = positions // CHUNK * CHUNK
+        begin = tl.maximum(begin, chunk)
+        end = tl.minimum(end, chunk + CHUNK)
+    end = tl.minimum(end, document.real)
+    real = positions < document.real
+    begin, end = key_index(document, begin), key_index(document, end)
+    return KeyRange(begin=tl.where(real, begin, 0), end=tl.where(real, end, 0))
+
+
+@triton.jit
+def sees(by_row, keys, RANGED: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Return whether each row sees each of `keys`: `[rows, keys]`, or `[keys, rows]` if `TRANSPOSED`."""
     if TRANSPOSED:
-        return keys[:, None] < by_row.end[None, :]
+        seen = keys[:, None] < by_row.end[None, :]
+        if RANGED:
+            seen = seen & (keys[:, None] >= by_row.begin[None, :])
     else:
-        return keys[None, :] < by_row.end[:, None]
+        seen = keys[None, :] < by_row.end[:, None]
+        if RANGED:
+            seen = seen & (keys[None, :] >= by_row.begin[:, None])
+    return seen
 
 
 @triton.jit
@@ -79,23 +129,68 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
     else:
         aligned_end = tl.where(queries.kv_chunk % CONSTANTS.BLOCK_N == 0, whole_end, 0)
     by_row = keys_of_rows(tokens, queries.diagonal, kv_len)
-    return VisibleKeys(by_row=by_row, aligned_end=aligned_end, whole_end=whole_end, end=end)
+    return VisibleKeys(by_row=by_row, begin=end, low_end=end, aligned_end=aligned_end, whole_end=whole_end, end=end)
+
+
+@triton.jit
+def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constexpr):
+    """Return the `VisibleKeys` of the tile `queries` of a `Document` under a ranged mask.
+
+    `position` is that of the first token of its segment, and its rows are of these `tokens`. Blocks of keys begin with
+    the document, so that the sums of a row do not depend on the tile it is in.
+    """
+    BLOCK_N: tl.constexpr = CONSTANTS.BLOCK_N
+    first = position + queries.row // CONSTANTS.GROUP
+    last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
+    last = position + last_row // CONSTANTS.GROUP
+    last_real = tl.minimum(last, document.real - 1)
+    lowest = keys_of_positions(first, document, CONSTANTS)
+    highest = keys_of_positions(last_real, document, CONSTANTS)
+    end = tl.where(first <= last_real, highest.end, 0)
+    begin = tl.minimum(lowest.begin, end) // BLOCK_N * BLOCK_N
+    whole_begin = (highest.begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    whole_end = lowest.end // BLOCK_N * BLOCK_N
+    has_whole = (whole_begin < whole_end) & (last == last_real)
+    low_end = tl.where(has_whole, whole_begin, end)
+    whole_end = tl.where(has_whole, whole_end, end)
+    if CONSTANTS.SLOTS == 1:
+        aligned_end = whole_end
+    else:
+        aligned = (queries.kv_chunk % BLOCK_N == 0) & (document.place % BLOCK_N == 0)
+        aligned_end = tl.where(aligned, whole_end, low_end)
+    by_row = keys_of_positions(position + tokens, document, CONSTANTS)
+    return VisibleKeys(
+        by_row=by_row, begin=begin, low_end=low_end, aligned_end=aligned_end, whole_end=whole_end, end=end
+    )
 
 
 @triton.constexpr_function
-def has_key_run(RUN, SLOTS):
+def has_key_run(RUN, SLOTS, RANGED):
     """Return whether run number `RUN` can have blocks.
 
     In one slot all keys follow each other, so that every whole block is aligned.
     """
+    if LOW_EDGE_KEYS.value == RUN:
+        return RANGED
     return SLOTS > 1 or WHOLE_KEYS.value != RUN
 
 
+@triton.constexpr_function
+def is_edge(RUN):
+    """Return whether some rows do not see some keys of the blocks of run number `RUN`."""
+    return RUN in (LOW_EDGE_KEYS.value, EDGE_KEYS.value)
+
+
 @triton.jit
-def key_run(visible, RUN: tl.constexpr):
+def key_run(visible, RANGED: tl.constexpr, RUN: tl.constexpr):
     """Return (begin, end) of run number `RUN` of blocks of keys."""
-    if RUN == ALIGNED_KEYS:
-        return 0, visible.aligned_end
+    if RUN == LOW_EDGE_KEYS:
+        return visible.begin, visible.low_end
+    elif RUN == ALIGNED_KEYS:
+        if RANGED:
+            return visible.low_end, visible.aligned_end
+        else:
+            return 0, visible.aligned_end
     elif RUN == WHOLE_KEYS:
         return visible.aligned_end, visible.whole_end
     else:
@@ -116,7 +211,68 @@ def seeing_rows(half, first_key, n_keys, CONSTANTS: tl.constexpr):
     end_row = half.q_len * CONSTANTS.GROUP
     whole_rows = (half.q_len - begin_full) * CONSTANTS.GROUP // CONSTANTS.BLOCK_M * CONSTANTS.BLOCK_M
     whole_begin = end_row - whole_rows
-    return SeeingRows(begin=begin * CONSTANTS.GROUP, whole_begin=whole_begin, end=end_row)
+    return SeeingRows(begin=begin * CONSTANTS.GROUP, whole_begin=whole_begin, whole_end=end_row, end=end_row)
+
+
+@triton.jit
+def seeing_positions(first_key, end_key, document, CONSTANTS: tl.constexpr):
+    """Return the `RowRange` of the rows of a `Document` that see the keys `[first_key, end_key)`, or some of them.
+
+    Keys of padding are seen by no row: a tile that has some is whole for none.
+    """
+    CHUNK: tl.constexpr = CONSTANTS.CHUNK
+    real = document.real
+    last_key = tl.minimum(end_key, key_index(document, real)) - 1
+    first, last = key_position(document, first_key), key_position(document, last_key)
+    begin, whole_begin = first * 0, first * 0
+    end, whole_end = first * 0 + real, first * 0 + real
+    if CONSTANTS.CAUSAL:
+        begin, whole_begin = first, last
+    elif CONSTANTS.RIGHT >= 0:
+        begin, whole_begin = first - CONSTANTS.RIGHT, last - CONSTANTS.RIGHT
+    if CONSTANTS.LEFT >= 0:
+        end, whole_end = tl.minimum(end, last + CONSTANTS.LEFT + 1), tl.minimum(end, first + CONSTANTS.LEFT + 1)
+    if CHUNK > 0:
+        begin = tl.maximum(begin, first // CHUNK * CHUNK)
+        whole_begin = tl.maximum(whole_begin, last // CHUNK * CHUNK)
+        end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
+        whole_end = tl.minimum(whole_end, (first // CHUNK + 1) * CHUNK)
+    end = tl.where(first_key <= last_key, end, begin)
+    whole_end = tl.where(last_key == end_key - 1, whole_end, whole_begin)
+    return RowRange(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
+
+
+@triton.jit
+def seeing_row_range(half, document, first_key, CONSTANTS: tl.constexpr):
+    """Return the `SeeingRows` of the segment `half` of a `Document` under a ranged mask.
+
+    Blocks begin with the first row that sees a key of the tile.
+    """
+    BLOCK_M: tl.constexpr = CONSTANTS.BLOCK_M
+    position = half.position
+    end_key = tl.minimum(first_key + CONSTANTS.BLOCK_N, document.n_keys)
+    seeing = seeing_positions(first_key, end_key, document, CONSTANTS)
+    tokens = tl.minimum(tl.maximum(document.real - position, 0), half.q_len)
+    begin = tl.minimum(tl.maximum(seeing.begin - position, 0), tokens) * CONSTANTS.GROUP
+    end = tl.minimum(tl.maximum(seeing.end - position, 0), tokens) * CONSTANTS.GROUP
+    end = tl.maximum(end, begin)
+    whole_begin = tl.minimum(tl.maximum(seeing.whole_begin - position, 0), tokens) * CONSTANTS.GROUP
+    whole_end = tl.minimum(tl.maximum(seeing.whole_end - position, 0), tokens) * CONSTANTS.GROUP
+    first_whole = (tl.maximum(whole_begin - begin, 0) + BLOCK_M - 1) // BLOCK_M
+    last_whole = tl.maximum(whole_end - begin, 0) // BLOCK_M
+    has_whole = first_whole < last_whole
+    return SeeingRows(
+        begin=begin,
+        whole_begin=tl.where(has_whole, begin + first_whole * BLOCK_M, end),
+        whole_end=tl.where(has_whole, begin + last_whole * BLOCK_M, end),
+        end=end,
+    )
+
+
+@triton.constexpr_function
+def has_row_run(RUN, RANGED):
+    """Return whether run number `RUN` can have blocks."""
+    return RANGED or LATE_EDGE_ROWS.value != RUN
 
 
 @triton.jit
@@ -124,5 +280,7 @@ def row_run(seeing, RUN: tl.constexpr):
     """Return (begin, end) of run number `RUN` of blocks of rows."""
     if RUN == EDGE_ROWS:
         return seeing.begin, seeing.whole_begin
+    elif RUN == WHOLE_ROWS:
+        return seeing.whole_begin, seeing.whole_end
     else:
-        return seeing.whole_begin, seeing.end
+        return seeing.whole_end, seeing.end

@@ -23,6 +23,7 @@ class KeyRows(NamedTuple):
     kv_row: tl.tensor  # row of the first key in the first slot
     kv_chunk: tl.tensor  # keys of one chunk
     slot_rows: tl.tensor  # rows of one slot
+    place: tl.tensor  # keys between the beginning of the first chunk and the first key
 
 
 class Keys(NamedTuple):
@@ -63,9 +64,11 @@ def query_places(
 
 
 @triton.jit
-def make_key_rows(kv_row, kv_chunk, slot_rows):
-    """Return `KeyRows`. jax-triton passes a `slot_rows` of 1 as a constant, which a tuple cannot hold."""
-    return KeyRows(kv_row=kv_row, kv_chunk=kv_chunk, slot_rows=tl.cast(slot_rows, tl.int32))
+def make_key_rows(kv_row, kv_chunk, slot_rows, place):
+    """Return `KeyRows`. A tuple cannot hold constants: jax-triton passes a `slot_rows` of 1 as one."""
+    return KeyRows(
+        kv_row=kv_row, kv_chunk=kv_chunk, slot_rows=tl.cast(slot_rows, tl.int32), place=tl.cast(place, tl.int32)
+    )
 
 
 @triton.jit
@@ -76,11 +79,12 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
     block to block. Otherwise a block may cross one border or several, and then each key finds its own chunk; the
     division is done in float32, exact because BLOCK_N is small.
     """
-    kv_row, kv_chunk, slot_rows = key_rows
+    kv_row, kv_chunk, slot_rows, place = key_rows
     offsets = tl.arange(0, BLOCK_N)
     if SLOTS == 1:
         return (kv_row + start).to(tl.int64), offsets
-    elif ALIGNED:
+    start += place
+    if ALIGNED:
         chunk = start // kv_chunk
         row = kv_row + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return row.to(tl.int64), offsets

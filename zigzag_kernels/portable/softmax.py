@@ -27,15 +27,35 @@ def start_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return `running` with a block of keys more: `scores [BLOCK_M, BLOCK_N]` unscaled, `v [BLOCK_N, BLOCK_D]`."""
+def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return `running` with a block of keys more: `scores [BLOCK_M, BLOCK_N]` unscaled, `v [BLOCK_N, BLOCK_D]`.
+
+    `MAY_BE_BLIND`: a row may see no key of this block nor of those before.
+    """
     maximum = tl.maximum(running.maximum, tl.max(scores, 1) * SCALE_LOG2)
-    p = tl.math.exp2(scores * SCALE_LOG2 - maximum[:, None])
-    rescale = tl.math.exp2(running.maximum - maximum)
+    subtracted = maximum
+    if MAY_BE_BLIND:
+        subtracted = tl.where(maximum == float("-inf"), 0.0, maximum)
+    p = tl.math.exp2(scores * SCALE_LOG2 - subtracted[:, None])
+    rescale = tl.math.exp2(running.maximum - subtracted)
     return RunningSoftmax(
         maximum=maximum,
         total=running.total * rescale + tl.sum(p, 1),
         acc=dot(cast(p, v.dtype, INTERPRET), v, running.acc * rescale[:, None], INTERPRET),
+    )
+
+
+@triton.jit
+def add_sinks(running, sinks):
+    """Return `running` with one more logit in the total of each row that sees a key: `sinks [BLOCK_M]` in base 2."""
+    maximum = tl.maximum(running.maximum, sinks)
+    maximum = tl.where(running.total == 0.0, 0.0, maximum)
+    rescale = tl.math.exp2(running.maximum - maximum)
+    total = running.total * rescale + tl.math.exp2(sinks - maximum)
+    return RunningSoftmax(
+        maximum=maximum,
+        total=tl.where(running.total == 0.0, 0.0, total),
+        acc=running.acc * rescale[:, None],
     )
 
 

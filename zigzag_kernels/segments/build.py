@@ -4,32 +4,45 @@ The K/V layout (`modes.KVLayout`) decides where the tables say that keys are; ev
 for all layouts.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .fields import (
     HALF_FIELDS,
+    HALF_FIRST_POSITION,
     HALF_KV_LEN,
     HALF_POSITION,
     HALF_Q_LEN,
     HALF_Q_ROW,
+    SEGMENT_EARLY_KEYS,
+    SEGMENT_EARLY_POSITION,
     SEGMENT_FIELDS,
+    SEGMENT_FIRST_POSITION,
     SEGMENT_KEYS,
     SEGMENT_KV_CHUNK,
     SEGMENT_KV_LEN,
     SEGMENT_KV_ROW,
+    SEGMENT_LATE_POSITION,
+    SEGMENT_PLACE,
     SEGMENT_POSITION,
     SEGMENT_Q_LEN,
     SEGMENT_Q_ROW,
+    SEGMENT_REAL,
     SEGMENT_TOKENS_BEFORE,
+    SEQUENCE_EARLY_KEYS,
+    SEQUENCE_EARLY_POSITION,
     SEQUENCE_FIELDS,
     SEQUENCE_HALVES,
     SEQUENCE_KEYS,
     SEQUENCE_KEYS_BEFORE,
     SEQUENCE_KV_CHUNK,
     SEQUENCE_KV_ROW,
+    SEQUENCE_LATE_POSITION,
+    SEQUENCE_PLACE,
+    SEQUENCE_REAL,
 )
 
 
@@ -37,20 +50,51 @@ class Batch(NamedTuple):
     """The sequences that a rank holds, and the ring step whose keys the tables describe."""
 
     cu_seqlens_ptr: tl.tensor  # [N + 1] int32
+    lengths_ptr: tl.tensor  # [N] int32
     n_sequences: tl.tensor
     n_readable: tl.tensor  # sequences from here on count as empty
     rank: tl.tensor
     step: tl.tensor
+    row_length: tl.tensor  # tokens of a packed row on all ranks; read if documents lie anywhere in rows
+    total: tl.tensor  # tokens of all packed rows
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a batch and of its K/V buffer."""
+
+    WORLD_SIZE: Any
+    PEER: Any
+    CONTIGUOUS: Any
+    ROW: Any  # packed rows are cut into chunks, not documents; the last sequence is the padding of the last row
+    HAS_LENGTHS: Any
+
+
+@triton.constexpr_function
+def make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS):
+    """Return the `Form` of these constants."""
+    return Form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS)
 
 
 class Sequence(NamedTuple):
-    """Sequences `[BLOCK]` of a batch: where they are in `cu_seqlens`, and where their keys are in the K/V buffer."""
+    """Sequences `[BLOCK]` of a batch: where they are in `cu_seqlens`, and where their rows are on each rank."""
 
     start: tl.tensor
     length: tl.tensor
+    real: tl.tensor  # tokens that are not padding
+    place: tl.tensor  # tokens of what is cut into chunks that lie before the sequence
     chunk_length: tl.tensor
-    keys: tl.tensor  # in the K/V buffer
-    kv_row: tl.tensor  # of the first of them
+    first_row: tl.tensor  # local row with which a rank's two chunks begin
+
+
+class HeldKeys(NamedTuple):
+    """The keys of sequences `[BLOCK]` in the K/V buffer: their columns of both tables."""
+
+    kv_row: tl.tensor
+    keys: tl.tensor
+    early_position: tl.tensor
+    early_keys: tl.tensor
+    late_position: tl.tensor
 
 
 class Segment(NamedTuple):
@@ -60,106 +104,175 @@ class Segment(NamedTuple):
     q_len: tl.tensor
     position: tl.tensor
     kv_len: tl.tensor
+    first_position: tl.tensor
     weight: tl.tensor  # keys that the last row sees
     keys: tl.tensor
 
 
 @triton.jit
-def _load_sequence(
-    cu_seqlens_ptr, sequence, mask, WORLD_SIZE: tl.constexpr, PEER: tl.constexpr, CONTIGUOUS: tl.constexpr
-):
+def _load_sequence(batch, sequence, mask, FORM: tl.constexpr):
     """Load the sequences numbered `sequence`; those not in `mask` are empty.
 
     With one rank a sequence is a single chunk.
     """
-    start = tl.load(cu_seqlens_ptr + sequence, mask=mask, other=0)
-    length = tl.load(cu_seqlens_ptr + sequence + 1, mask=mask, other=0) - start
-    chunk_length = length if WORLD_SIZE == 1 else length // (2 * WORLD_SIZE)
-    return Sequence(
-        start=start,
-        length=length,
-        chunk_length=chunk_length,
-        keys=2 * chunk_length if PEER and WORLD_SIZE > 1 else length,
-        kv_row=start if CONTIGUOUS else start // WORLD_SIZE,
-    )
+    start = tl.load(batch.cu_seqlens_ptr + sequence, mask=mask, other=0)
+    if FORM.ROW:
+        listed = mask & (sequence < batch.n_sequences - 1)
+        end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
+        length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
+        row = start // batch.row_length
+        place = start - row * batch.row_length
+        chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
+        first_row = row * (2 * chunk_length)
+    else:
+        listed = mask
+        length = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=mask, other=0) - start
+        place = tl.zeros_like(start)
+        chunk_length = length if FORM.WORLD_SIZE == 1 else length // (2 * FORM.WORLD_SIZE)
+        first_row = start // FORM.WORLD_SIZE
+    if FORM.HAS_LENGTHS:
+        real = tl.load(batch.lengths_ptr + sequence, mask=listed, other=0)
+    else:
+        real = tl.where(listed, length, 0)
+    return Sequence(start, length, real, place, chunk_length, first_row)
 
 
 @triton.jit
-def _make_segment(batch, index, WORLD_SIZE: tl.constexpr, PEER: tl.constexpr, CONTIGUOUS: tl.constexpr):
+def _part(held, chunk):
+    """Return (position of the first token, tokens) of the part of each sequence that lies in chunk number `chunk`."""
+    begin = chunk * held.chunk_length - held.place
+    end = tl.minimum(tl.maximum(begin + held.chunk_length, 0), held.length)
+    begin = tl.minimum(tl.maximum(begin, 0), held.length)
+    return begin, end - begin
+
+
+@triton.jit
+def _local_row(held, chunk, late, position):
+    """Return the local row of the token at `position`, which lies in chunk number `chunk`, a `late` one or not."""
+    return held.first_row + tl.where(late, held.chunk_length, 0) + held.place + position - chunk * held.chunk_length
+
+
+@triton.jit
+def _hold_keys(batch, held, FORM: tl.constexpr):
+    """Return the `HeldKeys` of the sequences `held`.
+
+    A peer's buffer has the early part of a sequence, then the late one: no other keys lie between the two, since a
+    sequence that has both fills the early chunk up to its end and the late one from its beginning.
+    """
+    WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
+    nothing = tl.zeros_like(held.length)
+    if FORM.PEER and WORLD_SIZE > 1:
+        peer = (batch.rank - batch.step + WORLD_SIZE) % WORLD_SIZE
+        early_position, early_keys = _part(held, peer)
+        late_position, late_keys = _part(held, 2 * WORLD_SIZE - 1 - peer)
+        keys = early_keys + late_keys
+        kv_row = held.first_row
+        if FORM.ROW:
+            early_row = _local_row(held, peer, False, early_position)
+            late_row = _local_row(held, 2 * WORLD_SIZE - 1 - peer, True, late_position)
+            kv_row = tl.where(early_keys > 0, early_row, tl.where(late_keys > 0, late_row, 0))
+        return HeldKeys(kv_row, keys, early_position, early_keys, late_position)
+    else:
+        kv_row = held.start if FORM.CONTIGUOUS else held.first_row
+        return HeldKeys(kv_row, held.length, nothing, held.length, held.length)
+
+
+@triton.jit
+def _make_segment(batch, index, FORM: tl.constexpr):
     """Make the segments numbered `index`: all late chunks come first, then all early ones.
 
     Keys of a peer rank are its early chunk and its late one, laid end to end: those of an earlier peer are seen up to
     its early chunk, those of a later peer by the late chunk alone, and the rank's own are seen as if they were a
-    sequence of two chunks.
+    sequence of two chunks. `position` and `kv_len` say so for sequences that are cut into chunks.
     """
+    WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     late = index < batch.n_sequences
     sequence = tl.where(late, index, index - batch.n_sequences)
     mask = (sequence < batch.n_readable) & (index < 2 * batch.n_sequences)
-    held = _load_sequence(batch.cu_seqlens_ptr, sequence, mask, WORLD_SIZE, PEER, CONTIGUOUS)
-    q_row = held.start // WORLD_SIZE
+    held = _load_sequence(batch, sequence, mask, FORM)
+    keys = _hold_keys(batch, held, FORM).keys
+    kv_len = keys
     if WORLD_SIZE == 1:
+        q_row = held.first_row
         q_len = tl.where(late, held.length, 0)
-        position = tl.zeros_like(held.length)
-        kv_len = held.keys
+        first_position = tl.zeros_like(held.length)
+        position = first_position
     else:
-        q_row += tl.where(late, held.chunk_length, 0)
-        q_len = held.chunk_length
-        if PEER:
+        chunk = tl.where(late, 2 * WORLD_SIZE - 1 - batch.rank, batch.rank)
+        first_position, q_len = _part(held, chunk)
+        q_row = _local_row(held, chunk, late, first_position)
+        position = first_position
+        if FORM.ROW:
+            q_row = tl.where(q_len > 0, q_row, 0)
+        elif FORM.PEER:
             own = batch.step == 0
             earlier = (batch.step > 0) & (batch.step <= batch.rank)
-            position = tl.where(own, tl.where(late, held.chunk_length, 0), held.keys)
+            position = tl.where(own, tl.where(late, held.chunk_length, 0), keys)
             seen_late = own | (late & (batch.step > batch.rank))
-            kv_len = tl.where(seen_late, held.keys, tl.where(earlier, held.chunk_length, 0))
-        else:
-            position = tl.where(late, 2 * WORLD_SIZE - 1 - batch.rank, batch.rank) * held.chunk_length
-            kv_len = held.keys
+            kv_len = tl.where(seen_late, keys, tl.where(earlier, held.chunk_length, 0))
     return Segment(
         q_row=q_row,
         q_len=q_len,
         position=position,
         kv_len=kv_len,
-        weight=tl.minimum(position + q_len, kv_len),
-        keys=held.keys,
+        first_position=first_position,
+        weight=first_position + q_len if FORM.ROW else tl.minimum(position + q_len, kv_len),
+        keys=keys,
     )
 
 
 @triton.jit
-def _lengths_are_valid(cu_seqlens_ptr, n_sequences, WORLD_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
     """Return whether every sequence can be dealt out to the ranks."""
+    WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     offsets = tl.arange(0, BLOCK)
     faults = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, n_sequences, BLOCK):
+    for first in range(0, batch.n_sequences, BLOCK):
         sequence = first + offsets
-        held = _load_sequence(cu_seqlens_ptr, sequence, sequence < n_sequences, WORLD_SIZE, False, False)
+        held = _load_sequence(batch, sequence, sequence < batch.n_sequences, FORM)
         uneven = (held.length < 0) | ((held.start != 0) & (sequence == 0))
         # The difference of an offset below 0 and one above may wrap around to a length that is possible.
         uneven = uneven | (held.start < 0) | (held.start + held.length < 0)
-        if WORLD_SIZE > 1:
+        if FORM.ROW:
+            crosses = (held.length > 0) & (held.place + held.length > batch.row_length)
+            uneven = uneven | crosses
+        elif WORLD_SIZE > 1:
             uneven = uneven | (held.chunk_length * (2 * WORLD_SIZE) != held.length)
+        if FORM.HAS_LENGTHS:
+            uneven = uneven | (held.real < 0) | (held.real > held.length)
         faults += uneven.to(tl.int32)
     return tl.sum(faults) == 0
 
 
-@triton.jit(do_not_specialize=["n_sequences"])
+@triton.jit(do_not_specialize=["n_sequences", "row_length", "total"])
 def build_segments(
     cu_seqlens_ptr,  # [N + 1] int32, global
     rank_ptr,  # [1] int32
-    n_sequences,
-    segments_ptr,  # [steps, 2 * N + 1, SEGMENT_FIELDS] int32
-    sequences_ptr,  # [steps, N + 1, SEQUENCE_FIELDS] int32
+    lengths_ptr,  # [N] int32, read if HAS_LENGTHS
+    n_sequences,  # N, and with ROW one more
+    row_length,
+    total,
+    segments_ptr,  # [steps, 2 * n_sequences + 1, SEGMENT_FIELDS] int32
+    sequences_ptr,  # [steps, n_sequences + 1, SEQUENCE_FIELDS] int32
     WORLD_SIZE: tl.constexpr,
     PEER: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    ROW: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write both tables, heaviest entry first; the last entry of each is the padding behind the last sequence.
 
     Grid: (blocks of entries, steps); with `PEER`, step `s` is for the keys of rank `(rank - s) % WORLD_SIZE`.
 
+    With `ROW`, `total // row_length` packed rows are cut into chunks. What the last of them has behind the last
+    sequence may lie in both chunks of a rank: it is one sequence more, without real tokens.
+
     An entry's place is the number of entries heavier than it, and its first column counts their tokens: both are sums
     over all entries, so no sort is needed. Weight is the cost of an entry's heaviest tile: the keys that the last
     row of a segment sees, the length of a sequence.
     """
+    FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS)
     offsets = tl.arange(0, BLOCK)
     index = tl.program_id(0) * BLOCK + offsets
     step = tl.program_id(1)
@@ -167,20 +280,23 @@ def build_segments(
     sequences_ptr += step * (n_sequences + 1) * SEQUENCE_FIELDS
     rank = tl.load(rank_ptr)
 
-    # Invalid lengths are never attended: all entries stay empty and the padding becomes NaN.
-    valid = _lengths_are_valid(cu_seqlens_ptr, n_sequences, WORLD_SIZE, BLOCK) & (rank >= 0) & (rank < WORLD_SIZE)
-    n_readable = tl.where(valid, n_sequences, 0)
     # jax-triton passes a scalar 1 as a constant, which a tuple cannot hold.
-    batch = Batch(cu_seqlens_ptr, tl.cast(n_sequences, tl.int32), n_readable, rank, step)
+    n_all = tl.cast(n_sequences, tl.int32)
+    row_length, total = tl.cast(row_length, tl.int32), tl.cast(total, tl.int32)
+    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_all, rank, step, row_length, total)
+    # Invalid lengths are never attended: all entries stay empty and the padding becomes NaN.
+    valid = _lengths_are_valid(batch, FORM, BLOCK) & (rank >= 0) & (rank < WORLD_SIZE)
+    n_readable = tl.where(valid, n_all, 0)
+    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_readable, rank, step, row_length, total)
 
-    segment = _make_segment(batch, index, WORLD_SIZE, PEER, CONTIGUOUS)
+    segment = _make_segment(batch, index, FORM)
     place = tl.zeros([BLOCK], tl.int32)
     rows_before = tl.zeros([BLOCK], tl.int32)
     sequence_place = tl.zeros([BLOCK], tl.int32)
     keys_before = tl.zeros([BLOCK], tl.int32)
     for first in range(0, 2 * n_sequences, BLOCK):
         other = first + offsets
-        others = _make_segment(batch, other, WORLD_SIZE, PEER, CONTIGUOUS)
+        others = _make_segment(batch, other, FORM)
         earlier = other[None, :] < index[:, None]
         heavier = others.weight[None, :] > segment.weight[:, None]
         before = heavier | ((others.weight[None, :] == segment.weight[:, None]) & earlier)
@@ -195,7 +311,10 @@ def build_segments(
 
     late = index < n_sequences
     number = tl.where(late, index, index - n_sequences)
-    held = _load_sequence(cu_seqlens_ptr, number, number < n_readable, WORLD_SIZE, PEER, CONTIGUOUS)
+    held = _load_sequence(batch, number, number < n_readable, FORM)
+    held_keys = _hold_keys(batch, held, FORM)
+    # In one slot keys follow each other from the sequence's first on, wherever the row is cut.
+    slot_place = tl.zeros_like(held.place) if PEER else held.place
     segment_ptrs = segments_ptr + place * SEGMENT_FIELDS
     is_segment = index < 2 * n_sequences
     tl.store(segment_ptrs + SEGMENT_TOKENS_BEFORE, rows_before, mask=is_segment)
@@ -203,39 +322,49 @@ def build_segments(
     tl.store(segment_ptrs + SEGMENT_Q_LEN, segment.q_len, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_POSITION, segment.position, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_KV_LEN, segment.kv_len, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_KV_ROW, held.kv_row, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_KV_ROW, held_keys.kv_row, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_KV_CHUNK, held.chunk_length, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_KEYS, segment.keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_FIRST_POSITION, segment.first_position, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_REAL, held.real, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_EARLY_POSITION, held_keys.early_position, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_EARLY_KEYS, held_keys.early_keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_LATE_POSITION, held_keys.late_position, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_PLACE, slot_place, mask=is_segment)
 
     sequence_ptrs = sequences_ptr + sequence_place * SEQUENCE_FIELDS
     tl.store(sequence_ptrs + SEQUENCE_KEYS_BEFORE, keys_before, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_KV_ROW, held.kv_row, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_KV_ROW, held_keys.kv_row, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_KV_CHUNK, held.chunk_length, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_KEYS, segment.keys, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_REAL, held.real, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_EARLY_POSITION, held_keys.early_position, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, held_keys.early_keys, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, held_keys.late_position, mask=late)
+    tl.store(sequence_ptrs + SEQUENCE_PLACE, slot_place, mask=late)
     for half in tl.static_range(2):
-        halved = _make_segment(batch, index + half * n_sequences, WORLD_SIZE, PEER, CONTIGUOUS)
+        halved = _make_segment(batch, index + half * n_sequences, FORM)
         half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half
         tl.store(half_ptrs + HALF_Q_ROW, halved.q_row, mask=late)
         tl.store(half_ptrs + HALF_Q_LEN, halved.q_len, mask=late)
         tl.store(half_ptrs + HALF_POSITION, halved.position, mask=late)
         tl.store(half_ptrs + HALF_KV_LEN, halved.kv_len, mask=late)
+        tl.store(half_ptrs + HALF_FIRST_POSITION, halved.first_position, mask=late)
 
     if tl.program_id(0) == 0:
-        used = tl.where(valid, tl.load(cu_seqlens_ptr + n_sequences), 0)
+        used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
+        used = tl.where(valid, used, 0)
         no_keys = tl.where(valid, 0, -1)
         padding_ptr = segments_ptr + 2 * n_sequences * SEGMENT_FIELDS
         tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used // WORLD_SIZE)
         tl.store(padding_ptr + SEGMENT_Q_ROW, used // WORLD_SIZE)
-        tl.store(padding_ptr + SEGMENT_Q_LEN, 0)
-        tl.store(padding_ptr + SEGMENT_POSITION, 0)
+        for field in tl.static_range(SEGMENT_Q_LEN, SEGMENT_FIELDS):
+            tl.store(padding_ptr + field, 0)
         tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
-        tl.store(padding_ptr + SEGMENT_KV_ROW, 0)
-        tl.store(padding_ptr + SEGMENT_KV_CHUNK, 0)
         tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
         padding_ptr = sequences_ptr + n_sequences * SEQUENCE_FIELDS
         tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, used // WORLD_SIZE if PEER else used)
         tl.store(padding_ptr + SEQUENCE_KV_ROW, used if CONTIGUOUS else used // WORLD_SIZE)
-        tl.store(padding_ptr + SEQUENCE_KV_CHUNK, 0)
-        tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
-        for field in tl.static_range(SEQUENCE_HALVES, SEQUENCE_FIELDS):
+        for field in tl.static_range(SEQUENCE_KV_CHUNK, SEQUENCE_FIELDS):
             tl.store(padding_ptr + field, 0)
+        tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)

@@ -18,6 +18,13 @@ class SegmentColumn(IntEnum):
     KV_ROW = 5  # of the sequence's first key, in the first slot of the K/V buffer
     KV_CHUNK = 6  # keys of one chunk
     KEYS = 7
+    # Masks that are ranges of keys read these too, and neither POSITION nor KV_LEN.
+    FIRST_POSITION = 8  # of the first token in its document, in a ring as well
+    REAL = 9  # tokens of the document that are not padding
+    EARLY_POSITION = 10  # of the first key of the document's early part in the K/V buffer
+    EARLY_KEYS = 11  # keys of the early part; in a buffer of all keys the early part has all of them
+    LATE_POSITION = 12  # of the first key of the late part, which lies behind the early one
+    PLACE = 13  # tokens of the packed row that lie before the document; 0 where documents are cut
 
 
 class HalfColumn(IntEnum):
@@ -27,20 +34,26 @@ class HalfColumn(IntEnum):
     Q_LEN = 1
     POSITION = 2
     KV_LEN = 3
+    FIRST_POSITION = 4
 
 
 class SequenceColumn(IntEnum):
     """Columns of the sequence table, which tiles of keys read: one entry a sequence, then the padding.
 
-    `KV_ROW`, `KV_CHUNK` and `KEYS` mean what `SegmentColumn` says. The two segments of the sequence follow, each with
-    the columns of `HalfColumn`.
+    Columns with names of `SegmentColumn` mean what it says. The two segments of the sequence follow, each with the
+    columns of `HalfColumn`.
     """
 
     KEYS_BEFORE = 0  # keys of all entries before this one
     KV_ROW = 1
     KV_CHUNK = 2
     KEYS = 3
-    LATE_HALF = 4
+    REAL = 4
+    EARLY_POSITION = 5
+    EARLY_KEYS = 6
+    LATE_POSITION = 7
+    PLACE = 8
+    LATE_HALF = 9
     EARLY_HALF = LATE_HALF + len(HalfColumn)
 
 

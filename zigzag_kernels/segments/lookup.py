@@ -10,23 +10,35 @@ import triton.language as tl
 
 from .fields import (
     HALF_FIELDS,
+    HALF_FIRST_POSITION,
     HALF_KV_LEN,
     HALF_POSITION,
     HALF_Q_LEN,
     HALF_Q_ROW,
+    SEGMENT_EARLY_KEYS,
+    SEGMENT_EARLY_POSITION,
     SEGMENT_FIELDS,
+    SEGMENT_FIRST_POSITION,
     SEGMENT_KEYS,
     SEGMENT_KV_CHUNK,
     SEGMENT_KV_LEN,
     SEGMENT_KV_ROW,
+    SEGMENT_LATE_POSITION,
+    SEGMENT_PLACE,
     SEGMENT_POSITION,
     SEGMENT_Q_LEN,
     SEGMENT_Q_ROW,
+    SEGMENT_REAL,
+    SEQUENCE_EARLY_KEYS,
+    SEQUENCE_EARLY_POSITION,
     SEQUENCE_FIELDS,
     SEQUENCE_HALVES,
     SEQUENCE_KEYS,
     SEQUENCE_KV_CHUNK,
     SEQUENCE_KV_ROW,
+    SEQUENCE_LATE_POSITION,
+    SEQUENCE_PLACE,
+    SEQUENCE_REAL,
 )
 
 
@@ -60,6 +72,28 @@ class Half(NamedTuple):
     q_len: tl.tensor
     diagonal: tl.tensor
     kv_len: tl.tensor
+
+
+class RangedHalf(NamedTuple):
+    """One of the two segments of a sequence, as a tile of keys needs it where masks are ranges of keys."""
+
+    q_row: tl.tensor
+    q_len: tl.tensor
+    position: tl.tensor  # of the first token
+
+
+class Document(NamedTuple):
+    """The document of a tile, as masks that are ranges of keys need it. All fields are int32 scalars.
+
+    Its keys in the K/V buffer are an early part and a late one, each at consecutive positions, laid end to end.
+    """
+
+    real: tl.tensor  # tokens that are not padding
+    early_position: tl.tensor  # of the first key of the early part
+    early_keys: tl.tensor
+    late_position: tl.tensor
+    n_keys: tl.tensor  # of both parts
+    place: tl.tensor  # tokens between the beginning of the first chunk and the first key
 
 
 @triton.jit
@@ -100,8 +134,8 @@ def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
 
 
 @triton.jit
-def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Load the `QueryTile` number `tile` from the segment table.
+def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return (`QueryTile` number `tile`, pointer to its segment's entry of the table).
 
     The last tile of a segment comes first: under a causal mask it is the heaviest, and light ones fill the last gaps.
 
@@ -122,7 +156,7 @@ def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP:
     diagonal = tl.load(entry_ptr + SEGMENT_POSITION) if CAUSAL else kv_len
     last_block = (q_len * GROUP - 1) // BLOCK_M
     block = tl.where(block <= last_block, last_block - block, block)
-    return QueryTile(
+    queries = QueryTile(
         row=block * BLOCK_M,
         q_row=q_row,
         q_len=q_len,
@@ -131,6 +165,34 @@ def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP:
         kv_row=tl.load(entry_ptr + SEGMENT_KV_ROW),
         kv_chunk=tl.load(entry_ptr + SEGMENT_KV_CHUNK),
     )
+    return queries, entry_ptr
+
+
+@triton.jit
+def load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the `QueryTile` number `tile`: see `_load_segment`."""
+    queries, _ = _load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    return queries
+
+
+@triton.jit
+def load_ranged_segment(
+    segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Return (`QueryTile` number `tile`, position of its segment's first token, `Document`).
+
+    Of the tile, `diagonal` and `kv_len` say nothing about the mask; a negative `kv_len` makes every row NaN.
+    """
+    queries, entry_ptr = _load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    document = Document(
+        real=tl.load(entry_ptr + SEGMENT_REAL),
+        early_position=tl.load(entry_ptr + SEGMENT_EARLY_POSITION),
+        early_keys=tl.load(entry_ptr + SEGMENT_EARLY_KEYS),
+        late_position=tl.load(entry_ptr + SEGMENT_LATE_POSITION),
+        n_keys=tl.maximum(tl.load(entry_ptr + SEGMENT_KEYS), 0),
+        place=tl.load(entry_ptr + SEGMENT_PLACE),
+    )
+    return queries, tl.load(entry_ptr + SEGMENT_FIRST_POSITION), document
 
 
 @triton.jit
@@ -180,10 +242,50 @@ def load_half(halves_ptr, half, n_keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def load_ranged_half(halves_ptr, half):
+    """Load one half of the sequence of a `KeyTile` as a `RangedHalf`."""
+    half_ptr = halves_ptr + HALF_FIELDS * half
+    return RangedHalf(
+        q_row=tl.load(half_ptr + HALF_Q_ROW),
+        q_len=tl.load(half_ptr + HALF_Q_LEN),
+        position=tl.load(half_ptr + HALF_FIRST_POSITION),
+    )
+
+
+@triton.jit
+def load_document(found):
+    """Load the `Document` of a `KeyTile`."""
+    entry_ptr = found.halves_ptr - SEQUENCE_HALVES
+    return Document(
+        real=tl.load(entry_ptr + SEQUENCE_REAL),
+        early_position=tl.load(entry_ptr + SEQUENCE_EARLY_POSITION),
+        early_keys=tl.load(entry_ptr + SEQUENCE_EARLY_KEYS),
+        late_position=tl.load(entry_ptr + SEQUENCE_LATE_POSITION),
+        n_keys=found.n_keys,
+        place=tl.load(entry_ptr + SEQUENCE_PLACE),
+    )
+
+
+@triton.jit
 def load_sequence_rows(halves_ptr):
     """Load (first local row, number of rows) of the sequence of a `KeyTile`: its early chunk, then its late one."""
     first = tl.load(halves_ptr + HALF_FIELDS + HALF_Q_ROW)
     return first, tl.load(halves_ptr + HALF_Q_ROW) + tl.load(halves_ptr + HALF_Q_LEN) - first
+
+
+@triton.jit
+def key_index(document, position):
+    """Return how many keys of the `Document` in the K/V buffer lie before `position`: a scalar or a vector."""
+    early = tl.minimum(tl.maximum(position - document.early_position, 0), document.early_keys)
+    late = tl.minimum(tl.maximum(position - document.late_position, 0), document.n_keys - document.early_keys)
+    return early + late
+
+
+@triton.jit
+def key_position(document, index):
+    """Return the position of key number `index` of the `Document` in the K/V buffer."""
+    late = document.late_position + index - document.early_keys
+    return tl.where(index < document.early_keys, document.early_position + index, late)
 
 
 @triton.jit

@@ -169,9 +169,11 @@ def _tables(pair: _Pair) -> Tables:
         first += rows
 
     zero = torch.zeros_like(length)
-    segments = [torch.stack([zero, *group, cu_seqlens_k, zero, length], 1) for group in groups]
+    document = length, zero, length, length, zero  # all keys are one early part
+    segments = [torch.stack([zero, *group, cu_seqlens_k, zero, length, group[2], *document], 1) for group in groups]
     weight = torch.cat([torch.minimum(position + q_len, length) for _, q_len, position, _ in groups])
-    sequences = torch.stack([zero, cu_seqlens_k, zero, length, *groups[1], *groups[0]], 1)
+    halves = (column for group in reversed(groups) for column in (*group, group[2]))
+    sequences = torch.stack([zero, cu_seqlens_k, zero, length, *document, *halves], 1)
     used_rows, used_keys = nothing + tokens, cu_seqlens_k[-1:]
     return Tables(
         _ordered(

@@ -1,0 +1,61 @@
+"""The gradient of the sinks: two kernels sum one number of every query row, always in the same order.
+
+A sink is one more logit of each row of its head, whose probability is `exp(sink - lse)` and whose value is zero. So
+`d(loss)/d(sink)` is the sum over rows of `-exp(sink - lse) * delta`, with the `delta` that `delta.py` writes.
+"""
+
+import triton
+import triton.language as tl
+
+from ..base2 import LOG2_E
+
+
+@triton.jit(do_not_specialize=["T", "first_kv_head", "n_parts"])
+def sum_sink_rows(
+    delta_ptr,  # [window, T * GROUP] float32
+    lse2_ptr,
+    sinks_ptr,  # [HEADS] float32
+    T,
+    first_kv_head,
+    n_parts,
+    parts_ptr,  # [window * GROUP, n_parts] float32
+    GROUP: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Write the sums over `BLOCK_T` tokens each. Rows that see no key have no sink either.
+
+    Grid: parts × KV heads of the window. `HEADS_PADDED` is the power of two from GROUP on.
+    """
+    part = tl.program_id(0)
+    window_head = tl.program_id(1).to(tl.int64)
+    tokens = part * BLOCK_T + tl.arange(0, BLOCK_T)
+    heads = tl.arange(0, HEADS_PADDED)
+    inside = (tokens < T)[:, None] & (heads < GROUP)[None, :]
+    rows = (window_head * T + tokens)[:, None] * GROUP + heads[None, :]
+    delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+    lse2 = tl.load(lse2_ptr + rows, mask=inside, other=float("inf"))
+    sinks = tl.load(sinks_ptr + (first_kv_head + window_head) * GROUP + heads, mask=heads < GROUP, other=0.0)
+    blind = lse2 == float("-inf")
+    probability = tl.math.exp2(sinks[None, :] * LOG2_E - tl.where(blind, 0.0, lse2))
+    sums = tl.sum(tl.where(blind, 0.0, -probability * delta), 0)
+    tl.store(parts_ptr + (window_head * GROUP + heads) * n_parts + part, sums, mask=heads < GROUP)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "n_parts"])
+def sum_sink_parts(
+    parts_ptr,  # [window * GROUP, n_parts] float32
+    into_dsinks_ptr,  # dsinks itself, or unused
+    first_kv_head,
+    n_parts,
+    dsinks_ptr,  # [HEADS] float32
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the sums of all parts. Grid: query heads of the window."""
+    head = tl.program_id(0)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n_parts, BLOCK):
+        parts = first + tl.arange(0, BLOCK)
+        sums += tl.load(parts_ptr + head.to(tl.int64) * n_parts + parts, mask=parts < n_parts, other=0.0)
+    tl.store(dsinks_ptr + first_kv_head * GROUP + head, tl.sum(sums, 0))
