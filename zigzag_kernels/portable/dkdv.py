@@ -12,13 +12,13 @@ import triton.language as tl
 
 from ..base2 import LOG2_E
 from ..segments.lookup import key_index, load_document, load_half, load_ranged_half, load_sequence, tile_and_head
+from ..segments.ranges import keys_of_positions
 from .arithmetic import cap_scores, cast, dot
 from .constants import bundle
 from .ranges import (
     ROW_RUNS,
     WHOLE_ROWS,
     has_row_run,
-    keys_of_positions,
     keys_of_rows,
     row_run,
     seeing_row_range,

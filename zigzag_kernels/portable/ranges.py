@@ -4,10 +4,6 @@
 (`visible_keys`, for the forward kernel and dQ), and the blocks of rows that a tile of keys walks through
 (`seeing_rows`, for dK and dV). Both come as *runs* of blocks, one behind the other, and the number of a run says
 whether its blocks need the mask. The kernels loop over the runs and do not know the shape of the mask.
-
-A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
-Both ends of a range grow with the position of the row, so that the first row and the last one of a tile say which
-blocks it walks through.
 """
 
 from typing import NamedTuple
@@ -15,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..segments.lookup import key_index, key_position
+from ..segments.ranges import KeyRange, keys_of_positions, seeing_positions
 
 # Runs of blocks of keys, in this order.
 LOW_EDGE_KEYS = tl.constexpr(0)  # some rows do not see some keys; in ranged masks alone
@@ -29,22 +25,6 @@ EDGE_ROWS = tl.constexpr(0)  # some rows do not see some keys
 WHOLE_ROWS = tl.constexpr(1)  # every row sees every key
 LATE_EDGE_ROWS = tl.constexpr(2)  # some rows do not see some keys; in ranged masks alone
 ROW_RUNS = tl.constexpr(3)
-
-
-class KeyRange(NamedTuple):
-    """The keys that each row of a tile sees: `[begin, end)`, or `[0, end)` unless the mask is ranged."""
-
-    begin: tl.tensor  # [BLOCK_M], or a scalar for one row
-    end: tl.tensor
-
-
-class RowRange(NamedTuple):
-    """Rows at positions `[begin, end)`; all of the whole ones see every key of a tile."""
-
-    begin: tl.tensor
-    whole_begin: tl.tensor
-    whole_end: tl.tensor
-    end: tl.tensor
 
 
 class VisibleKeys(NamedTuple):
@@ -76,29 +56,6 @@ def keys_of_rows(tokens, diagonal, kv_len):
     """Return the `KeyRange` of the rows of these `tokens` of a segment whose mask is not ranged."""
     end = tl.minimum(diagonal + tokens + 1, kv_len)
     return KeyRange(begin=end, end=end)
-
-
-@triton.jit
-def keys_of_positions(positions, document, CONSTANTS: tl.constexpr):
-    """Return the `KeyRange` of the rows at these `positions` of a `Document`; rows of padding see no key."""
-    CHUNK: tl.constexpr = CONSTANTS.CHUNK
-    begin = positions * 0
-    if CONSTANTS.LEFT >= 0:
-        begin = tl.maximum(positions - CONSTANTS.LEFT, 0)
-    if CONSTANTS.CAUSAL:
-        end = positions + 1
-    elif CONSTANTS.RIGHT >= 0:
-        end = positions + CONSTANTS.RIGHT + 1
-    else:
-        end = positions * 0 + document.real
-    if CHUNK > 0:
-        chunk = positions // CHUNK * CHUNK
-        begin = tl.maximum(begin, chunk)
-        end = tl.minimum(end, chunk + CHUNK)
-    end = tl.minimum(end, document.real)
-    real = positions < document.real
-    begin, end = key_index(document, begin), key_index(document, end)
-    return KeyRange(begin=tl.where(real, begin, 0), end=tl.where(real, end, 0))
 
 
 @triton.jit
@@ -212,34 +169,6 @@ def seeing_rows(half, first_key, n_keys, CONSTANTS: tl.constexpr):
     whole_rows = (half.q_len - begin_full) * CONSTANTS.GROUP // CONSTANTS.BLOCK_M * CONSTANTS.BLOCK_M
     whole_begin = end_row - whole_rows
     return SeeingRows(begin=begin * CONSTANTS.GROUP, whole_begin=whole_begin, whole_end=end_row, end=end_row)
-
-
-@triton.jit
-def seeing_positions(first_key, end_key, document, CONSTANTS: tl.constexpr):
-    """Return the `RowRange` of the rows of a `Document` that see the keys `[first_key, end_key)`, or some of them.
-
-    Keys of padding are seen by no row: a tile that has some is whole for none.
-    """
-    CHUNK: tl.constexpr = CONSTANTS.CHUNK
-    real = document.real
-    last_key = tl.minimum(end_key, key_index(document, real)) - 1
-    first, last = key_position(document, first_key), key_position(document, last_key)
-    begin, whole_begin = first * 0, first * 0
-    end, whole_end = first * 0 + real, first * 0 + real
-    if CONSTANTS.CAUSAL:
-        begin, whole_begin = first, last
-    elif CONSTANTS.RIGHT >= 0:
-        begin, whole_begin = first - CONSTANTS.RIGHT, last - CONSTANTS.RIGHT
-    if CONSTANTS.LEFT >= 0:
-        end, whole_end = tl.minimum(end, last + CONSTANTS.LEFT + 1), tl.minimum(end, first + CONSTANTS.LEFT + 1)
-    if CHUNK > 0:
-        begin = tl.maximum(begin, first // CHUNK * CHUNK)
-        whole_begin = tl.maximum(whole_begin, last // CHUNK * CHUNK)
-        end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
-        whole_end = tl.minimum(whole_end, (first // CHUNK + 1) * CHUNK)
-    end = tl.where(first_key <= last_key, end, begin)
-    whole_end = tl.where(last_key == end_key - 1, whole_end, whole_begin)
-    return RowRange(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
 
 
 @triton.jit

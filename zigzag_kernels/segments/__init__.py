@@ -16,5 +16,6 @@ Words used here and in the kernels (`layout.py` has the layout itself):
 - *padding*: rows behind the last sequence. It is the last entry of both tables.
 
 `columns.py` names the columns of both tables and imports nothing but the standard library. `build.py` is the kernel
-that writes the tables; `lookup.py` is how the attention kernels read them.
+that writes the tables; `lookup.py` is how the attention kernels read them, and `ranges.py` the rule of masks that are
+ranges of keys.
 """

@@ -1,0 +1,97 @@
+"""The rule of masks that are ranges: which keys a row of a document sees, and which rows see its keys.
+
+A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
+Both ends of a range grow with the position, so that the first and the last of a tile speak for all between them.
+Portable kernels and those for Hopper both call these functions: they use nothing that Gluon lacks.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .lookup import key_index, key_position
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The constants of a mask, for kernels whose own constants do not have fields with these names."""
+
+    CAUSAL: Any
+    LEFT: Any  # tokens on each side that a row sees, -1 for all
+    RIGHT: Any
+    CHUNK: Any  # tokens of a chunk of attention, 0 for none
+
+
+@triton.constexpr_function
+def make_mask(CAUSAL, LEFT, RIGHT, CHUNK):
+    """Return the `Mask` of these constants."""
+    return Mask(CAUSAL, LEFT, RIGHT, CHUNK)
+
+
+class KeyRange(NamedTuple):
+    """The keys that each row of a tile sees: `[begin, end)`, or `[0, end)` unless the mask is ranged."""
+
+    begin: tl.tensor  # [BLOCK_M], or a scalar for one row
+    end: tl.tensor
+
+
+class RowRange(NamedTuple):
+    """Rows at positions `[begin, end)`; all of the whole ones see every key of a tile."""
+
+    begin: tl.tensor
+    whole_begin: tl.tensor
+    whole_end: tl.tensor
+    end: tl.tensor
+
+
+@triton.jit
+def keys_of_positions(positions, document, MASK: tl.constexpr):
+    """Return the `KeyRange` of the rows at these `positions` of a `Document`; rows of padding see no key."""
+    CHUNK: tl.constexpr = MASK.CHUNK
+    begin = positions * 0
+    if MASK.LEFT >= 0:
+        begin = tl.maximum(positions - MASK.LEFT, 0)
+    if MASK.CAUSAL:
+        end = positions + 1
+    elif MASK.RIGHT >= 0:
+        end = positions + MASK.RIGHT + 1
+    else:
+        end = positions * 0 + document.real
+    if CHUNK > 0:
+        chunk = positions // CHUNK * CHUNK
+        begin = tl.maximum(begin, chunk)
+        end = tl.minimum(end, chunk + CHUNK)
+    end = tl.minimum(end, document.real)
+    real = positions < document.real
+    begin, end = key_index(document, begin), key_index(document, end)
+    return KeyRange(begin=tl.where(real, begin, 0), end=tl.where(real, end, 0))
+
+
+@triton.jit
+def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
+    """Return the `RowRange` of the rows of a `Document` that see the keys `[first_key, end_key)`, or some of them.
+
+    Keys of padding are seen by no row: a tile that has some is whole for none.
+    """
+    CHUNK: tl.constexpr = MASK.CHUNK
+    real = document.real
+    last_key = tl.minimum(end_key, key_index(document, real)) - 1
+    first, last = key_position(document, first_key), key_position(document, last_key)
+    begin, whole_begin = first * 0, first * 0
+    end, whole_end = first * 0 + real, first * 0 + real
+    if MASK.CAUSAL:
+        begin, whole_begin = first, last
+    elif MASK.RIGHT >= 0:
+        begin, whole_begin = first - MASK.RIGHT, last - MASK.RIGHT
+    if MASK.LEFT >= 0:
+        end, whole_end = tl.minimum(end, last + MASK.LEFT + 1), tl.minimum(end, first + MASK.LEFT + 1)
+    if CHUNK > 0:
+        begin = tl.maximum(begin, first // CHUNK * CHUNK)
+        whole_begin = tl.maximum(whole_begin, last // CHUNK * CHUNK)
+        end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
+        whole_end = tl.minimum(whole_end, (first // CHUNK + 1) * CHUNK)
+    end = tl.where(first_key <= last_key, end, begin)
+    whole_end = tl.where(last_key == end_key - 1, whole_end, whole_begin)
+    return RowRange(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
