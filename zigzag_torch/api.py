@@ -5,18 +5,18 @@ import functools
 
 import torch
 
-from zigzag_kernels.callspec import CallSpec, make_call_spec
-from zigzag_kernels.checks import batch_shape, check_flag, check_method
-from zigzag_kernels.modes import Backend, KVLayout, Method
+from zigzag_kernels.callspec import NO_WINDOW, CallSpec, make_call_spec
+from zigzag_kernels.checks import batch_shape, check_flag, check_layout, check_method, check_world_size
+from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 
 from . import launch, reference
-from .arguments import as_rank, cast_for_autocast, check_device, check_tensor, check_unpadded
+from .arguments import as_rank, as_sinks, cast_for_autocast, check_device, check_tensor, check_unpadded
 from .autograd import agreed_rank, attention
-from .batch import Batch, as_batch, tables_of
+from .batch import DOCUMENTS, Batch, Form, as_batch, tables_of
 from .dispatch import refuse_tangents
 from .parallel import Local, Moving, Transport, transport_of
 from .parallel.agreement import Place, place_in, refuse_together
-from .parallel.collectives import common_rank
+from .parallel.collectives import common_rank, largest_of_ranks
 
 _UNPREPARED = "zigzag_attention without a batch prepared with this group"
 
@@ -30,11 +30,17 @@ def zigzag_attention_gathered(
     world_size: int,
     *,
     causal: bool = True,
+    window_size: tuple[int, int] = NO_WINDOW,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     backend: str | None = None,
     deterministic: bool = True,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    layout: str = "document",
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Compute the attention of one zigzag rank to gathered K/V; differentiable, also through `lse`.
 
     Args:
@@ -46,17 +52,32 @@ def zigzag_attention_gathered(
             if `world_size` is 1). Rows behind the last sequence are padding: output 0, lse -inf. Or the result of
             `prepare_batch` for the same rank and world_size.
         rank: an int, or one integer on the device of q.
+        causal: a row sees the keys of its sequence up to its own position; all of them if False.
+        window_size: (left, right). The row at position p of its sequence sees the keys from p - left to p + right, and
+            -1 is no limit. A window of w keys that ends with the row itself is (w - 1, 0). With `causal` right does not
+            matter.
+        attention_chunk: a row sees only the keys of its own chunk of so many positions, counted from the start of the
+            sequence; 0 is no limit.
+        softcap: scores, scaled, become `softcap * tanh(score / softcap)`; 0 leaves them as they are.
+        sinks: `[heads]` of a floating-point type, differentiable. One more logit of every row, which has no value:
+            rows of small scores then attend to little. -inf is no sink. `lse` includes it.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
+        return_max_logits: also return the largest score that any row sees, after scale and softcap, by head.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
             summation, and does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short,
             one kernel then does the work of two. The backward pass of medium sequences takes 4 % less time, that of
             long ones as much as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
+        layout: "document" cuts every sequence into `2 * world_size` chunks; "row" cuts the packed batch as a whole,
+            `world_size * T` tokens in which sequences of any length lie anywhere. A prepared batch has its own layout,
+            which has to be given here too.
 
     Returns:
-        out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm).
-        Gradients of k and v are this rank's contribution, in their layout. Invalid lengths or ranks on the device
-        produce NaN everywhere, because checking them would synchronise with the GPU: `validate` gives the reason.
+        out `[T, heads, head_dim]`; with `return_lse` or `return_max_logits` a tuple of out, lse `[heads, T]` float32,
+        natural logarithm, and the largest scores `[heads]` float32, without gradient, of the rows of this rank.
+        Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid lengths or ranks on the
+        device produce NaN everywhere, because checking them would synchronise with the GPU: `validate` gives the
+        reason.
 
     Raises:
         ValueError: shapes, types, devices or numbers that do not fit, before anything is launched.
@@ -64,16 +85,19 @@ def zigzag_attention_gathered(
     """
     backend = _check_tensors(q, k, v, backend)
     q, k, v = cast_for_autocast(q, k, v)
-    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device)
+    form = DOCUMENTS if layout == Layout.DOCUMENT else _rows_form(cu_seqlens, layout, 1, q, world_size)
+    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device, form)
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
     return_lse = check_flag("return_lse", return_lse)
-    call = _call_spec(_head_dim(q), backend, causal, softmax_scale, deterministic=deterministic)
-    check_unpadded(batch.cu_seqlens, call.causal)
+    ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
+    call = _call_spec(_head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic)
+    _check_rows(batch, call, q)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
     transport = transport_of(q, k, v, call, sequences, batch.world_size, KVLayout.GATHERED, None)
-    out, lse = _attend(transport, q, k, v, batch)
-    return (out, lse) if return_lse else out
+    sinks = None if sinks is None else as_sinks(sinks, q)
+    out, lse, max_logits = _attend(transport, q, k, v, sinks, batch)
+    return _results(out, lse if return_lse else None, max_logits)
 
 
 def zigzag_attention(
@@ -84,34 +108,45 @@ def zigzag_attention(
     *,
     group=None,
     causal: bool = True,
+    window_size: tuple[int, int] = NO_WINDOW,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     method: str = "allgather",
     heads_k_stride: int | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     backend: str | None = None,
     grad_reduce_dtype: torch.dtype | None = None,
     deterministic: bool = True,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    layout: str = "document",
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attention over a packed batch, on one device or dealt out to the ranks of a group in zigzag order.
 
     Args:
         q, k, v: `[T, heads, head_dim]`, `[T, kv_heads, head_dim]`: the zigzag rows of this rank (see `shard`), with
             `cu_seqlens [N + 1]` int32, global (one sequence if None); or `[batch, T, ...]` with `cu_seqlens=None` for
-            sequences of equal length with T rows on each rank. Types and head_dim as in `zigzag_attention_gathered`.
+            sequences of equal length with T rows on each rank. In the row layout `[batch, T, ...]` are packed rows, and
+            have `cu_seqlens`. Types and head_dim as in `zigzag_attention_gathered`.
         cu_seqlens: or the result of `prepare_batch`, for the same method. Prepare it with the same group: otherwise the
             ranks compare it, and make its tables, in every call.
         group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: single
             device; `method`, `heads_k_stride` and `grad_reduce_dtype` are ignored.
+        causal, window_size, attention_chunk, softcap, sinks, softmax_scale: as in `zigzag_attention_gathered`; every
+            rank gives the same sinks.
         method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
             with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
+        layout: as in `zigzag_attention_gathered`; with `cu_seqlens=None` it is that of documents.
 
     Returns:
-        out in the shape of q; with `return_lse`, (out, lse `[heads, T]` or `[batch, heads, T]` float32). Gradients of
-        k and v are sums over all ranks.
+        out in the shape of q; with `return_lse` or `return_max_logits` a tuple of out, lse `[heads, T]` or
+        `[batch, heads, T]` float32, and the largest scores `[heads]` float32 of the rows of all ranks. Gradients of k
+        and v are sums over all ranks. That of sinks is a sum over the rows of this rank, like that of any parameter.
 
     Raises:
         ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks agree on all that the host knows
@@ -124,34 +159,76 @@ def zigzag_attention(
     try:
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_tensor(name, x)
-        batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None)
+        is_documents = layout == Layout.DOCUMENT or cu_seqlens is None
+        batched = batch_shape(tuple(q.shape), tuple(k.shape), tuple(v.shape), cu_seqlens is not None and is_documents)
         if batched:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         equal_lengths = cu_seqlens is None
         if equal_lengths:
+            check_layout(layout)
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
         backend = _check_tensors(q, k, v, backend)
         q, k, v = cast_for_autocast(q, k, v)
-        batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q.device)
+        rows = batched[0] if batched else 1
+        form = DOCUMENTS if is_documents else _rows_form(cu_seqlens, layout, rows, q, place.world_size)
+        batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q.device, form)
         check_device("cu_seqlens", batch.cu_seqlens, "q", q)
         return_lse = check_flag("return_lse", return_lse)
         options = method, heads_k_stride, grad_reduce_dtype
-        call = _call_spec(_head_dim(q), backend, causal, softmax_scale, *options, deterministic=deterministic)
-        check_unpadded(batch.cu_seqlens, call.causal)
+        ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
+        call = _call_spec(
+            _head_dim(q), backend, batch, causal, softmax_scale, ranges, *options, deterministic=deterministic
+        )
+        _check_rows(batch, call, q)
         q, k, v = _readable(q, k, v, backend)
-        sequences, layout = batch.cu_seqlens.shape[0] - 1, KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
-        transport = transport_of(q, k, v, call, sequences, place.world_size, layout, place.group_name)
+        sequences = batch.cu_seqlens.shape[0] - 1
+        kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
+        transport = transport_of(q, k, v, call, sequences, place.world_size, kv_layout, place.group_name)
+        sinks = None if sinks is None else as_sinks(sinks, q)
     except (ValueError, RuntimeError) as error:
         refuse_together(place, error)
         raise
     if not isinstance(transport, Local):
         batch = _compared(batch, place.rank, transport, q, k, v, equal_lengths=equal_lengths)
-    out, lse = _attend(transport, q, k, v, batch)
+    out, lse, max_logits = _attend(transport, q, k, v, sinks, batch)
     if batched:
         out = out.unflatten(0, batched)
         lse = lse.unflatten(1, batched).transpose(0, 1)
-    return (out, lse) if return_lse else out
+    return _results(out, lse if return_lse else None, max_logits)
+
+
+def _results(
+    out: torch.Tensor, lse: torch.Tensor | None, max_logits: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Return `out`, or a tuple of it and of the others that were asked for."""
+    if max_logits is None:
+        return out if lse is None else (out, lse)
+    return (out, max_logits) if lse is None else (out, lse, max_logits)
+
+
+def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: int) -> Form:
+    """Return the form of a batch in another layout than that of documents: `rows` packed rows, those of `q`."""
+    layout = check_layout(layout).value
+    if isinstance(cu_seqlens, Batch):
+        return Form(layout)
+    if check_world_size(world_size) == 1:
+        return Form(layout)
+    tokens = q.shape[0] // max(rows, 1) if q.ndim else 0
+    if tokens % 2:
+        raise ValueError(f"q: expected an even number of local rows of each packed row, got {tokens}")
+    return Form(layout, world_size * tokens, rows)
+
+
+def _check_rows(batch: Batch, call: CallSpec, q: torch.Tensor) -> None:
+    """Raise `ValueError` for rows that the batch does not have, or that would attend to padding."""
+    if batch.lengths is None:
+        check_unpadded(batch.cu_seqlens, call.causal)
+    if batch.row_length and batch.row_length * batch.rows != batch.world_size * q.shape[0]:
+        raise ValueError(
+            f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "
+            f"rows of the prepared batch say, got {q.shape[0]}"
+        )
 
 
 def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method: str) -> Batch:
@@ -185,20 +262,30 @@ def _readable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str):
 def _call_spec(
     head_dim: int,
     backend: str,
+    batch: Batch,
     causal: bool,
     softmax_scale: float | None,
+    ranges: tuple,
     method: str = Method.ALLGATHER.value,
     heads_k_stride: int | None = None,
     grad_reduce_dtype: torch.dtype | None = None,
     *,
     deterministic: bool,
 ) -> CallSpec:
-    """Return `make_call_spec` of these options, made once for all layers and steps that give the same."""
+    """Return `make_call_spec` of these options, made once for all layers and steps that give the same.
+
+    `ranges` are window_size, attention_chunk, softcap, has_sinks and return_max_logits.
+    """
     reduce_name = None if grad_reduce_dtype is None else _dtype_name(grad_reduce_dtype)
     options = head_dim, backend, causal, softmax_scale, method, heads_k_stride, reduce_name, deterministic
-    if not torch.compiler.is_compiling():  # torch.compile would trace the cache too, and warn of it
+    window_size = ranges[0]
+    options = *options, *ranges, batch.layout, batch.lengths is not None
+    # torch.compile would trace the cache too, and warn of it.
+    if type(window_size) is tuple and not torch.compiler.is_compiling():
         try:
-            return _known_call_spec(*options)
+            if window_size is NO_WINDOW:
+                return _known_call_spec(*options)
+            return _known_call_spec(*options, *map(type, window_size))
         except TypeError:  # what is not even hashable is refused in words
             pass
     return _make_call_spec(*options)
@@ -208,7 +295,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
 
 
-def _make_call_spec(head_dim, backend, causal, softmax_scale, method, heads_k_stride, grad_reduce_dtype, deterministic):
+def _make_call_spec(
+    head_dim, backend, causal, softmax_scale, method, heads_k_stride, grad_reduce_dtype, deterministic,
+    window_size, attention_chunk, softcap, has_sinks, return_max_logits, layout, has_lengths, *_types_in_window,
+):  # fmt: skip
     return make_call_spec(
         head_dim=head_dim,
         backend=backend,
@@ -218,6 +308,13 @@ def _make_call_spec(head_dim, backend, causal, softmax_scale, method, heads_k_st
         heads_k_stride=heads_k_stride,
         grad_reduce_dtype=grad_reduce_dtype,
         deterministic=deterministic,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        has_sinks=has_sinks,
+        return_max_logits=return_max_logits,
+        layout=layout,
+        has_lengths=has_lengths,
     )
 
 
@@ -232,7 +329,9 @@ def _compared(batch: Batch, rank: int, transport: Moving, q, k, v, *, equal_leng
     """
     if batch.compared_by != transport.group_name:
         own_rank = as_rank(rank, q.device)
-        own_rank = common_rank(batch.cu_seqlens, None, own_rank, transport.group_name, _UNPREPARED)
+        form = Form(batch.layout, batch.row_length, batch.rows).in_words
+        compared = transport.group_name, _UNPREPARED, batch.lengths, form
+        own_rank = common_rank(batch.cu_seqlens, None, own_rank, *compared)
         batch = dataclasses.replace(batch, rank=own_rank, segments=None, sequences=None)
     if equal_lengths or transport.problem.call.backend == Backend.REFERENCE:
         own_rank = agreed_rank(transport, batch.rank, q, k, v, equal_lengths)
@@ -240,10 +339,42 @@ def _compared(batch: Batch, rank: int, transport: Moving, q, k, v, *, equal_leng
     return batch
 
 
-def _attend(transport: Transport, q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) by the backend of the call."""
-    backend = transport.problem.call.backend
-    q, k, v = refuse_tangents(q, k, v)
-    if backend == Backend.REFERENCE:
-        return reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)
-    return attention(transport, q, k, v, tables_of(batch, backend))
+def _attend(
+    transport: Transport, q, k, v, sinks: torch.Tensor | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return (out, lse, largest scores `[heads]` if the call asks for them) by the backend of the call."""
+    call = transport.problem.call
+    if sinks is None:
+        q, k, v = refuse_tangents(q, k, v)
+    else:
+        q, k, v, sinks = refuse_tangents(q, k, v, sinks)
+    if call.backend == Backend.REFERENCE:
+        out, lse, maxima = reference.attention(transport, q, k, v, batch.packing, sinks)
+    else:
+        _refuse_options(call)
+        out, lse = attention(transport, q, k, v, tables_of(batch, call.backend))
+        maxima = lse
+    if not call.return_max_logits:
+        return out, lse, None
+    return out, lse, _largest(transport, maxima.detach())
+
+
+def _refuse_options(call: CallSpec) -> None:
+    options = {
+        "window_size": call.window_size != NO_WINDOW,
+        "attention_chunk": call.attention_chunk,
+        "softcap": call.softcap,
+        "sinks": call.has_sinks,
+        "return_max_logits": call.return_max_logits,
+        "layout": call.layout == Layout.ROW,
+        "lengths": call.has_lengths,
+    }
+    for name, is_used in options.items():
+        if is_used:
+            raise NotImplementedError(f"{name}: expected the backend 'reference', got {call.backend!r}")
+
+
+def _largest(transport: Transport, maxima: torch.Tensor) -> torch.Tensor:
+    """Return the largest of `maxima [heads, T]` by head, over all ranks that take part; -inf if there are no rows."""
+    largest = maxima.amax(1) if maxima.shape[1] else maxima.new_full(maxima.shape[:1], float("-inf"))
+    return largest if isinstance(transport, Local) else largest_of_ranks(largest, transport.group_name)

@@ -10,6 +10,9 @@ from zigzag_kernels.checks import (
     check_lengths,
     check_offsets,
     check_rank,
+    check_real_lengths,
+    check_real_lengths_array,
+    check_sinks,
     check_world_size,
     dtype_name,
 )
@@ -87,6 +90,39 @@ def _as_int32(x: torch.Tensor) -> torch.Tensor:
     return torch.where((x < -1) | (x > MAX_OFFSET), -1, x).int()
 
 
+def as_lengths(lengths, cu_seqlens, device: torch.device) -> torch.Tensor:
+    """Return the real lengths of the sequences of `cu_seqlens`, as the caller gave both, as a tensor `[N]` int32.
+
+    The values of tensors are not read; a list, tuple or NumPy array is copied to `device`. Raises `ValueError` for
+    anything else, and for values on the host that the sequences cannot have.
+    """
+    sequences = len(cu_seqlens) - 1
+    if isinstance(lengths, torch.Tensor):
+        check_tensor("lengths", lengths)
+        check_real_lengths_array(tuple(lengths.shape), dtype_name(lengths), sequences)
+        if lengths.device != device:
+            raise ValueError(f"lengths: expected the device of cu_seqlens, {device}, got {lengths.device}")
+        return _as_int32(lengths)
+    if type(lengths).__module__ == "numpy":
+        check_real_lengths_array(tuple(lengths.shape), dtype_name(lengths), sequences)
+        lengths = lengths.tolist()
+    if not isinstance(lengths, list | tuple):
+        raise ValueError(f"lengths: expected a torch.Tensor or a list of ints, got {type(lengths).__name__}")
+    values = check_offsets(lengths, "lengths") if lengths else []
+    check_real_lengths_array((len(values),), "int64", sequences)
+    if not isinstance(cu_seqlens, torch.Tensor):
+        check_real_lengths(values, _host_offsets(cu_seqlens))
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def as_sinks(sinks, q: torch.Tensor) -> torch.Tensor:
+    """Return `sinks [heads]` as the kernels read them, float32 and contiguous; `ValueError` for anything else."""
+    check_tensor("sinks", sinks)
+    check_sinks(tuple(sinks.shape), dtype_name(sinks), q.shape[1])
+    check_device("sinks", sinks, "q", q)
+    return sinks.float().contiguous()
+
+
 def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.device) -> int | torch.Tensor:
     """Return `rank` as an int or as a tensor of one integer on `device`, whose value is not read.
 
@@ -148,7 +184,10 @@ def mark_padded(cu_seqlens: torch.Tensor) -> None:
 
 
 def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
-    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`."""
+    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`.
+
+    Real lengths would keep them from it, so that callers do not ask where there are some.
+    """
     if not causal and not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens:
         raise ValueError(
             "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "

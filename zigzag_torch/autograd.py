@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zigzag_kernels.callspec import CallSpec
-from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.modes import KVLayout, Layout
 from zigzag_kernels.problem import segment_table_shapes
 
 from . import launch
@@ -23,10 +23,21 @@ from .parallel.agreement import agree_on_call, resolve
 
 @operator("zigzag::segment_tables")
 def segment_tables(
-    cu_seqlens: torch.Tensor, rank: torch.Tensor, world_size: int, kv_layout: str, backend: str
+    cu_seqlens: torch.Tensor,
+    rank: torch.Tensor,
+    world_size: int,
+    kv_layout: str,
+    backend: str,
+    lengths: torch.Tensor | None = None,
+    layout: str = "document",
+    row_length: int = 0,
+    rows: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`."""
     from zigzag_kernels import plan
+
+    if lengths is not None or layout == Layout.ROW:
+        raise NotImplementedError(f"backend: real lengths and the row layout need 'reference', got {backend!r}")
 
     return plan.segment_tables(
         launch.run,
@@ -40,7 +51,7 @@ def segment_tables(
 
 
 @segment_tables.register_fake
-def _(cu_seqlens, rank, world_size, kv_layout, backend):
+def _(cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1):
     steps = world_size if kv_layout == KVLayout.PEER else 1
     segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
@@ -116,8 +127,12 @@ def call_key(call: CallSpec) -> str:
         return call.key
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    values = [getattr(call, name) for name in _FIELDS]
-    return _key_of_values(*(guard_scalar(x) if isinstance(x, int | float) else x for x in values))
+    def constant(x):
+        if isinstance(x, tuple):
+            return tuple(constant(element) for element in x)
+        return guard_scalar(x) if isinstance(x, int | float) else x
+
+    return _key_of_values(*(constant(getattr(call, name)) for name in _FIELDS))
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(CallSpec))

@@ -2,18 +2,25 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
-from zigzag_kernels.checks import check_method, check_world_size
-from zigzag_kernels.modes import Backend, Method
+from zigzag_kernels.checks import (
+    check_documents_in_rows,
+    check_layout,
+    check_method,
+    check_packed_rows,
+    check_world_size,
+)
+from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import launch
-from .arguments import as_cu_seqlens, as_rank, as_rank_argument, check_batch, check_device, check_tensor
+from .arguments import as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_batch, check_device, check_tensor
 from .autograd import segment_tables
-from .parallel import Tables
+from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
 
@@ -32,6 +39,9 @@ class Batch:
         segments, sequences: the device tables, or None if it was prepared for the backend "reference".
         compared_by: name of the group whose ranks have compared their `cu_seqlens`; None: nobody has.
         host_rank: the rank, if the host knows it; None: only the device does.
+        lengths: `[N]` int32, the real tokens of each sequence, behind which its rows are padding; None: all are real.
+        layout: "document" or "row".
+        row_length, rows: tokens of a packed row on all ranks, and number of packed rows, in the row layout.
     """
 
     cu_seqlens: torch.Tensor
@@ -42,6 +52,16 @@ class Batch:
     sequences: torch.Tensor | None = None
     compared_by: str | None = None
     host_rank: int | None = None
+    lengths: torch.Tensor | None = None
+    layout: str = Layout.DOCUMENT.value
+    row_length: int = 0
+    rows: int = 1
+
+    @property
+    def packing(self) -> Packing:
+        """Return how the batch is packed, which its tables and masks follow from."""
+        form = self.layout, self.row_length, self.rows
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -51,7 +71,7 @@ class Batch:
         )
 
 
-_TENSORS = ("cu_seqlens", "rank", "segments", "sequences")
+_TENSORS = ("cu_seqlens", "rank", "segments", "sequences", "lengths")
 _CONSTANTS = tuple(field.name for field in dataclasses.fields(Batch) if field.name not in _TENSORS)
 
 
@@ -67,6 +87,22 @@ def _unflatten(tensors, constants: list) -> Batch:
 pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="zigzag_torch.Batch")
 
 
+class Form(NamedTuple):
+    """What is cut into chunks: the fields of `Batch` by these names."""
+
+    layout: str = Layout.DOCUMENT.value
+    row_length: int = 0
+    rows: int = 1
+
+    @property
+    def in_words(self) -> str:
+        """The form as ranks compare it."""
+        return f"{self.layout}, {self.rows} of {self.row_length} tokens" if self.row_length else self.layout
+
+
+DOCUMENTS = Form()
+
+
 def prepare_batch(
     cu_seqlens: torch.Tensor,
     rank: int | torch.Tensor | None = None,
@@ -76,6 +112,10 @@ def prepare_batch(
     group=None,
     backend: str | None = None,
     unsharded: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    layout: str = "document",
+    row_length: int | None = None,
+    rows: int = 1,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
@@ -90,26 +130,42 @@ def prepare_batch(
         backend: as in the attention calls.
         unsharded: the whole batch before `shard`, such as token ids, on the device of `cu_seqlens`. With a group, ranks
             compare it as they compare `cu_seqlens`, since ranks that read other data would attend to a mixture of it.
+        lengths: `[N]` int32, the real tokens m of each sequence of n rows. Rows from m on are padding: out 0, lse -inf,
+            no gradient, and no row attends to them. Lengths below 0 or above n give NaN everywhere. A list, tuple or
+            NumPy array is checked, as `cu_seqlens` is.
+        layout: as in the attention calls, which take the same one.
+        row_length, rows: in the row layout, the tokens of one packed row on all ranks together, a multiple of
+            `2 * world_size`, and the number of packed rows. One rank holds rows whole, and needs neither.
 
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can be trained on all the same.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank)]
+            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank, lengths)]
             options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded}
+            options |= {"lengths": copies.pop(), "layout": layout, "row_length": row_length, "rows": rows}
             return prepare_batch(*copies, world_size, **options)  # pyright: ignore
     place = place_in(group)
     try:
         check_method(method)
+        check_layout(layout)
+        given = cu_seqlens
         if place.group_name is None:
             world_size = check_world_size(1 if world_size is None else world_size)
             if rank is None and world_size > 1:
                 raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
-            cu_seqlens, rank, world_size = check_batch(cu_seqlens, 0 if rank is None else rank, world_size)
+            rank = 0 if rank is None else rank
+            cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, Layout(layout))
         else:
-            cu_seqlens = _check_place(cu_seqlens, rank, world_size, place)
+            cu_seqlens = _check_place(cu_seqlens, rank, world_size, place, Layout(layout))
             rank, world_size = place.rank, place.world_size
+        form = Form(str(layout))
+        if layout == Layout.ROW and world_size > 1:
+            form = Form(str(layout), *check_packed_rows(row_length, rows, world_size))
+            _check_host_rows(given, form, world_size)
+        if lengths is not None:
+            lengths = as_lengths(lengths, given, cu_seqlens.device)
         backend = launch.choose_backend(backend, cu_seqlens.device)
         if unsharded is not None:
             check_tensor("unsharded", unsharded)
@@ -119,20 +175,25 @@ def prepare_batch(
         raise
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
-        own_rank = common_rank(cu_seqlens, unsharded, own_rank, place.group_name, "prepare_batch")
-    host_rank = rank if isinstance(rank, int) else None
-    batch = Batch(cu_seqlens, own_rank, world_size, method, compared_by=place.group_name, host_rank=host_rank)
+        compared = place.group_name, "prepare_batch", lengths, form.in_words
+        own_rank = common_rank(cu_seqlens, unsharded, own_rank, *compared)
+    known = {"compared_by": place.group_name, "host_rank": rank if isinstance(rank, int) else None}
+    batch = Batch(cu_seqlens, own_rank, world_size, method, **known, lengths=lengths, **form._asdict())
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
 
 
 def _check_place(
-    cu_seqlens: torch.Tensor, rank: int | torch.Tensor | None, world_size: int | None, place: Place
+    cu_seqlens: torch.Tensor,
+    rank: int | torch.Tensor | None,
+    world_size: int | None,
+    place: Place,
+    layout: Layout,
 ) -> torch.Tensor:
     """Return the checked `cu_seqlens`; `ValueError` if `rank` or `world_size` is not that of the group."""
     own_rank = place.rank if rank is None else rank
-    cu_seqlens, own_rank, _ = check_batch(cu_seqlens, own_rank, place.world_size)
+    cu_seqlens, own_rank, _ = check_batch(cu_seqlens, own_rank, place.world_size, layout)
     if isinstance(own_rank, torch.Tensor) or own_rank != place.rank:
         raise ValueError(f"rank: expected None or that in the group, {place.rank}, got {rank}")
     if world_size is not None and check_world_size(world_size) != place.world_size:
@@ -140,21 +201,48 @@ def _check_place(
     return cu_seqlens
 
 
-def as_batch(
-    cu_seqlens: torch.Tensor | Batch, rank: int | torch.Tensor, world_size: int, method: str, device: torch.device
-) -> Batch:
-    """Return `cu_seqlens` as a batch for `rank`, still without tables if it is none yet.
+def _check_host_rows(cu_seqlens, form: Form, world_size: int) -> None:
+    """Raise `ValueError` for offsets on the host whose documents do not lie in packed rows of this form."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        offsets = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist()
+        check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
 
-    Raises `ValueError` for a batch that was prepared for another rank, `world_size` or `method`. If only the device
-    knows the ranks, and they differ, attention to the batch is NaN. Offsets of the host are copied to `device`.
+
+def as_batch(
+    cu_seqlens: torch.Tensor | Batch,
+    rank: int | torch.Tensor,
+    world_size: int,
+    method: str,
+    device: torch.device,
+    form: Form = DOCUMENTS,
+) -> Batch:
+    """Return `cu_seqlens` as a batch for `rank`, which has this `form` and no tables if it is none yet.
+
+    Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
+    device knows the ranks, and they differ, attention to the batch is NaN. Offsets of the host are copied to `device`.
     """
     world_size = check_world_size(world_size)
     if not isinstance(cu_seqlens, Batch):
-        cu_seqlens = as_cu_seqlens(cu_seqlens, world_size, device)
+        if form.row_length:
+            _check_host_rows(cu_seqlens, form, world_size)
+        cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if form.layout == Layout.DOCUMENT else 1, device)
         rank = as_rank_argument(rank, world_size, cu_seqlens.device)
         host_rank = rank if isinstance(rank, int) else None
-        return Batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, method, host_rank=host_rank)
+        own_rank = as_rank(rank, cu_seqlens.device)
+        layout, row_length, rows = form
+        return Batch(
+            cu_seqlens,
+            own_rank,
+            world_size,
+            method,
+            host_rank=host_rank,
+            layout=layout,
+            row_length=row_length,
+            rows=rows,
+        )
     batch = cu_seqlens
+    if batch.layout != form.layout:
+        raise ValueError(f"layout: expected that of the prepared batch, {batch.layout!r}, got {str(form.layout)!r}")
     if batch.world_size != world_size:
         raise ValueError(f"world_size: expected that of the prepared batch, {batch.world_size}, got {world_size}")
     if batch.method != method and world_size > 1:
@@ -189,4 +277,5 @@ def tables_of(batch: Batch, backend: str) -> Tables:
     if batch.segments is not None and batch.sequences is not None:
         return Tables(batch.segments, batch.sequences)
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()
-    return Tables(*segment_tables(cu_seqlens, batch.rank, batch.world_size, layout, backend))
+    form = batch.lengths, batch.layout, batch.row_length, batch.rows
+    return Tables(*segment_tables(cu_seqlens, batch.rank, batch.world_size, layout, backend, *form))

@@ -5,18 +5,35 @@ rounded to float32. NaN and infinities reach only the rows and keys that see the
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import dtype_name
-from zigzag_kernels.layout import impossible, row_position
+from zigzag_kernels.layout import impossible, packed_row, row_position
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_device, check_tensor
 from .dispatch import operator
-from .parallel import Local, Ring, Transport
+from .parallel import Local, Packing, Ring, Transport
 from .parallel.collectives import all_gather, shift
 from .shard import sequence_of_rows
+
+
+class Mask(NamedTuple):
+    """Which keys of its document a row sees: see the fields of `CallSpec`."""
+
+    causal: bool
+    window_size: tuple[int, int] = NO_WINDOW
+    attention_chunk: int = 0
+
+
+class Places(NamedTuple):
+    """Where rows or keys are: the number of their document (-1: padding), and the position in it, `[rows]` int64."""
+
+    document: torch.Tensor
+    position: torch.Tensor
 
 
 def attention(
@@ -24,69 +41,107 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    rank: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank; arguments as the kernels'.
+    packing: Packing,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (out `[T, heads, head_dim]`, lse and the largest score of each row `[heads, T]` float32) of one rank.
 
-    Between ranks K/V move as `transport` says, and autograd moves their gradients back.
+    Arguments are the kernels'. Between ranks K/V move as `transport` says, and autograd moves their gradients back.
     """
     problem = transport.problem
-    attend = functools.partial(_attend, problem, cu_seqlens=cu_seqlens, rank=rank)
+    attend = functools.partial(_attend, problem, packing)
     ranks = torch.arange(problem.world_size, device=q.device)
     if isinstance(transport, Local):
-        return attend(q, k, v, ranks=ranks)
+        return attend(q, k, v, sinks=sinks, ranks=ranks)
     reduce_dtype = getattr(torch, problem.call.grad_reduce_dtype)
     k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the dtype that they do
     if isinstance(transport, Ring):
         kv, partials = torch.cat((k, v), 1), []
         queries = q.float()  # once, so that autograd sums dQ of all steps in float32
         for step in range(problem.world_size):
-            peer = (rank - step) % problem.world_size
-            partials.append(attend(queries, *kv.chunk(2, 1), ranks=peer))
+            peer = (packing.rank - step) % problem.world_size
+            # A sink counts once a row, and every row that sees a key sees its own, in the first step.
+            partials.append(attend(queries, *kv.chunk(2, 1), sinks=None if step else sinks, ranks=peer))
             if step + 1 < problem.world_size:
                 kv = shift(kv, 1, transport.group_name)
-        out, lse = merge_partials(*(torch.stack(x) for x in zip(*partials, strict=True)))
-        return out.to(q.dtype), lse
+        outs, lses, maxima = (torch.stack(x) for x in zip(*partials, strict=True))
+        out, lse = merge_partials(outs, lses)
+        return out.to(q.dtype), lse, maxima.amax(0)
     windows = []
     for first in range(0, problem.kv_heads, problem.window):
         end = first + problem.window
         kv = torch.cat((k[:, first:end], v[:, first:end]), 1)
         kv = all_gather(kv, problem.world_size, transport.group_name)
-        windows.append(attend(q[:, first * problem.group : end * problem.group], *kv.chunk(2, 1), ranks=ranks))
-    outs, lses = zip(*windows, strict=True)
-    return torch.cat(outs, 1), torch.cat(lses)
+        heads = slice(first * problem.group, end * problem.group)
+        of_window = None if sinks is None else sinks[heads]
+        windows.append(attend(q[:, heads], *kv.chunk(2, 1), sinks=of_window, ranks=ranks))
+    outs, lses, maxima = zip(*windows, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses), torch.cat(maxima)
 
 
 def _attend(
     problem: Problem,
+    packing: Packing,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    cu_seqlens: torch.Tensor,
-    rank: torch.Tensor,
+    sinks: torch.Tensor | None,
     ranks: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) of the rows of `rank` over the keys of `ranks`; rows that see no key have out 0, lse -inf."""
-    tokens, world_size = q.shape[0], problem.world_size
-    sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-    q_position = row_position(offset, length, rank, world_size)
-    k_position = row_position(offset, length, ranks[:, None], world_size).expand(len(ranks), tokens).reshape(-1)
-    k_sequence = sequence.repeat(len(ranks))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the results of the rows of one rank over the keys of `ranks`.
+
+    Rows that see no key have out 0, lse -inf, and -inf as their largest score.
+    """
+    call, tokens = problem.call, q.shape[0]
+    rows, keys = _places(packing, packing.rank, tokens), _places(packing, ranks[:, None], tokens)
+    visible = see(Mask(call.causal, call.window_size, call.attention_chunk), rows, keys)
 
     # A factor of the results, and of the inputs for the sake of the gradients.
-    poison = torch.where(impossible(cu_seqlens, rank, world_size, tokens), float("nan"), 1.0)
-    out, lse = dense(
-        q.float() * poison,
-        k.float() * poison,
-        v.float() * poison,
-        (sequence, q_position),
-        (k_sequence, k_position),
-        problem.call.causal,
-        problem.call.softmax_scale,
+    row_length = packing.row_length if packing.is_in_rows else None
+    fault = impossible(
+        packing.cu_seqlens, packing.rank, packing.world_size, tokens, row_length=row_length, lengths=packing.lengths
     )
-    return (out * poison).to(q.dtype), lse * poison
+    poison = torch.where(fault, float("nan"), 1.0)
+    q32, k32, v32 = (x.float() * poison for x in (q, k, v))
+    sinks = None if sinks is None else sinks * poison
+    out, lse, maxima = dense_forward(q32, k32, v32, visible, sinks, call.softmax_scale, call.softcap)
+    return (out * poison).to(q.dtype), lse * poison, maxima * poison
+
+
+def _places(packing: Packing, ranks: torch.Tensor, tokens: int) -> Places:
+    """Return where the rows of `ranks` are, `[1]` or `[n, 1]`, one rank after the other."""
+    cu_seqlens, world_size = packing.cu_seqlens, packing.world_size
+    if packing.is_in_rows:
+        row = packed_row(torch.arange(tokens, device=cu_seqlens.device), packing.row_length, ranks, world_size)
+        document = torch.searchsorted(cu_seqlens, row.int(), right=True) - 1
+        document = torch.where(row < cu_seqlens[-1], document, -1)
+        position = row - cu_seqlens[document.clamp(min=0)]
+    else:
+        document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+        position = row_position(offset, length, ranks, world_size)
+        document = document.expand(position.shape)
+    document, position = document.reshape(-1), position.reshape(-1)
+    if packing.lengths is not None and len(packing.lengths):
+        document = torch.where(position < packing.lengths[document.clamp(min=0)], document, -1)
+    return Places(document, position)
+
+
+def see(mask: Mask, rows: Places, keys: Places) -> torch.Tensor:
+    """Return `[rows, keys]`: whether each row sees each key."""
+    row, key = rows.position[:, None], keys.position[None, :]
+    # Not in place: under vmap one of two may have a batch dimension that the other lacks.
+    visible = (rows.document[:, None] == keys.document[None, :]) & (keys.document >= 0)[None, :]
+    if mask.causal:
+        visible = visible & (key <= row)
+    left, right = mask.window_size
+    if left >= 0:
+        visible = visible & (key >= row - left)
+    if right >= 0:
+        visible = visible & (key <= row + right)
+    if mask.attention_chunk:
+        visible = visible & (row // mask.attention_chunk == key // mask.attention_chunk)
+    return visible
 
 
 def varlen_attention(
@@ -95,48 +150,42 @@ def varlen_attention(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    causal: bool,
+    mask: Mask,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32) of sequences with keys in position order.
 
-    The causal mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2.
+    The mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2.
     """
     q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
     k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
     k_length = cu_seqlens_k.diff()[q_sequence.clamp(min=0)] if len(cu_seqlens_k) > 1 else 0
-    out, lse = dense(
-        q.float(),
-        k.float(),
-        v.float(),
-        (q_sequence, q_position + k_length - q_length),
-        (k_sequence, k_position),
-        causal,
-        softmax_scale,
-    )
+    rows = Places(q_sequence, q_position + k_length - q_length)
+    visible = see(mask, rows, Places(k_sequence, k_position))
+    out, lse, _ = dense_forward(q.float(), k.float(), v.float(), visible, None, softmax_scale, 0.0)
     return out.to(q.dtype), lse
-
-
-def dense(q, k, v, rows, keys, causal, softmax_scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 (out, lse) where `rows` and `keys` are (sequence, position) of each; sequence -1 is padding.
-
-    Rows that see no key have out 0 and lse -inf.
-    """
-    (q_sequence, q_position), (k_sequence, k_position) = rows, keys
-    visible = (q_sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
-    if causal:
-        # Not in place: under vmap one of the two may have a batch dimension that the other lacks.
-        visible = visible & (q_position[:, None] >= k_position[None, :])
-    return dense_forward(q, k, v, visible, softmax_scale)
 
 
 @operator("zigzag::dense_forward")
 def dense_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, softmax_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 (out, lse) of rows over the keys that `visible [rows, keys]` lets them see."""
-    probabilities, lse = _probabilities(q, k, visible, softmax_scale)
-    return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse.reshape(q.shape[1], len(q))
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 (out, lse, largest score) of rows over the keys that `visible [rows, keys]` lets them see.
+
+    The largest scores have no gradient.
+    """
+    scores = _scores(q, k, visible, softmax_scale, softcap)
+    softmax = _softmax(scores, visible, sinks)
+    out = _mix_keys(softmax.probabilities, visible, v, signed=False).reshape(q.shape)
+    of_row = q.shape[1], len(q)
+    maxima = scores.amax(-1) if len(k) else scores.new_full(scores.shape[:3], float("-inf"))
+    return out, softmax.lse.reshape(of_row), maxima.reshape(of_row)
 
 
 @operator("zigzag::dense_backward")
@@ -148,41 +197,54 @@ def dense_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     visible: torch.Tensor,
+    sinks: torch.Tensor | None,
     softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return float32 (dq, dk, dv) of `dense_forward`."""
-    probabilities, _ = _probabilities(q, k, visible, softmax_scale)
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 (dq, dk, dv, dsinks) of `dense_forward`; dsinks is empty without sinks."""
+    scores = _scores(q, k, visible, softmax_scale, softcap)
+    probabilities, _, of_sinks = _softmax(scores, visible, sinks)
     of_row = -(dout * out).sum(-1).T
     if dlse is not None:
         of_row = of_row + dlse
+    of_row = of_row.reshape(probabilities.shape[:3])
     dprobabilities = _product("tkgd,skd->kgts", _grouped(dout, k), v)
-    dscores = probabilities * (dprobabilities + of_row.reshape(probabilities.shape[:3])[..., None])
+    dscores = probabilities * (dprobabilities + of_row[..., None])
+    if softcap:
+        dscores = dscores * (1 - (scores / softcap) ** 2)
     dscores = dscores.masked_fill(~visible, 0.0)
     dq = _mix_keys(dscores, visible, k, signed=True) * softmax_scale
     dk = _mix_rows(dscores, visible, _grouped(q, k), signed=True) * softmax_scale
-    return dq.reshape(q.shape), dk, _mix_rows(probabilities, visible, _grouped(dout, k), signed=False)
+    dv = _mix_rows(probabilities, visible, _grouped(dout, k), signed=False)
+    dsinks = q.new_zeros(0)
+    if of_sinks is not None:
+        dsinks = (of_sinks * of_row).masked_fill(~visible.any(1), 0.0).sum(-1).reshape(-1)
+    return dq.reshape(q.shape), dk, dv, dsinks
 
 
 @dense_forward.register_fake
-def _(q, k, v, visible, softmax_scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+def _(q, k, v, visible, sinks, softmax_scale, softcap):
+    of_row = q.shape[1], q.shape[0]
+    return q.new_empty(q.shape), q.new_empty(of_row), q.new_empty(of_row)
 
 
 @dense_backward.register_fake
-def _(q, k, v, *others):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(q, k, v, out, dout, dlse, visible, sinks, softmax_scale, softcap):
+    dsinks = q.new_empty(0 if sinks is None else q.shape[1])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, visible, ctx.softmax_scale = inputs
-    ctx.save_for_backward(q, k, v, output[0], visible)
+    q, k, v, visible, sinks, *ctx.constants = inputs
+    ctx.save_for_backward(q, k, v, output[0], visible, sinks)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, dlse) -> tuple:
-    q, k, v, out, visible = ctx.saved_tensors
+def _differentiate(ctx, dout, dlse, _) -> tuple:
+    q, k, v, out, visible, sinks = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return *dense_backward(q, k, v, out, dout, dlse, visible, ctx.softmax_scale), None, None
+    dq, dk, dv, dsinks = dense_backward(q, k, v, out, dout, dlse, visible, sinks, *ctx.constants)
+    return dq, dk, dv, None, None if sinks is None else dsinks, None, None
 
 
 dense_forward.register_autograd(_differentiate, setup_context=_save)
@@ -194,20 +256,42 @@ def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return x.unflatten(1, (k.shape[1], -1))
 
 
-def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, softmax_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (probabilities `[kv_heads, group, rows, keys]`, lse `[kv_heads, group, rows]`), 0 for unseen keys."""
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, softmax_scale: float, softcap: float
+) -> torch.Tensor:
+    """Return the scores `[kv_heads, group, rows, keys]`, scaled and capped, -inf for keys that a row does not see."""
     scores = _product("tkgd,skd->kgts", _grouped(q, k), k) * softmax_scale
-    scores = scores.masked_fill(~visible, float("-inf"))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~visible, float("-inf"))
+
+
+class _Softmax(NamedTuple):
+    """The softmax of scores and sinks; the share of a row's sink is None without sinks."""
+
+    probabilities: torch.Tensor  # [kv_heads, group, rows, keys], 0 for keys that a row does not see
+    lse: torch.Tensor  # [kv_heads, group, rows]
+    of_sinks: torch.Tensor | None  # [kv_heads, group, rows]
+
+
+def _softmax(scores: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> _Softmax:
     alone = ~visible.any(1)
-    maximum = scores.amax(-1) if len(k) else scores.new_zeros(scores.shape[:3])
+    maximum = scores.amax(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:3])
+    if sinks is not None:
+        sinks = sinks.reshape(*scores.shape[:2], 1)
+        maximum = torch.maximum(maximum, sinks)
     maximum = maximum.masked_fill(alone, 0.0)
     # Divided by their sum, the weights add up to 1 whatever the size of the scores: lse would round large ones.
     weights = torch.exp(scores - maximum[..., None])
-    total = weights.sum(-1).masked_fill(alone, 1.0)
+    total = weights.sum(-1)
+    of_sinks = None
+    if sinks is not None:
+        of_sinks = torch.exp(sinks - maximum)
+        total = total + of_sinks
+    total = total.masked_fill(alone, 1.0)
     probabilities = (weights / total[..., None]).masked_fill(~visible, 0.0)
-    return probabilities, (maximum + torch.log(total)).masked_fill(alone, float("-inf"))
+    lse = (maximum + torch.log(total)).masked_fill(alone, float("-inf"))
+    return _Softmax(probabilities, lse, None if of_sinks is None else of_sinks / total)
 
 
 def _product(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

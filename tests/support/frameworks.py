@@ -13,20 +13,45 @@ from tests.support.cases import RESULTS
 from tests.support.processes import torch_numpy
 
 
-def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True):
-    """`q [T, ...]`, gathered `k, v`, cotangents -> {name: array}: RESULTS, in the kernel's own dtype."""
+def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True, sinks=None):
+    """`q [T, ...]`, gathered `k, v`, cotangents -> {name: array}: the case's results, in the kernel's own dtype."""
     device = "cuda" if backend == "triton" else "cpu"
     dtype = getattr(torch, case.dtype)
-    q, k, v = (torch.tensor(x, dtype=dtype, device=device, requires_grad=True) for x in (q, k, v))
+    leaves = [torch.tensor(x, dtype=dtype, device=device, requires_grad=True) for x in (q, k, v)]
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
-    out, lse = zigzag_torch.zigzag_attention_gathered(
-        q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, softmax_scale=case.softmax_scale,
-        return_lse=True, backend=backend, deterministic=deterministic,
+    options = torch_options(case)
+    if sinks is not None:
+        leaves.append(torch.tensor(sinks, device=device, requires_grad=True))
+        options["sinks"] = leaves[-1]
+    if case.lengths_real is not None or case.row_length:
+        cu_seqlens = prepare_torch(case, cu_seqlens, rank, backend)
+    out, lse, *max_logits = zigzag_torch.zigzag_attention_gathered(
+        *leaves[:3], cu_seqlens, rank, case.world_size, return_lse=True, backend=backend, deterministic=deterministic,
+        **options,
     )  # fmt: skip
     cotangents = torch.tensor(dout, dtype=dtype, device=device), torch.tensor(dlse, device=device)
-    gradients = torch.autograd.grad((out, lse), (q, k, v), cotangents)
-    results = (out, lse, *gradients)
-    return {name: torch_numpy(x) for name, x in zip(RESULTS, results, strict=True)}
+    dq, dk, dv, *dsinks = torch.autograd.grad((out, lse), leaves, cotangents)
+    results = out, lse, dq, dk, dv, *max_logits, *dsinks
+    return {name: torch_numpy(x) for name, x in zip(case.results, results, strict=True)}
+
+
+def torch_options(case):
+    """Keyword arguments of the torch calls, sinks aside."""
+    options = {"causal": case.causal, "softmax_scale": case.softmax_scale}
+    if case.has_options:
+        names = "window_size", "attention_chunk", "softcap", "layout"
+        options |= {name: getattr(case, name) for name in names} | {"return_max_logits": True}
+    return options
+
+
+def prepare_torch(case, cu_seqlens, rank, backend, **others):
+    """The prepared batch of `case`; `others` may be a group, which knows the rank, and a method."""
+    of_rank = {} if "group" in others else {"rank": rank, "world_size": case.world_size}
+    lengths = None if case.lengths_real is None else cu_seqlens.new_tensor(case.lengths_real)
+    packed = {"layout": case.layout, "lengths": lengths}
+    if case.layout == "row":
+        packed |= {"row_length": case.row_length or case.total, "rows": case.rows}
+    return zigzag_torch.prepare_batch(cu_seqlens, **of_rank, backend=backend, **packed, **others)
 
 
 @functools.cache

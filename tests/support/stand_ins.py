@@ -14,7 +14,11 @@ def _flash_attn_varlen_forward(
     window_size=(-1, -1), alibi_slopes=None, return_softmax=False,
 ):  # fmt: skip
     assert dropout_p == 0
-    return *reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale), None, None
+    return (
+        *reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, reference.Mask(causal), softmax_scale),
+        None,
+        None,
+    )
 
 
 def _flash_attn_varlen_backward(

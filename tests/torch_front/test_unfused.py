@@ -140,7 +140,7 @@ def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         with torch.enable_grad():
-            results = dense(*leaves, cum_seq_q, cum_seq_k, is_causal, scale)
+            results = dense(*leaves, cum_seq_q, cum_seq_k, flash2.reference.Mask(is_causal), scale)
         for given, expected in zip((out, logsumexp), results, strict=True):
             torch.testing.assert_close(given, expected)
         return torch.autograd.grad(results[0], leaves, grad_out)

@@ -32,7 +32,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
     if not is_flash(q):
-        return reference.varlen_attention(q, k, v, *lengths[:2], causal, softmax_scale)
+        return reference.varlen_attention(q, k, v, *lengths[:2], reference.Mask(causal), softmax_scale)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_bounded(lengths), 0.0, causal, False, scale=softmax_scale
     )

@@ -19,12 +19,13 @@ from .. import launch
 from .allgather import AllGather
 from .local import Local
 from .ring import Ring
-from .transport import Residuals, Tables
+from .transport import Packing, Residuals, Tables
 
 __all__ = [
     "AllGather",
     "Local",
     "Moving",
+    "Packing",
     "Residuals",
     "Ring",
     "Tables",

@@ -156,11 +156,18 @@ def _facts_of_call(problem: Problem, others: Facts) -> tuple[Facts, int]:
         "k": keys,
         "v": keys,
         "causal": call.causal,
+        "window_size": call.window_size,
+        "attention_chunk": call.attention_chunk,
+        "softcap": call.softcap,
+        "sinks": call.has_sinks,
         "softmax_scale": call.softmax_scale,
         "method": call.method,
         "heads_k_stride": choose_heads_k_stride(call.heads_k_stride, problem),
         "grad_reduce_dtype": call.grad_reduce_dtype,
+        "return_max_logits": call.return_max_logits,
         "backend": call.backend,
+        "layout": call.layout.value,
+        "lengths": call.has_lengths,
     }
     facts = tuple((facts | dict(others)).items())
     return facts, _digest(facts)

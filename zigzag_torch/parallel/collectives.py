@@ -83,18 +83,29 @@ def wait(works: list, group: dist.ProcessGroup) -> None:
 
 @operator("zigzag::common_rank")
 def common_rank(
-    cu_seqlens: torch.Tensor, unsharded: torch.Tensor | None, rank: torch.Tensor, group_name: str, call: str
+    cu_seqlens: torch.Tensor,
+    unsharded: torch.Tensor | None,
+    rank: torch.Tensor,
+    group_name: str,
+    call: str,
+    lengths: torch.Tensor | None = None,
+    layout: str = "document",
 ) -> torch.Tensor:
-    """Return `rank`, or -1 on every rank if `cu_seqlens` or `unsharded` is not the same on all of them.
+    """Return `rank`, or -1 on every rank if one of the other tensors is not the same on all of them.
 
     The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere. Ranks compare
-    fingerprints, so that the message has one size, however many sequences there are.
+    fingerprints, so that the message has one size, however many sequences there are. They agree on the `layout`, in
+    words, before.
     """
     group = resolve(group_name)
-    agree(group, (("call", call), ("unsharded", "nothing" if unsharded is None else "a tensor")))
+    facts: dict = {"call": call, "layout": layout}
+    for name, x in {"unsharded": unsharded, "lengths": lengths}.items():
+        facts[name] = "nothing" if x is None else "a tensor"
+    agree(group, tuple(facts.items()))
     own = fingerprint(cu_seqlens)
-    if unsharded is not None:
-        own = own * _STEP + fingerprint(unsharded)
+    for x in (unsharded, lengths):
+        if x is not None:
+            own = own * _STEP + fingerprint(x)
     extremes = torch.stack((own, ~own))  # the largest of ~x is ~ of the smallest x
     maximum_in_place(extremes, group)
     largest, largest_inverse = extremes
@@ -113,8 +124,23 @@ def fingerprint(x: torch.Tensor) -> torch.Tensor:
 
 
 @common_rank.register_fake
-def _(cu_seqlens, unsharded, rank, group_name, call):
+def _(cu_seqlens, unsharded, rank, group_name, call, lengths=None, layout="document"):
     return rank.new_empty(rank.shape)
+
+
+@operator("zigzag::largest_of_ranks")
+def largest_of_ranks(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    """Return the largest of each element of `x` over the ranks; NaN if it is NaN on any of them. It has no gradient."""
+    is_nan = x.isnan()  # of two numbers, some collectives return the one that is not NaN
+    both = torch.stack((x.masked_fill(is_nan, float("-inf")), is_nan.to(x.dtype)))
+    maximum_in_place(both, resolve(group_name))
+    largest, any_nan = both
+    return largest.masked_fill(any_nan > 0, float("nan"))
+
+
+@largest_of_ranks.register_fake
+def _(x, group_name):
+    return x.new_empty(x.shape)
 
 
 @operator("zigzag::all_gather")

@@ -7,12 +7,34 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from zigzag_kernels.modes import Layout
 from zigzag_kernels.problem import Problem
 
 from .. import launch
 
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Part
+
+
+class Packing(NamedTuple):
+    """How documents are packed and dealt out to the ranks: the contents of a rank's rows follow from it.
+
+    The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
+    int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
+    """
+
+    cu_seqlens: torch.Tensor
+    rank: torch.Tensor
+    lengths: torch.Tensor | None
+    world_size: int
+    layout: str
+    row_length: int
+    rows: int
+
+    @property
+    def is_in_rows(self) -> bool:
+        """Whether packed rows are cut into chunks, not documents; one rank holds them whole, which is the same."""
+        return self.layout == Layout.ROW and self.world_size > 1
 
 
 class Tables(NamedTuple):
