@@ -223,59 +223,6 @@ def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tup
     return row_length, check_int("rows", rows, 1, MAX_OFFSET, "a positive number of packed rows")
 
 
-def check_row_length(
-    layout: str, row_length: int | None, world_size: int, total: int | None, name: str = "total"
-) -> int | None:
-    """Return the tokens of one packed row, None in the document layout; `ValueError` unless rows can be dealt out.
-
-    `row_length` None means one row of all `total` tokens, and `total` None that their number is unknown. `name` is the
-    argument that says the total.
-    """
-    if check_layout(layout) is Layout.DOCUMENT:
-        if row_length is not None:
-            raise ValueError(f"row_length: expected None with layout 'document', got {row_length!r}")
-        return None
-    if row_length is None:
-        if total is None:
-            raise ValueError("row_length: expected the tokens of a packed row over all ranks, got None")
-        culprit, row_length = name, total
-    else:
-        culprit, expected = "row_length", f"the tokens of a packed row over all ranks, 1 to {MAX_OFFSET}"
-        row_length = check_int(culprit, row_length, 1, MAX_OFFSET, expected)
-    if world_size > 1 and row_length % (2 * world_size):
-        raise ValueError(
-            f"{culprit}: expected packed rows of a multiple of 2 * world_size = {2 * world_size} tokens, got "
-            f"{row_length}; pad_to_zigzag makes one so"
-        )
-    if total is not None and total % max(row_length, 1):
-        raise ValueError(f"row_length: expected a divisor of the {total} tokens that all rows have, got {row_length}")
-    if world_size > 1 and total is not None and total > MAX_OFFSET:
-        raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in the row layout, got {total}")
-    return row_length
-
-
-def check_documents_in_rows(
-    cu_seqlens: list[int], world_size: int, row_length: int, total: int | None = None, name: str = "cu_seqlens"
-) -> None:
-    """Raise `ValueError` unless documents of these offsets, on the host, lie in packed rows of `row_length` tokens.
-
-    `total` is the number of tokens of all rows; only the last row may have padding, behind the last document.
-    """
-    check_lengths(cu_seqlens, 1, total, name)
-    if world_size == 1:
-        return
-    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
-        if start < end and start // row_length != (end - 1) // row_length:
-            raise ValueError(
-                f"{name}: expected documents within a row of {row_length} tokens, got {start} to {end} (document {i})"
-            )
-    if total is not None and cu_seqlens[-1] < total - row_length:
-        raise ValueError(
-            f"{name}: expected to end in the last row of {row_length} tokens, at {total - row_length} or behind, got "
-            f"{cu_seqlens[-1]}; padding of other rows is a document of real length 0"
-        )
-
-
 def check_method(method: str) -> None:
     """Raise `ValueError` unless `method` is a way of moving K/V between ranks: see `modes.Method`."""
     if method not in METHODS:
@@ -311,23 +258,6 @@ def check_rows(name: str, shape: tuple[int, ...], world_size: int, end: int | No
             "a [batch, tokens] array is given row by row"
         )
     return shape[0] // world_size
-
-
-def is_batch_of_rows(name: str, shape: tuple[int, ...], row_length: int, parts: int) -> bool:
-    """Return whether a shape is `[parts * B, row_length / parts, ...]`, and not `[total, ...]` with the same tokens.
-
-    Raises `ValueError` for a shape that may be either. `parts` is 1 for whole rows, and the number of ranks for rows
-    that are dealt out.
-    """
-    share = row_length // parts
-    if len(shape) < 2 or shape[1] != share or shape[0] % parts:
-        return False
-    if shape[0] and shape[0] % row_length == 0:
-        raise ValueError(
-            f"{name}: expected [total, ...], or [rows, {share}, ...] for packed rows of {row_length} tokens, got shape "
-            f"{shape}, which may be either: reshape it so that its second dimension tells"
-        )
-    return True
 
 
 def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):

@@ -58,6 +58,25 @@ def gathered_packed_row(row, row_length: int, tokens: int, world_size: int):
     return gathered_row(row - start, start, row_length, tokens, world_size)
 
 
+def piece_offsets(offset, row_length: int, rank, world_size: int):
+    """Return (early, late, used) local rows of `rank` for the row `offset` of the unsharded batch, in the row layout.
+
+    A document that begins at `offset` begins at `early` in the rank's early chunk of the packed row, and at `late` in
+    the late one: at a chunk's border if it begins outside. `used` counts the local rows that hold rows before `offset`.
+    """
+    chunk = chunk_length(row_length, world_size)
+    number = offset // max(row_length, 1)
+    position = offset - number * row_length
+    before_early = _clipped(position - rank * chunk, chunk)
+    before_late = _clipped(position - (2 * world_size - 1 - rank) * chunk, chunk)
+    first = 2 * number * chunk
+    return first + before_early, first + chunk + before_late, first + before_early + before_late
+
+
+def _clipped(x, most: int):
+    return (x > 0) * (x < most) * x + (x >= most) * most
+
+
 def padded_length(length: int, world_size: int) -> int:
     """The smallest length not below `length` that can be dealt out to `world_size` ranks."""
     step = 1 if world_size == 1 else 2 * world_size

@@ -23,9 +23,10 @@ from .compat.llama3 import (
 )
 from .compat.ring_flash_attn import patch_ring_flash_attn
 from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
+from .padding import pad_to_zigzag, unpad
 from .profiling import profile_report
 from .reference import merge_partials
-from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
+from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",

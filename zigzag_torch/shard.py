@@ -1,23 +1,39 @@
 """Dealing a packed batch out to the ranks, and putting it together again; never on the hot path of attention."""
 
-import itertools
+import functools
 
 import torch
 
+from zigzag_kernels.batch_checks import (
+    check_host_offsets,
+    check_row_length,
+    check_whole_batch,
+    is_batch_of_rows,
+    unsaid_rows,
+)
 from zigzag_kernels.checks import (
     MAX_ROWS,
-    check_fill,
     check_int,
-    check_lengths,
+    check_layout,
+    check_offsets,
     check_rank,
+    check_real_lengths,
+    check_real_lengths_array,
     check_rows,
-    check_unsaid_rows,
     check_world_size,
     dtype_name,
 )
-from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_length, row_position
+from zigzag_kernels.layout import (
+    gathered_packed_row,
+    gathered_row,
+    impossible,
+    packed_row,
+    piece_offsets,
+    row_position,
+)
+from zigzag_kernels.modes import Layout
 
-from .arguments import as_cu_seqlens, as_rank, check_batch, check_device, check_tensor, mark_padded, readable
+from .arguments import as_cu_seqlens, as_rank, check_batch, check_device, check_tensor, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
 from .parallel.collectives import fingerprint
 
@@ -40,39 +56,103 @@ def sequence_of_rows(
     return sequence, offset, length
 
 
-def local_cu_seqlens(cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Return `[N + 1]` int32: the offsets of the sequences in the local rows of any rank.
+def documents_at(cu_seqlens: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (document, position in it) of `rows` of the unsharded batch, int64; -1 and 0 behind the last document."""
+    document = torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
+    inside = (rows < cu_seqlens[-1]) & (document >= 0)
+    document = torch.where(inside, document, -1)
+    return document, torch.where(inside, rows - cu_seqlens[document.clamp(min=0)], 0)
 
-    Raises `ValueError` for offsets that `validate` refuses; if they are on a GPU, all of the result is -1 instead.
+
+def place_of_rows(
+    cu_seqlens: torch.Tensor,
+    rank: torch.Tensor,
+    world_size: int,
+    tokens: int,
+    row_length: int | None = None,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (document, position in it) of the local rows of `rank`, int64; document -1 is padding.
+
+    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is None in the document layout, and
+    the tokens of a packed row in the row layout. `lengths [N]` are real lengths, behind which documents are padding.
     """
-    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
-    fault = _fault(cu_seqlens, 0, world_size)
-    return _poisoned(torch.div(cu_seqlens, world_size, rounding_mode="floor"), fault)
+    if row_length is None or world_size == 1:
+        document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+        document, position = torch.broadcast_tensors(document, row_position(offset, length, rank, world_size))
+    else:
+        rows = torch.arange(tokens, device=cu_seqlens.device)
+        document, position = documents_at(cu_seqlens, packed_row(rows, row_length, rank, world_size))
+    if lengths is not None and len(lengths):
+        real = lengths[document.clamp(0, len(lengths) - 1)]  # of impossible offsets a document may be none
+        document = torch.where(position < real, document, -1)
+    return document, position
+
+
+def local_cu_seqlens(
+    cu_seqlens: torch.Tensor,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+    rank: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the offsets, int32, of the pieces of documents in the local rows of a rank.
+
+    In the document layout every document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In
+    the row layout it is `[2 * N + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the
+    rank's early chunk and in the late one, which are counted in the order of the local rows. Most of them are empty.
+    Rows behind the last offset are padding. One rank has the document layout.
+
+    Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and in the row layout without
+    `row_length`; if the values are on a GPU, all of the result is -1 instead.
+    """
+    layout = check_layout(layout)
+    if rank is None and layout is Layout.ROW and check_world_size(world_size) > 1:
+        raise ValueError("rank: expected the rank whose pieces to count, as layout is 'row', got None")
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, 0 if rank is None else rank, world_size, layout)
+    row_length = check_row_length(layout, row_length, world_size, None)
+    fault = _fault(cu_seqlens, rank, world_size, row_length=row_length)
+    if row_length is None or world_size == 1:
+        return _poisoned(torch.div(cu_seqlens, world_size, rounding_mode="floor"), fault)
+    early, late, used = piece_offsets(cu_seqlens, row_length, as_rank(rank, cu_seqlens.device), world_size)
+    starts = torch.cat((early[:-1], late[:-1])).minimum(used[-1]).sort()[0]
+    return _poisoned(torch.cat((starts, used[-1:])), fault)
 
 
 def position_ids(
-    cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int | None = None
+    cu_seqlens: torch.Tensor,
+    rank: int | torch.Tensor,
+    world_size: int,
+    tokens: int | None = None,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
 ) -> torch.Tensor:
-    """Return `[T]` int32: the position in its sequence of every local row of `rank` (for RoPE); 0 for padding.
+    """Return `[T]` int32: the position in its document of every local row of `rank` (for RoPE); 0 for padding.
 
-    `tokens` is T; without it `cu_seqlens` is read, which waits for the device. Raises `ValueError` for offsets that
-    `validate` refuses, for a rank that is none, and for fewer `tokens` than the sequences have; if the values are on a
-    GPU, all positions are -1 instead.
+    `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and padding is not counted but for that
+    which fills the last row of `row_length`. In the row layout `row_length` None is one row of all tokens. Raises
+    `ValueError` for offsets that `validate` refuses, for a rank that is none, and for fewer `tokens` than the documents
+    have; if the values are on a GPU, all positions are -1 instead.
     """
-    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, check_layout(layout))
     if tokens is None:
         offsets = cu_seqlens.tolist()
-        check_lengths(offsets, world_size)
-        tokens = check_unsaid_rows(offsets[-1] // world_size)
+        tokens = unsaid_rows(offsets, world_size, layout, row_length)
     tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
-    fault = _fault(cu_seqlens, rank, world_size, tokens)
-    _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-    position = row_position(offset, length, as_rank(rank, cu_seqlens.device), world_size)
-    return _poisoned((position * (length > 0)).int(), fault)
+    row_length = check_row_length(layout, row_length, world_size, world_size * tokens, "tokens")
+    fault = _fault(cu_seqlens, rank, world_size, tokens, row_length)
+    document, position = place_of_rows(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, tokens, row_length)
+    return _poisoned((position * (document >= 0)).int(), fault)
 
 
 def _fault(
-    cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int | None = None
+    cu_seqlens: torch.Tensor,
+    rank: int | torch.Tensor,
+    world_size: int,
+    tokens: int | None = None,
+    row_length: int | None = None,
 ) -> torch.Tensor | None:
     """Return whether the values cannot describe a batch of `tokens` local rows, as a tensor that nobody has read.
 
@@ -80,14 +160,9 @@ def _fault(
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
-        return impossible(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, tokens)
+        return impossible(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, tokens, row_length)
     check_rank(rank if number else int(rank), world_size, False)
-    offsets = cu_seqlens.tolist()
-    check_lengths(offsets, world_size)
-    if tokens is not None and offsets[-1] > tokens * world_size:
-        raise ValueError(
-            f"tokens: expected at least the {offsets[-1] // world_size} local rows of cu_seqlens, got {tokens}"
-        )
+    check_host_offsets(cu_seqlens.tolist(), world_size, tokens, row_length)
     return None
 
 
@@ -110,54 +185,109 @@ def _rows_of(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> int:
     return check_rows("x", tuple(x.shape), world_size, end)
 
 
+def _one_after_another(
+    x: torch.Tensor, layout: Layout, row_length: int | None, world_size: int, parts: int
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`."""
+    check_tensor("x", x)
+    if layout is Layout.DOCUMENT or row_length is None:
+        return x, ()
+    row_length = check_row_length(layout, row_length, world_size, None)
+    if row_length is None or not is_batch_of_rows("x", tuple(x.shape), row_length, parts):
+        return x, ()
+    return x.flatten(0, 1), tuple(x.shape[:2])
+
+
 def _take(x: torch.Tensor, rows: torch.Tensor, fault: torch.Tensor | None) -> torch.Tensor:
     """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
     return x[rows] if fault is None else _poisoned(x[rows.masked_fill(fault, 0)], fault)
 
 
-def _global_rows(cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int) -> torch.Tensor:
-    """Return `[T]`: the row of the unsharded batch that each local row holds; ranks share padding evenly."""
+def _global_rows(
+    cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int, tokens: int, row_length: int | None
+) -> torch.Tensor:
+    """Return `[T]`: the row of the unsharded batch that each local row holds.
+
+    Of the document layout ranks share the padding behind the last document evenly.
+    """
     rank = as_rank(rank, cu_seqlens.device)
+    rows = torch.arange(tokens, device=cu_seqlens.device)
+    if row_length is not None and world_size > 1:
+        return packed_row(rows, row_length, rank, world_size)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
     used = cu_seqlens[-1].long()
     local_used = used // world_size
-    rows = torch.arange(tokens, device=cu_seqlens.device)
     padding = used + rank * (tokens - local_used) + rows - local_used
     return torch.where(sequence >= 0, cu_seqlens[sequence.clamp(min=0)] + position, padding)
 
 
-def shard(x: torch.Tensor, cu_seqlens: torch.Tensor, rank: int | torch.Tensor, world_size: int) -> torch.Tensor:
+def shard(
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    rank: int | torch.Tensor,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> torch.Tensor:
     """Return the zigzag rows `[total / W, ...]` of `rank` from the unsharded batch `x [total, ...]`; differentiable.
 
-    Rows of `x` behind the last sequence are padding, which ranks share evenly. Raises `ValueError` if `total` is not a
-    multiple of W, for offsets that `validate` refuses, and for a rank that is none; if those values are on a GPU, all
-    of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
+    Rows of `x` behind the last document are padding, which ranks share evenly in the document layout. In the row layout
+    packed rows of `row_length` tokens are dealt out, of which only the last may have padding; None is one row of all
+    tokens. There `x` may also be `[B, row_length, ...]`, whose rows follow one another in `cu_seqlens`; the result is
+    `[B, row_length / W, ...]`.
+
+    Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` refuses, and for a rank that is
+    none; if those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
+    if it has unsigned ones.
     """
-    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+    layout = check_layout(layout)
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
+    x, batch = _one_after_another(x, layout, row_length, world_size, 1)
     tokens = _rows_of(x, cu_seqlens, world_size)
-    fault = _fault(cu_seqlens, rank, world_size, tokens)
-    return _take(x, _global_rows(cu_seqlens, rank, world_size, tokens), fault)
+    row_length = check_row_length(layout, row_length, world_size, x.shape[0], "x")
+    fault = _fault(cu_seqlens, rank, world_size, tokens, row_length)
+    result = _take(x, _global_rows(cu_seqlens, rank, world_size, tokens, row_length), fault)
+    return result.unflatten(0, (batch[0], batch[1] // world_size)) if batch else result
 
 
-def unshard(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
+def unshard(
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> torch.Tensor:
     """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks.
 
-    It treats offsets that `validate` refuses as `shard` does.
+    In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind those of another; the
+    result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does.
     """
-    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
-    fault = _fault(cu_seqlens, 0, world_size, _rows_of(x, cu_seqlens, world_size))
-    return _take(x, position_order(cu_seqlens, world_size, x.shape[0]), fault)
+    layout = check_layout(layout)
+    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
+    x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
+    tokens = _rows_of(x, cu_seqlens, world_size)
+    row_length = check_row_length(layout, row_length, world_size, x.shape[0], "x")
+    fault = _fault(cu_seqlens, 0, world_size, tokens, row_length)
+    result = _take(x, position_order(cu_seqlens, world_size, x.shape[0], row_length), fault)
+    return result.unflatten(0, (batch[0] // world_size, batch[1] * world_size)) if batch else result
 
 
-def position_order(cu_seqlens: torch.Tensor, world_size: int, total: int) -> torch.Tensor:
+def position_order(
+    cu_seqlens: torch.Tensor, world_size: int, total: int, row_length: int | None = None
+) -> torch.Tensor:
     """Return `[total]`: the row of the gathered, rank-major buffer that holds each row of the unsharded batch.
 
-    Raises `ValueError` if `total` is not a multiple of `world_size`.
+    `row_length` is None in the document layout. Raises `ValueError` if `total` is not a multiple of `world_size`.
     """
     if total % world_size:
         raise ValueError(f"x: expected a multiple of world_size = {world_size} rows, got {total}")
     tokens = total // world_size
+    if row_length is not None and world_size > 1:
+        rows = torch.arange(total, device=cu_seqlens.device)
+        return gathered_packed_row(rows, row_length, tokens, world_size)
     sequence, position, length = sequence_of_rows(cu_seqlens, 1, total)
     start = cu_seqlens[sequence.clamp(min=0)].long()
     used = cu_seqlens[-1].long()
@@ -168,85 +298,28 @@ def position_order(cu_seqlens: torch.Tensor, world_size: int, total: int) -> tor
     return torch.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
 
 
-def pad_to_zigzag(
-    x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, total: int | None = None, *, value: float = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad sequences with `value` to multiples of 2W; return (the padded `x`, its `cu_seqlens`).
-
-    `total` pads the end too, to a fixed number of rows (a multiple of W). The host reads the lengths. With one rank
-    lengths stay as they are. `value` is 0 for tokens; labels want the index that the loss ignores, such as -100.
-
-    Padded positions are keys like any other behind their sequence: under a causal mask no real token sees them.
-    Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function.
-    """
-    check_tensor("x", x)
-    lengths = _host_lengths(x, cu_seqlens, world_size)
-    padded = [padded_length(length, world_size) for length in lengths]
-    if total is None:
-        total = sum(padded)
-    expected = f"a multiple of world_size = {world_size}, at least {sum(padded)}"
-    if check_int("total", total, sum(padded), MAX_OFFSET, expected) % world_size:
-        raise ValueError(f"total: expected {expected}, got {total}")
-    result = x.new_full((total, *x.shape[1:]), check_fill("value", value, dtype_name(x), _limits(x.dtype)))
-    rows, new_cu_seqlens = _padded_rows(lengths, padded, x.device)
-    if padded != lengths:
-        mark_padded(new_cu_seqlens)
-    return result.index_copy(0, rows, x[: len(rows)]), new_cu_seqlens
-
-
-def _limits(dtype: torch.dtype) -> tuple[float, float]:
-    if dtype == torch.bool:
-        return 0, 1
-    limits = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
-    return limits.min, limits.max
-
-
-def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Undo `pad_to_zigzag`: return the rows of the original batch; `cu_seqlens` is that of the original batch."""
-    lengths = _host_lengths(None, cu_seqlens, world_size)
-    padded = [padded_length(length, world_size) for length in lengths]
-    check_tensor("x", x)
-    if not x.ndim or x.shape[0] < sum(padded):
-        raise ValueError(
-            f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
-        )
-    return x[_padded_rows(lengths, padded, x.device)[0]]
-
-
-def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: int) -> list[int]:
-    check_world_size(world_size)
-    starts = as_cu_seqlens(cu_seqlens, 1).tolist()
-    check_lengths(starts, 1)
-    if x is not None:
-        check_rows("x", tuple(x.shape), 1, starts[-1])
-    return [end - start for start, end in itertools.pairwise(starts)]
-
-
-def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (the row in the padded batch of every original row, the padded `cu_seqlens`)."""
-    starts = torch.tensor([0, *padded], device=device).cumsum(0)
-    rows = [torch.arange(length, device=device) + start for start, length in zip(starts, lengths, strict=False)]
-    empty = torch.arange(0, device=device)
-    return torch.cat([empty, *rows]), starts.int()
-
-
 def validate(
     cu_seqlens: torch.Tensor,
     world_size: int,
     total: int | None = None,
     *,
+    layout: str = "document",
+    row_length: int | None = None,
+    lengths: torch.Tensor | None = None,
     group=None,
     unsharded: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; the host reads it: call it once.
 
-    `total` is the number of rows of the unsharded batch. Attention itself produces NaN for invalid lengths, because
-    checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of it makes
-    this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error. `unsharded` is
-    the whole batch before `shard`, which ranks of a group compare as well.
+    `total` is the number of rows of the unsharded batch; the row layout needs it, or `row_length`: the tokens of a
+    packed row. `lengths` are the real lengths of padded documents. Attention itself produces NaN for invalid values,
+    because checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of
+    it makes this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
+    `unsharded` is the whole batch before `shard`, which ranks of a group compare as well.
     """
+    check = functools.partial(_check_values, cu_seqlens, world_size, total, layout, row_length, lengths)
     if group is None:
-        _check_values(cu_seqlens, world_size, total)
+        check()
         if unsharded is not None:
             check_tensor("unsharded", unsharded)
         return
@@ -256,20 +329,39 @@ def validate(
     try:
         if world_size != place.world_size:
             raise ValueError(f"world_size: expected the size of the group, {place.world_size}, got {world_size}")
-        values = _check_values(cu_seqlens, world_size, total)
+        offsets, real = check()
         if unsharded is not None:
             check_tensor("unsharded", unsharded)
     except ValueError as error:
         refuse(group, error)
-    report = {"call": "validate", "total": total, "sequences": len(values) - 1}
+    report = {"call": "validate", "total": total, "layout": str(layout), "row_length": row_length}
+    report |= {"sequences": len(offsets) - 1, "lengths": None if real is None else len(real)}
     if unsharded is not None:
         report["unsharded"] = f"fingerprint {int(fingerprint(unsharded)):#x}"
-    compare(group, report | {f"cu_seqlens[{index}]": value for index, value in enumerate(values)})
+    report |= {f"cu_seqlens[{index}]": value for index, value in enumerate(offsets)}
+    compare(group, report | {f"lengths[{index}]": value for index, value in enumerate(real or ())})
 
 
-def _check_values(cu_seqlens: torch.Tensor, world_size: int, total: int | None) -> list[int]:
-    """Return the values of `cu_seqlens`; `ValueError` if they cannot be dealt out."""
-    world_size = check_world_size(world_size)
-    values = as_cu_seqlens(cu_seqlens, world_size).tolist()
-    check_lengths(values, world_size, total)
-    return values
+def _check_values(
+    cu_seqlens: torch.Tensor,
+    world_size: int,
+    total: int | None,
+    layout: str,
+    row_length: int | None,
+    lengths: torch.Tensor | None,
+) -> tuple[list[int], list[int] | None]:
+    """Return the values of `cu_seqlens` and of `lengths`; `ValueError` if they cannot be dealt out."""
+    layout, world_size = check_layout(layout), check_world_size(world_size)
+    offsets = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1).tolist()
+    check_whole_batch(offsets, world_size, total, layout, row_length)
+    if lengths is None:
+        return offsets, None
+    if isinstance(lengths, list | tuple):
+        lengths = torch.tensor(check_offsets(lengths, "lengths") if lengths else [], dtype=torch.int64)
+    if type(lengths).__module__ == "numpy":
+        lengths = torch.from_numpy(lengths)
+    check_tensor("lengths", lengths)
+    check_real_lengths_array(tuple(lengths.shape), dtype_name(lengths), len(offsets) - 1)
+    real = lengths.tolist()
+    check_real_lengths(real, offsets)
+    return offsets, real

@@ -1,0 +1,153 @@
+"""Checks of how the documents of a batch can be dealt out to ranks, in both layouts, of values that the host knows."""
+
+from itertools import pairwise
+
+from .checks import (
+    MAX_TOTAL,
+    check_int,
+    check_layout,
+    check_lengths,
+    check_unsaid_rows,
+    python_value,
+)
+from .layout import MAX_OFFSET, padded_length
+from .modes import Layout
+
+
+def check_row_length(
+    layout: str, row_length: int | None, world_size: int, total: int | None, name: str = "total"
+) -> int | None:
+    """Return the tokens of one packed row, None in the document layout; `ValueError` unless rows can be dealt out.
+
+    `row_length` None means one row of all `total` tokens, and `total` None that their number is unknown. `name` is the
+    argument that says the total.
+    """
+    if check_layout(layout) is Layout.DOCUMENT:
+        if row_length is not None:
+            raise ValueError(f"row_length: expected None with layout 'document', got {row_length!r}")
+        return None
+    if row_length is None:
+        if total is None:
+            raise ValueError("row_length: expected the tokens of a packed row over all ranks, got None")
+        culprit, row_length = name, total
+    else:
+        culprit, expected = "row_length", f"the tokens of a packed row over all ranks, 1 to {MAX_OFFSET}"
+        row_length = check_int(culprit, row_length, 1, MAX_OFFSET, expected)
+    if world_size > 1 and row_length % (2 * world_size):
+        raise ValueError(
+            f"{culprit}: expected packed rows of a multiple of 2 * world_size = {2 * world_size} tokens, got "
+            f"{row_length}; pad_to_zigzag makes one so"
+        )
+    if total is not None and total % max(row_length, 1):
+        raise ValueError(f"row_length: expected a divisor of the {total} tokens that all rows have, got {row_length}")
+    if world_size > 1 and total is not None and total > MAX_OFFSET:
+        raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in the row layout, got {total}")
+    return row_length
+
+
+def check_documents_in_rows(
+    cu_seqlens: list[int], world_size: int, row_length: int, total: int | None = None, name: str = "cu_seqlens"
+) -> None:
+    """Raise `ValueError` unless documents of these offsets, on the host, lie in packed rows of `row_length` tokens.
+
+    `total` is the number of tokens of all rows; only the last row may have padding, behind the last document.
+    """
+    check_lengths(cu_seqlens, 1, total, name)
+    if world_size == 1:
+        return
+    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
+        if start < end and start // row_length != (end - 1) // row_length:
+            raise ValueError(
+                f"{name}: expected documents within a row of {row_length} tokens, got {start} to {end} (document {i})"
+            )
+    if total is not None and cu_seqlens[-1] < total - row_length:
+        raise ValueError(
+            f"{name}: expected to end in the last row of {row_length} tokens, at {total - row_length} or behind, got "
+            f"{cu_seqlens[-1]}; padding of other rows is a document of real length 0"
+        )
+
+
+def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | None, row_length: int | None) -> None:
+    """Raise `ValueError` unless offsets on the host describe a batch of `tokens` local rows; None: of any number.
+
+    `row_length` is None in the document layout.
+    """
+    if row_length is None:
+        check_lengths(cu_seqlens, world_size)
+    else:
+        check_documents_in_rows(cu_seqlens, world_size, row_length)
+    if tokens is None:
+        return
+    if cu_seqlens[-1] > tokens * world_size:
+        least = -(-cu_seqlens[-1] // world_size)
+        raise ValueError(f"tokens: expected at least the {least} local rows of cu_seqlens, got {tokens}")
+    if row_length is not None:
+        check_documents_in_rows(cu_seqlens, world_size, row_length, tokens * world_size)
+
+
+def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
+    """Return how many local rows offsets on the host describe if there is no padding, but for that of the last row.
+
+    Raises `ValueError` for offsets that cannot be dealt out, and for too many rows to make unasked.
+    """
+    packed = check_layout(layout) is Layout.ROW
+    check_lengths(cu_seqlens, 1 if packed else world_size)
+    end = cu_seqlens[-1]
+    if packed:
+        row_length = check_row_length(layout, row_length, world_size, end if row_length is None else None, "tokens")
+        end = -(-end // max(row_length, 1)) * row_length
+    return check_unsaid_rows(end // world_size)
+
+
+def check_whole_batch(
+    cu_seqlens: list[int], world_size: int, total: int | None, layout: str, row_length: int | None
+) -> None:
+    """Raise `ValueError` unless documents of these offsets, on the host, can be dealt out in this layout.
+
+    `total` is the number of rows of the packed batch, None if unknown.
+    """
+    if total is not None:
+        total = check_int("total", total, 0, MAX_TOTAL, "a number of rows")
+    row_length = check_row_length(layout, row_length, world_size, total)
+    if row_length is None:
+        check_lengths(cu_seqlens, world_size, total)
+    else:
+        check_documents_in_rows(cu_seqlens, world_size, row_length, total)
+
+
+def check_padded_total(used: int, total: int | None, layout: str, row_length: int | None, world_size: int) -> int:
+    """Return the rows of a padded batch whose documents take `used` rows; None is as few as can be dealt out.
+
+    Raises `ValueError` for a `total` that cannot be dealt out, or leaves no place for the documents.
+    """
+    step = padded_length(1, world_size)
+    if check_layout(layout) is Layout.DOCUMENT or row_length is not None:
+        step = check_row_length(layout, row_length, world_size, None) or world_size
+    if total is None:
+        total = used if layout == Layout.DOCUMENT else -(-used // step) * step
+    unit = "world_size" if step == world_size else "2 * world_size" if row_length is None else "row_length"
+    expected = f"a multiple of {unit} = {step}, at least {used}"
+    most = MAX_OFFSET
+    if row_length is not None:  # padding lies in the last row alone
+        most = used // step * step + step
+        expected += f" and at most {most}"
+    if check_int("total", total, used, most, expected) % step:
+        raise ValueError(f"total: expected {expected}, got {total}")
+    return python_value(total)
+
+
+def is_batch_of_rows(name: str, shape: tuple[int, ...], row_length: int, parts: int) -> bool:
+    """Return whether a shape is `[parts * B, row_length / parts, ...]`, and not `[total, ...]` with the same tokens.
+
+    Raises `ValueError` for a shape that may be either. `parts` is 1 for whole rows, and the number of ranks for rows
+    that are dealt out.
+    """
+    share = row_length // parts
+    if len(shape) < 2 or shape[1] != share or shape[0] % parts:
+        return False
+    if shape[0] and shape[0] % row_length == 0:
+        raise ValueError(
+            f"{name}: expected [total, ...], or [rows, {share}, ...] for packed rows of {row_length} tokens, got shape "
+            f"{shape}, which may be either: reshape it so that its second dimension tells"
+        )
+    return True

@@ -1,0 +1,89 @@
+"""Padding a packed batch so that it can be dealt out to the ranks, and taking the padding away again."""
+
+import itertools
+
+import torch
+
+from zigzag_kernels.batch_checks import check_padded_total
+from zigzag_kernels.checks import (
+    check_fill,
+    check_layout,
+    check_lengths,
+    check_rows,
+    check_world_size,
+    dtype_name,
+)
+from zigzag_kernels.layout import padded_length
+from zigzag_kernels.modes import Layout
+
+from .arguments import as_cu_seqlens, check_tensor, mark_padded
+
+
+def pad_to_zigzag(
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    world_size: int,
+    total: int | None = None,
+    *,
+    value: float = 0,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad a batch with `value` so that it can be dealt out; return (the padded `x`, its `cu_seqlens`).
+
+    In the document layout the lengths become multiples of 2W, and `total` pads the end too, to a fixed number of rows
+    (a multiple of W). In the row layout the documents stay as they are, and only the end is padded: to `total`, to
+    whole rows of `row_length` tokens, or to a multiple of 2W. The host reads the lengths. One rank takes any lengths.
+    `value` is 0 for tokens; labels want the index that the loss ignores, such as -100.
+
+    Padded positions are keys like any other behind their document: under a causal mask no real token sees them.
+    Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function. In the
+    row layout padding belongs to no document, and either mask is right.
+    """
+    check_tensor("x", x)
+    layout = check_layout(layout)
+    lengths = _host_lengths(x, cu_seqlens, world_size)
+    padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]
+    total = check_padded_total(sum(padded), total, layout, row_length, world_size)
+    result = x.new_full((total, *x.shape[1:]), check_fill("value", value, dtype_name(x), _limits(x.dtype)))
+    rows, new_cu_seqlens = _padded_rows(lengths, padded, x.device)
+    if padded != lengths:
+        mark_padded(new_cu_seqlens)
+    return result.index_copy(0, rows, x[: len(rows)]), new_cu_seqlens
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    if dtype == torch.bool:
+        return 0, 1
+    limits = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
+    return limits.min, limits.max
+
+
+def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, *, layout: str = "document") -> torch.Tensor:
+    """Undo `pad_to_zigzag`: return the rows of the original batch; `cu_seqlens` is that of the original batch."""
+    layout = check_layout(layout)
+    lengths = _host_lengths(None, cu_seqlens, world_size)
+    padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]
+    check_tensor("x", x)
+    if not x.ndim or x.shape[0] < sum(padded):
+        raise ValueError(
+            f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
+        )
+    return x[_padded_rows(lengths, padded, x.device)[0]]
+
+
+def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: int) -> list[int]:
+    check_world_size(world_size)
+    starts = as_cu_seqlens(cu_seqlens, 1).tolist()
+    check_lengths(starts, 1)
+    if x is not None:
+        check_rows("x", tuple(x.shape), 1, starts[-1])
+    return [end - start for start, end in itertools.pairwise(starts)]
+
+
+def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the row in the padded batch of every original row, the padded `cu_seqlens`)."""
+    starts = torch.tensor([0, *padded], device=device).cumsum(0)
+    rows = [torch.arange(length, device=device) + start for start, length in zip(starts, lengths, strict=False)]
+    empty = torch.arange(0, device=device)
+    return torch.cat([empty, *rows]), starts.int()
