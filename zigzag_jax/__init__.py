@@ -9,9 +9,10 @@ from .api import zigzag_attention, zigzag_attention_gathered
 from .batch import Batch, prepare_batch
 from .launch import export_disabled_checks
 from .mesh import make_zigzag_attention
+from .padding import pad_to_zigzag, unpad
 from .reference import merge_partials
 from .segment_ids import cu_seqlens_from_segment_ids
-from .shard import local_cu_seqlens, pad_to_zigzag, position_ids, shard, unpad, unshard, validate
+from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",

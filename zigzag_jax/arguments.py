@@ -123,3 +123,15 @@ def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
             "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
             "padding of its sequence; choose lengths that are multiples of 2 * world_size"
         )
+
+
+def on_host(x: Array, advice: str = "call this outside of jit", name: str = "cu_seqlens") -> list[int]:
+    """Return the integers of the argument `name`, read on the host; `ValueError` if they are traced, with `advice`."""
+    if isinstance(x, list | tuple):
+        return check_offsets(x, name)
+    check_array(name, x)
+    check_cu_seqlens(x.shape, str(x.dtype), name)
+    try:
+        return check_offsets(np.asarray(x).tolist(), name)
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(f"{name}: expected values that can be read here, got a traced array; {advice}") from None

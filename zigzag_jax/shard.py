@@ -1,26 +1,37 @@
-"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and padding lengths to fit."""
-
-import itertools
+"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and checking that it can be done."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zigzag_kernels.batch_checks import (
+    check_host_offsets,
+    check_row_length,
+    check_whole_batch,
+    is_batch_of_rows,
+    unsaid_rows,
+)
 from zigzag_kernels.checks import (
     MAX_ROWS,
-    check_cu_seqlens,
-    check_fill,
     check_int,
-    check_lengths,
-    check_offsets,
+    check_layout,
     check_rank,
+    check_real_lengths,
+    check_real_lengths_array,
     check_rows,
-    check_unsaid_rows,
     check_world_size,
 )
-from zigzag_kernels.layout import MAX_OFFSET, gathered_row, impossible, padded_length, row_position
+from zigzag_kernels.layout import (
+    gathered_packed_row,
+    gathered_row,
+    impossible,
+    packed_row,
+    piece_offsets,
+    row_position,
+)
+from zigzag_kernels.modes import Layout
 
-from .arguments import Array, as_rank, check_array, check_batch, mark_padded, readable
+from .arguments import Array, as_rank, check_array, check_batch, on_host, readable
 from .surroundings import under_own_promotion
 
 
@@ -44,60 +55,132 @@ def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[j
 
 
 @under_own_promotion
-def local_cu_seqlens(cu_seqlens: Array, world_size: int) -> jax.Array:
-    """Return the offsets of the sequences in the local rows of a rank, `[N + 1]` int32, equal on all ranks.
+def documents_at(cu_seqlens: Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (document, position in it) of `rows` of the whole batch, int32; -1 and 0 behind the last document."""
+    cu_seqlens = jnp.asarray(cu_seqlens)
+    # Unrolled: the type of a loop's carry would have to name the mesh axes along which the arrays vary.
+    document = jnp.searchsorted(cu_seqlens, rows, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    inside = (rows < cu_seqlens[-1]) & (document >= 0)
+    document = jnp.where(inside, document, -1)
+    return document, jnp.where(inside, rows - cu_seqlens[jnp.maximum(document, 0)], 0)
+
+
+def place_of_rows(
+    cu_seqlens: Array,
+    rank: jax.Array,
+    world_size: int,
+    tokens: int,
+    row_length: int | None = None,
+    lengths: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (document, position in it) of the local rows of `rank`, int32; document -1 is padding.
+
+    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is None in the document layout, and
+    the tokens of a packed row in the row layout. `lengths [N]` are real lengths, behind which documents are padding.
+    """
+    if row_length is None or world_size == 1:
+        document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
+        document, position = jnp.broadcast_arrays(document, row_position(offset, length, rank, world_size))
+    else:
+        rows = packed_row(jnp.arange(tokens, dtype=jnp.int32), row_length, rank, world_size)
+        document, position = documents_at(cu_seqlens, rows)
+    if lengths is not None and len(lengths):
+        document = jnp.where(position < lengths[jnp.maximum(document, 0)], document, -1)
+    return document, position
+
+
+@under_own_promotion
+def local_cu_seqlens(
+    cu_seqlens: Array,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+    rank: int | Array | None = None,
+) -> jax.Array:
+    """Return the offsets, int32, of the pieces of documents in the local rows of a rank.
+
+    In the document layout every document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In
+    the row layout it is `[2 * N + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the
+    rank's early chunk and in the late one, which are counted in the order of the local rows. Most of them are empty.
+    Rows behind the last offset are padding. One rank has the document layout.
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
         world_size: number of ranks.
+        layout: "document" or "row".
+        row_length: tokens of a packed row over all ranks, in the row layout.
+        rank: an int, or an array of one integer, which may be traced.
 
-    Raises `ValueError` for offsets that `validate` refuses; if they are traced or on a GPU, all of the result is -1.
+    Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and in the row layout without
+    `row_length`; if the values are traced or on a GPU, all of the result is -1.
     """
-    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
-    return _poisoned(cu_seqlens // world_size, _fault(cu_seqlens, 0, world_size))
+    layout = check_layout(layout)
+    if rank is None and layout is Layout.ROW and check_world_size(world_size) > 1:
+        raise ValueError("rank: expected the rank whose pieces to count, as layout is 'row', got None")
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, 0 if rank is None else rank, world_size, layout)
+    row_length = check_row_length(layout, row_length, world_size, None)
+    fault = _fault(cu_seqlens, rank, world_size, row_length=row_length)
+    if row_length is None or world_size == 1:
+        return _poisoned(cu_seqlens // world_size, fault)
+    early, late, used = piece_offsets(cu_seqlens, row_length, as_rank(rank), world_size)
+    starts = jnp.sort(jnp.minimum(jnp.concatenate((early[:-1], late[:-1])), used[-1]))
+    return _poisoned(jnp.append(starts, used[-1]), fault)
 
 
 @under_own_promotion
-def position_ids(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array:
-    """Return the position of every local row in its sequence, `[T]` int32, for example for RoPE; 0 for padding.
+def position_ids(
+    cu_seqlens: Array,
+    rank: int | Array,
+    world_size: int,
+    tokens: int | None = None,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> jax.Array:
+    """Return the position of every local row in its document, `[T]` int32, for example for RoPE; 0 for padding.
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
-        tokens: T. Without it the last offset is read, which waits for the device.
+        tokens: T. Without it the last offset is read, which waits for the device, and padding is not counted but for
+            that which fills the last row of `row_length`.
+        layout: "document" or "row".
+        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
 
     Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced, for offsets that `validate` refuses, for a rank
-    that is none, and for fewer `tokens` than the sequences have. If the values are traced or on a GPU, all positions
+    that is none, and for fewer `tokens` than the documents have. If the values are traced or on a GPU, all positions
     are -1 instead.
     """
+    layout = check_layout(layout)
     if tokens is None:
-        offsets = _on_host(cu_seqlens, "give the number of local rows as `tokens`")
-        world_size = check_world_size(world_size)
-        check_lengths(offsets, world_size)
-        tokens = check_unsaid_rows(offsets[-1] // world_size)
-    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+        offsets = on_host(cu_seqlens, "give the number of local rows as `tokens`")
+        tokens = unsaid_rows(offsets, check_world_size(world_size), layout, row_length)
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
-    fault = _fault(cu_seqlens, rank, world_size, tokens)
-    _, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-    return _poisoned(row_position(offset, length, as_rank(rank), world_size) * (length > 0), fault)
+    row_length = check_row_length(layout, row_length, world_size, world_size * tokens, "tokens")
+    fault = _fault(cu_seqlens, rank, world_size, tokens, row_length)
+    document, position = place_of_rows(cu_seqlens, as_rank(rank), world_size, tokens, row_length)
+    return _poisoned(position * (document >= 0), fault)
 
 
-def _fault(cu_seqlens: jax.Array, rank: int | Array, world_size: int, tokens: int | None = None) -> jax.Array | None:
+def _fault(
+    cu_seqlens: jax.Array,
+    rank: int | Array,
+    world_size: int,
+    tokens: int | None = None,
+    row_length: int | None = None,
+) -> jax.Array | None:
     """Return whether the values cannot describe a batch of `tokens` local rows, as an array that nobody has read.
 
     Values that the host has at hand are checked instead: `ValueError`, or None.
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
-        return impossible(cu_seqlens, as_rank(rank), world_size, tokens)
+        return impossible(cu_seqlens, as_rank(rank), world_size, tokens, row_length)
     check_rank(rank if number else int(np.asarray(rank).item()), world_size, False)
-    offsets = np.asarray(cu_seqlens).tolist()
-    check_lengths(offsets, world_size)
-    if tokens is not None and offsets[-1] > tokens * world_size:
-        raise ValueError(
-            f"tokens: expected at least the {offsets[-1] // world_size} local rows of cu_seqlens, got {tokens}"
-        )
+    check_host_offsets(np.asarray(cu_seqlens).tolist(), world_size, tokens, row_length)
     return None
 
 
@@ -120,169 +203,152 @@ def _rows_of(x: Array, cu_seqlens: jax.Array, world_size: int) -> int:
     return check_rows("x", x.shape, world_size, end)
 
 
+def _one_after_another(
+    x: Array, layout: Layout, row_length: int | None, world_size: int, parts: int
+) -> tuple[Array, tuple[int, ...]]:
+    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`."""
+    check_array("x", x)
+    if layout is Layout.DOCUMENT or row_length is None:
+        return x, ()
+    row_length = check_row_length(layout, row_length, world_size, None)
+    if row_length is None or not is_batch_of_rows("x", x.shape, row_length, parts):
+        return x, ()
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), x.shape[:2]
+
+
 def _take(x: Array, rows: jax.Array, fault: jax.Array | None) -> jax.Array:
     """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
     return _poisoned(jnp.asarray(x)[rows], fault)
 
 
-def _global_rows(cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int) -> jax.Array:
-    """Return the row of the whole batch that each local row holds, `[T]`; padding is dealt out evenly."""
+def _global_rows(
+    cu_seqlens: Array, rank: int | Array, world_size: int, tokens: int, row_length: int | None
+) -> jax.Array:
+    """Return the row of the whole batch that each local row holds, `[T]`.
+
+    Of the document layout padding behind the last document is dealt out evenly.
+    """
     rank = as_rank(rank)
+    rows = jnp.arange(tokens, dtype=jnp.int32)
+    if row_length is not None and world_size > 1:
+        return packed_row(rows, row_length, rank, world_size)
     sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
     position = row_position(offset, length, rank, world_size)
     used = cu_seqlens[-1]
     local_used = used // world_size
-    padding = used + rank * (tokens - local_used) + jnp.arange(tokens) - local_used
+    padding = used + rank * (tokens - local_used) + rows - local_used
     return jnp.where(sequence >= 0, cu_seqlens[jnp.maximum(sequence, 0)] + position, padding)
 
 
 @under_own_promotion
-def shard(x: Array, cu_seqlens: Array, rank: int | Array, world_size: int) -> jax.Array:
+def shard(
+    x: Array,
+    cu_seqlens: Array,
+    rank: int | Array,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> jax.Array:
     """Return the rows of a whole batch that belong to `rank`, in zigzag order; differentiable.
 
     Args:
-        x: `[total, ...]`, the whole batch. Rows behind the last sequence are padding and dealt out evenly.
-        cu_seqlens: `[N + 1]` int32, offsets of its sequences; may be traced.
+        x: `[total, ...]`, the whole batch. Rows behind the last document are padding, which is dealt out evenly in the
+            document layout. In the row layout also `[B, row_length, ...]`, whose rows follow one another in
+            `cu_seqlens`.
+        cu_seqlens: `[N + 1]` int32, offsets of its documents; may be traced.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks; `ValueError` unless it divides `total`.
+        layout: "document", or "row": packed rows are dealt out, of which only the last may have padding.
+        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
 
     Returns:
-        `[total / world_size, ...]`.
+        `[total / world_size, ...]`, or `[B, row_length / world_size, ...]`.
 
     Raises `ValueError` for offsets that `validate` refuses and for a rank that is none. If those values are traced or
     on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
     """
-    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size)
+    layout = check_layout(layout)
+    cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
+    x, batch = _one_after_another(x, layout, row_length, world_size, 1)
     tokens = _rows_of(x, cu_seqlens, world_size)
-    fault = _fault(cu_seqlens, rank, world_size, tokens)
-    return _take(x, _global_rows(cu_seqlens, rank, world_size, tokens), fault)
+    row_length = check_row_length(layout, row_length, world_size, x.shape[0], "x")
+    fault = _fault(cu_seqlens, rank, world_size, tokens, row_length)
+    result = _take(x, _global_rows(cu_seqlens, rank, world_size, tokens, row_length), fault)
+    return result.reshape(batch[0], batch[1] // world_size, *result.shape[1:]) if batch else result
 
 
 @under_own_promotion
-def unshard(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
+def unshard(
+    x: Array, cu_seqlens: Array, world_size: int, *, layout: str = "document", row_length: int | None = None
+) -> jax.Array:
     """Return the whole batch in its original order: undoes `shard`.
 
     Args:
-        x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on.
+        x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on. In the row layout also
+            `[world_size * B, row_length / world_size, ...]`, of which the result is `[B, row_length, ...]`.
         cu_seqlens: `[N + 1]` int32, as for `shard`.
         world_size: number of ranks.
+        layout, row_length: as for `shard`.
 
     It treats offsets that `validate` refuses as `shard` does.
     """
-    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size)
+    layout = check_layout(layout)
+    cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
+    x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
     tokens = _rows_of(x, cu_seqlens, world_size)
-    fault, total = _fault(cu_seqlens, 0, world_size, tokens), x.shape[0]
+    row_length = check_row_length(layout, row_length, world_size, x.shape[0], "x")
+    fault = _fault(cu_seqlens, 0, world_size, tokens, row_length)
+    result = _take(x, _position_order(cu_seqlens, world_size, tokens, row_length), fault)
+    return result.reshape(batch[0] // world_size, batch[1] * world_size, *result.shape[1:]) if batch else result
+
+
+def _position_order(cu_seqlens: jax.Array, world_size: int, tokens: int, row_length: int | None) -> jax.Array:
+    """Return `[W * tokens]`: the row of the gathered, rank-major buffer that holds each row of the whole batch."""
+    total = world_size * tokens
+    rows = jnp.arange(total, dtype=jnp.int32)
+    if row_length is not None and world_size > 1:
+        return gathered_packed_row(rows, row_length, tokens, world_size)
     sequence, position, length = sequence_of_rows(cu_seqlens, 1, total)
     start = cu_seqlens[jnp.maximum(sequence, 0)]
     used = cu_seqlens[-1]
     local_used = used // world_size
-    behind = jnp.arange(total) - used
+    behind = rows - used
     room = jnp.maximum(tokens - local_used, 1)
     padding = behind // room * tokens + local_used + behind % room
-    rows = jnp.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
-    return _take(x, rows, fault)
+    return jnp.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
 
 
-@under_own_promotion
-def pad_to_zigzag(
-    x: Array, cu_seqlens: Array, world_size: int, total: int | None = None, *, value: float = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Append `value` to each sequence so that its length is a multiple of 2W; with one rank lengths stay as they are.
+def validate(
+    cu_seqlens: Array,
+    world_size: int,
+    total: int | None = None,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
+    lengths: Array | None = None,
+) -> None:
+    """Raise `ValueError` unless the documents can be dealt out to `world_size` ranks.
 
-    Args:
-        x: `[rows, ...]`, the packed batch.
-        cu_seqlens: `[N + 1]` int32, its offsets, which are read on the host: `ValueError` if traced.
-        world_size: W, the number of ranks.
-        total: number of rows of the result, a multiple of W; rows of `value` behind the last sequence fill it up.
-        value: 0 for tokens; labels want the index that the loss ignores, such as -100.
-
-    Returns:
-        (padded `x`, its `cu_seqlens`). Attention treats the padding as tokens at the end of their sequence, so that
-        with a causal mask no real token attends to them. Without one, every real token would: attention refuses
-        `causal=False` with the `cu_seqlens` of this function, unless they are traced.
-    """
-    check_array("x", x)
-    lengths = _host_lengths(x, cu_seqlens, world_size)
-    padded = [padded_length(length, world_size) for length in lengths]
-    if total is None:
-        total = sum(padded)
-    expected = f"a multiple of world_size = {world_size}, at least {sum(padded)}"
-    if check_int("total", total, sum(padded), MAX_OFFSET, expected) % world_size:
-        raise ValueError(f"total: expected {expected}, got {total}")
-    x = jnp.asarray(x)
-    fill = jnp.asarray(check_fill("value", value, str(x.dtype), _limits(x.dtype)), x.dtype)
-    rows, new_cu_seqlens = _padded_rows(lengths, padded)
-    result = jnp.full((total, *x.shape[1:]), fill).at[rows].set(x[: len(rows)], unique_indices=True)
-    new_cu_seqlens = jnp.asarray(new_cu_seqlens)
-    if padded != lengths:
-        mark_padded(new_cu_seqlens)
-    return result, new_cu_seqlens
-
-
-def _limits(dtype: np.dtype) -> tuple[float, float]:
-    if dtype == jnp.bool_:
-        return 0, 1
-    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype)
-    whole = jnp.issubdtype(dtype, jnp.integer)
-    return (int(limits.min), int(limits.max)) if whole else (float(limits.min), float(limits.max))
-
-
-@under_own_promotion
-def unpad(x: Array, cu_seqlens: Array, world_size: int) -> jax.Array:
-    """Return the rows of a padded batch that are no padding: undoes `pad_to_zigzag`.
-
-    Args:
-        x: `[rows, ...]`, the padded batch.
-        cu_seqlens: `[N + 1]` int32, the offsets before padding, which are read on the host: `ValueError` if traced.
-        world_size: number of ranks.
-    """
-    lengths = _host_lengths(None, cu_seqlens, world_size)
-    padded = [padded_length(length, world_size) for length in lengths]
-    check_array("x", x)
-    if not x.ndim or x.shape[0] < sum(padded):
-        raise ValueError(
-            f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
-        )
-    return jnp.asarray(x)[_padded_rows(lengths, padded)[0]]
-
-
-def validate(cu_seqlens: Array, world_size: int, total: int | None = None) -> None:
-    """Raise `ValueError` unless the sequences can be dealt out to `world_size` ranks.
-
-    Attention cannot look at values on a device and returns NaN for invalid lengths; this names the fault. It reads
-    `cu_seqlens` on the host, which waits for the device, so call it once.
+    Attention cannot look at values on a device and returns NaN for invalid ones; this names the fault. It reads arrays
+    on the host, which waits for the device, so call it once.
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch; `ValueError` if traced.
         world_size: number of ranks.
-        total: rows of the whole batch, if the sequences are to be checked against them.
+        total: rows of the whole batch, if the documents are to be checked against them.
+        layout: "document" or "row", which needs `total` or `row_length`.
+        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
+        lengths: `[N]`, the real lengths of padded documents; `ValueError` if traced.
     """
-    world_size = check_world_size(world_size)
-    check_lengths(_on_host(cu_seqlens), world_size, total)
-
-
-def _on_host(cu_seqlens: Array, advice: str = "call this outside of jit") -> list[int]:
-    if isinstance(cu_seqlens, list | tuple):
-        return check_offsets(cu_seqlens)
-    check_array("cu_seqlens", cu_seqlens)
-    check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
-    try:
-        return check_offsets(np.asarray(cu_seqlens).tolist())
-    except jax.errors.TracerArrayConversionError:
-        raise ValueError(f"cu_seqlens: expected values that can be read here, got a traced array; {advice}") from None
-
-
-def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[int]:
-    check_world_size(world_size)
-    starts = _on_host(cu_seqlens)
-    check_lengths(starts, 1)
-    if x is not None:
-        check_rows("x", x.shape, 1, starts[-1])
-    return [end - start for start, end in itertools.pairwise(starts)]
-
-
-def _padded_rows(lengths: list[int], padded: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row of each original row in the padded batch, padded `cu_seqlens`), int32."""
-    starts = np.cumsum([0, *padded], dtype=np.int32)
-    shift = np.repeat(starts[:-1] - np.cumsum([0, *lengths], dtype=np.int32)[:-1], lengths)
-    return np.arange(sum(lengths), dtype=np.int32) + shift, starts
+    layout, world_size = check_layout(layout), check_world_size(world_size)
+    offsets = on_host(cu_seqlens)
+    check_whole_batch(offsets, world_size, total, layout, row_length)
+    if lengths is None:
+        return
+    if not isinstance(lengths, list | tuple):
+        check_array("lengths", lengths)
+        check_real_lengths_array(lengths.shape, str(lengths.dtype), len(offsets) - 1)
+    real = on_host(lengths, name="lengths") if len(lengths) else []
+    check_real_lengths_array((len(real),), "int32", len(offsets) - 1)
+    check_real_lengths(real, offsets)

@@ -72,17 +72,12 @@ def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | Non
 
     `row_length` is None in the document layout.
     """
-    if row_length is None:
-        check_lengths(cu_seqlens, world_size)
-    else:
-        check_documents_in_rows(cu_seqlens, world_size, row_length)
-    if tokens is None:
-        return
-    if cu_seqlens[-1] > tokens * world_size:
+    check_lengths(cu_seqlens, world_size if row_length is None else 1)
+    if tokens is not None and cu_seqlens[-1] > tokens * world_size:
         least = -(-cu_seqlens[-1] // world_size)
         raise ValueError(f"tokens: expected at least the {least} local rows of cu_seqlens, got {tokens}")
     if row_length is not None:
-        check_documents_in_rows(cu_seqlens, world_size, row_length, tokens * world_size)
+        check_documents_in_rows(cu_seqlens, world_size, row_length, None if tokens is None else tokens * world_size)
 
 
 def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
@@ -90,12 +85,11 @@ def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length:
 
     Raises `ValueError` for offsets that cannot be dealt out, and for too many rows to make unasked.
     """
-    packed = check_layout(layout) is Layout.ROW
-    check_lengths(cu_seqlens, 1 if packed else world_size)
+    check_lengths(cu_seqlens, world_size if check_layout(layout) is Layout.DOCUMENT else 1)
     end = cu_seqlens[-1]
+    packed = check_row_length(layout, row_length, world_size, end if row_length is None else None, "tokens")
     if packed:
-        row_length = check_row_length(layout, row_length, world_size, end if row_length is None else None, "tokens")
-        end = -(-end // max(row_length, 1)) * row_length
+        end = -(-end // packed) * packed
     return check_unsaid_rows(end // world_size)
 
 

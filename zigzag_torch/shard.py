@@ -117,7 +117,7 @@ def local_cu_seqlens(
         return _poisoned(torch.div(cu_seqlens, world_size, rounding_mode="floor"), fault)
     early, late, used = piece_offsets(cu_seqlens, row_length, as_rank(rank, cu_seqlens.device), world_size)
     starts = torch.cat((early[:-1], late[:-1])).minimum(used[-1]).sort()[0]
-    return _poisoned(torch.cat((starts, used[-1:])), fault)
+    return _poisoned(torch.cat((starts, used[-1:])).int(), fault)
 
 
 def position_ids(

@@ -60,6 +60,11 @@ BAD = {
     "fill": {"none": None, "list": [1], "tuple": (), "empty": []},
 }  # fmt: skip
 """Further values that arguments of each kind do not take."""
+OF_KIND = {
+    "rows": "array", "packed rows": "array", "optional array": "array", "int32": "offsets", "packed offsets": "offsets",
+    "real lengths": "offsets", "zero": "scale",
+}  # fmt: skip
+"""Kinds that take what another kind takes, with differences that `bad_values` knows."""
 ARRAYS = {
     "0-d": np.float32(1) * np.ones(()), "bool": np.ones((2, 3), bool), "complex array": np.ones(4, np.complex64),
     "no rows": ones(0), "5-d": ones(1, 1, 1, 1, 1), "float64": np.ones((3, 1, 7)), "other": ones(3, 5, 7),
@@ -95,6 +100,19 @@ BOTH = {
     "validate": {**LENGTHS, **SIZE, "total": ("int", 16)},
     "merge_partials": {"out": ("array", ones(2, 8, 4, 16)), "lse": ("array", ones(2, 4, 8))},
 }
+ROW = {"layout": ("name", "row"), "row_length": ("int", 16)}
+PACKED = {"cu_seqlens": ("packed offsets", [0, 5, 16])}
+PACKED_X = {"x": ("packed rows", ones(16, 3))}
+IN_ROWS = {
+    "shard": {**PACKED_X, **PACKED, **RANK, **SIZE, **ROW},
+    "unshard": {**PACKED_X, **PACKED, **SIZE, **ROW},
+    "position_ids": {**PACKED, **RANK, **SIZE, "tokens": ("int", 8), **ROW},
+    "local_cu_seqlens": {**PACKED, **SIZE, **ROW, **RANK},
+    "pad_to_zigzag": {**PACKED_X, **PACKED, **SIZE, "total": ("int", 16), "value": ("fill", 7.0), **ROW},
+    "unpad": {**PACKED_X, **PACKED, **SIZE, "layout": ("name", "row")},
+    "validate": {**PACKED, **SIZE, "total": ("int", 16), **ROW, "lengths": ("real lengths", [5, 4])},
+}
+"""Helpers of the row layout, where lengths are no multiples of anything."""
 ONLY_JAX = {
     "make_zigzag_attention": {
         "mesh": ("none", None), "axis": ("name", "cp"), "head_axis": ("name", "tp"), "batch_axis": ("name", "dp"),
@@ -148,6 +166,7 @@ ONLY_TORCH = {
 }  # fmt: skip
 FUNCTIONS = [(Torch, name, arguments) for name, arguments in {**BOTH, **ONLY_TORCH}.items()]
 FUNCTIONS += [(Jax, name, arguments) for name, arguments in {**BOTH, **ONLY_JAX}.items()]
+FUNCTIONS += [(framework, name, arguments) for framework in (Torch, Jax) for name, arguments in IN_ROWS.items()]
 OPTIONAL = {
     "head_axis",
     "batch_axis",
@@ -158,6 +177,8 @@ OPTIONAL = {
     "tokens",
     "total",
     "positions",
+    "lengths",
+    "row_length",
 }
 """Arguments for which None is a value."""
 NOT_READ = {"replace_grouped_attention_with_fused_triton_v2": ("kv_slices", "chunk_cu_seqlens_q_list")}
@@ -179,7 +200,7 @@ def good_arguments(framework, name, arguments):
     for argument, (kind, value) in arguments.items():
         if value is None and argument in lists_of_groups():
             value = lists_of_groups()[argument]
-        elif kind in ("offsets", "int32"):
+        elif kind in ("offsets", "packed offsets", "real lengths", "int32"):
             value = framework.array(np.array(value, np.int32))
         elif isinstance(value, np.ndarray):
             value = framework.array(value)
@@ -196,7 +217,7 @@ def bad_values(framework, name, argument, kind):
     values = dict(NEVER)
     if kind == "fill" or (kind == "list" and argument == "window_size"):
         values.pop("range")
-    values |= BAD[{"rows": "array", "optional array": "array", "int32": "offsets", "zero": "scale"}.get(kind, kind)]
+    values |= BAD[OF_KIND.get(kind, kind)]
     values |= {f"array {shape}": framework.array(x) for shape, x in ARRAYS.items() if shape != "float64"}
     if (
         argument in OPTIONAL
@@ -209,14 +230,16 @@ def bad_values(framework, name, argument, kind):
         values["jax array"] = jnp.ones(3)
     if kind == "zero":
         values = {key: x for key, x in values.items() if key != "zero"} | {"tenth": 0.1}
-    if kind == "rows":  # of any type and number of dimensions
+    if kind in ("rows", "packed rows"):  # of any type and number of dimensions
         for key in ("bool", "5-d", "other", "complex array", "no rows"):
             values.pop(f"array {key}")
         values |= {"15 rows": framework.array(ones(15, 2)), "row by row": framework.array(ones(2, 16))}
-    if kind in ("offsets", "int32"):
+    if kind == "packed rows":  # which may be beside one another
+        values.pop("row by row")
+    if kind in ("offsets", "packed offsets", "real lengths", "int32"):
         lists = {key: x for key, x in BAD["offsets"].items() if isinstance(x, list) and key not in ("empty", "huge")}
         values |= {f"array of {key}": framework.array(np.array(x)) for key, x in lists.items()}
-        if name in ("pad_to_zigzag", "unpad") or (name == "zigzag_attention"):
+        if name in ("pad_to_zigzag", "unpad", "zigzag_attention") or kind == "packed offsets":
             values = {key: x for key, x in values.items() if "uneven" not in key}
         if name == "local_cu_seqlens":
             values.pop("minus", None)

@@ -1,0 +1,104 @@
+"""Padding a packed batch so that it can be dealt out to the ranks, and taking the padding away again."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zigzag_kernels.batch_checks import check_padded_total
+from zigzag_kernels.checks import check_fill, check_layout, check_lengths, check_rows, check_world_size
+from zigzag_kernels.layout import padded_length
+from zigzag_kernels.modes import Layout
+
+from .arguments import Array, check_array, mark_padded, on_host
+from .surroundings import under_own_promotion
+
+
+@under_own_promotion
+def pad_to_zigzag(
+    x: Array,
+    cu_seqlens: Array,
+    world_size: int,
+    total: int | None = None,
+    *,
+    value: float = 0,
+    layout: str = "document",
+    row_length: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Append `value` so that a batch can be dealt out: to each document, or in the row layout to the end alone.
+
+    Args:
+        x: `[rows, ...]`, the packed batch.
+        cu_seqlens: `[N + 1]` int32, its offsets, which are read on the host: `ValueError` if traced.
+        world_size: W, the number of ranks; one takes any lengths.
+        total: number of rows of the result; rows of `value` behind the last document fill it up. In the document layout
+            a multiple of W. In the row layout whole rows, or a multiple of 2W; None is as few as that takes.
+        value: 0 for tokens; labels want the index that the loss ignores, such as -100.
+        layout: "document", where lengths become multiples of 2W, or "row", where documents keep their lengths.
+        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
+
+    Returns:
+        (padded `x`, its `cu_seqlens`). In the document layout attention treats the padding as tokens at the end of
+        their document, so that with a causal mask no real token attends to them. Without one, every real token would:
+        attention refuses `causal=False` with the `cu_seqlens` of this function, unless they are traced. In the row
+        layout padding belongs to no document, and either mask is right.
+    """
+    check_array("x", x)
+    layout = check_layout(layout)
+    lengths = _host_lengths(x, cu_seqlens, world_size)
+    padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]
+    total = check_padded_total(sum(padded), total, layout, row_length, world_size)
+    x = jnp.asarray(x)
+    fill = jnp.asarray(check_fill("value", value, str(x.dtype), _limits(x.dtype)), x.dtype)
+    rows, new_cu_seqlens = _padded_rows(lengths, padded)
+    result = jnp.full((total, *x.shape[1:]), fill).at[rows].set(x[: len(rows)], unique_indices=True)
+    new_cu_seqlens = jnp.asarray(new_cu_seqlens)
+    if padded != lengths:
+        mark_padded(new_cu_seqlens)
+    return result, new_cu_seqlens
+
+
+def _limits(dtype: np.dtype) -> tuple[float, float]:
+    if dtype == jnp.bool_:
+        return 0, 1
+    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    return (int(limits.min), int(limits.max)) if whole else (float(limits.min), float(limits.max))
+
+
+@under_own_promotion
+def unpad(x: Array, cu_seqlens: Array, world_size: int, *, layout: str = "document") -> jax.Array:
+    """Return the rows of a padded batch that are no padding: undoes `pad_to_zigzag`.
+
+    Args:
+        x: `[rows, ...]`, the padded batch.
+        cu_seqlens: `[N + 1]` int32, the offsets before padding, which are read on the host: `ValueError` if traced.
+        world_size: number of ranks.
+        layout: as for `pad_to_zigzag`.
+    """
+    layout = check_layout(layout)
+    lengths = _host_lengths(None, cu_seqlens, world_size)
+    padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]
+    check_array("x", x)
+    if not x.ndim or x.shape[0] < sum(padded):
+        raise ValueError(
+            f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
+        )
+    return jnp.asarray(x)[_padded_rows(lengths, padded)[0]]
+
+
+def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[int]:
+    check_world_size(world_size)
+    starts = on_host(cu_seqlens)
+    check_lengths(starts, 1)
+    if x is not None:
+        check_rows("x", x.shape, 1, starts[-1])
+    return [end - start for start, end in itertools.pairwise(starts)]
+
+
+def _padded_rows(lengths: list[int], padded: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (row of each original row in the padded batch, padded `cu_seqlens`), int32."""
+    starts = np.cumsum([0, *padded], dtype=np.int32)
+    shift = np.repeat(starts[:-1] - np.cumsum([0, *lengths], dtype=np.int32)[:-1], lengths)
+    return np.arange(sum(lengths), dtype=np.int32) + shift, starts
