@@ -7,13 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from zigzag_kernels.checks import (
-    check_documents_in_rows,
-    check_layout,
-    check_method,
-    check_packed_rows,
-    check_world_size,
-)
+from zigzag_kernels.batch_checks import check_documents_in_rows
+from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 

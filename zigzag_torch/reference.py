@@ -11,14 +11,14 @@ import torch
 
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import dtype_name
-from zigzag_kernels.layout import impossible, packed_row, row_position
+from zigzag_kernels.layout import impossible
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_device, check_tensor
 from .dispatch import operator
 from .parallel import Local, Packing, Ring, Transport
 from .parallel.collectives import all_gather, shift
-from .shard import sequence_of_rows
+from .shard import place_of_rows, sequence_of_rows
 
 
 class Mask(NamedTuple):
@@ -111,20 +111,11 @@ def _attend(
 
 def _places(packing: Packing, ranks: torch.Tensor, tokens: int) -> Places:
     """Return where the rows of `ranks` are, `[1]` or `[n, 1]`, one rank after the other."""
-    cu_seqlens, world_size = packing.cu_seqlens, packing.world_size
-    if packing.is_in_rows:
-        row = packed_row(torch.arange(tokens, device=cu_seqlens.device), packing.row_length, ranks, world_size)
-        document = torch.searchsorted(cu_seqlens, row.int(), right=True) - 1
-        document = torch.where(row < cu_seqlens[-1], document, -1)
-        position = row - cu_seqlens[document.clamp(min=0)]
-    else:
-        document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-        position = row_position(offset, length, ranks, world_size)
-        document = document.expand(position.shape)
-    document, position = document.reshape(-1), position.reshape(-1)
-    if packing.lengths is not None and len(packing.lengths):
-        document = torch.where(position < packing.lengths[document.clamp(min=0)], document, -1)
-    return Places(document, position)
+    row_length = packing.row_length if packing.is_in_rows else None
+    places = place_of_rows(
+        packing.cu_seqlens, ranks, packing.world_size, tokens, row_length=row_length, lengths=packing.lengths
+    )
+    return Places(*(x.reshape(-1) for x in places))
 
 
 def see(mask: Mask, rows: Places, keys: Places) -> torch.Tensor:

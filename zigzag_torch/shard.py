@@ -15,13 +15,10 @@ from zigzag_kernels.checks import (
     MAX_ROWS,
     check_int,
     check_layout,
-    check_offsets,
     check_rank,
     check_real_lengths,
-    check_real_lengths_array,
     check_rows,
     check_world_size,
-    dtype_name,
 )
 from zigzag_kernels.layout import (
     gathered_packed_row,
@@ -33,7 +30,7 @@ from zigzag_kernels.layout import (
 )
 from zigzag_kernels.modes import Layout
 
-from .arguments import as_cu_seqlens, as_rank, check_batch, check_device, check_tensor, readable
+from .arguments import as_cu_seqlens, as_lengths, as_rank, check_batch, check_device, check_tensor, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
 from .parallel.collectives import fingerprint
 
@@ -356,12 +353,7 @@ def _check_values(
     check_whole_batch(offsets, world_size, total, layout, row_length)
     if lengths is None:
         return offsets, None
-    if isinstance(lengths, list | tuple):
-        lengths = torch.tensor(check_offsets(lengths, "lengths") if lengths else [], dtype=torch.int64)
-    if type(lengths).__module__ == "numpy":
-        lengths = torch.from_numpy(lengths)
-    check_tensor("lengths", lengths)
-    check_real_lengths_array(tuple(lengths.shape), dtype_name(lengths), len(offsets) - 1)
-    real = lengths.tolist()
+    device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
+    real = as_lengths(lengths, offsets, device).tolist()
     check_real_lengths(real, offsets)
     return offsets, real
