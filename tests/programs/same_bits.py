@@ -2,17 +2,17 @@
 
     python -m tests.programs.same_bits --packings 2000
 
-Each packing is attended by one rank alone, then by every rank of several world sizes, in the document layout and in the
-row layout, with other documents before and behind, and with some KV heads at a time. Output, lse and dQ of each document
+Each packing is attended by one rank alone, then by every rank of several world sizes, in the document layout and in
+the row layout, with another document before it, and with some KV heads at a time. Output, lse and dQ of each document
 must have the same bits every time. Takes the portable kernels, on a GPU if there is one, else in Triton's interpreter.
 """
 
 import argparse
 import os
 import random
-from unittest import mock
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from unittest import mock
 
 os.environ["ZIGZAG_HOPPER"] = "0"  # those kernels end blocks of keys with chunks
 
@@ -86,15 +86,17 @@ def attend(packing: Packing, world_size: int, layout: str, stride: int, before: 
 
     def spread(x):  # the rows of padding hold what no result may depend on
         whole = torch.full((total, *x.shape[1:]), float("nan"), dtype=x.dtype, device=DEVICE)
-        return whole.index_copy(0, places, torch.cat([x[: 1].expand(before, -1, -1), x]))
+        return whole.index_copy(0, places, torch.cat([x[:1].expand(before, -1, -1), x]))
 
     q, k, v, dout = (spread(x) for x in (packing.q, packing.k, packing.v, packing.dout))
     held = [
         torch.tensor(rows_of_rank(cu_seqlens[:-1], padded, total, layout, rank, world_size), device=DEVICE)
         for rank in range(world_size)
     ]
-    held = [torch.cat([rows, rows.new_tensor(list(range(offsets[-1] + r, total, world_size)))]) if step > 1 else rows
-            for r, rows in enumerate(held)]
+    held = [
+        torch.cat([rows, rows.new_tensor(list(range(offsets[-1] + r, total, world_size)))]) if step > 1 else rows
+        for r, rows in enumerate(held)
+    ]
     gathered = torch.cat(held)
     call = replace(packing.call, layout=Layout(layout), has_lengths=True)
     results = [torch.zeros_like(q), torch.zeros(HEADS, total, device=DEVICE), torch.zeros_like(q)]
@@ -108,8 +110,10 @@ def attend(packing: Packing, world_size: int, layout: str, stride: int, before: 
         )  # fmt: skip
         out = lse = dq = None
         mine, dmine = q[rows], dout[rows]
-        windows = [(head, k[gathered, head : head + stride], v[gathered, head : head + stride])
-                   for head in range(0, KV_HEADS, stride)]
+        windows = [
+            (head, k[gathered, head : head + stride], v[gathered, head : head + stride])
+            for head in range(0, KV_HEADS, stride)
+        ]
         problem = make_problem(spec(mine), spec(windows[0][1]), spec(windows[0][2]), call, kv_heads=KV_HEADS, **sizes)
         for head, k_, v_ in windows:
             out, lse = plan.forward(launch.run, problem, mine, k_, v_, segments, part=Part(head), into=(out, lse))

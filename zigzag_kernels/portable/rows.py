@@ -83,12 +83,13 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
     offsets = tl.arange(0, BLOCK_N)
     if SLOTS == 1:
         return (kv_row + start).to(tl.int64), offsets
-    start += place
-    if ALIGNED:
+    elif ALIGNED:
+        start += place
         chunk = start // kv_chunk
         row = kv_row + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return row.to(tl.int64), offsets
     else:
+        start += place
         first = start // kv_chunk
         left = (first + 1) * kv_chunk - start
         crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
