@@ -11,12 +11,13 @@ from .launch import export_disabled_checks
 from .mesh import make_zigzag_attention
 from .padding import pad_to_zigzag, unpad
 from .reference import merge_partials
-from .segment_ids import cu_seqlens_from_segment_ids
+from .segment_ids import cu_seqlens_from_position_ids, cu_seqlens_from_segment_ids
 from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",
     "__version__",
+    "cu_seqlens_from_position_ids",
     "cu_seqlens_from_segment_ids",
     "export_disabled_checks",
     "local_cu_seqlens",

@@ -1,46 +1,94 @@
-"""Conversion of `segment_ids`, the usual packing of JAX models, to `cu_seqlens`."""
+"""Conversion of `segment_ids` and `position_ids`, two usual packings of models, to `cu_seqlens`."""
 
 import jax
 import jax.numpy as jnp
 
 from zigzag_kernels.checks import MAX_ROWS, check_int
 
-from .arguments import Array, check_array
+from .arguments import Array, as_flag, check_array
 from .surroundings import under_own_promotion
 
 
 @under_own_promotion
-def cu_seqlens_from_segment_ids(segment_ids: Array, max_sequences: int, positions: Array | None = None) -> jax.Array:
+def cu_seqlens_from_segment_ids(
+    segment_ids: Array, max_sequences: int, positions: Array | None = None, *, return_lengths: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Convert the `segment_ids` of a packed row, or of a batch of rows, to `cu_seqlens`.
 
-    A sequence is a run of tokens with the same id, and id 0 is padding. Padding at the end belongs to no sequence;
-    padding between two sequences counts as a sequence of its own.
+    A document is a run of tokens with the same id, and id 0 is padding. Padding at the end belongs to no document;
+    padding between two documents counts as a document of its own.
 
     Args:
         segment_ids: `[total]` integers in any order; may be traced. Or `[batch, tokens]`, whose rows follow one another
-            in the packed batch `[batch * tokens]`: each begins a sequence. For one `cu_seqlens` a row use `jax.vmap`.
-        max_sequences: N, the most sequences that all of `segment_ids` can have.
-        positions: integers in the shape of `segment_ids`. With them a sequence also begins where the position is 0,
+            in the packed batch `[batch * tokens]`: each begins a document. For one `cu_seqlens` a row use `jax.vmap`.
+        max_sequences: N, the most documents that all of `segment_ids` can have.
+        positions: integers in the shape of `segment_ids`. With them a document also begins where the position is 0,
             for packings that give neighbours the same id.
+        return_lengths: whether real lengths are wanted too. Then the offsets reach into the last row even if it is
+            padding alone, as the row layout wants it, so that N counts padding of the rows before.
 
     Returns:
-        `[max_sequences + 1]` int32, with the last offset repeated. A row with more sequences ends with -1, which
-        `validate` refuses, and for which attention returns NaN.
+        `[max_sequences + 1]` int32, with the last offset repeated. A row with more documents ends with -1, which
+        `validate` refuses, and for which attention returns NaN. With `return_lengths`, (these offsets, the real lengths
+        `[max_sequences]` int32 that `prepare_batch` takes: 0 for padding).
     """
     given = {"segment_ids": segment_ids} if positions is None else {"segment_ids": segment_ids, "positions": positions}
     for name, x in given.items():
-        check_array(name, x)
-        if x.ndim not in (1, 2) or x.shape != segment_ids.shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            expected = "[total] or [batch, tokens]" if name == "segment_ids" else f"{segment_ids.shape} as segment_ids"
-            raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
-    max_sequences = check_int("max_sequences", max_sequences, 1, MAX_ROWS, "a positive int")
-    ids = jnp.asarray(segment_ids).reshape(-1)
+        _check_ids(name, x, "segment_ids", segment_ids)
+    return_lengths = as_flag("return_lengths", return_lengths)
+    ids, width = jnp.asarray(segment_ids).reshape(-1), max(segment_ids.shape[-1], 1)
     rows = jnp.arange(len(ids), dtype=jnp.int32)
     end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)
-    begins = (rows % max(segment_ids.shape[-1], 1) == 0) | (ids != jnp.roll(ids, 1))
+    if return_lengths:
+        end = jnp.maximum(end, max(len(ids) - width, 0))
+    begins = (rows % width == 0) | (ids != jnp.roll(ids, 1))
     if positions is not None:
         begins |= (ids != 0) & (jnp.asarray(positions).reshape(-1) == 0)
-    begins &= rows < end
+    cu_seqlens = _offsets(begins & (rows < end), end, max_sequences, None)
+    if not return_lengths:
+        return cu_seqlens
+    real = jnp.append(ids != 0, False)[cu_seqlens[:-1]]
+    return cu_seqlens, jnp.diff(cu_seqlens) * real * (cu_seqlens[-1] >= 0)
+
+
+@under_own_promotion
+def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax.Array:
+    """Convert the `position_ids` of a packed row, or of a batch of rows, to `cu_seqlens`.
+
+    A document begins where the position is 0, and at the beginning of a row; every other position follows the one
+    before it. There is no padding: a token at position 0 behind another is a document of one token.
+
+    Args:
+        position_ids: `[total]` integers; may be traced. Or `[batch, tokens]`, whose rows follow one another in the
+            packed batch `[batch * tokens]`.
+        max_sequences: N, the most documents that all of `position_ids` can have.
+
+    Returns:
+        `[max_sequences + 1]` int32, with the last offset repeated. It ends with -1, which `validate` refuses, and for
+        which attention returns NaN, if there are more documents, or if positions skip any, as those of a rank's zigzag
+        rows do.
+    """
+    _check_ids("position_ids", position_ids, "position_ids", position_ids)
+    positions, width = jnp.asarray(position_ids).reshape(-1), max(position_ids.shape[-1], 1)
+    rows = jnp.arange(len(positions), dtype=jnp.int32)
+    begins = (rows % width == 0) | (positions == 0)
+    fault = (~begins & (positions != jnp.roll(positions, 1) + 1)) | (positions < 0)
+    return _offsets(begins, jnp.int32(len(positions)), max_sequences, fault.any())
+
+
+def _check_ids(name: str, x, model_name: str, model: Array) -> None:
+    """Raise `ValueError` unless `x` is integers `[total]` or `[batch, tokens]`, in the shape of `model`."""
+    check_array(name, x)
+    if x.ndim not in (1, 2) or x.shape != model.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        expected = "[total] or [batch, tokens]" if name == model_name else f"{model.shape} as {model_name}"
+        raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
+
+
+def _offsets(begins: jax.Array, end: jax.Array, max_sequences: int, fault: jax.Array | None) -> jax.Array:
+    """Return the offsets of the rows where documents begin, with `end` behind them, and -1 if there is a fault."""
+    max_sequences = check_int("max_sequences", max_sequences, 1, MAX_ROWS, "a positive int")
     (starts,) = jnp.nonzero(begins, size=max_sequences, fill_value=end)
-    last = jnp.where(begins.sum() > max_sequences, -1, end)
-    return jnp.append(starts, last).astype(jnp.int32)
+    wrong = begins.sum() > max_sequences
+    if fault is not None:
+        wrong |= fault
+    return jnp.append(starts, jnp.where(wrong, -1, end)).astype(jnp.int32)

@@ -26,6 +26,7 @@ from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
 from .padding import pad_to_zigzag, unpad
 from .profiling import profile_report
 from .reference import merge_partials
+from .segment_ids import cu_seqlens_from_position_ids, cu_seqlens_from_segment_ids
 from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "ZigzagConfig",
     "__version__",
     "compute_kv_slices_for_groups",
+    "cu_seqlens_from_position_ids",
+    "cu_seqlens_from_segment_ids",
     "execute_grouped_attention",
     "fused_zigzag_llama3_flash_attn_forward_v2",
     "local_cu_seqlens",

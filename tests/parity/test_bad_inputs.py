@@ -98,8 +98,13 @@ BOTH = {
     "pad_to_zigzag": {**X, **LENGTHS, **SIZE, "total": ("int", 20), "value": ("fill", 7.0)},
     "unpad": {**X, **LENGTHS, **SIZE},
     "validate": {**LENGTHS, **SIZE, "total": ("int", 16)},
+    "cu_seqlens_from_segment_ids": {
+        "segment_ids": ("array", np.array([1, 1, 2])), "max_sequences": ("int", 3),
+        "positions": ("optional array", np.array([0, 1, 0])), "return_lengths": ("flag", False),
+    },
+    "cu_seqlens_from_position_ids": {"position_ids": ("array", np.array([0, 1, 0])), "max_sequences": ("int", 3)},
     "merge_partials": {"out": ("array", ones(2, 8, 4, 16)), "lse": ("array", ones(2, 4, 8))},
-}
+}  # fmt: skip
 ROW = {"layout": ("name", "row"), "row_length": ("int", 16)}
 PACKED = {"cu_seqlens": ("packed offsets", [0, 5, 16])}
 PACKED_X = {"x": ("packed rows", ones(16, 3))}
@@ -116,10 +121,6 @@ IN_ROWS = {
 ONLY_JAX = {
     "make_zigzag_attention": {
         "mesh": ("none", None), "axis": ("name", "cp"), "head_axis": ("name", "tp"), "batch_axis": ("name", "dp"),
-    },
-    "cu_seqlens_from_segment_ids": {
-        "segment_ids": ("array", np.array([1, 1, 2])), "max_sequences": ("int", 3),
-        "positions": ("optional array", np.array([0, 1, 0])),
     },
 }  # fmt: skip
 PAIR = {"chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3)}
