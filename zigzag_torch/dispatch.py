@@ -40,7 +40,7 @@ class Operator:
 
     def refuse_gradient(self) -> None:
         """Register a gradient that raises: the operator is a gradient itself, so it would be a second derivative."""
-        self.register_autograd(_refuse, setup_context=_save_nothing)
+        self.register_autograd(refuse_derivative, setup_context=_save_nothing)
 
     def __call__(self, *inputs):
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
@@ -56,7 +56,8 @@ def _save_nothing(ctx, inputs, output) -> None:
     pass
 
 
-def _refuse(ctx, *gradients):
+def refuse_derivative(ctx, *gradients):
+    """Refuse as the `jvp`, or as the gradient of a gradient, of an autograd function."""
     raise NotImplementedError(UNSUPPORTED_DERIVATIVE)
 
 
@@ -79,7 +80,7 @@ class _ReverseModeOnly(torch.autograd.Function):
     def backward(ctx, *gradients):
         return gradients
 
-    jvp = staticmethod(_refuse)
+    jvp = staticmethod(refuse_derivative)
 
 
 def refuse_tangents(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -90,6 +91,43 @@ def refuse_tangents(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode is in force
         return tensors
     return _ReverseModeOnly.apply(*tensors)
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """Returns views of its first `n` tensors, which depend on all of them in a way that has no derivative."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_save_nothing)
+
+    @staticmethod
+    def forward(n: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:n])
+
+    backward = staticmethod(refuse_derivative)
+    jvp = staticmethod(refuse_derivative)
+
+
+def first_derivatives_only(backward: Callable) -> Callable:
+    """Make `backward(ctx, *gradients)` of an autograd function refuse to be differentiated itself.
+
+    A second derivative would lack what autograd does not see inside of it. What the gradients depend on has to be
+    among `ctx.saved_tensors`.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *cotangents):
+        with torch.no_grad():
+            gradients = backward(ctx, *cotangents)
+        if not torch.is_grad_enabled():
+            return gradients
+        sources = [x for x in (*ctx.saved_tensors, *cotangents) if x is not None and x.requires_grad]
+        if not sources:
+            return gradients
+        present = [x for x in gradients if x is not None]
+        guarded = iter(_FirstDerivatives.apply(len(present), *present, *sources))
+        return tuple(None if x is None else next(guarded) for x in gradients)
+
+    return refusing
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:

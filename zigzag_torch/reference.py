@@ -148,13 +148,37 @@ def varlen_attention(
 
     The mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2.
     """
+    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask)
+    out, lse, _ = dense_forward(q.float(), k.float(), v.float(), visible, None, softmax_scale, 0.0)
+    return out.to(q.dtype), lse
+
+
+def varlen_gradients(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cotangents: tuple[torch.Tensor, torch.Tensor | None],
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    mask: Mask,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """Return (dq, dk, dv) of `varlen_attention` for the gradients (dout, dlse) of its results; dlse None is zeros."""
+    q, k, v = (x.float() for x in qkv)
+    dout, dlse = cotangents
+    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask)
+    out, _, _ = dense_forward(q, k, v, visible, None, softmax_scale, 0.0)
+    *gradients, _ = dense_backward(q, k, v, out, dout.float(), dlse, visible, None, softmax_scale, 0.0)
+    return tuple(x.to(like.dtype) for x, like in zip(gradients, qkv, strict=True))
+
+
+def _visible_keys(
+    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, mask: Mask
+) -> torch.Tensor:
+    """Return `[rows, keys]`: whether each row of `varlen_attention` sees each key."""
     q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
     k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
     k_length = cu_seqlens_k.diff()[q_sequence.clamp(min=0)] if len(cu_seqlens_k) > 1 else 0
     rows = Places(q_sequence, q_position + k_length - q_length)
-    visible = see(mask, rows, Places(k_sequence, k_position))
-    out, lse, _ = dense_forward(q.float(), k.float(), v.float(), visible, None, softmax_scale, 0.0)
-    return out.to(q.dtype), lse
+    return see(mask, rows, Places(k_sequence, k_position))
 
 
 @operator("zigzag::dense_forward")

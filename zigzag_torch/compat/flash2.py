@@ -51,10 +51,8 @@ def backward(
     """Return (dq, dk, dv) for the gradients of the results of `forward`; `dlse` None means zeros."""
     q, k, v, _, lse = residuals
     if not is_flash(q):
-        with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            results = forward(q, k, v, lengths, causal, softmax_scale)
-        dq, dk, dv = torch.autograd.grad(results, (q, k, v), (dout, torch.zeros_like(lse) if dlse is None else dlse))
+        mask = reference.Mask(causal)
+        dq, dk, dv = reference.varlen_gradients((q, k, v), (dout, dlse), *lengths[:2], mask, softmax_scale)
         return dq, dk, dv
     with deterministic_algorithms(deterministic):
         dq, dk, dv = _flash_backward(residuals, dout, lengths, causal, softmax_scale)

@@ -23,6 +23,7 @@ from zigzag_kernels.checks import (
 from zigzag_kernels.problem import ArraySpec, make_problem
 
 from ..arguments import cast_for_autocast, check_int32, check_tensor
+from ..dispatch import first_derivatives_only, refuse_derivative
 from ..launch import describe
 from ..parallel import Residuals
 from ..parallel.agreement import BACKWARD, agree
@@ -283,7 +284,7 @@ class GroupedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grouping: Grouping, group: dist.ProcessGroup | None, heads_k_stride: int, k, v, *chunk_q):
+    def forward(grouping: Grouping, group: dist.ProcessGroup | None, heads_k_stride: int, k, v, *chunk_q):
         _, heads, head_dim = chunk_q[0].shape
         out = k.new_zeros((grouping.tokens, heads, head_dim))
         lse = k.new_full((heads, grouping.tokens), float("-inf"), dtype=torch.float32)
@@ -298,12 +299,17 @@ class GroupedAttention(torch.autograd.Function):
                     options = call.lengths, grouping.causal, grouping.softmax_scale
                     results = flash2.forward(q[:, mine], k_slice, v_slice, *options)
                 out[call.rows, mine], lse[mine, call.rows] = results
-        ctx.save_for_backward(k, v, out, lse, *chunk_q)
-        ctx.constants = grouping, group, heads_k_stride
-        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        *constants, k, v = inputs[:5]
+        ctx.save_for_backward(k, v, *output, *inputs[5:])
+        ctx.constants = constants
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_derivatives_only
     def backward(ctx, dout, dlse):
         k, v, out, lse, *chunk_q = ctx.saved_tensors
         grouping, group, heads_k_stride = ctx.constants
@@ -336,6 +342,8 @@ class GroupedAttention(torch.autograd.Function):
                     reduce_into(local, buffer, group)
                 into[:, first : first + local.shape[1]] = local
         return None, None, None, dk, dv, *dchunk_q
+
+    jvp = staticmethod(refuse_derivative)
 
 
 def _gathered(group: dist.ProcessGroup | None, heads_k_stride: int, k: torch.Tensor, v: torch.Tensor):

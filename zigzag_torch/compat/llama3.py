@@ -344,8 +344,7 @@ class _InLocalOrder(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens: int, indices: list[torch.Tensor], *groups: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*indices)
+    def forward(tokens: int, indices: list[torch.Tensor], *groups: torch.Tensor) -> torch.Tensor:
         shape = tokens, *groups[0].shape[1:]
         local = groups[0].new_empty(shape) if sum(map(len, groups)) == tokens else groups[0].new_zeros(shape)
         for rows, group in zip(indices, groups, strict=True):
@@ -353,6 +352,10 @@ class _InLocalOrder(torch.autograd.Function):
         return local
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.indices = inputs[1]
+
+    @staticmethod
     def backward(ctx, *gradients: torch.Tensor):
         (gradient,) = gradients
-        return None, None, *(gradient.index_select(0, rows) for rows in ctx.saved_tensors)
+        return None, None, *(gradient.index_select(0, rows) for rows in ctx.indices)

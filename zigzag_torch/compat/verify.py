@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dispatch import first_derivatives_only, refuse_tangents, transforms_run
 from .flags import enabled
 
 BLOCK = 64
@@ -32,18 +33,24 @@ def choose_path(
     `results` are the names of what both return, those of lse `[..., heads, rows]` begin with "lse". The comparison
     covers the backward pass too, and raises `AssertionError` with the name of the tensor and by how much it is off.
     """
+    tensors = refuse_tangents(*inputs.values())
     if not enabled("use_fused_triton_v2"):
-        return unfused(*inputs.values())
+        return unfused(*tensors)
     if not enabled("verify_correctness"):
-        return fused(*inputs.values())
-    first = next(iter(inputs.values()))
+        return fused(*tensors)
+    if transforms_run():
+        raise NotImplementedError(
+            "ZIGZAG_VERIFY_CORRECTNESS: expected a call outside of the transforms of torch.func (grad, vjp, vmap), got "
+            "one inside of them"
+        )
+    first = tensors[0]
     if not first.is_cuda and fused_backend(first.device) is None:
         warnings.warn(
             "ZIGZAG_VERIFY_CORRECTNESS: without a GPU the fused path is the reference, and so is the unfused one; "
             "TRITON_INTERPRET=1 interprets the kernels",
             stacklevel=3,
         )
-    return _Verified.apply(fused, unfused, (tuple(inputs), tuple(results)), *inputs.values())
+    return _Verified.apply(fused, unfused, (tuple(inputs), tuple(results)), *tensors)
 
 
 def fused_backend(device: torch.device) -> str | None:
@@ -65,10 +72,12 @@ class _Verified(torch.autograd.Function):
         for name, *results in zip(names[1], ours, theirs, moved, strict=True):
             _compare(name, Compared(*(x.detach() for x in results)), name.startswith("lse"), 0.0)
         ctx.leaves, ctx.paths, ctx.unfused, ctx.names = leaves, (ours, theirs), unfused, names
+        ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return tuple(x.detach() for x in ours)
 
     @staticmethod
+    @first_derivatives_only
     def backward(ctx, *cotangents):
         def gradients(results, leaves, change):
             used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
