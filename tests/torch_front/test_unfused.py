@@ -131,7 +131,8 @@ def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
         assert cum_seq_q.diff().max() <= max_q
         assert cum_seq_k.diff().max() <= max_k
         assert max_q > 1
-        return *dense(query, key, value, cum_seq_q, cum_seq_k, is_causal, scale), None, None, None
+        results = dense(query, key, value, cum_seq_q, cum_seq_k, flash2.reference.Mask(is_causal), scale)
+        return *results, None, None, None
 
     def backward(
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
