@@ -351,27 +351,13 @@ def _attend(
     if call.backend == Backend.REFERENCE:
         out, lse, maxima = reference.attention(transport, q, k, v, batch.packing, sinks)
     else:
-        _refuse_options(call)
-        out, lse = attention(transport, q, k, v, tables_of(batch, call.backend))
+        out, lse = attention(transport, q, k, v, tables_of(batch, call.backend), sinks)
         maxima = lse
+        if call.return_max_logits:
+            lse, maxima = lse[0], lse[1]
     if not call.return_max_logits:
         return out, lse, None
     return out, lse, _largest(transport, maxima.detach())
-
-
-def _refuse_options(call: CallSpec) -> None:
-    options = {
-        "window_size": call.window_size != NO_WINDOW,
-        "attention_chunk": call.attention_chunk,
-        "softcap": call.softcap,
-        "sinks": call.has_sinks,
-        "return_max_logits": call.return_max_logits,
-        "layout": call.layout == Layout.ROW,
-        "lengths": call.has_lengths,
-    }
-    for name, is_used in options.items():
-        if is_used:
-            raise NotImplementedError(f"{name}: expected the backend 'reference', got {call.backend!r}")
 
 
 def _largest(transport: Transport, maxima: torch.Tensor) -> torch.Tensor:

@@ -36,38 +36,48 @@ def segment_tables(
     """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`."""
     from zigzag_kernels import plan
 
-    if lengths is not None or layout == Layout.ROW:
-        raise NotImplementedError(f"backend: real lengths and the row layout need 'reference', got {backend!r}")
-
     return plan.segment_tables(
         launch.run,
         cu_seqlens,
         rank,
+        lengths,
         sequences=cu_seqlens.shape[0] - 1,
         world_size=world_size,
         target=launch.target(backend, cu_seqlens.device),
         kv_layout=kv_layout,
+        layout=layout,
+        row_length=row_length,
+        rows=rows,
     )
 
 
 @segment_tables.register_fake
 def _(cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1):
     steps = world_size if kv_layout == KVLayout.PEER else 1
-    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps)
+    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps, layout == Layout.ROW and world_size > 1)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 
 
 def attention(
-    transport: Transport, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+    transport: Transport,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: Tables,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32) by the kernels; differentiable."""
-    tensors = q, k, v, *tables
+    """Return (out `[T, heads, head_dim]`, statistics) by the kernels; differentiable.
+
+    The statistics are lse `[heads, T]` float32, or with `return_max_logits` `[2, heads, T]`: lse, and the largest score
+    of each row, which has no gradient.
+    """
+    tensors = (q, k, v, *tables) if sinks is None else (q, k, v, *tables, sinks)
     if not goes_straight(tensors):
         forward, _ = _operators_of(transport)
-        return forward(*tensors, *_constants(transport))
+        return forward(q, k, v, *tables, *_constants(transport), sinks)
     if records(tensors):
-        return _Attention.apply(transport, *tensors)
-    return transport.forward(q, k, v, tables)
+        return _Attention.apply(transport, q, k, v, *tables, sinks)
+    return transport.forward(q, k, v, tables, sinks)
 
 
 _Function: Any = torch.autograd.Function if launch.fast_launch is None else launch.fast_launch.Function
@@ -79,27 +89,34 @@ class _Attention(_Function):
     _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
     @staticmethod
-    def forward(ctx, transport, q, k, v, segments, sequences):
-        out, lse = transport.forward(q, k, v, Tables(segments, sequences))
+    def forward(ctx, transport, q, k, v, segments, sequences, sinks):
+        out, statistics = transport.forward(q, k, v, Tables(segments, sequences), sinks)
         ctx.transport = transport
-        ctx.save_for_backward(q, k, v, out, lse, segments, sequences)
+        ctx.save_for_backward(q, k, v, out, statistics, segments, sequences, sinks)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, statistics
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        saved, transport = ctx.saved_tensors, ctx.transport
-        q, k, v, out, lse, *tables = saved
+    def backward(ctx, dout, dstatistics):
+        q, k, v, out, statistics, *tables, sinks = ctx.saved_tensors
+        transport = ctx.transport
         if dout is None:
             dout = torch.zeros_like(out)
-        tensors = (*saved, dout) if dlse is None else (*saved, dout, dlse)
+        lse, dlse = _first(statistics), _first(dstatistics)
+        tensors = [x for x in (q, k, v, out, lse, *tables, sinks, dout, dlse) if x is not None]
         # A backward pass that is itself recorded goes through the operator, whose gradient is a refusal.
         if goes_straight(tensors) and not records(tensors):
-            dq, (dk, dv) = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(*tables))
+            dq, (dk, dv), dsinks = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(*tables), sinks)
         else:
             _, backward = _operators_of(transport)
-            dq, dk, dv = _three(backward(q, k, v, out, lse, dout, dlse, *tables, *_constants(transport)))
-        return None, dq, dk, dv, None, None
+            gradients = backward(q, k, v, out, lse, dout, dlse, *tables, *_constants(transport), sinks)
+            dq, dk, dv, dsinks = _four(gradients, sinks)
+        return None, dq, dk, dv, None, None, dsinks
+
+
+def _first(statistics: Any) -> Any:
+    """Return lse of the statistics of a call, or the gradient of lse of theirs, which may be None."""
+    return statistics if statistics is None or statistics.ndim == 2 else statistics[0]
 
 
 def agreed_rank(
@@ -146,6 +163,13 @@ def _key_of_values(*values) -> str:
 _key_of_values._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def _transport_of(q, k, v, sequences, call: str, world_size: int, kv_layout: str, group_name: str | None) -> Transport:
+    """Return the transport of an operator, which knows the number of sequences from their table."""
+    spec = CallSpec.from_key(call)
+    further = 1 + (spec.layout == Layout.ROW and world_size > 1)  # entries, which are padding
+    return transport_of(q, k, v, spec, sequences.shape[-2] - further, world_size, KVLayout(kv_layout), group_name)
+
+
 @operator("zigzag::attention_forward")
 def attention_forward(
     q: torch.Tensor,
@@ -156,10 +180,11 @@ def attention_forward(
     call: str,
     world_size: int,
     kv_layout: str = "gathered",
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) of k and v that are all here."""
-    constants = CallSpec.from_key(call), sequences.shape[-2] - 1, world_size, KVLayout(kv_layout)
-    return transport_of(q, k, v, *constants, None).forward(q, k, v, Tables(segments, sequences))
+    """Return (out, statistics) of k and v that are all here."""
+    transport = _transport_of(q, k, v, sequences, call, world_size, kv_layout, None)
+    return transport.forward(q, k, v, Tables(segments, sequences), sinks)
 
 
 @operator("zigzag::attention_backward")
@@ -176,12 +201,13 @@ def attention_backward(
     call: str,
     world_size: int,
     kv_layout: str = "gathered",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (dq, dk, dv) of `attention_forward`."""
-    constants = CallSpec.from_key(call), sequences.shape[-2] - 1, world_size, KVLayout(kv_layout)
-    transport = transport_of(q, k, v, *constants, None)
-    dq, (dk, dv) = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(segments, sequences))
-    return dq, dk, dv
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dq, dk, dv, dsinks) of `attention_forward`; dsinks is empty without sinks."""
+    transport = _transport_of(q, k, v, sequences, call, world_size, kv_layout, None)
+    residuals, tables = Residuals(q, k, v, out, lse), Tables(segments, sequences)
+    dq, (dk, dv), dsinks = transport.backward(residuals, dout, dlse, tables, sinks)
+    return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks
 
 
 @operator("zigzag::parallel_forward")
@@ -194,10 +220,11 @@ def parallel_forward(
     call: str,
     world_size: int,
     group_name: str,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, lse) of one rank of several; all tensors are its own."""
-    constants = CallSpec.from_key(call), sequences.shape[-2] - 1, world_size, KVLayout.PEER
-    return transport_of(q, k, v, *constants, group_name).forward(q, k, v, Tables(segments, sequences))
+    """Return (out, statistics) of one rank of several; all tensors are its own."""
+    transport = _transport_of(q, k, v, sequences, call, world_size, KVLayout.PEER, group_name)
+    return transport.forward(q, k, v, Tables(segments, sequences), sinks)
 
 
 @operator("zigzag::parallel_backward")
@@ -214,13 +241,14 @@ def parallel_backward(
     call: str,
     world_size: int,
     group_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (dq, dk and dv in one tensor) of `parallel_forward`; an operator must not return views of a result."""
-    constants = CallSpec.from_key(call), sequences.shape[-2] - 1, world_size, KVLayout.PEER
-    transport = transport_of(q, k, v, *constants, group_name)
-    dq, dkv = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(segments, sequences))
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dq, dk and dv, dsinks) of `parallel_forward`; dk and dv are one tensor, as operators return no views."""
+    transport = _transport_of(q, k, v, sequences, call, world_size, KVLayout.PEER, group_name)
+    residuals, tables = Residuals(q, k, v, out, lse), Tables(segments, sequences)
+    dq, dkv, dsinks = transport.backward(residuals, dout, dlse, tables, sinks)
     assert isinstance(dkv, torch.Tensor)
-    return dq, dkv
+    return dq, dkv, lse.new_empty(0) if dsinks is None else dsinks
 
 
 @operator("zigzag::agreed_rank")
@@ -247,16 +275,27 @@ def _agree(transport: Moving, equal_lengths: bool) -> None:
     agree_on_call(resolve(transport.group_name), transport.problem, **others)
 
 
-def _fake_forward(q, k, v, segments, sequences, *constants):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+def _fake_forward(q, k, v, segments, sequences, call, *others):
+    both = (2,) if CallSpec.from_key(call).return_max_logits else ()
+    return q.new_empty(q.shape), q.new_empty((*both, q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _fake_sinks(lse: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    return lse.new_empty(0 if sinks is None else sinks.shape)
+
+
+@attention_backward.register_fake
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, kv_layout="gathered", sinks=None):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _fake_sinks(lse, sinks)
+
+
+@parallel_backward.register_fake
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, group_name, sinks=None):
+    return q.new_empty(q.shape), k.new_empty((2, *k.shape)), _fake_sinks(lse, sinks)
 
 
 attention_forward.register_fake(_fake_forward)
 parallel_forward.register_fake(_fake_forward)
-attention_backward.register_fake(
-    lambda q, k, v, *others: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-)
-parallel_backward.register_fake(lambda q, k, v, *others: (q.new_empty(q.shape), k.new_empty((2, *k.shape))))
 agreed_rank_operator.register_fake(lambda rank, *others: rank.new_empty(rank.shape))
 
 
@@ -267,25 +306,27 @@ def _operators_of(transport: Transport) -> tuple[Callable, Callable]:
     return parallel_forward, parallel_backward
 
 
-def _three(gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (dq, dk, dv) from the results of either backward operator."""
-    dq, *dkv = gradients
+def _four(gradients: tuple[torch.Tensor, ...], sinks: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return (dq, dk, dv, dsinks) from the results of either backward operator; dsinks is None without sinks."""
+    dq, *dkv, dsinks = gradients
     dk, dv = dkv if len(dkv) == 2 else dkv[0]
-    return dq, dk, dv
+    return dq, dk, dv, None if sinks is None else dsinks
 
 
 def _register_gradient(forward, backward) -> None:
     def save(ctx, inputs, output) -> None:
-        q, k, v, segments, sequences, *ctx.constants = inputs
-        ctx.save_for_backward(q, k, v, *output, segments, sequences)
+        q, k, v, segments, sequences, *ctx.constants, sinks = inputs
+        ctx.save_for_backward(q, k, v, *output, segments, sequences, sinks)
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx, dout, dlse) -> tuple:
-        q, k, v, out, lse, segments, sequences = ctx.saved_tensors
+    def differentiate(ctx, dout, dstatistics) -> tuple:
+        q, k, v, out, statistics, segments, sequences, sinks = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        gradients = backward(q, k, v, out, lse, dout, dlse, segments, sequences, *ctx.constants)
-        return *_three(gradients), *(None,) * (2 + len(ctx.constants))
+        results = out, _first(statistics), dout, _first(dstatistics)
+        gradients = backward(q, k, v, *results, segments, sequences, *ctx.constants, sinks)
+        dq, dk, dv, dsinks = _four(gradients, sinks)
+        return dq, dk, dv, *(None,) * (2 + len(ctx.constants)), dsinks
 
     forward.register_autograd(differentiate, setup_context=save)
     backward.refuse_gradient()

@@ -63,6 +63,26 @@ def assert_close(name, result, exact, straightforward):
             )
 
 
+def assert_sums_close(name, result, exact_terms, straightforward_terms):
+    """Assert that `result [heads]` is as close to the sums of `exact_terms [heads, rows]` as the rule says.
+
+    There are few sums, and an error of one of them is a single draw, which may have been a lucky one. What the errors
+    of its terms amount to if they are independent says how large it is to be expected.
+    """
+    result, exact_terms, straightforward_terms = (
+        np.asarray(x).astype(np.float64) for x in (result, exact_terms, straightforward_terms)
+    )
+    exact = exact_terms.sum(axis=1)
+    assert result.shape == exact.shape, f"{name}: expected shape {exact.shape}, got {result.shape}"
+    expected = np.linalg.norm(straightforward_terms - exact_terms, axis=1)
+    bound = FACTORS["worst element"] * expected + FLOAT32_ROUNDINGS * np.maximum(np.abs(exact_terms).sum(axis=1), 1)
+    wrong = ~(np.abs(result - exact) <= bound)
+    assert not wrong.any(), (
+        f"{name}: expected {exact[wrong]} up to {bound[wrong]}, the errors of the terms of a straightforward "
+        f"computation, got {result[wrong]} of heads {np.flatnonzero(wrong)}"
+    )
+
+
 def _relative(error, size):
     """`error / size`, where no error is right for any size and any error of nothing is infinitely wrong."""
     with np.errstate(divide="ignore", invalid="ignore"):

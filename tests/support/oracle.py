@@ -55,7 +55,7 @@ PLAIN = Options()
 class RankResult(NamedTuple):
     """What one rank produces; its part of `dk, dv` is in gathered (rank-major) layout, as K/V are.
 
-    `max_logits` are the largest scores that rows of this rank see, and `dsinks` sums over its rows.
+    `max_logits` are the largest scores that rows of this rank see, and `dsinks` sums over its rows of `sink_terms`.
     """
 
     out: np.ndarray  # [T, heads, head_dim]
@@ -65,6 +65,7 @@ class RankResult(NamedTuple):
     dv: np.ndarray | None
     max_logits: np.ndarray  # [heads]
     dsinks: np.ndarray | None  # [heads]
+    sink_terms: np.ndarray | None  # [heads, T]
 
 
 def attend(q, k, v, mask, scale, arithmetic=EXACT, softcap=0.0, sink=-np.inf):
@@ -110,10 +111,10 @@ def attend_gradients(q, k, v, mask, scale, out, lse, dout, dlse, arithmetic=EXAC
     return (ds @ k) * scale, (ds.T @ q) * scale, arithmetic.rounded(p).T @ dout
 
 
-def sink_gradient(sink, out, lse, dout, dlse):
-    """One head: the gradient of its sink, a sum over rows; the sink is a key whose value is 0."""
+def sink_terms(sink, out, lse, dout, dlse):
+    """One head: what each row adds to the gradient of its sink, which is a key whose value is 0."""
     share = np.exp(np.asarray(sink, dtype=lse.dtype) - np.where(np.isneginf(lse), np.inf, lse))
-    return (share * (dlse - (dout * out).sum(axis=1))).sum()
+    return share * (dlse - (dout * out).sum(axis=1))
 
 
 def visible(positions, keys, length, causal, options=PLAIN):
@@ -209,7 +210,7 @@ def rank_attention(
     if dout is not None:
         dout = dout.astype(q.dtype)
         dlse = np.zeros_like(lse) if dlse is None else dlse.astype(q.dtype)
-        dq, dk, dv, dsinks = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(heads, dtype=q.dtype)
+        dq, dk, dv, terms = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros_like(lse)
 
     for document, (start, end) in enumerate(pairwise(cu_seqlens)):
         mine = np.flatnonzero((start <= rows) & (rows < end))
@@ -228,13 +229,13 @@ def rank_attention(
                 dq[mine, head] = dq_head
                 dk[keys, kv_head] += dk_head
                 dv[keys, kv_head] += dv_head
-                dsinks[head] += sink_gradient(sinks[head], *results)
+                terms[head, mine] = sink_terms(sinks[head], *results)
 
     if dout is None:
-        return RankResult(out, lse, None, None, None, max_logits, None)
+        return RankResult(out, lse, None, None, None, max_logits, None, None)
     gathered = rows_of_all(cu_seqlens, world_size, total, options)
     gradients = (arithmetic.rounded(x) for x in (dq, dk[gathered], dv[gathered]))
-    return RankResult(out, lse, *gradients, max_logits, dsinks)
+    return RankResult(out, lse, *gradients, max_logits, terms.sum(axis=1), terms)
 
 
 def attention(q, k, v, cu_seqlens, causal, softmax_scale=None, arithmetic=EXACT, options=PLAIN):

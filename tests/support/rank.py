@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.support import oracle
-from tests.support.closeness import assert_close
+from tests.support.closeness import assert_close, assert_sums_close
 
 
 class RankArrays(NamedTuple):
@@ -64,9 +64,23 @@ def batch_results(case, inputs, arithmetic):
 
 def rows_of_results(results, rows):
     """`results` of the whole batch at the global `rows`; those that have no rows as they are."""
-    of_heads = {name: results[name] for name in ("max_logits", "dsinks") if name in results}
-    rest = {name: x[:, rows] if name == "lse" else x[rows] for name, x in results.items() if name not in of_heads}
-    return rest | of_heads
+    of_rows = {"out", "dq", "dk", "dv"}, {"lse", "sink_terms"}
+    rest = {name: x for name, x in results.items() if name not in of_rows[0] | of_rows[1]}
+    return (
+        {name: results[name][rows] for name in of_rows[0]}
+        | {name: results[name][:, rows] for name in of_rows[1]}
+        | rest
+    )
+
+
+def assert_results_close(where, results, exact, straightforward):
+    """Assert that each of the named `results` is close to the oracle's, by the rules of `closeness`."""
+    for name, x in results.items():
+        if name == "dsinks":
+            terms = exact["sink_terms"], straightforward["sink_terms"]
+            assert_sums_close(f"{where}: {name}", x, *terms)
+        else:
+            assert_close(f"{where}: {name}", x, exact[name], straightforward[name])
 
 
 def assert_rank_is_right(case, inputs, rank, named):
@@ -77,6 +91,5 @@ def assert_rank_is_right(case, inputs, rank, named):
         for arithmetic in (oracle.EXACT, oracle.straightforward(case.dtype))
     )
     for origin, results in named.items():
-        for name in case.results:
-            where = f"{origin}, rank {rank} of {case.world_size}: {name}"
-            assert_close(where, results[name], exact[name], straightforward[name])
+        chosen = {name: results[name] for name in case.results}
+        assert_results_close(f"{origin}, rank {rank} of {case.world_size}", chosen, exact, straightforward)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import oracle
 from tests.support.cases import RESULTS, Case, make_inputs
-from tests.support.closeness import assert_close
+from tests.support.closeness import assert_close, assert_sums_close
 
 QUANTITIES = RESULTS
 DTYPES = ("float32", "float16", "bfloat16")
@@ -113,3 +113,15 @@ def test_rejects_a_dropped_cotangent_of_lse(quantity, dtype):
     result = getattr(compute(dtype, oracle.straightforward(dtype), use_dlse=False), quantity)
     with pytest.raises(AssertionError, match="exceeds"):
         check(quantity, dtype, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_judged_by_their_terms(dtype):
+    exact = compute(dtype, oracle.EXACT).lse[:, :LENGTH]
+    rounded = exact.astype(dtype).astype(np.float64)
+    rng = np.random.default_rng(2)
+    other = exact * (1 + rng.uniform(-1, 1, exact.shape) * np.spacing(np.ones((), dtype)).astype(np.float64) / 2)
+    assert_sums_close("sound", other.sum(1), exact, rounded)
+    for name, x in {"sign": -exact, "a row less": exact[:, :-1], "twice": exact * 2, "NaN": exact * np.nan}.items():
+        with pytest.raises(AssertionError, match=name):
+            assert_sums_close(name, x.sum(1), exact, rounded)

@@ -49,7 +49,8 @@ def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.con
 def add_sinks(running, sinks):
     """Return `running` with one more logit in the total of each row that sees a key: `sinks [BLOCK_M]` in base 2."""
     maximum = tl.maximum(running.maximum, sinks)
-    maximum = tl.where(running.total == 0.0, 0.0, maximum)
+    # Of rows that see no key: not below the sink, so that nothing overflows.
+    maximum = tl.where(running.total == 0.0, tl.maximum(sinks, 0.0), maximum)
     rescale = tl.math.exp2(running.maximum - maximum)
     total = running.total * rescale + tl.math.exp2(sinks - maximum)
     return RunningSoftmax(

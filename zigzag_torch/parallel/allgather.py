@@ -29,9 +29,9 @@ class AllGather:
     group_name: str
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
@@ -44,28 +44,47 @@ class AllGather:
             part = part_of(first_head)
             # The first window allocates the results: on the stream that they are returned to.
             with on(*readers[index % 2]):
-                results = plan.forward(
-                    launch.run, self.problem, q, k_window, v_window, tables.segments, part=part, into=results
-                )
+                arguments = launch.run, self.problem, q, k_window, v_window, tables.segments
+                results = plan.forward(*arguments, sinks=sinks, part=part, into=results)
         return results
 
     def backward(
-        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
     ) -> Gradients:
-        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, dk and dv summed over all ranks."""
+        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
+
+        dk and dv are sums over all ranks, dsinks over the rows of this one.
+        """
         agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
         # All heads are put together when the buffers are free again: with delta and lse of two windows, the buffers are
         # the most memory that a call takes beside its results.
-        dq, of_windows = self._window_gradients(residuals, launch.last_dim_contiguous(dout), dlse, tables)
+        # Allocated on the stream that it is returned to.
+        dsinks = None if sinks is None else sinks.new_empty(sinks.shape)
+        of_sinks = None if sinks is None or dsinks is None else (sinks, dsinks)
+        dout = launch.last_dim_contiguous(dout)
+        dq, of_windows = self._window_gradients(residuals, dout, dlse, tables, of_sinks)
         dkv = residuals.k.new_empty((2, *residuals.k.shape))
         for x, window in zip(dkv.split(self.problem.window, 2), of_windows, strict=True):
             x.copy_(window)
-        return dq, dkv
+        return dq, dkv, dsinks
 
     def _window_gradients(
-        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        of_sinks: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window, the last in the dtype of the sums])."""
+        """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window, the last in the dtype of the sums]).
+
+        `of_sinks` are the sinks, if there are some, and the tensor that their gradient is written to.
+        """
         from zigzag_kernels import plan
 
         q, k, v, out, lse = readable(residuals)
@@ -86,6 +105,9 @@ class AllGather:
             del rows[:-1]
             with on(side):
                 rows.append(plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides))
+                if of_sinks is not None:
+                    sinks, into_dsinks = of_sinks
+                    plan.backward_sinks(launch.run, problem, rows[-1], sinks, part=part, into=into_dsinks)
             arguments = launch.run, problem, q, k_window, v_window, dout, rows[-1]
             # For the rows, and so that dQ does not start before dK/dV, whose sums travel during dQ.
             current.wait_stream(side)

@@ -17,18 +17,26 @@ class Local:
     problem: Problem
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32)."""
+        """Return (out `[T, heads, head_dim]`, statistics), which are lse `[heads, T]` float32.
+
+        With `return_max_logits` they are `[2, heads, T]`: lse, and the largest score of each row.
+        """
         from zigzag_kernels import plan
 
         problem = launch.without_gluon_if_misaligned(self.problem, k, v)
-        return plan.forward(launch.run, problem, q, k, v, tables.segments)
+        return plan.forward(launch.run, problem, q, k, v, tables.segments, sinks=sinks)
 
     def backward(
-        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
     ) -> Gradients:
-        """Return (dq, (dk, dv)) for the gradients of out and lse; `dlse` None means zeros."""
+        """Return (dq, (dk, dv), dsinks) for the gradients of out and lse; `dlse` None means zeros."""
         from zigzag_kernels import plan
 
         residuals = readable(residuals)
@@ -37,5 +45,8 @@ class Local:
         problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
         problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = plan.backward(launch.run, problem, *residuals, dout, dlse, *tables, dout_strides=row_strides(dout))
-        return dq, (dk, dv)
+        strides = {"dout_strides": row_strides(dout)}
+        dq, dk, dv, *dsinks = plan.backward(
+            launch.run, problem, *residuals, dout, dlse, *tables, sinks=sinks, **strides
+        )
+        return dq, (dk, dv), dsinks[0] if dsinks else None

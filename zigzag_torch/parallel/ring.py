@@ -28,9 +28,9 @@ class Ring:
     group_name: str
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
@@ -38,14 +38,22 @@ class Ring:
         results: Any = (None, None)
         for step, (keys, segments) in enumerate(zip(_around(k, v, group), tables.segments.unbind(), strict=True)):
             part = part_of(0, step > 0, "float32")
-            results = plan.forward(launch.run, self.problem, q, *keys, segments, part=part, into=results)
-        out, lse = results
-        return out.to(q.dtype), lse
+            results = plan.forward(launch.run, self.problem, q, *keys, segments, sinks=sinks, part=part, into=results)
+        out, statistics = results
+        return out.to(q.dtype), statistics
 
     def backward(
-        self, residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None, tables: Tables
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
     ) -> Gradients:
-        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`) of this rank's rows, dk and dv summed over all ranks."""
+        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
+
+        dk and dv are sums over all ranks, dsinks over the rows of this one.
+        """
         from zigzag_kernels import plan
 
         q, k, v, out, lse = readable(residuals)
@@ -59,6 +67,7 @@ class Ring:
         sums = [k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype)) for _ in range(2)]
         pairs = [x.unbind() for x in sums]
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
+        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
         dq, works = None, []
         steps = zip(_around(k, v, group), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
         for step, (keys, segments, sequences) in enumerate(steps):
@@ -72,7 +81,7 @@ class Ring:
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         wait(works, group)
         assert dq is not None
-        return dq.to(q.dtype), sums[problem.world_size % 2].to(k.dtype)
+        return dq.to(q.dtype), sums[problem.world_size % 2].to(k.dtype), dsinks
 
 
 def _around(k: torch.Tensor, v: torch.Tensor, group) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

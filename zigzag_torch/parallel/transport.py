@@ -57,8 +57,8 @@ class Residuals(NamedTuple):
     lse: torch.Tensor
 
 
-Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor]
-"""(dq, dk and dv): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`."""
+Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor, torch.Tensor | None]
+"""(dq, dk and dv, dsinks): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`; no sinks: None."""
 
 
 def readable(residuals: Residuals) -> Residuals:
