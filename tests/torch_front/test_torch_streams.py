@@ -117,11 +117,11 @@ def recorder(monkeypatch):
     return recorder
 
 
-def arguments(stride):
+def arguments(stride, **options):
     """(q, k, v), the tables, and the all-gather of `stride` heads at a time."""
     qkv = [torch.zeros(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     tables = Tables(*(torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1)))
-    call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", heads_k_stride=stride)
+    call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", heads_k_stride=stride, **options)
     return qkv, tables, transport_of(*qkv, call, 1, 2, KVLayout.PEER, "group")
 
 
@@ -137,13 +137,15 @@ def test_forward(recorder, stride):
         assert not recorder.ordered(before, ("gather", i))
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_backward(recorder, stride):
-    qkv, tables, transport = arguments(stride)
+def test_backward(recorder, stride, has_sinks):
+    qkv, tables, transport = arguments(stride, has_sinks=has_sinks)
+    sinks = torch.zeros(HEADS) if has_sinks else None
     out, lse, dout = torch.zeros_like(qkv[0]), torch.zeros(HEADS, TOKENS), torch.zeros_like(qkv[0])
     with recorder:
-        results = transport.backward(Residuals(*qkv, out, lse), dout, None, tables)
-    recorder.check(results)
+        dq, dkv, *dsinks = transport.backward(Residuals(*qkv, out, lse), dout, None, tables, sinks)
+    recorder.check((dq, dkv, *dsinks) if has_sinks else (dq, dkv))
     for i in range(KV_HEADS // stride):
         rows, keys, queries = ("backward_delta", i), ("backward_dkdv", i), ("backward_dq", i)
         assert not recorder.ordered(keys, queries)
