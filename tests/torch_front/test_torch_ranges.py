@@ -1,25 +1,357 @@
 """Windows, chunks, caps, sinks, real lengths and the row layout in PyTorch, against the float64 oracle."""
 
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.support.cases import make_inputs, select
-from tests.support.frameworks import attend_torch
-from tests.support.rank import assert_rank_is_right, rank_arrays
+import zigzag_torch
+from tests.support import oracle
+from tests.support.cases import RANGES, Case, make_inputs
+from tests.support.frameworks import attend_torch, prepare_torch, torch_options
+from tests.support.machine import GPU, GPUS
+from tests.support.processes import run_ranks, torch_numpy
+from tests.support.rank import (
+    assert_rank_is_right,
+    assert_results_close,
+    batch_results,
+    rank_arrays,
+    rank_rows,
+    rows_of_results,
+)
+from zigzag_torch import prepare_batch, zigzag_attention, zigzag_attention_gathered
 
-RANGES = select("ranges")
+DEVICE, KERNELS = ("cuda", "triton") if GPU else ("cpu", "interpret")
+BACKENDS = KERNELS, "reference"
+BETWEEN = [
+    (2, ["w2-row-all"]),
+    pytest.param(
+        2, ["w2-window-left", "w2-sinks", "w2-lengths-full", "w2-all", "w2-row-batch"], marks=pytest.mark.slow
+    ),
+    pytest.param(3, ["w3-window-both", "w3-all", "w3-row-window"], marks=pytest.mark.slow),
+]
+ALL = {"window_size": (6, -1), "attention_chunk": 9, "softcap": 2.0}
 
 
+def find(name):
+    return next(case for case in RANGES if case.name == name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", RANGES, ids=str)
-def test_reference_matches_the_oracle(case):
+def test_every_rank_matches_the_oracle(case, backend):
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        results = attend_torch(case, *rank_arrays(case, inputs, rank), rank, "reference", sinks=inputs.get("sinks"))
-        assert_rank_is_right(case, inputs, rank, {"reference": results})
+        results = attend_torch(case, *rank_arrays(case, inputs, rank), rank, backend, sinks=inputs.get("sinks"))
+        assert_rank_is_right(case, inputs, rank, {backend: results})
 
 
-@pytest.mark.parametrize("case", RANGES, ids=str)
-def test_kernels_match_the_oracle(case, kernel_backend):
+def attend(tensors, sinks, **options):
+    """{name: tensor} of a call between ranks: out, lse, dq, dk, dv, max_logits and dsinks."""
+    q, k, v, dout, dlse, batch = tensors
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    if sinks is not None:
+        leaves.append(sinks.detach().clone().requires_grad_())
+        options["sinks"] = leaves[3]
+    out, lse, max_logits = zigzag_attention(*leaves[:3], batch, return_lse=True, **options)
+    dq, dk, dv, *dsinks = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "max_logits": max_logits}
+    return results | dict(zip(("dsinks",), dsinks, strict=False))
+
+
+def check_cases(rank, world_size, expected):
+    for name, (exact, straightforward) in expected.items():
+        case, inputs = find(name), make_inputs(find(name))
+        rows = rank_rows(case, rank)
+        arrays = rank_arrays(case, inputs, rank, key_rows=rows)
+        tensors = [torch.tensor(x, dtype=getattr(torch, case.dtype), device=DEVICE) for x in arrays[:4]]
+        tensors.append(torch.tensor(arrays.dlse, device=DEVICE))
+        sinks = torch.tensor(inputs["sinks"], device=DEVICE) if case.sinks else None
+        cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
+        for backend in BACKENDS:
+            for method in ("ring", "allgather"):
+                common = {"group": dist.group.WORLD, "method": method}
+                batch = prepare_torch(case, cu_seqlens, rank, backend, **common)
+                options = common | torch_options(case) | {"backend": backend, "heads_k_stride": 1}
+                results = attend((*tensors, batch), sinks, **options)
+                results = {result: torch_numpy(x) for result, x in results.items()}
+                mine = [rows_of_results(x, rows) for x in (exact, straightforward)]
+                if case.sinks:  # those of this rank's rows
+                    mine[0]["dsinks"] = mine[0]["sink_terms"].sum(1)
+                assert_results_close(f"rank {rank} of {world_size}, {name}, {backend}, {method}", results, *mine)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("world_size", "names"), BETWEEN)
+def test_ranks_match_the_oracle_of_the_whole_batch(world_size, names, tmp_path):
+    if GPU and world_size > len(GPUS):
+        pytest.skip(f"needs {world_size} GPUs")
+    expected = {}
+    for case in map(find, names):
+        inputs = make_inputs(case)
+        arithmetics = oracle.EXACT, oracle.straightforward(case.dtype)
+        expected[case.name] = [batch_results(case, inputs, x) for x in arithmetics]
+    run_ranks(world_size, tmp_path, check_cases, expected, backend="nccl" if GPU else "gloo")
+
+
+def check_agreement(rank, world_size):
+    group = dist.group.WORLD
+    q, k, v = (torch.ones(8, heads, 16) for heads in (2, 1, 1))
+    cu_seqlens, lengths = torch.tensor([0, 4, 16], dtype=torch.int32), torch.tensor([3, 12 - rank], dtype=torch.int32)
+    for name, options in {
+        "window_size": {"window_size": (rank, -1)},
+        "attention_chunk": {"attention_chunk": rank},
+        "softcap": {"softcap": float(rank)},
+        "sinks": {"sinks": torch.zeros(2) if rank else None},
+        "return_max_logits": {"return_max_logits": bool(rank)},
+        "layout": {"layout": ("document", "row")[rank]},
+    }.items():
+        with pytest.raises(ValueError, match=rf"expected the same call .*{name}: rank 0 has"):
+            zigzag_attention(q, k, v, cu_seqlens, group=group, backend="reference", **options)
+    for method in ("allgather", "ring"):
+        options = {"group": group, "method": method, "backend": "reference"}
+        batch = prepare_batch(cu_seqlens, lengths=lengths, **options)
+        out, max_logits = zigzag_attention(q, k, v, batch, return_max_logits=True, **options)
+        assert out.isnan().all()
+        assert max_logits.isnan().all()
+        with pytest.raises(ValueError, match="lengths: rank 0 has a tensor, rank 1 has nothing"):
+            prepare_batch(cu_seqlens, lengths=None if rank else lengths, **options)
+        with pytest.raises(ValueError, match="layout: rank 0 has row, 2 of 8 tokens, rank 1 has row, 1 of 16 tokens"):
+            prepare_batch(cu_seqlens, layout="row", row_length=8 * (1 + rank), rows=2 - rank, **options)
+
+
+def test_ranks_that_ask_for_other_ranges_are_told(tmp_path):
+    run_ranks(2, tmp_path, check_agreement)
+
+
+def check_graphs(rank, world_size):
+    warnings.simplefilter("ignore")  # dynamo's own
+    group = dist.group.WORLD
+    torch.manual_seed(rank)
+    q, k, v = (torch.randn(8, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.tensor([0.5, -1.0, 2.0, float("-inf")], requires_grad=True)
+    cu_seqlens, lengths = torch.tensor([0, 7, 13], dtype=torch.int32), torch.tensor([5, 6], dtype=torch.int32)
+    for backend in BACKENDS:
+        for method in ("ring", "allgather"):
+
+            def step(q, k, v, sinks, method=method, backend=backend):
+                form = {"layout": "row", "row_length": 16, "lengths": lengths}
+                batch = prepare_batch(cu_seqlens, group=group, method=method, backend=backend, **form)
+                options = ALL | {"return_lse": True, "return_max_logits": True, "layout": "row", "backend": backend}
+                return zigzag_attention(q * 2, k, v, batch, group=group, method=method, sinks=sinks, **options)
+
+            eager, compiled = (
+                _results(function, (q, k, v, sinks))
+                for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
+            )
+            for x, y in zip(eager, compiled, strict=True):
+                assert torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_a_graph_between_ranks_computes_the_same(tmp_path):
+    run_ranks(2, tmp_path, check_graphs)
+
+
+def _results(function, leaves):
+    out, lse, max_logits = function(*leaves)
+    visible = torch.where(lse.isinf(), 0.0, lse)
+    return out, lse, max_logits, *torch.autograd.grad(out.square().sum() + visible.sum(), leaves)
+
+
+SMALL = Case(name="small", world_size=1, lengths=(9, 5), heads=4, kv_heads=2, sinks=True, **ALL)
+
+
+def small(**changes):
+    """(q, k, v, sinks) that want gradients, and `cu_seqlens`."""
+    case = replace(SMALL, **changes)
     inputs = make_inputs(case)
-    for rank in range(case.world_size):
-        results = attend_torch(case, *rank_arrays(case, inputs, rank), rank, kernel_backend, sinks=inputs.get("sinks"))
-        assert_rank_is_right(case, inputs, rank, {kernel_backend: results})
+    leaves = [torch.tensor(inputs[name], requires_grad=True) for name in ("q", "k", "v", "sinks")]
+    return leaves, torch.tensor(case.cu_seqlens, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+def test_graphs_transforms_and_modes_compute_the_same(backend):
+    warnings.simplefilter("ignore")  # dynamo's own
+    leaves, cu_seqlens = small()
+    options = ALL | {"return_lse": True, "return_max_logits": True, "backend": backend}
+
+    def call(q, k, v, sinks, options=options):
+        return zigzag_attention(q, k, v, cu_seqlens, sinks=sinks, **options)
+
+    expected = _results(call, leaves)
+    for x, y in zip(_results(torch.compile(call, fullgraph=True, backend="aot_eager"), leaves), expected, strict=True):
+        assert torch.equal(x, y)
+    out, _, max_logits = expected[:3]
+    assert not max_logits.requires_grad
+    found = torch.func.grad(lambda *x: call(*x)[0].square().sum(), (0, 1, 2, 3))(*(x.detach() for x in leaves))
+    wanted = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, *_ = call(*leaves)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), out, atol=3e-2, rtol=3e-2)
+    with torch.no_grad():
+        lean = zigzag_attention(*leaves[:3], cu_seqlens, sinks=leaves[3], backend=backend, **ALL)
+    assert torch.equal(lean, out)
+    only_maxima = zigzag_attention(*leaves[:3], cu_seqlens, return_max_logits=True, backend=backend, **ALL)
+    assert torch.equal(only_maxima[1], max_logits)
+
+
+def test_operators_are_what_torch_wants():
+    leaves, cu_seqlens = small()
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    batch = prepare_batch(cu_seqlens, backend="interpret", lengths=torch.tensor([7, 5], dtype=torch.int32))
+    key = _call_key(return_max_logits=True)
+    tables, ops = (batch.segments, batch.sequences), torch.ops.zigzag
+    arguments = *leaves[:3], *tables, key, 1, "gathered", leaves[3]
+    torch.library.opcheck(ops.attention_forward, arguments, test_utils=tests)
+    q, k, v, sinks = (x.detach() for x in leaves)
+    out, statistics = ops.attention_forward(q, k, v, *tables, key, 1, "gathered", sinks)
+    backward = q, k, v, out, statistics[0], out, None, *tables, key, 1, "gathered", sinks
+    torch.library.opcheck(ops.attention_backward, backward, test_utils=tests)
+    rank, lengths = torch.tensor([0], dtype=torch.int32), torch.tensor([7, 5], dtype=torch.int32)
+    for form in (lengths, "document", 0, 1), (None, "row", 16, 1):
+        table_arguments = cu_seqlens, rank, 2, "gathered", "interpret", *form
+        torch.library.opcheck(ops.segment_tables, table_arguments, test_utils=tests)
+
+
+def _call_key(**options):
+    from zigzag_kernels.callspec import make_call_spec
+
+    return make_call_spec(head_dim=16, backend="interpret", has_sinks=True, has_lengths=True, **ALL, **options).key
+
+
+def test_sinks_of_any_type_and_stride():
+    leaves, cu_seqlens = small()
+    q, k, v, sinks = (x.detach() for x in leaves)
+    expected = zigzag_attention(q, k, v, cu_seqlens, sinks=sinks.bfloat16().float())
+    for other in (sinks.bfloat16(), sinks.bfloat16().double(), sinks.bfloat16().repeat_interleave(2)[::2]):
+        other.requires_grad_()
+        out = zigzag_attention(q, k, v, cu_seqlens, sinks=other)
+        assert torch.equal(out, expected)
+        (gradient,) = torch.autograd.grad(out.sum(), other)
+        assert gradient.dtype == other.dtype
+
+
+@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+def test_what_only_the_device_knows_becomes_nan(backend):
+    leaves, cu_seqlens = small()
+    for lengths in ([10, 5], [9, -1]):
+        batch = prepare_batch(cu_seqlens, lengths=torch.tensor(lengths, dtype=torch.int32), backend=backend)
+        options = {"return_lse": True, "return_max_logits": True, "backend": backend}
+        results = zigzag_attention(*leaves[:3], batch, sinks=leaves[3], **options)
+        for x in (*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), leaves)):
+            assert x.isnan().all()
+    q, k, v, _ = leaves
+    straddling = torch.tensor([0, 10, 12], dtype=torch.int32)
+    batch = prepare_batch(straddling, 1, 2, layout="row", row_length=8, rows=2, backend=backend)
+    assert zigzag_attention_gathered(q[:8], k.new_ones(16, 2, 16), v.new_ones(16, 2, 16), batch, 1, 2, layout="row",
+                                     backend=backend).isnan().all()  # fmt: skip
+
+
+def test_no_rows_have_no_largest_logit():
+    q, k = torch.ones(0, 2, 16), torch.ones(0, 1, 16)
+    _, max_logits = zigzag_attention(q, k, k, [0], return_max_logits=True)
+    assert torch.isneginf(max_logits).all()
+    batch = prepare_batch([0, 4], lengths=[0])
+    _, max_logits = zigzag_attention(torch.ones(4, 2, 16), *[torch.ones(4, 1, 16)] * 2, batch, return_max_logits=True)
+    assert torch.isneginf(max_logits).all()
+
+
+ROW = {"layout": "row", "row_length": 16}
+BAD_BATCHES = {
+    "lengths: expected shape [N] = (2,)": {"lengths": [3]},
+    "lengths: expected real lengths from 0 to the 4 rows": {"lengths": [5, 12]},
+    "lengths: expected integers, got float": {"lengths": [1.0, 2.0]},
+    "lengths: expected dtype int32, or other integers, got float32": {"lengths": torch.ones(2)},
+    "lengths: expected a torch.Tensor or a list of ints, got int": {"lengths": 3},
+    "layout: expected 'document' or 'row', got 'rows'": {"layout": "rows"},
+    "row_length: expected a multiple of 2 * world_size = 4, the tokens": {"layout": "row"},
+    "got 14": {"layout": "row", "row_length": 14},
+    "rows: expected a positive number of packed rows, got 0": {**ROW, "rows": 0},
+    "cu_seqlens: expected documents within a row of 8 tokens, got 4 to 16": {
+        "layout": "row",
+        "row_length": 8,
+        "rows": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_BATCHES)
+def test_batches_that_no_call_can_have(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare_batch([0, 4, 16], 0, 2, backend="reference", **BAD_BATCHES[message])
+
+
+BAD_CALLS = {
+    "window_size: expected (left, right)": {"window_size": 3},
+    "got (3, True)": {"window_size": (3, True)},
+    "got (3.0, -1)": {"window_size": (3.0, -1)},
+    "attention_chunk: expected a number of tokens, or 0 for none, got -1": {"attention_chunk": -1},
+    "attention_chunk: expected a number of tokens, or 0 for none, got False": {"attention_chunk": False},
+    "softcap: expected a number from": {"softcap": -1.0},
+    "sinks: expected shape [heads] = (4,) as in q, got (2,)": {"sinks": torch.ones(2)},
+    "sinks: expected floating-point numbers, got int64": {"sinks": torch.ones(4, dtype=torch.int64)},
+    "sinks: expected a torch.Tensor, got list": {"sinks": [0.0] * 4},
+    "return_max_logits: expected True or False, got 1": {"return_max_logits": 1},
+    "layout: expected 'document' or 'row', got 'both'": {"layout": "both"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_options_that_no_call_takes(message):
+    (q, k, v, _), cu_seqlens = small()
+    zigzag_attention(q, k, v, cu_seqlens, window_size=(3, 1))  # known now, and equal to (3, True)
+    for call in (zigzag_attention, lambda *x, **y: zigzag_attention_gathered(*x, 0, 1, **y)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(q, k, v, cu_seqlens, **BAD_CALLS[message])
+
+
+def test_a_prepared_batch_has_its_layout_and_its_rows():
+    q, k, v = (torch.ones(rows, heads, 16) for rows, heads in ((8, 2), (16, 1), (16, 1)))
+    batch = prepare_batch([0, 5, 16], 0, 2, backend="reference", **ROW)
+    with pytest.raises(ValueError, match="layout: expected that of the prepared batch, 'row', got 'document'"):
+        zigzag_attention_gathered(q, k, v, batch, 0, 2)
+    short = prepare_batch([0, 5], 0, 2, layout="row", row_length=8, backend="reference")
+    with pytest.raises(ValueError, match="q: expected 4 rows of each rank, as row_length and rows"):
+        zigzag_attention_gathered(q, k, v, short, 0, 2, layout="row")
+    with pytest.raises(ValueError, match="q: expected an even number of local rows of each packed row, got 7"):
+        zigzag_attention_gathered(q[:7], k[:14], v[:14], [0, 5], 0, 2, layout="row")
+    out = zigzag_attention_gathered(q, k, v, batch, 0, 2, layout="row")
+    assert torch.equal(out, zigzag_attention_gathered(q, k, v, [0, 5, 16], 0, 2, layout="row"))
+    moved = batch.to("cpu")
+    assert (moved.layout, moved.row_length, moved.rows) == ("row", 16, 1)
+
+
+def test_packed_rows_as_a_batch_on_one_device():
+    """Documents of several packed rows, whose dimension stays; one rank holds them whole."""
+    q, k = torch.randn(2, 8, 2, 16), torch.randn(2, 8, 1, 16)
+    cu_seqlens = torch.tensor([0, 3, 8, 15], dtype=torch.int32)
+    out, lse = zigzag_attention(q, k, k, cu_seqlens, layout="row", return_lse=True)
+    flat = zigzag_attention(q.flatten(0, 1), *[k.flatten(0, 1)] * 2, cu_seqlens)
+    assert torch.equal(out.flatten(0, 1), flat)
+    assert lse.shape == (2, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens: expected None with q"):
+        zigzag_attention(q, k, k, cu_seqlens)
+
+
+def test_padding_of_real_lengths_serves_a_full_mask():
+    """Real tokens do not see the padding of pad_to_zigzag where lengths say what is padding."""
+    x, cu_seqlens = torch.randn(9, 1, 16), torch.tensor([0, 5, 9], dtype=torch.int32)
+    padded, offsets = zigzag_torch.pad_to_zigzag(x, cu_seqlens, 2)
+    lengths = cu_seqlens.diff().int()
+    shards = []
+    for rank in range(2):
+        q = zigzag_torch.shard(padded, offsets, rank, 2)
+        keys = torch.cat([zigzag_torch.shard(padded, offsets, peer, 2) for peer in range(2)])
+        batch = prepare_batch(offsets, rank, 2, lengths=lengths, backend="reference")
+        shards.append(zigzag_attention_gathered(q, keys, keys, batch, rank, 2, causal=False, backend="reference"))
+    whole = zigzag_torch.unpad(zigzag_torch.unshard(torch.cat(shards), offsets, 2), cu_seqlens, 2)
+    torch.testing.assert_close(whole, zigzag_attention(x, x, x, cu_seqlens, causal=False))
+    assert np.isfinite(whole.numpy()).all()
