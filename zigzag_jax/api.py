@@ -6,16 +6,26 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.callspec import CallSpec, make_call_spec
-from zigzag_kernels.checks import batch_shape, check_method
-from zigzag_kernels.modes import Backend, KVLayout, Method
+from zigzag_kernels.checks import batch_shape, check_layout, check_method, check_world_size
+from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
 from . import autograd, launch, placement, reference
-from .arguments import Array, as_flag, check_array, check_unpadded, dtype_name
-from .axes import AxisName, place_on
-from .batch import Batch, as_batch, check_rows_vary, check_varying, compare_if_untyped, marked, tables_of
+from .arguments import Array, as_flag, as_sinks, check_array, check_unpadded, dtype_name
+from .axes import AxisName, largest_on, place_on
+from .batch import (
+    DOCUMENTS,
+    Batch,
+    Form,
+    as_batch,
+    check_rows_vary,
+    check_varying,
+    compare_if_untyped,
+    marked,
+    tables_of,
+)
 from .derivatives import reverse_mode_only
-from .parallel import Local, Transport, choose_transport
+from .parallel import Inputs, Local, Transport, choose_transport
 from .surroundings import under_own_promotion
 
 
@@ -29,11 +39,17 @@ def zigzag_attention_gathered(
     world_size: int,
     *,
     causal: bool = True,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Array | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     backend: str | None = None,
     deterministic: bool = True,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    layout: str = "document",
+) -> jax.Array | tuple[jax.Array, ...]:
     """Compute one rank's attention over K/V that are already gathered; differentiable, also through lse.
 
     Args:
@@ -48,17 +64,27 @@ def zigzag_attention_gathered(
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
         causal: whether a token attends only to itself and to the tokens before it.
+        window_size: (left, right), how many tokens before and behind it a token attends to besides itself; -1: all.
+        attention_chunk: c > 0 cuts each sequence into chunks of c tokens, of which a token attends to its own alone.
+        softcap: c > 0 bounds scores: each becomes `c * tanh(score / c)`.
+        sinks: `[heads]`, floating-point numbers: one more logit in the softmax of each row, which has no value;
+            differentiable, and -inf is none. lse includes it.
         softmax_scale: positive factor of the scores; None: `1 / sqrt(head_dim)`.
         return_lse: whether to return lse too, the log-sum-exp of each row's scores.
+        return_max_logits: whether to return the largest score of each head too, behind scale and softcap.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: whether the same inputs always give the same gradients bit for bit. False allows sums in any
             order: on a Hopper GPU with head_dim above 64, one kernel then replaces two unless sequences are short, and
             needs 4 more bytes of memory for each element of q (`docs/hopper.md` says what it gains).
+        layout: "document" cuts each sequence into `2 * world_size` chunks, of which a rank holds two; "row" cuts the
+            packed row of `world_size * T` tokens as a whole, in which sequences of any length lie anywhere.
 
     Returns:
-        out `[T, heads, head_dim]`; with `return_lse`, (out, lse `[heads, T]` float32, natural logarithm). Gradients of
-        k and v are this rank's contribution, in their layout. Invalid lengths or ranks produce NaN everywhere, because
-        checking them would synchronise with the device: `validate` gives the reason.
+        out `[T, heads, head_dim]`, or (out, lse, max_logits), of the last two those that are asked for: lse
+        `[heads, T]` float32, natural logarithm; max_logits `[heads]` float32, without sinks, of the rows of this rank,
+        without gradient, -inf if no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
+        Invalid lengths or ranks produce NaN everywhere, because checking them would synchronise with the device:
+        `validate` gives the reason.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit, before anything is launched.
@@ -73,13 +99,27 @@ def zigzag_attention_gathered(
         causal=causal,
         softmax_scale=softmax_scale,
         deterministic=deterministic,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        return_max_logits=return_max_logits,
+        layout=layout,
+        has_lengths=_has_lengths(cu_seqlens),
     )
-    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value)
-    check_unpadded(batch.cu_seqlens, call.causal)
+    batch = as_batch(
+        cu_seqlens,
+        rank,
+        world_size,
+        Method.ALLGATHER.value,
+        _form(call, cu_seqlens, world_size, (1, q.shape[0] if q.ndim else 0)),
+    )
+    check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     problem = _make_problem(q, k, v, batch, call, KVLayout.GATHERED)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    out, lse = _attend(Local(problem), q, k, v, batch, return_lse, by_default=backend is None)
-    return (out, lse) if return_lse else out
+    inputs = Inputs(q, k, v, None if sinks is None else as_sinks(sinks, problem.heads))
+    results = _attend(Local(problem), inputs, batch, return_lse, by_default=backend is None)
+    return _asked_for(*results)
 
 
 @under_own_promotion
@@ -91,14 +131,20 @@ def zigzag_attention(
     *,
     axis_name: AxisName | None = None,
     causal: bool = True,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Array | None = None,
     softmax_scale: float | None = None,
     method: str = "allgather",
     heads_k_stride: int | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     backend: str | None = None,
     grad_reduce_dtype: jnp.dtype | str | None = None,
     deterministic: bool = True,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+    layout: str = "document",
+) -> jax.Array | tuple[jax.Array, ...]:
     """Compute attention over a packed batch, on one device or, inside `shard_map`, over the ranks of a mesh axis.
 
     Args:
@@ -108,17 +154,24 @@ def zigzag_attention(
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch, the same on every rank: its spec is
             `P()`. None: one sequence, or those of a batch dimension. Or the result of `prepare_batch`.
         axis_name: mesh axis, or axes, over which the rows are sharded; None: one device holds them all.
-        causal, softmax_scale, return_lse, backend: as in `zigzag_attention_gathered`.
+        causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
+            in `zigzag_attention_gathered`. `sinks` are the same on every rank: their spec is `P()`.
         method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
             to rank. With one rank both are the same.
         heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
         deterministic: as in `zigzag_attention_gathered`; between ranks gradients are always deterministic.
+        layout: as in `zigzag_attention_gathered`, and in `prepare_batch` for a prepared batch. In the layout "row" q, k
+            and v may be `[batch, T, ...]` with `cu_seqlens`, which then counts the tokens of `batch` packed rows behind
+            one another; no sequence crosses the end of a row.
 
     Returns:
-        out in the shape of q; with `return_lse`, (out, lse `[heads, T]` or `[batch, heads, T]` float32). Gradients of k
-        and v are those of this rank's rows, summed over all ranks. Invalid lengths produce NaN everywhere.
+        out in the shape of q, or (out, lse, max_logits), of the last two those that are asked for: lse `[heads, T]` or
+        `[batch, heads, T]` float32, max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients
+        of k and v are those of this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that
+        ranks share, is summed where `shard_map` is differentiated, and inside of it with `check_vma`; without, it is
+        that of this rank's rows. Invalid lengths produce NaN everywhere.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
@@ -126,14 +179,16 @@ def zigzag_attention(
         check_array(name, x)
     return_lse = as_flag("return_lse", return_lse)
     check_method(method)
+    check_layout(layout)
     by_default, backend = backend is None, launch.choose_backend(backend)
     rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)
-    batched = batch_shape(q.shape, k.shape, v.shape, cu_seqlens is not None)
+    given = cu_seqlens is not None
+    batched = batch_shape(q.shape, k.shape, v.shape, given and layout != Layout.ROW)
     if batched:
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
     size, length = batched or (1, q.shape[0])
-    given = cu_seqlens is not None
     if not given:
+        layout = Layout.DOCUMENT  # rows of one sequence each
         if world_size > 1 and length % 2:
             raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
         cu_seqlens = np.array([i * length * world_size for i in range(size + 1)], np.int32)
@@ -146,31 +201,67 @@ def zigzag_attention(
         heads_k_stride=heads_k_stride,
         grad_reduce_dtype=None if grad_reduce_dtype is None else dtype_name("grad_reduce_dtype", grad_reduce_dtype),
         deterministic=deterministic,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+        return_max_logits=return_max_logits,
+        layout=layout,
+        has_lengths=_has_lengths(cu_seqlens),
     )
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
         check_varying(cu_seqlens, axis_name, q, k, v)
-    batch = _batch_on(cu_seqlens, rank, world_size, method, axis_name)
+    batch = _batch_on(
+        cu_seqlens, (rank, world_size), method, axis_name, _form(call, cu_seqlens, world_size, (size, length))
+    )
     check_varying(batch, axis_name, q, k, v)
-    check_unpadded(batch.cu_seqlens, call.causal)
+    check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
-    problem = _make_problem(q, k, v, batch, call, kv_layout)
+    problem = _make_problem(q, k, v, batch, call, kv_layout, packed_rows=size if batched else None)
+    inputs = Inputs(q, k, v, None if sinks is None else as_sinks(sinks, problem.heads))
     check_rows_vary(axis_name, rank, q=q, k=k, v=v)
-    out, lse = _attend(choose_transport(problem, axis_name), q, k, v, batch, return_lse, by_default=by_default)
+    transport = choose_transport(problem, axis_name)
+    out, lse, largest = _attend(transport, inputs, batch, return_lse, by_default=by_default)
     if batched:
         out = out.reshape(size, length, *out.shape[1:])
-        if return_lse:
+        if lse is not None:
             lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
-    return (out, lse) if return_lse else out
+    if largest is not None and axis_name is not None:
+        largest = largest_on(axis_name, largest)
+    return _asked_for(out, lse, largest)
 
 
-def _batch_on(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str, axis_name) -> Batch:
+def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[jax.Array, ...]:
+    """Return the results that are no None, alone if it is one."""
+    results = out, *(x for x in others if x is not None)
+    return results if len(results) > 1 else out
+
+
+def _form(call: CallSpec, cu_seqlens: Array | Batch, world_size: int, shape: tuple[int, int]) -> Form:
+    """Return the form of a batch that is not prepared, of `shape` (packed rows, tokens of each on every rank)."""
+    if call.layout != Layout.ROW:
+        return DOCUMENTS
+    if isinstance(cu_seqlens, Batch) or check_world_size(world_size) == 1:
+        return Form(call.layout.value)
+    rows, tokens = shape
+    if tokens % 2:
+        raise ValueError(f"q: expected an even number of local rows of each packed row, got {tokens}")
+    return Form(call.layout.value, world_size * tokens, rows)
+
+
+def _has_lengths(cu_seqlens: Array | Batch) -> bool:
+    return isinstance(cu_seqlens, Batch) and cu_seqlens.lengths is not None
+
+
+def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, form: Form) -> Batch:
     """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis has the rank of each device."""
+    rank, world_size = place
     if isinstance(cu_seqlens, Batch) and axis_name is not None and cu_seqlens.compared_by == axis_name:
         rank = cu_seqlens.rank
-    return as_batch(cu_seqlens, rank, world_size, method)
+    return as_batch(cu_seqlens, rank, world_size, method, form)
 
 
 def _head_dim(q: Array) -> int:
@@ -178,8 +269,11 @@ def _head_dim(q: Array) -> int:
     return q.shape[-1] if q.ndim else 0
 
 
-def _make_problem(q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv_layout: KVLayout) -> Problem:
-    return make_problem(
+def _make_problem(
+    q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv_layout: KVLayout, packed_rows: int | None = None
+) -> Problem:
+    """Return the problem of checked arrays, which have `packed_rows` rows in a dimension of their own, or None."""
+    problem = make_problem(
         launch.describe(q),
         launch.describe(k),
         launch.describe(v),
@@ -190,15 +284,33 @@ def _make_problem(q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv
         gluon=launch.can_launch_gluon(call.backend),
         kv_layout=kv_layout,
     )
+    fits = problem.tokens * batch.world_size == batch.row_length * batch.rows and packed_rows in (None, batch.rows)
+    if problem.row_layout and not fits:
+        raise ValueError(
+            f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "
+            f"rows of the prepared batch say, got {problem.tokens}"
+            + (f" in {packed_rows} packed rows" if packed_rows else "")
+        )
+    return problem
 
 
-def _attend(transport: Transport, q, k, v, batch: Batch, return_lse: bool, *, by_default: bool) -> tuple:
-    """Return (out, lse) by the backend of the call, which is `by_default` if the caller named none."""
+def _attend(
+    transport: Transport, inputs: Inputs, batch: Batch, return_lse: bool, *, by_default: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Return (out, lse, largest logits) by the backend of the call, which is `by_default` if the caller named none.
+
+    Results that nobody asked for are None.
+    """
     backend = transport.problem.call.backend
-    placement.check_one_device(backend, q=q, k=k, v=v)
+    placement.check_one_device(backend, **inputs._asdict())
     batch = marked(batch, backend, by_default)
-    q, k, v = reverse_mode_only((q, k, v))
-    if backend == Backend.REFERENCE:
-        out, lse = reference.attention(transport, q, k, v, batch.cu_seqlens, batch.rank)
-        return checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
-    return autograd.attention(transport, q, k, v, tables_of(batch, backend), return_lse)
+    given = reverse_mode_only(tuple(x for x in inputs if x is not None))
+    q, k, v, sinks = given if len(given) > 3 else (*given, None)
+    inputs = Inputs(q, k, v, sinks)
+    if backend != Backend.REFERENCE:
+        return autograd.attention(transport, inputs, tables_of(batch, backend), return_lse)
+    out, lse, largest = reference.attention(transport, inputs, batch.packing)
+    out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
+    if largest is not None:
+        largest = checkpoint_name(largest, "zigzag_max_logits")
+    return out, lse if return_lse else None, largest

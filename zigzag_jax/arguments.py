@@ -13,6 +13,9 @@ from zigzag_kernels.checks import (
     check_lengths,
     check_offsets,
     check_rank,
+    check_real_lengths,
+    check_real_lengths_array,
+    check_sinks,
     check_world_size,
 )
 from zigzag_kernels.layout import MAX_OFFSET
@@ -42,6 +45,29 @@ def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
         check_lengths(check_offsets(cu_seqlens.tolist()), world_size)
         cu_seqlens = cu_seqlens.astype(np.int32)
     return _as_int32(jnp.asarray(cu_seqlens))
+
+
+def as_lengths(lengths, cu_seqlens) -> jax.Array:
+    """Return the real lengths of the sequences of `cu_seqlens`, as the caller gave both, as an array `[N]` int32.
+
+    Lists, tuples and NumPy arrays are checked: the values of JAX arrays are not read. Raises `ValueError` for anything
+    else.
+    """
+    on_host = all(isinstance(x, list | tuple | np.ndarray) for x in (lengths, cu_seqlens))
+    if isinstance(lengths, list | tuple):
+        lengths = np.array(check_offsets(lengths, "lengths") if lengths else [], np.int64)
+    check_array("lengths", lengths)
+    check_real_lengths_array(lengths.shape, str(lengths.dtype), len(cu_seqlens) - 1)
+    if on_host:
+        check_real_lengths(lengths.tolist(), np.asarray(cu_seqlens).tolist())
+    return _as_int32(jnp.asarray(lengths))
+
+
+def as_sinks(sinks: Array, heads: int) -> jax.Array:
+    """Return `sinks [heads]` of any floating-point type as float32; `ValueError` for anything else."""
+    check_array("sinks", sinks)
+    check_sinks(sinks.shape, str(sinks.dtype), heads)
+    return jnp.asarray(sinks).astype(jnp.float32)
 
 
 def _as_int32(x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.modes import Method
@@ -10,57 +11,67 @@ from zigzag_kernels.modes import Method
 from . import launch
 from .axes import vary, varying_axes
 from .derivatives import without_derivative
-from .parallel import Residuals, Tables, Transport
+from .parallel import Inputs, Packing, Residuals, Tables, Transport
 from .surroundings import under_own_promotion
 
 
-def segment_tables(cu_seqlens: jax.Array, rank: jax.Array, world_size: int, method: str, backend: str) -> Tables:
-    """Return the device tables of `cu_seqlens [N + 1]` and `rank [1]`: see `zigzag_kernels.segments.columns`."""
+def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
+    """Return the device tables of a batch: see `zigzag_kernels.segments.columns`."""
     from zigzag_kernels import plan
 
     segments, sequences = plan.segment_tables(
         launch.run,
-        cu_seqlens,
-        rank,
-        sequences=cu_seqlens.shape[0] - 1,
-        world_size=world_size,
+        packing.cu_seqlens,
+        packing.rank,
+        packing.lengths,
+        sequences=packing.cu_seqlens.shape[0] - 1,
+        world_size=packing.world_size,
         target=launch.target(backend),
         kv_layout=Method(method).kv_layout,
+        layout=packing.layout,
+        row_length=packing.row_length,
+        rows=packing.rows,
     )
     return Tables(segments, sequences)
 
 
 def attention(
-    transport: Transport, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables, return_lse: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32).
+    transport: Transport, inputs: Inputs, tables: Tables, return_lse: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, largest logits `[heads]` float32).
 
-    Without `return_lse` lse is None, as its gradient would be an array of zeros. Remat policies know the results as
-    "zigzag_out" and "zigzag_lse".
+    Without `return_lse` lse is None, as its gradient would be an array of zeros; largest logits are None unless the
+    call asks for them, and have no gradient. Remat policies know the results as "zigzag_out", "zigzag_lse" and
+    "zigzag_max_logits".
     """
     # The gradient rule sees one rank. A cast before it lets autodiff sum the gradient of an array that ranks share.
-    axes = varying_axes(q, k, v, *tables)
-    return _attention(transport, bool(return_lse), *(vary(x, axes) for x in (q, k, v)), tables)
+    axes = varying_axes(*(x for x in (*inputs, *tables) if x is not None))
+    inputs = Inputs(*(None if x is None else vary(x, axes) for x in inputs))  # pyright: ignore
+    return _attention(transport, bool(return_lse), inputs, tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(transport, return_lse, q, k, v, tables):
-    return _forward(transport, return_lse, q, k, v, tables)[0]
+def _attention(transport, return_lse, inputs, tables):
+    return _forward(transport, return_lse, inputs, tables)[0]
 
 
 @under_own_promotion
-def _forward(transport, return_lse, q, k, v, tables):
+def _forward(transport, return_lse, inputs, tables):
     # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward pass repeats them.
     # Residuals are the arguments themselves: a marker's results would be kept beside them.
-    out, lse = transport.forward(*without_derivative((q, k, v, tables)))
+    out, lse = transport.forward(*without_derivative((inputs, tables)))
+    largest = None
+    if transport.problem.call.return_max_logits:
+        lse, of_rows = lse
+        largest = checkpoint_name(of_rows.max(1, initial=-jnp.inf), "zigzag_max_logits")
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
-    return (out, lse if return_lse else None), (Residuals(q, k, v, out, lse), tables)
+    return (out, lse if return_lse else None, largest), (Residuals(inputs, out, lse), tables)
 
 
 @under_own_promotion
 def _backward(transport, _, saved, cotangents):
-    (residuals, tables), cotangents = without_derivative((saved, cotangents))
-    return *transport.backward(residuals, *cotangents, tables), None
+    (residuals, tables), (dout, dlse, _) = without_derivative((saved, cotangents))
+    return transport.backward(residuals, dout, dlse, tables), None
 
 
 _attention.defvjp(_forward, _backward)

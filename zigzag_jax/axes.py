@@ -1,6 +1,7 @@
 """Mesh axes inside `shard_map`: the place of a shard on an axis, and the axes along which an array varies."""
 
 import jax
+import jax.numpy as jnp
 
 AxisName = str | tuple[str, ...]
 
@@ -30,3 +31,12 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """
     missing = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def largest_on(axis_name: AxisName, x: jax.Array) -> jax.Array:
+    """Return the largest of each element of `x` over the ranks, without derivative; NaN if it is NaN on any rank."""
+    x = jax.lax.stop_gradient(x)
+    nan = jnp.isnan(x)  # of two numbers, some collectives return the one that is not NaN
+    both = jnp.stack((jnp.where(nan, -jnp.inf, x), nan.astype(x.dtype)))
+    largest, any_nan = jax.lax.pmax(both, axis_name)
+    return jnp.where(any_nan > 0, jnp.nan, largest)

@@ -3,25 +3,28 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from zigzag_kernels.checks import check_method, check_world_size
-from zigzag_kernels.modes import Backend, Method
+from zigzag_kernels.batch_checks import check_documents_in_rows
+from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
+from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import autograd, launch, placement
-from .arguments import Array, as_cu_seqlens, as_rank, as_rank_argument
+from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument
 from .axes import AxisName, axis_names, place_on, varying_axes
-from .parallel import Tables
+from .parallel import Packing, Tables
 from .surroundings import under_own_promotion
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("cu_seqlens", "rank", "segments", "sequences"),
-    meta_fields=("world_size", "method", "compared_by"),
+    data_fields=("cu_seqlens", "rank", "segments", "sequences", "lengths"),
+    meta_fields=("world_size", "method", "compared_by", "layout", "row_length", "rows"),
     drop_fields=("host_rank",),
 )
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Batch:
         segments, sequences: the device tables, or None if it was prepared for the backend "reference".
         compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None: nobody has.
         host_rank: the rank, if the host knows it. It is no part of the pytree: transformations forget it.
+        lengths: `[N]` int32, the real tokens of each sequence, behind which its rows are padding; None: all are real.
+        layout: "document" or "row".
+        row_length, rows: tokens of a packed row on all ranks, and number of packed rows, in the row layout.
     """
 
     cu_seqlens: jax.Array
@@ -50,6 +56,27 @@ class Batch:
     sequences: jax.Array | None = None
     compared_by: AxisName | None = None
     host_rank: int | None = None
+    lengths: jax.Array | None = None
+    layout: str = Layout.DOCUMENT.value
+    row_length: int = 0
+    rows: int = 1
+
+    @property
+    def packing(self) -> Packing:
+        """Return how the batch is packed, which its tables and masks follow from."""
+        form = self.layout, self.row_length, self.rows
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form)
+
+
+class Form(NamedTuple):
+    """What is cut into chunks: the fields of `Batch` by these names."""
+
+    layout: str = Layout.DOCUMENT.value
+    row_length: int = 0
+    rows: int = 1
+
+
+DOCUMENTS = Form()
 
 
 @under_own_promotion
@@ -61,6 +88,10 @@ def prepare_batch(
     axis_name: AxisName | None = None,
     method: str = "allgather",
     backend: str | None = None,
+    lengths: Array | None = None,
+    layout: str = "document",
+    row_length: int | None = None,
+    rows: int = 1,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
@@ -74,10 +105,16 @@ def prepare_batch(
             The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
         method: as in the attention calls.
         backend: as in the attention calls.
+        lengths: `[N]` int32, the real tokens m of each sequence of n rows; may be traced. Rows from m on are padding:
+            out 0, lse -inf, no gradient, and no row attends to them. Lengths below 0 or above n give NaN everywhere.
+        layout: as in the attention calls, which take the same one.
+        row_length, rows: in the row layout, the tokens of one packed row on all ranks together, a multiple of
+            `2 * world_size`, and the number of packed rows. One rank holds rows whole, and needs neither.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
     check_method(method)
+    check_layout(layout)
     if axis_name is not None:
         for name, x in {"rank": rank, "world_size": world_size}.items():
             if x is not None:
@@ -88,7 +125,9 @@ def prepare_batch(
         raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
     rank = 0 if rank is None else rank
     by_default, backend = backend is None, launch.choose_backend(backend)
-    batch = as_batch(cu_seqlens, rank, world_size, method)
+    batch = as_batch(cu_seqlens, rank, world_size, method, batch_form(layout, row_length, rows, world_size))
+    if lengths is not None:
+        batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
     check_varying(batch, axis_name)
     if axis_name is not None:
         batch = compare(batch, axis_name)
@@ -98,19 +137,32 @@ def prepare_batch(
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
 
 
-def as_batch(cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str) -> Batch:
-    """Return `cu_seqlens` as a batch, still without tables if it is an array.
+def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
+    """Return the form of a batch that is prepared with these arguments; `ValueError` unless they fit together."""
+    if layout == Layout.ROW and world_size > 1:
+        return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
+    return Form(Layout(layout).value)
 
-    Raises `ValueError` for a batch that was prepared for another rank, `world_size` or `method`. If only the device
-    knows the ranks, and they differ, attention to the batch is NaN.
+
+def as_batch(
+    cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str, form: Form = DOCUMENTS
+) -> Batch:
+    """Return `cu_seqlens` as a batch, still without tables if it is an array, which has this `form`.
+
+    Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
+    device knows the ranks, and they differ, attention to the batch is NaN.
     """
     world_size = check_world_size(world_size)
     rank = as_rank_argument(rank, world_size)
     host_rank = rank if isinstance(rank, int) else None
     if not isinstance(cu_seqlens, Batch):
-        return Batch(as_cu_seqlens(cu_seqlens, world_size), as_rank(rank), world_size, method, host_rank=host_rank)
+        given, cu_seqlens = cu_seqlens, as_cu_seqlens(cu_seqlens, 1 if form.layout == Layout.ROW else world_size)
+        if form.row_length and not isinstance(given, jax.Array):
+            offsets = np.asarray(given).tolist()
+            check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
+        return Batch(cu_seqlens, as_rank(rank), world_size, method, host_rank=host_rank, **form._asdict())
     batch = cu_seqlens
-    for name, wanted in {"world_size": world_size, "method": method}.items():
+    for name, wanted in {"world_size": world_size, "method": method, "layout": str(form.layout)}.items():
         prepared = getattr(batch, name)
         if prepared != wanted:
             raise ValueError(f"{name}: expected that of the prepared batch, {prepared!r}, got {wanted!r}")
@@ -148,17 +200,18 @@ def tables_of(batch: Batch, backend: str) -> Tables:
     """Return the device tables of `batch` for the kernels of `backend`, made if it was prepared without."""
     if batch.segments is not None and batch.sequences is not None:
         return Tables(batch.segments, batch.sequences)
-    return autograd.segment_tables(batch.cu_seqlens, batch.rank, batch.world_size, batch.method, backend)
+    return autograd.segment_tables(batch.packing, batch.method, backend)
 
 
 def check_varying(batch: Batch, axis_name: AxisName | None, *arrays: jax.Array) -> None:
     """Raise `ValueError` if, by the types of `shard_map`, lengths differ between ranks or rank numbers do not."""
     for axis in axis_names(axis_name):
-        if axis in varying_axes(batch.cu_seqlens):
-            raise ValueError(
-                f"cu_seqlens: expected the same on every rank of the mesh axis {axis!r}, got an array that varies "
-                "along it; give the global one with P() in in_specs"
-            )
+        for name, x in {"cu_seqlens": batch.cu_seqlens, "lengths": batch.lengths}.items():
+            if x is not None and axis in varying_axes(x):
+                raise ValueError(
+                    f"{name}: expected the same on every rank of the mesh axis {axis!r}, got an array that varies "
+                    "along it; give the global one with P() in in_specs"
+                )
         if axis in varying_axes(*arrays) and axis not in varying_axes(batch.rank):
             raise ValueError(
                 f"rank: expected a batch prepared for the mesh axis {axis!r}, got the same rank everywhere along it; "
@@ -182,11 +235,19 @@ def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays:
 
 
 def compare(batch: Batch, axis_name: AxisName) -> Batch:
-    """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then."""
+    """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then.
+
+    Ranks whose real lengths differ, or the form of their rows, are treated like that too.
+    """
     # The types of shard_map promise it within one process. Between processes, or without check_vma, nothing does.
     own = batch.cu_seqlens
+    if batch.layout == Layout.ROW and batch.world_size > 1:
+        # Of the same shape as in the document layout, whose offsets all begin with 0.
+        own = own.at[0].add(jnp.int32(batch.row_length))
+    if batch.lengths is not None:
+        own = jnp.concatenate((own, batch.lengths))
     largest, of_inverse = jax.lax.pmax(jnp.stack((own, ~own)), axis_name)  # the largest of ~x is ~ of the smallest x
-    compared = jnp.where((largest == ~of_inverse).all(), own, -1)
+    compared = jnp.where((largest == ~of_inverse).all(), batch.cu_seqlens, -1)
     return dataclasses.replace(batch, cu_seqlens=compared, compared_by=axis_name)
 
 

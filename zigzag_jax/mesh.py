@@ -12,12 +12,13 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zigzag_kernels.modes import Backend, Method
+from zigzag_kernels.checks import check_layout, check_sinks
+from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
-from .arguments import Array, as_cu_seqlens, as_flag, check_array
-from .axes import AxisName, axis_names
-from .batch import Batch, prepare_batch
+from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
+from .axes import AxisName, axis_names, largest_on
+from .batch import Batch, batch_form, prepare_batch
 from .launch import choose_backend
 
 _OPTIONS = tuple(
@@ -42,8 +43,8 @@ def make_zigzag_attention(
     head_axis: AxisName | None = None,
     batch_axis: AxisName | None = None,
     **options,
-) -> Callable[..., jax.Array | tuple[jax.Array, jax.Array]]:
-    """Make a function `attention(q, k, v, cu_seqlens=None)` of arrays that are sharded over `mesh`.
+) -> Callable[..., jax.Array | tuple[jax.Array, ...]]:
+    """Make a function `attention(q, k, v, cu_seqlens=None, *, sinks=None)` of arrays that are sharded over `mesh`.
 
     The function wraps `zigzag_attention` in `shard_map` with the right specs, and works under `jit` and `grad`.
 
@@ -51,20 +52,21 @@ def make_zigzag_attention(
         mesh: the mesh of devices.
         axis: mesh axis, or axes, over which tokens are sharded in zigzag order: the rows of rank 0, then those of
             rank 1, and so on (see `shard`).
-        head_axis: mesh axis over which heads are sharded (tensor parallelism).
+        head_axis: mesh axis over which heads are sharded (tensor parallelism), those of `sinks` too.
         batch_axis: mesh axis over which the first dimension of `[batch, ...]` inputs is sharded (data parallelism).
-        options: keyword arguments of `zigzag_attention`, the same for all calls.
+        options: keyword arguments of `zigzag_attention`, the same for all calls; `sinks` are those of calls without.
 
     Returns:
         A function that takes one of
 
         - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence, or the `Batch` that
-          `attention.prepare_batch(cu_seqlens)` makes once for all layers;
+          `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1)` makes once for all layers;
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
-        and returns out in the shape of q; with `return_lse`, (out, lse `[heads, W * T]` or `[batch, heads, W * T]`
-        float32). It raises as `zigzag_attention`.
+        and returns out in the shape of q, or (out, lse, max_logits), of the last two those that are asked for: lse
+        `[heads, W * T]` or `[batch, heads, W * T]` float32, max_logits `[heads]` float32 of all rows of the batch. It
+        raises as `zigzag_attention`. Gradients of `sinks [heads]` are summed over all devices.
 
         Arrays that are sharded over a mesh axis which no argument names are refused, where their sharding is known: in
         eager calls, and if the axes of `mesh` are types. Under `jit` of other meshes XLA gathers such arrays.
@@ -78,51 +80,97 @@ def make_zigzag_attention(
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"{name}: expected one of the options {', '.join(_OPTIONS)}")
-    return_lse = as_flag("return_lse", options.get("return_lse", False))
+    layout = check_layout(options.get("layout", Layout.DOCUMENT))
+    asked = {"out": True} | {
+        name: as_flag(f"return_{name}", options.get(f"return_{name}", False)) for name in ("lse", "max_logits")
+    }
+    fixed_sinks = options.pop("sinks", None)
     attend = functools.partial(zigzag_attention, axis_name=axis, **options)
 
-    def attention(q: Array, k: Array, v: Array, cu_seqlens: Array | Batch | None = None):
+    def attention(q: Array, k: Array, v: Array, cu_seqlens: Array | Batch | None = None, *, sinks: Array | None = None):
         _check_arrays(mesh, axes, q=q, k=k, v=v)
         lead = (batch_axis,) * (q.ndim - 3)
-        rows, lse = P(*lead, axis, head_axis), P(*lead, head_axis, axis)
-        arrays: list[Any] = [q, k, v]
-        specs: list[Any] = [rows] * 3
-        body = attend
+        rows = P(*lead, axis, head_axis)
+        arrays: dict[str, Any] = {"q": q, "k": k, "v": v}
+        specs: dict[str, Any] = dict.fromkeys(arrays, rows)
         if cu_seqlens is not None:
-            lengths, spec = _spread_lengths(cu_seqlens, mesh, axes, q.shape[: q.ndim - 3])
-            arrays, specs = [*arrays, lengths], [*specs, spec]
-            body = jax.vmap(attend) if lead else attend
+            arrays["cu_seqlens"], specs["cu_seqlens"] = _spread_lengths(
+                cu_seqlens, mesh, axes, q.shape[: q.ndim - 3], layout
+            )
+        sinks = fixed_sinks if sinks is None else sinks
+        if sinks is not None:
+            check_array("sinks", sinks)
+            check_sinks(sinks.shape, str(sinks.dtype), q.shape[-2])
+            arrays["sinks"], specs["sinks"] = sinks, P(head_axis)
         if AxisType.Explicit in mesh.axis_types:
-            arrays, specs_of = jax.tree.flatten(arrays)[0], jax.tree.flatten(specs, is_leaf=_is_spec)[0]
-            arrays = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs_of, strict=True)]
-            arrays = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_spec), arrays)
-        out_specs = (rows, lse) if return_lse else rows
-        return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
+            arrays = _reshard(arrays, specs, mesh)
+        names = tuple(arrays)
 
-    def prepare(cu_seqlens: Array) -> Batch:
+        def body(*shards):
+            return _attend_shard(attend, batch_axis, asked["max_logits"], **dict(zip(names, shards, strict=True)))
+
+        of_results = {"out": rows, "lse": P(*lead, head_axis, axis), "max_logits": P(head_axis)}
+        out_specs = tuple(spec for name, spec in of_results.items() if asked[name])
+        out_specs = out_specs if len(out_specs) > 1 else rows
+        return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out_specs)(*arrays.values())
+
+    def prepare(cu_seqlens: Array, lengths: Array | None = None, row_length: int | None = None, rows: int = 1) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
-        chosen = {name: options[name] for name in ("method", "backend") if name in options}
-        lengths = as_cu_seqlens(cu_seqlens, _size(mesh, axis))
+        chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
+        chosen |= {"row_length": row_length, "rows": rows}
+        size = _size(mesh, axis)
+        arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
+        if lengths is not None:
+            arrays["lengths"] = as_lengths(lengths, cu_seqlens)
+        in_specs = dict.fromkeys(arrays, P())
         if AxisType.Explicit in mesh.axis_types:
-            lengths = jax.reshard(lengths, NamedSharding(mesh, P()))
-        body = functools.partial(prepare_batch, axis_name=axis, **chosen)
+            arrays = _reshard(arrays, in_specs, mesh)
+
+        def body(cu_seqlens, *given):
+            return prepare_batch(cu_seqlens, axis_name=axis, lengths=given[0] if given else None, **chosen)
+
+        form = batch_form(layout, row_length, rows, size)
         tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
         method = options.get("method", Method.ALLGATHER.value)
-        specs = Batch(P(), P(axis), _size(mesh, axis), method, tables, tables, axis)  # pyright: ignore
-        return jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=specs)(lengths)
+        shared = {"lengths": in_specs.get("lengths"), **form._asdict()}
+        specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(in_specs.values()), out_specs=specs)
+        return mapped(*arrays.values())
 
     attention.prepare_batch = prepare
     return attention
 
 
-def _is_spec(x) -> bool:
-    return isinstance(x, P)
+def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, return_max_logits: bool, **shard):
+    """Return what one device computes by `attend` of its shard of the arguments, which have these names."""
+    q, k, v, cu_seqlens = (shard.get(name) for name in ("q", "k", "v", "cu_seqlens"))
+    attend = functools.partial(attend, sinks=shard.get("sinks"))
+    packed_apart = shard["q"].ndim == 4 and cu_seqlens is not None and not isinstance(cu_seqlens, Batch)
+    results = (jax.vmap(attend) if packed_apart else attend)(*(x for x in (q, k, v, cu_seqlens) if x is not None))
+    if not return_max_logits:
+        return results
+    *others, largest = results
+    if packed_apart:
+        largest = largest.max(0)
+    return *others, largest if batch_axis is None else largest_on(batch_axis, largest)
+
+
+def _reshard(arrays: dict[str, Any], specs: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return `arrays`, which may be batches, spread over `mesh` by `specs` of the same names."""
+    spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(jax.reshard, arrays, spread)
+
+
+def _cut(world_size: int, layout: Layout) -> int:
+    """Return the number of ranks to which each sequence by itself is dealt out."""
+    return 1 if layout == Layout.ROW else world_size
 
 
 def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
     """Return the specs of a batch of all ranks."""
     tables = {name: None if getattr(batch, name) is None else P(axis) for name in ("segments", "sequences")}
-    return dataclasses.replace(batch, cu_seqlens=P(), rank=P(axis), **tables)
+    lengths = None if batch.lengths is None else P()
+    return dataclasses.replace(batch, cu_seqlens=P(), rank=P(axis), lengths=lengths, **tables)  # pyright: ignore
 
 
 def _size(mesh: Mesh, axes: AxisName | None) -> int:
@@ -185,17 +233,20 @@ def _check_sharding(name: str, x: Array, axes: _Axes) -> None:
                 )
 
 
-def _spread_lengths(cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, batch: tuple[int, ...]) -> tuple[Any, Any]:
+def _spread_lengths(
+    cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, batch: tuple[int, ...], layout: Layout
+) -> tuple[Any, Any]:
     """Return (cu_seqlens as an array or a batch, its spec); `batch` is that of q, or empty."""
     if isinstance(cu_seqlens, Batch):
-        if batch or cu_seqlens.compared_by != axes.axis:
+        rows_of_all = layout == Layout.ROW and axes.batch_axis is None
+        if (batch and not rows_of_all) or cu_seqlens.compared_by != axes.axis:
             raise ValueError(
                 "cu_seqlens: expected, for packed q [tokens, heads, head_dim], a batch of attention.prepare_batch, "
                 f"got one prepared for axis_name {cu_seqlens.compared_by!r}"
             )
         return cu_seqlens, _batch_specs(cu_seqlens, axes.axis)
     if not batch:
-        return as_cu_seqlens(cu_seqlens, _size(mesh, axes.axis)), P()
+        return as_cu_seqlens(cu_seqlens, _cut(_size(mesh, axes.axis), layout)), P()
     check_array("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
         raise ValueError(f"cu_seqlens: expected [batch, N + 1] with batch {batch[0]} as in q, got {cu_seqlens.shape}")

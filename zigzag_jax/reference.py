@@ -6,52 +6,71 @@ deliver the same K/V as to the kernels, and autodiff transposes them.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from zigzag_kernels.layout import impossible, row_position
+from zigzag_kernels.callspec import CallSpec
+from zigzag_kernels.layout import impossible
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_array
 from .axes import vary, varying_axes
 from .derivatives import without_derivative
-from .parallel import AllGather, Local, Ring, Transport
-from .shard import sequence_of_rows
+from .parallel import AllGather, Inputs, Local, Packing, Ring, Transport
+from .shard import place_of_rows
 from .surroundings import under_own_promotion
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def attention(
-    transport: Transport, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array, rank: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32) of one rank."""
-    problem = transport.problem
-    attend = functools.partial(_attend, problem, cu_seqlens=cu_seqlens, rank=rank)
+class Rows(NamedTuple):
+    """The document of each row, -1 for padding, and its position in the document."""
+
+    document: jax.Array
+    position: jax.Array
+
+
+def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, largest logits `[heads]` or None) of one rank."""
+    problem, (q, k, v, sinks) = transport.problem, inputs
+    dtype = q.dtype
+    attend = functools.partial(_attend, problem, packing)
     everyone = jnp.arange(problem.world_size)
     if not isinstance(transport, Local):
         # Autodiff sums dK/dV over the ranks in the dtype in which the collectives carry K/V.
         k, v = (x.astype(problem.call.grad_reduce_dtype) for x in (k, v))
+    parts = []
     if isinstance(transport, AllGather):
-        parts = []
         for head in transport.first_heads:
             queries = slice(head * problem.group, (head + problem.window) * problem.group)
             parts.append(attend(q[:, queries], *transport.gather(k, v, head), everyone))
-        out, lse = zip(*parts, strict=True)
-        return jnp.concatenate(out, axis=1), jnp.concatenate(lse)
-    if isinstance(transport, Ring):
-        parts = []
+        out, lse, maxima = zip(*parts, strict=True)
+        out, lse = jnp.concatenate(out, axis=1), jnp.concatenate(lse)
+        largest = jnp.concatenate([x.max(1, initial=-jnp.inf) for x in maxima])
+    elif isinstance(transport, Ring):
         queries = q.astype(jnp.float32)  # once, so that autodiff sums dQ of all steps in float32
         for step in range(problem.world_size):
             if step:
                 k, v = transport.pass_on(k, v)
-            parts.append(attend(queries, k, v, (rank - step) % problem.world_size))
-        out, lse = zip(*parts, strict=True)
+            parts.append(attend(queries, k, v, (packing.rank - step) % problem.world_size))
+        out, lse, maxima = zip(*parts, strict=True)
         out, lse = merge_partials(jnp.stack(out), jnp.stack(lse))
-        return out.astype(q.dtype), lse
-    return attend(q, k, v, everyone)
+        largest = jnp.stack(maxima).max((0, 2), initial=-jnp.inf)
+    else:
+        out, lse, maxima = attend(q, k, v, everyone)
+        largest = maxima.max(1, initial=-jnp.inf)
+    if sinks is not None:
+        out, lse = _add_sinks(out, lse, sinks)
+    return out.astype(dtype), lse, largest if problem.call.return_max_logits else None
+
+
+def _add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (out, lse) with one more logit `sinks [heads]`, which has no value, in each row that sees a key."""
+    sinks = vary(sinks, varying_axes(lse))  # its transpose sums the gradient over the ranks
+    of_sinks = jnp.where(jnp.isneginf(lse), -jnp.inf, sinks[:, None])
+    return merge_partials(jnp.stack((out, jnp.zeros_like(out))), jnp.stack((lse, of_sinks)))
 
 
 @under_own_promotion
@@ -86,63 +105,75 @@ def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _attend(
-    problem: Problem,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    slots: jax.Array,
-    *,
-    cu_seqlens: jax.Array,
-    rank: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return (out, lse) of `q` for the keys of the ranks `slots [n]`.
+    problem: Problem, packing: Packing, q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return float32 (out, lse, largest score of each row) of `q` for the keys of the ranks `slots [n]`.
 
     k and v are `[n * T, kv_heads, head_dim]`, rank-major.
     """
-    tokens, world_size, dtype = len(q), problem.world_size, q.dtype
-    sequence, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
-    q_position = row_position(offset, length, rank, world_size)
-    k_position = row_position(offset, length, slots[:, None], world_size)
-    k_position = jnp.broadcast_to(k_position, (len(slots), tokens)).reshape(-1)
-    k_sequence = jnp.tile(sequence, len(slots))
-
-    visible = (sequence[:, None] == k_sequence[None, :]) & (k_sequence >= 0)[None, :]
-    if problem.call.causal:
-        visible &= q_position[:, None] >= k_position[None, :]
+    rows, keys = (_places(packing, ranks, len(q)) for ranks in (packing.rank, slots[:, None]))
+    visible = _visible(problem.call, rows, keys)
 
     # A factor of the results, and of the inputs so that gradients are NaN, too.
-    poison = jnp.where(impossible(cu_seqlens, rank, world_size, tokens), jnp.nan, 1.0).astype(jnp.float32)
+    batch = packing.cu_seqlens, packing.rank, packing.world_size, len(q)
+    fault = impossible(*batch, packing.in_rows, packing.lengths)
+    poison = jnp.where(fault, jnp.nan, 1.0).astype(jnp.float32)
     arrays = *(x.astype(jnp.float32) * poison for x in (q, k, v)), visible
     axes = varying_axes(*arrays)
-    results: Any = _dense(problem.call.softmax_scale, *(vary(x, axes) for x in arrays))
-    out, lse = results
-    return (out * poison).astype(dtype), lse * poison
+    results: Any = _dense(problem.call, *(vary(x, axes) for x in arrays))
+    out, lse, maxima = results
+    return out * poison, lse * poison, jax.lax.stop_gradient(maxima) * poison
+
+
+def _places(packing: Packing, ranks: jax.Array, tokens: int) -> Rows:
+    """Return the `Rows` of the `ranks`, `[1]` or `[n, 1]`, behind one another."""
+    cu_seqlens, world_size = packing.cu_seqlens, packing.world_size
+    places = place_of_rows(cu_seqlens, ranks, world_size, tokens, packing.in_rows, packing.lengths)
+    return Rows(*(x.reshape(-1) for x in places))
+
+
+def _visible(call: CallSpec, rows: Rows, keys: Rows) -> jax.Array:
+    """Return `[rows, keys]`: whether a row sees a key, by their documents and positions alone."""
+    row, key = rows.position[:, None], keys.position[None, :]
+    visible = (rows.document[:, None] == keys.document[None, :]) & (keys.document >= 0)[None, :]
+    left, right = call.window_size
+    if call.causal:
+        visible &= row >= key
+    if left >= 0:
+        visible &= key >= row - left
+    if right >= 0:
+        visible &= key <= row + right
+    if call.attention_chunk:
+        visible &= row // call.attention_chunk == key // call.attention_chunk
+    return visible
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(softmax_scale, q, k, v, visible):
-    """Return float32 (out, lse) of rows over the keys that `visible [rows, keys]` lets them see."""
-    probabilities, lse = _probabilities(softmax_scale, q, k, visible)
-    return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse.reshape(q.shape[1], len(q))
+def _dense(call, q, k, v, visible):
+    """Return float32 (out, lse, largest scores) of rows over the keys that `visible [rows, keys]` lets them see."""
+    probabilities, statistics, _ = _probabilities(call, q, k, visible)
+    lse, maxima = (x.reshape(q.shape[1], len(q)) for x in statistics)
+    return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse, maxima
 
 
 @under_own_promotion
-def _forward(softmax_scale, q, k, v, visible):
+def _forward(call, q, k, v, visible):
     # Residuals are the arguments themselves: a marker's results would be kept beside them.
-    results: Any = _dense(softmax_scale, *without_derivative((q, k, v, visible)))
-    out, _ = results
-    return results, (q, k, v, visible, out)
+    results: Any = _dense(call, *without_derivative((q, k, v, visible)))
+    return results, (q, k, v, visible, results[0])
 
 
 @under_own_promotion
-def _backward(softmax_scale, saved, cotangents):
-    (q, k, v, visible, out), (dout, dlse) = without_derivative((saved, cotangents))
-    probabilities, _ = _probabilities(softmax_scale, q, k, visible)
+def _backward(call, saved, cotangents):
+    (q, k, v, visible, out), (dout, dlse, _) = without_derivative((saved, cotangents))
+    probabilities, _, slopes = _probabilities(call, q, k, visible)
     of_row = (dlse - (dout * out).sum(-1).T).reshape(*probabilities.shape[:3], 1)
     dscores = probabilities * (_einsum("tkgd,skd->kgts", _grouped(dout, k), v) + of_row)
+    if slopes is not None:
+        dscores *= slopes
     dscores = jnp.where(visible[None, None], dscores, 0.0)
-    dq = _mix_keys(dscores, visible, k, signed=True).reshape(q.shape) * softmax_scale
-    dk = _mix_rows(dscores, visible, _grouped(q, k), signed=True) * softmax_scale
+    dq = _mix_keys(dscores, visible, k, signed=True).reshape(q.shape) * call.softmax_scale
+    dk = _mix_rows(dscores, visible, _grouped(q, k), signed=True) * call.softmax_scale
     return dq, dk, _mix_rows(probabilities, visible, _grouped(dout, k), signed=False), None
 
 
@@ -155,18 +186,27 @@ def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
     return x.reshape(rows, k.shape[1], heads // k.shape[1], head_dim)
 
 
-def _probabilities(softmax_scale: float, q: jax.Array, k: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (probabilities `[kv_heads, group, rows, keys]`, lse `[kv_heads, group, rows]`), 0 for unseen keys."""
-    scores = _einsum("tkgd,skd->kgts", _grouped(q, k), k) * softmax_scale
+def _probabilities(
+    call: CallSpec, q: jax.Array, k: jax.Array, visible: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
+    """Return (probabilities `[kv_heads, group, rows, keys]`, (lse, largest scores), slopes), 0 for unseen keys.
+
+    lse and largest scores are `[kv_heads, group, rows]`. slopes are the derivatives of capped scores, or None.
+    """
+    scores, slopes = _einsum("tkgd,skd->kgts", _grouped(q, k), k) * call.softmax_scale, None
+    if call.softcap:
+        bounded = jnp.tanh(scores / call.softcap)
+        scores, slopes = call.softcap * bounded, 1.0 - bounded * bounded
     alone = ~visible.any(1)[None, None]
     visible = visible[None, None]
     scores = jnp.where(visible, scores, -jnp.inf)
-    maximum = jnp.where(alone, 0.0, scores.max(-1, initial=-jnp.inf))
+    largest = scores.max(-1, initial=-jnp.inf)
+    maximum = jnp.where(alone, 0.0, largest)
     # Divided by their sum, the weights add up to 1 whatever the size of the scores: lse would round large ones.
     weights = jnp.exp(scores - maximum[..., None])
     total = jnp.where(alone, 1.0, weights.sum(-1))
     probabilities = jnp.where(visible, weights / total[..., None], 0.0)
-    return probabilities, jnp.where(alone, -jnp.inf, maximum + jnp.log(total))
+    return probabilities, (jnp.where(alone, -jnp.inf, maximum + jnp.log(total)), largest), slopes
 
 
 def _mix_keys(weights: jax.Array, visible: jax.Array, x: jax.Array, *, signed: bool) -> jax.Array:

@@ -308,7 +308,7 @@ def forward_launch():
 
 
 def forward_arrays():
-    return *(jnp.ones((8, 1, 16)),) * 3, jnp.zeros((3, 8), jnp.int32), None, None
+    return *(jnp.ones((8, 1, 16)),) * 4, jnp.zeros((3, 8), jnp.int32), None, None  # the fourth in place of sinks
 
 
 def test_a_name_that_the_kernel_does_not_have_is_an_error():

@@ -12,9 +12,9 @@ import torch
 import zigzag_jax
 import zigzag_torch
 from tests.support import frameworks, oracle
-from tests.support.cases import BENCH, CASES, make_inputs
+from tests.support.cases import BENCH, CASES, RESULTS, make_inputs
 from tests.support.closeness import assert_close
-from tests.support.frameworks import RESULTS, attend_jax, attend_torch
+from tests.support.frameworks import attend_jax, attend_torch
 from tests.support.machine import GPU
 from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_results
 from zigzag_kernels import plan

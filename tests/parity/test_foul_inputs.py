@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tests.support.cases import Case, make_inputs
-from tests.support.frameworks import RESULTS, attend_jax, attend_torch
+from tests.support.cases import RESULTS, Case, make_inputs
+from tests.support.frameworks import attend_jax, attend_torch
 from tests.support.rank import rank_arrays
 
 CASES = (

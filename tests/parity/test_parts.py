@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.cases import CASES, make_inputs
-from tests.support.frameworks import RESULTS
+from tests.support.cases import CASES, RESULTS, make_inputs
 from tests.support.machine import GPU
 from tests.support.parts import FRAMEWORKS, Rank
 from tests.support.rank import assert_rank_is_right, gathered_rows

@@ -53,6 +53,8 @@ def assert_close(name, result, exact, straightforward):
     result, exact, straightforward = (np.where(infinite, 0, x) for x in (result, exact, straightforward))
     found, expected = errors(result, exact), errors(straightforward, exact)
     for measure, factor in FACTORS.items():
+        if exact.ndim == 1 and measure == "Frobenius norm":
+            continue  # one number a head: too few draws for an average
         bound = factor * expected[measure] + FLOAT32_ROUNDINGS
         if found[measure] > bound:
             worst = np.unravel_index(np.abs(result - exact).argmax(), exact.shape)

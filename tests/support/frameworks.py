@@ -9,7 +9,6 @@ import torch
 
 import zigzag_jax
 import zigzag_torch
-from tests.support.cases import RESULTS
 from tests.support.processes import torch_numpy
 
 
@@ -19,7 +18,7 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True, s
     dtype = getattr(torch, case.dtype)
     leaves = [torch.tensor(x, dtype=dtype, device=device, requires_grad=True) for x in (q, k, v)]
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
-    options = torch_options(case)
+    options = call_options(case)
     if sinks is not None:
         leaves.append(torch.tensor(sinks, device=device, requires_grad=True))
         options["sinks"] = leaves[-1]
@@ -35,8 +34,8 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True, s
     return {name: torch_numpy(x) for name, x in zip(case.results, results, strict=True)}
 
 
-def torch_options(case):
-    """Keyword arguments of the torch calls, sinks aside."""
+def call_options(case):
+    """Keyword arguments of the calls in both frameworks, sinks aside."""
     options = {"causal": case.causal, "softmax_scale": case.softmax_scale}
     if case.has_options:
         names = "window_size", "attention_chunk", "softcap", "layout"
@@ -59,23 +58,41 @@ def _jax_attention(case, backend, deterministic):
     """The compiled function of one case; the rank is traced, so that all ranks share it."""
 
     @jax.jit
-    def run(q, k, v, dout, dlse, cu_seqlens, rank):
-        def attend(q, k, v):
-            return zigzag_jax.zigzag_attention_gathered(
-                q, k, v, cu_seqlens, rank, case.world_size, causal=case.causal, softmax_scale=case.softmax_scale,
-                return_lse=True, backend=backend, deterministic=deterministic,
-            )  # fmt: skip
+    def run(q, k, v, dout, dlse, cu_seqlens, rank, *sinks):
+        options = call_options(case)
+        if case.lengths_real is not None or case.row_length:
+            of_rank = {"rank": rank, "world_size": case.world_size}
+            cu_seqlens = zigzag_jax.prepare_batch(cu_seqlens, backend=backend, **of_rank, **jax_packing(case))
 
-        results, pullback = jax.vjp(attend, q, k, v)
-        return *results, *pullback((dout, dlse))
+        def attend(q, k, v, *sinks):
+            out, lse, *max_logits = zigzag_jax.zigzag_attention_gathered(
+                q, k, v, cu_seqlens, rank, case.world_size, return_lse=True, backend=backend,
+                deterministic=deterministic, sinks=sinks[0] if sinks else None, **options,
+            )  # fmt: skip
+            return (out, lse), max_logits
+
+        results, pullback, max_logits = jax.vjp(attend, q, k, v, *sinks, has_aux=True)
+        dq, dk, dv, *dsinks = pullback((dout, dlse))
+        return *results, dq, dk, dv, *max_logits, *dsinks
 
     return run
 
 
-def attend_jax(case, q, k, v, dout, dlse, rank, backend, deterministic=True):
+def jax_packing(case):
+    """Keyword arguments of `zigzag_jax.prepare_batch` that say how a case is packed."""
+    packed = {"layout": case.layout}
+    if case.lengths_real is not None:
+        packed["lengths"] = jnp.asarray(case.lengths_real, jnp.int32)
+    if case.layout == "row":
+        packed |= {"row_length": case.row_length or case.total, "rows": case.rows}
+    return packed
+
+
+def attend_jax(case, q, k, v, dout, dlse, rank, backend, deterministic=True, sinks=None):
     """As `attend_torch`."""
     q, k, v, dout = (jnp.asarray(x, case.dtype) for x in (q, k, v, dout))
     cu_seqlens = np.array(case.cu_seqlens, np.int32)
     run = _jax_attention(case, backend, deterministic)
-    results = run(q, k, v, dout, jnp.asarray(dlse), cu_seqlens, np.array([rank], np.int32))
-    return {name: np.asarray(x) for name, x in zip(RESULTS, results, strict=True)}
+    arrays = q, k, v, dout, jnp.asarray(dlse), cu_seqlens, np.array([rank], np.int32)
+    results = run(*arrays, *(() if sinks is None else (jnp.asarray(sinks),)))
+    return {name: np.asarray(x) for name, x in zip(case.results, results, strict=True)}

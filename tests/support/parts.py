@@ -9,7 +9,7 @@ import torch
 
 import zigzag_jax.launch
 import zigzag_torch.launch
-from tests.support.frameworks import RESULTS
+from tests.support.cases import RESULTS
 from tests.support.machine import GPU
 from tests.support.processes import torch_numpy
 from tests.support.rank import gathered_rows, rank_arrays, rank_rows

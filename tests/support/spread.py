@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from tests.support import oracle
-from tests.support.cases import RESULTS, make_inputs
+from tests.support.cases import make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU
 from tests.support.rank import batch_results, gathered_rows, rows_of_results
@@ -33,16 +33,16 @@ def global_arrays(case, seed=0):
 
 @functools.cache
 def batch_in_rank_order(case, arithmetic, seed):
-    """RESULTS of the unsharded batch, in the row order of `global_arrays`."""
-    results = batch_results(case, make_inputs(case, seed), arithmetic)
-    return tuple(rows_of_results(results, gathered_rows(case)).values())
+    """The case's results for the unsharded batch, in the row order of `global_arrays`."""
+    results = rows_of_results(batch_results(case, make_inputs(case, seed), arithmetic), gathered_rows(case))
+    return tuple(results[name] for name in case.results)
 
 
 def assert_batch_is_right(case, results, seed=0):
     """The `results` of all ranks behind one another are those that the oracle has for the whole batch."""
     exact = batch_in_rank_order(case, oracle.EXACT, seed)
     straightforward = batch_in_rank_order(case, oracle.straightforward(case.dtype), seed)
-    for name, result, *wanted in zip(RESULTS, results, exact, straightforward, strict=True):
+    for name, result, *wanted in zip(case.results, results, exact, straightforward, strict=True):
         assert_close(name, result, *wanted)
 
 

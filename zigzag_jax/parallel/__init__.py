@@ -16,9 +16,9 @@ from ..axes import AxisName
 from .allgather import AllGather
 from .local import Local
 from .ring import Ring
-from .transport import Residuals, Tables
+from .transport import Inputs, Packing, Residuals, Tables
 
-__all__ = ["AllGather", "Local", "Residuals", "Ring", "Tables", "Transport", "choose_transport"]
+__all__ = ["AllGather", "Inputs", "Local", "Packing", "Residuals", "Ring", "Tables", "Transport", "choose_transport"]
 
 Transport = Local | AllGather | Ring
 

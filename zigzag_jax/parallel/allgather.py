@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Residuals, Tables, move_again
+from .transport import Inputs, Residuals, Tables, move_again
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class AllGather:
     problem: Problem
     axis_name: AxisName
 
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
         from zigzag_kernels import plan
 
+        q, k, v, sinks = inputs
         results: tuple = None, None
         coming = self.gather(k, v, 0)
         for head in self.first_heads:
@@ -38,19 +39,20 @@ class AllGather:
                 k, v, here, results = optimization_barrier((k, v, here, results))
                 coming = self.gather(k, v, head + self.problem.window)
             part = plan.Part(first_kv_head=head)
-            results = plan.forward(launch.run, self.problem, q, *here, tables.segments, part=part, into=results)
+            results = plan.forward(
+                launch.run, self.problem, q, *here, tables.segments, sinks=sinks, part=part, into=results
+            )
         return results
 
-    def backward(
-        self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return (dq, dk, dv) as `Local.backward`; dk and dv belong to this rank's k and v, summed over the ranks."""
+    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
         from zigzag_kernels import plan
 
         problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
-        q, k, v, out, lse = residuals
+        (q, k, v, sinks), out, lse = residuals
         k, v, dout = move_again(k, v, dout)
         dq: Any = None
+        dsinks: Any = None
         dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
         coming = self.gather(k, v, 0)
         for head in self.first_heads:
@@ -65,10 +67,12 @@ class AllGather:
             part, summed = plan.Part(head), plan.Part(head, dtype=problem.call.grad_reduce_dtype)
             rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides)
             arguments = launch.run, problem, q, here[0], here[1], dout, rows
+            if sinks is not None:
+                dsinks = plan.backward_sinks(launch.run, problem, rows, sinks, part=part, into=dsinks)
             contributions = plan.backward_keys(*arguments, tables.sequences, part=summed, **strides)
             dk, dv = (self._add_window(x, head, of_all) for x, of_all in zip((dk, dv), contributions, strict=True))
             dq = plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides)
-        return dq, dk, dv
+        return Inputs(dq, dk, dv, dsinks)
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""

@@ -7,7 +7,7 @@ import jax
 from zigzag_kernels.problem import Problem
 
 from .. import launch
-from .transport import Residuals, Tables
+from .transport import Inputs, Residuals, Tables
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,23 @@ class Local:
 
     problem: Problem
 
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32)."""
+    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out `[T, heads, head_dim]`, statistics), which are lse `[heads, T]` float32.
+
+        With `return_max_logits` they are `[2, heads, T]`: lse, and the largest logit of each row.
+        """
         from zigzag_kernels import plan
 
-        return plan.forward(launch.run, self.problem, q, k, v, tables.segments)
+        q, k, v, sinks = inputs
+        return plan.forward(launch.run, self.problem, q, k, v, tables.segments, sinks=sinks)
 
-    def backward(
-        self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return (dq, dk, dv) for the cotangents of out and lse; `dlse` None means zeros."""
+    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
+        """Return the gradients of the inputs for the cotangents of out and lse; `dlse` None means zeros."""
         from zigzag_kernels import plan
 
+        (q, k, v, sinks), out, lse = residuals
         strides = {"dout_strides": self.problem.q_strides}  # XLA makes dout as dense as q
-        return plan.backward(launch.run, self.problem, *residuals, dout, dlse, *tables, **strides)
+        dq, dk, dv, *dsinks = plan.backward(
+            launch.run, self.problem, q, k, v, out, lse, dout, dlse, *tables, sinks=sinks, **strides
+        )
+        return Inputs(dq, dk, dv, dsinks[0] if dsinks else None)

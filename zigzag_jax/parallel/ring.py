@@ -9,7 +9,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Residuals, Tables, move_again
+from .transport import Inputs, Residuals, Tables, move_again
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,29 @@ class Ring:
     problem: Problem
     axis_name: AxisName
 
-    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out, lse) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
         from zigzag_kernels import plan
+
+        q, k, v, sinks = inputs
 
         def step(k, v, segments, results):
             part = plan.Part(accumulate=results is not None, dtype="float32")
             into = results or (None, None)
-            return plan.forward(launch.run, self.problem, q, k, v, segments, part=part, into=into)
+            return plan.forward(launch.run, self.problem, q, k, v, segments, sinks=sinks, part=part, into=into)
 
-        out, lse = self._around(step, k, v, tables.segments)
-        return out.astype(q.dtype), lse
+        out, statistics = self._around(step, k, v, tables.segments)
+        return out.astype(q.dtype), statistics
 
-    def backward(
-        self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return (dq, dk, dv) as `Local.backward`; dk and dv belong to this rank's k and v, summed over the ranks."""
+    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
         from zigzag_kernels import plan
 
         problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
-        q, k, v, out, lse = residuals
+        (q, k, v, sinks), out, lse = residuals
         k, v, dout = move_again(k, v, dout)
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=plan.WHOLE, **strides)
+        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
 
         def step(k, v, tables, gradients):
             dq, dk, dv = gradients or (None, None, None)
@@ -60,7 +61,7 @@ class Ring:
             return plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides), dk, dv
 
         dq, dk, dv = self._around(step, k, v, tables)
-        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+        return Inputs(dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks)
 
     def _around(self, step, k, v, tables):
         """Call `step(k, v, table, result) -> result` for the K/V of each rank, and return the last result.

@@ -5,6 +5,29 @@ from typing import NamedTuple
 import jax
 from jax.lax import optimization_barrier
 
+from zigzag_kernels.modes import Layout
+
+
+class Packing(NamedTuple):
+    """How documents are packed and dealt out to the ranks: the contents of a rank's rows follow from it.
+
+    The arrays are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
+    int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
+    """
+
+    cu_seqlens: jax.Array
+    rank: jax.Array
+    lengths: jax.Array | None
+    world_size: int
+    layout: str
+    row_length: int
+    rows: int
+
+    @property
+    def in_rows(self) -> int | None:
+        """Tokens of a packed row, if rows are cut into chunks and not documents: one rank holds all whole."""
+        return self.row_length if self.layout == Layout.ROW and self.world_size > 1 else None
+
 
 class Tables(NamedTuple):
     """Device tables of a batch: what each tile of queries and each tile of keys belongs to.
@@ -16,12 +39,19 @@ class Tables(NamedTuple):
     sequences: jax.Array
 
 
-class Residuals(NamedTuple):
-    """Arguments and results of a forward pass, which its backward pass needs."""
+class Inputs(NamedTuple):
+    """Arrays of one rank that attention is differentiated by; `sinks [heads]` float32, or None."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    sinks: jax.Array | None
+
+
+class Residuals(NamedTuple):
+    """Arguments and results of a forward pass, which its backward pass needs."""
+
+    inputs: Inputs
     out: jax.Array
     lse: jax.Array
 

@@ -1,0 +1,56 @@
+"""Windows, chunks, caps, sinks, largest logits, real lengths and packed rows, in both frameworks bit for bit."""
+
+import numpy as np
+import pytest
+
+from tests.support import oracle
+from tests.support.cases import make_inputs, select
+from tests.support.closeness import assert_close
+from tests.support.frameworks import attend_jax, attend_torch
+from tests.support.rank import (
+    assert_rank_is_right,
+    batch_results,
+    gathered_rows,
+    rank_arrays,
+    rank_results,
+    rows_of_results,
+)
+
+RANGES = select("ranges")
+
+
+def flushed(x):
+    """`x` without the tiny numbers that XLA's threads on a CPU, in which NumPy interprets, round to zero."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)
+
+
+@pytest.mark.parametrize("case", RANGES, ids=str)
+def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
+    inputs = make_inputs(case)
+    sums = dict.fromkeys(("dk", "dv", "dsinks")[: 2 + case.sinks], 0.0)
+    straightforward_sums = dict(sums)
+    for rank in range(case.world_size):
+        arguments = *rank_arrays(case, inputs, rank), rank, kernel_backend
+        ours, theirs = (attend(case, *arguments, sinks=inputs.get("sinks")) for attend in (attend_torch, attend_jax))
+        assert_rank_is_right(case, inputs, rank, {"torch": ours})
+        straightforward = rank_results(case, inputs, rank, oracle.straightforward(case.dtype))
+        for name in case.results:
+            where = f"rank {rank} of {case.world_size}: {name}"
+            assert ours[name].dtype == theirs[name].dtype, where
+            assert flushed(ours[name]).tobytes() == flushed(theirs[name]).tobytes(), f"{where}: torch and JAX differ"
+        for name in sums:
+            sums[name] = sums[name] + ours[name].astype(np.float64)
+            straightforward_sums[name] = straightforward_sums[name] + straightforward[name].astype(np.float64)
+
+    # The ranks' contributions add up to the gradient of the whole, unsharded batch.
+    whole = rows_of_results(batch_results(case, inputs, oracle.EXACT), gathered_rows(case))
+    for name, total in sums.items():
+        assert_close(f"sum over ranks: {name}", total, whole[name], straightforward_sums[name])
+
+
+@pytest.mark.parametrize("case", RANGES, ids=str)
+def test_the_reference_of_jax_matches_the_oracle(case):
+    inputs = make_inputs(case, seed=1)
+    for rank in range(case.world_size):
+        result = attend_jax(case, *rank_arrays(case, inputs, rank), rank, "reference", sinks=inputs.get("sinks"))
+        assert_rank_is_right(case, inputs, rank, {"reference": result})
