@@ -143,6 +143,24 @@ def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, he
     assert lines_of("compile_portable", target, str(head_dim), dtype, **triton_cache) == kernels
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "head_dim", "call"),
+    [
+        ("9.0", 128, "window"),
+        ("9.0", 128, "options"),
+        ("9.0", 64, "ring"),
+        ("8.0", 64, "options"),
+        ("9.0", 256, "ring"),
+    ],
+)
+def test_every_kernel_compiles_with_options_within_its_shared_memory(triton_cache, target, head_dim, call):
+    kernels = lines_of("compile_portable", target, str(head_dim), "bfloat16", call, **triton_cache)
+    sinks = [] if call == "window" else ["sum_sink_rows", "sum_sink_parts"]
+    dkdv = ["backward_dkdv"] * (2 if sums_apart(head_dim, "bfloat16", PORTABLE.architecture(target)) else 1)
+    assert kernels == ["build_segments", "attention_forward", "backward_delta", *dkdv, "backward_dq", *sinks]
+
+
 @pytest.mark.parametrize(
     ("strides", "fits"), [((2**23, 1), True), ((2**24, 1), False), ((64, 2**29), True), ((64, 2**31), False)]
 )

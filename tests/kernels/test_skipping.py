@@ -71,6 +71,34 @@ def test_blocks_that_every_row_sees_whole_are_read_without_masks():
         assert work.whole_blocks[name] >= 0.8 * work.blocks[name] > 0, name
 
 
+RANGES = {
+    "a causal window": ({"window_size": (15, 0)}, 16),
+    "a window on both sides": ({"causal": False, "window_size": (15, 16)}, 32),
+    "chunks": ({"attention_chunk": 32}, 17),
+}
+
+
+@pytest.mark.parametrize("rank", range(CASE.world_size))
+@pytest.mark.parametrize(("mask", "seen"), RANGES.values(), ids=RANGES)
+def test_a_range_of_keys_costs_its_area(mask, seen, rank):
+    """A tile of rows reads the blocks that some row sees: their keys, and at most one block more at either end."""
+    tensors, work, all_work = planned.rank_tensors(CASE, make_inputs(CASE), rank), Work(), Work()
+    planned.attend(*tensors, CASE.cu_seqlens, rank, CASE.world_size, causal=False, run=all_work.run)
+    planned.attend(*tensors, CASE.cu_seqlens, rank, CASE.world_size, run=work.run, **mask)
+    length, block = CASE.lengths[0], 32  # the larger side of all tiles in the interpreter
+    for name, products in all_work.products.items():
+        assert work.products[name] <= (seen + 2 * block) / length * products, name
+
+
+def test_blocks_inside_of_every_rows_window_are_read_without_masks():
+    case = Case(name="wide window", world_size=1, lengths=(256,), heads=1, dtype="float16")
+    work = Work()
+    tensors = planned.rank_tensors(case, make_inputs(case), 0)
+    planned.attend(*tensors, case.cu_seqlens, 0, 1, run=work.run, window_size=(127, 0))
+    for name in ("out", "dk", "dq"):
+        assert work.whole_blocks[name] >= 0.5 * work.blocks[name] > 0, name
+
+
 def ring_steps(rank, causal):
     """The `Work` of each step of a ring on `rank`."""
     q, k, v, dout, dlse = planned.rank_tensors(CASE, make_inputs(CASE), rank)

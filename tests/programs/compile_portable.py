@@ -1,11 +1,12 @@
 """Compiles the portable kernels for a GPU, and checks that their shared memory is what the tile table expects.
 
-    python -m tests.programs.compile_portable 9.0 128 bfloat16
+    python -m tests.programs.compile_portable 9.0 128 bfloat16 [window | options | ring]
 
-Needs no GPU: Triton brings its own assembler. Prints the name of each kernel.
+Needs no GPU: Triton brings its own assembler. Prints the name of each kernel. The last argument is one of `CALLS`.
 """
 
 import sys
+from dataclasses import replace
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -14,11 +15,23 @@ from triton.compiler import ASTSource
 from tests.support.problems import small_problem
 from zigzag_kernels import plan
 from zigzag_kernels.families import choose_tiles
+from zigzag_kernels.modes import KVLayout, Layout
 from zigzag_kernels.portable.family import PORTABLE
 
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
-TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank"), "int32")
-STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse"), "float32")
+TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank", "lengths"), "int32")
+STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse", "sinks", "parts", "into_dsinks"), "float32")
+OPTIONS = {
+    "window_size": (127, -1), "softcap": 30.0, "has_sinks": True, "return_max_logits": True, "layout": Layout.ROW,
+    "has_lengths": True,
+}  # fmt: skip
+CALLS = {
+    "plain": ({}, {}),
+    "window": ({"window_size": (127, -1)}, {}),
+    "options": (OPTIONS, {}),
+    "ring": (OPTIONS | {"causal": False, "window_size": (-1, 9), "attention_chunk": 100}, {"kv_layout": KVLayout.PEER}),
+}
+"""Options of a call, and how its problem differs from that of `small_problem`."""
 
 
 def compile_launch(launch, target, dtype):
@@ -34,9 +47,12 @@ def compile_launch(launch, target, dtype):
     )
 
 
-def main(target, head_dim, dtype):
+def main(target, head_dim, dtype, call="plain"):
     architecture = PORTABLE.architecture(target)
-    for kernel, launches in plan.plan_step(small_problem(head_dim, dtype, target)):
+    options, changes = CALLS[call]
+    problem = small_problem(head_dim, dtype, target)
+    problem = replace(problem, call=replace(problem.call, **options), **changes)
+    for kernel, launches in plan.plan_step(problem):
         for launch in launches:
             name, shared = launch.kernel.__name__, compile_launch(launch, target, dtype).metadata.shared
             if kernel:
@@ -47,5 +63,5 @@ def main(target, head_dim, dtype):
 
 
 if __name__ == "__main__":
-    target, head_dim, dtype = sys.argv[1:]
-    main(target, int(head_dim), dtype)
+    target, head_dim, dtype, *call = sys.argv[1:]
+    main(target, int(head_dim), dtype, *call)

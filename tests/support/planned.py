@@ -32,15 +32,15 @@ def rank_tensors(case, inputs, rank):
 
 
 def attend(
-    q, k, v, dout, dlse, cu_seqlens, rank, world_size, causal=True, target="interpret", run=interpret, into=None
+    q, k, v, dout, dlse, cu_seqlens, rank, world_size, causal=True, target="interpret", run=interpret, into=None, **mask
 ):  # fmt: skip
     """{name: array} for each of RESULTS, with gathered K/V and the tiles of `target`.
 
-    Results for which `into` has a tensor are written there.
+    Results for which `into` has a tensor are written there. `mask` are arguments of `make_call_spec`.
     """
     into = dict.fromkeys(RESULTS) | (into or {})
     sizes = {"sequences": len(cu_seqlens) - 1, "world_size": world_size, "target": target}
-    call = make_call_spec(head_dim=q.shape[2], backend="triton", causal=causal)
+    call = make_call_spec(head_dim=q.shape[2], backend="triton", causal=causal, **mask)
     problem = make_problem(spec(q), spec(k), spec(v), call, **sizes)
     lengths, rank = torch.tensor(cu_seqlens, dtype=torch.int32), torch.tensor([rank], dtype=torch.int32)
     segments, sequences = plan.segment_tables(run, lengths, rank, **sizes)

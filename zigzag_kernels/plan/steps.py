@@ -211,4 +211,5 @@ def plan_step(
     else:
         dkdv, dq = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
         backward = make_rows(problem, strides, has_dlse, part), dkdv, dq
-    return tables, forward, *(planned for planned in backward if planned is not NOTHING)
+    sinks = (make_sinks(problem, part),) if problem.call.has_sinks else ()
+    return tables, forward, *(planned for planned in backward if planned is not NOTHING), *sinks
