@@ -60,7 +60,7 @@ def autograd_calls(attend, q, k, v, dout):
     return Calls(lambda: attend(*leaves), backward, lambda: (attend(*leaves).detach(), *backward()))
 
 
-def torch_calls(case, rank, q, k, v, dout, cu_seqlens, backend=None, deterministic=True):
+def torch_calls(case, rank, q, k, v, dout, cu_seqlens, *, backend=None, deterministic=True):
     """`Calls` of this library in PyTorch, for `rank`."""
     batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend)
 

@@ -175,11 +175,11 @@ def zigzag_attention(
         batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q.device, form)
         check_device("cu_seqlens", batch.cu_seqlens, "q", q)
         return_lse = check_flag("return_lse", return_lse)
-        options = method, heads_k_stride, grad_reduce_dtype
         ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
         call = _call_spec(
-            _head_dim(q), backend, batch, causal, softmax_scale, ranges, *options, deterministic=deterministic
-        )
+            _head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic, method=method,
+            heads_k_stride=heads_k_stride, grad_reduce_dtype=grad_reduce_dtype,
+        )  # fmt: skip
         _check_rows(batch, call, q)
         q, k, v = _readable(q, k, v, backend)
         sequences = batch.cu_seqlens.shape[0] - 1
@@ -266,11 +266,11 @@ def _call_spec(
     causal: bool,
     softmax_scale: float | None,
     ranges: tuple,
+    *,
+    deterministic: bool,
     method: str = Method.ALLGATHER.value,
     heads_k_stride: int | None = None,
     grad_reduce_dtype: torch.dtype | None = None,
-    *,
-    deterministic: bool,
 ) -> CallSpec:
     """Return `make_call_spec` of these options, made once for all layers and steps that give the same.
 
@@ -295,27 +295,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
 
 
-def _make_call_spec(
-    head_dim, backend, causal, softmax_scale, method, heads_k_stride, grad_reduce_dtype, deterministic,
-    window_size, attention_chunk, softcap, has_sinks, return_max_logits, layout, has_lengths, *_types_in_window,
-):  # fmt: skip
-    return make_call_spec(
-        head_dim=head_dim,
-        backend=backend,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        method=method,
-        heads_k_stride=heads_k_stride,
-        grad_reduce_dtype=grad_reduce_dtype,
-        deterministic=deterministic,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        has_sinks=has_sinks,
-        return_max_logits=return_max_logits,
-        layout=layout,
-        has_lengths=has_lengths,
-    )
+_OPTIONS = (
+    "head_dim", "backend", "causal", "softmax_scale", "method", "heads_k_stride", "grad_reduce_dtype", "deterministic",
+    "window_size", "attention_chunk", "softcap", "has_sinks", "return_max_logits", "layout", "has_lengths",
+)  # fmt: skip
+
+
+def _make_call_spec(*values) -> CallSpec:
+    """Return `make_call_spec` of the values of `_OPTIONS`; types behind them only tell keys of the cache apart."""
+    return make_call_spec(**dict(zip(_OPTIONS, values, strict=False)))
 
 
 _known_call_spec = functools.lru_cache(maxsize=1024, typed=True)(_make_call_spec)  # typed: True is 1.0, and refused

@@ -22,7 +22,7 @@ from .parallel.agreement import agree_on_call, resolve
 
 
 @operator("zigzag::segment_tables")
-def segment_tables(
+def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
     cu_seqlens: torch.Tensor,
     rank: torch.Tensor,
     world_size: int,
@@ -52,7 +52,7 @@ def segment_tables(
 
 
 @segment_tables.register_fake
-def _(cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1):
+def _(cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1):  # noqa: PLR0917  (schemas of operators are flat)
     steps = world_size if kv_layout == KVLayout.PEER else 1
     segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps, layout == Layout.ROW and world_size > 1)
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
@@ -171,7 +171,7 @@ def _transport_of(q, k, v, sequences, call: str, world_size: int, kv_layout: str
 
 
 @operator("zigzag::attention_forward")
-def attention_forward(
+def attention_forward(  # noqa: PLR0917  (schemas of operators are flat)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -188,7 +188,7 @@ def attention_forward(
 
 
 @operator("zigzag::attention_backward")
-def attention_backward(
+def attention_backward(  # noqa: PLR0917  (schemas of operators are flat)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -211,7 +211,7 @@ def attention_backward(
 
 
 @operator("zigzag::parallel_forward")
-def parallel_forward(
+def parallel_forward(  # noqa: PLR0917  (schemas of operators are flat)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -228,7 +228,7 @@ def parallel_forward(
 
 
 @operator("zigzag::parallel_backward")
-def parallel_backward(
+def parallel_backward(  # noqa: PLR0917  (schemas of operators are flat)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -252,7 +252,7 @@ def parallel_backward(
 
 
 @operator("zigzag::agreed_rank")
-def agreed_rank_operator(
+def agreed_rank_operator(  # noqa: PLR0917  (schemas of operators are flat)
     rank: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -285,12 +285,12 @@ def _fake_sinks(lse: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.T
 
 
 @attention_backward.register_fake
-def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, kv_layout="gathered", sinks=None):
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, kv_layout="gathered", sinks=None):  # noqa: PLR0917  (schemas of operators are flat)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _fake_sinks(lse, sinks)
 
 
 @parallel_backward.register_fake
-def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, group_name, sinks=None):
+def _(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_size, group_name, sinks=None):  # noqa: PLR0917  (schemas of operators are flat)
     return q.new_empty(q.shape), k.new_empty((2, *k.shape)), _fake_sinks(lse, sinks)
 
 

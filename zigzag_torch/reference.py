@@ -204,7 +204,7 @@ def dense_forward(
 
 
 @operator("zigzag::dense_backward")
-def dense_backward(
+def dense_backward(  # noqa: PLR0917  (schemas of operators are flat)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -244,7 +244,7 @@ def _(q, k, v, visible, sinks, softmax_scale, softcap):
 
 
 @dense_backward.register_fake
-def _(q, k, v, out, dout, dlse, visible, sinks, softmax_scale, softcap):
+def _(q, k, v, out, dout, dlse, visible, sinks, softmax_scale, softcap):  # noqa: PLR0917  (schemas of operators are flat)
     dsinks = q.new_empty(0 if sinks is None else q.shape[1])
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 

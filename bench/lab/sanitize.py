@@ -92,7 +92,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
         with Planning(ZIGZAG_HOPPER=KINDS[kind]) as planning, zeroed:
             if kind == "hopper":
                 for deterministic in (True, False):
-                    timing.torch_calls(case, 1, *tensors, backend, deterministic).results()
+                    timing.torch_calls(case, 1, *tensors, backend=backend, deterministic=deterministic).results()
             else:
                 windows = ranks.pack_windows(*tensors[1:3], 1)
                 player = ranks.Player(case, 1, tensors, 1, backend)

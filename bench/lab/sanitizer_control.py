@@ -75,7 +75,7 @@ def _fill(x_ptr, desc, ring, full, empty, i, TMA: gl.constexpr):
 
 
 @gluon.jit
-def _add(total, x_ptr, own, ring, full, empty, i, RING: gl.constexpr, WGMMA: gl.constexpr, WAIT: gl.constexpr):
+def _add(total, x_ptr, own, ring, full, empty, i, RING: gl.constexpr, WGMMA: gl.constexpr, WAIT: gl.constexpr):  # noqa: PLR0917  (a partition of a kernel)
     """`total` and tile `i`, which is left for the next one to come."""
     LAYOUT: gl.constexpr = total.type.layout
     stage = i % STAGES
@@ -100,7 +100,7 @@ def _producer(x_ptr, desc, ring, full, empty, TMA: gl.constexpr, TILES: gl.const
 
 
 @gluon.jit
-def _consumer(
+def _consumer(  # noqa: PLR0917  (a partition of a kernel)
     x_ptr, out_ptr, own, ring, full, empty, LAYOUT: gl.constexpr, RING: gl.constexpr, WGMMA: gl.constexpr,
     WAIT: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _consumer(
 
 
 @gluon.jit(repr=lambda call: f"control_{call.constants['NAME']}")
-def _control(
+def _control(  # noqa: PLR0917  (a partition of a kernel)
     x_ptr,  # [TILES * ROWS, ROWS] float16
     own_ptr,  # [ROWS, ROWS] float16: what the tensor cores multiply each tile with
     out_ptr,  # [PROGRAMS, 2, ROWS, ROWS] float32

@@ -211,7 +211,9 @@ class Player:
         tensors = arrays(packing, self.pools, self.tokens, self.device)
 
         def results(deterministic):
-            calls = timing.torch_calls(packing.case, packing.rank, *tensors, self.backend, deterministic)
+            calls = timing.torch_calls(
+                packing.case, packing.rank, *tensors, backend=self.backend, deterministic=deterministic
+            )
             return calls.results()
 
         with self.forced:

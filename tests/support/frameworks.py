@@ -12,7 +12,7 @@ import zigzag_torch
 from tests.support.processes import torch_numpy
 
 
-def attend_torch(case, q, k, v, dout, dlse, rank, backend, deterministic=True, sinks=None):
+def attend_torch(case, q, k, v, dout, dlse, rank, backend, *, deterministic=True, sinks=None):
     """`q [T, ...]`, gathered `k, v`, cotangents -> {name: array}: the case's results, in the kernel's own dtype."""
     device = "cuda" if backend == "triton" else "cpu"
     dtype = getattr(torch, case.dtype)
@@ -88,7 +88,7 @@ def jax_packing(case):
     return packed
 
 
-def attend_jax(case, q, k, v, dout, dlse, rank, backend, deterministic=True, sinks=None):
+def attend_jax(case, q, k, v, dout, dlse, rank, backend, *, deterministic=True, sinks=None):
     """As `attend_torch`."""
     q, k, v, dout = (jnp.asarray(x, case.dtype) for x in (q, k, v, dout))
     cu_seqlens = np.array(case.cu_seqlens, np.int32)

@@ -94,12 +94,22 @@ def _capped(scores, softcap):
     return softcap * np.tanh(scores / softcap) if softcap else scores
 
 
-def attend_gradients(q, k, v, mask, scale, out, lse, dout, dlse, arithmetic=EXACT, softcap=0.0):
-    """One head: `out, lse` of `attend` and their cotangents `dout [M, D]`, `dlse [M]` -> `dq, dk, dv`, not yet rounded.
+class HeadResults(NamedTuple):
+    """Results of one head, `out [M, D]` and `lse [M]`, and their cotangents."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    dout: np.ndarray
+    dlse: np.ndarray
+
+
+def attend_gradients(q, k, v, mask, scale, results, arithmetic=EXACT, softcap=0.0):
+    """Return `dq, dk, dv` of one head, not yet rounded, for the `HeadResults` of `attend`.
 
     With `P = exp(S - lse)`: `dP = dout v^T`, `dS = P (dP - rowsum(dout * out) + dlse)`. The derivative of capped scores
     is `1 - (S / softcap)^2`.
     """
+    out, lse, dout, dlse = results
     finite_lse = np.where(np.isneginf(lse), 0, lse)
     scores = _capped((q @ k.T) * scale, softcap)
     p = np.exp(np.where(mask, scores, -np.inf) - finite_lse[:, None])
@@ -188,6 +198,7 @@ def rank_attention(
     world_size,
     causal,
     softmax_scale=None,
+    *,
     dout=None,
     dlse=None,
     arithmetic=EXACT,
@@ -224,8 +235,8 @@ def rank_attention(
             scores = visible_scores(*operands[:2], mask, scale, options.softcap)
             max_logits[head] = max(max_logits[head], scores.max(initial=-np.inf))
             if dout is not None:
-                results = out[mine, head], lse[head, mine], dout[mine, head], dlse[head, mine]
-                dq_head, dk_head, dv_head = attend_gradients(*operands, *results, arithmetic, options.softcap)
+                results = HeadResults(out[mine, head], lse[head, mine], dout[mine, head], dlse[head, mine])
+                dq_head, dk_head, dv_head = attend_gradients(*operands, results, arithmetic, options.softcap)
                 dq[mine, head] = dq_head
                 dk[keys, kv_head] += dk_head
                 dv[keys, kv_head] += dv_head
@@ -246,6 +257,9 @@ def attention(q, k, v, cu_seqlens, causal, softmax_scale=None, arithmetic=EXACT,
     return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, arithmetic=arithmetic, options=options)[:2]
 
 
-def attention_gradients(q, k, v, cu_seqlens, causal, softmax_scale, dout, dlse=None, arithmetic=EXACT, options=PLAIN):
+def attention_gradients(
+    q, k, v, cu_seqlens, causal, softmax_scale, dout, dlse=None, *, arithmetic=EXACT, options=PLAIN
+):
     """Gradients `dq, dk, dv` of the whole packed batch for the cotangents `dout` and `dlse [heads, total]`."""
-    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, dout, dlse, arithmetic, options)[2:5]
+    gradients = {"dout": dout, "dlse": dlse, "arithmetic": arithmetic, "options": options}
+    return rank_attention(q, k, v, cu_seqlens, 0, 1, causal, softmax_scale, **gradients)[2:5]

@@ -32,7 +32,8 @@ def rank_tensors(case, inputs, rank):
 
 
 def attend(
-    q, k, v, dout, dlse, cu_seqlens, rank, world_size, causal=True, target="interpret", run=interpret, into=None, **mask
+    q, k, v, dout, dlse, cu_seqlens, rank, world_size, *, causal=True, target="interpret", run=interpret, into=None,
+    **mask,
 ):  # fmt: skip
     """{name: array} for each of RESULTS, with gathered K/V and the tiles of `target`.
 

@@ -18,7 +18,7 @@ def small_problem(head_dim=64, dtype="bfloat16", target="9.0", tokens=512, world
 
 
 def hopper_problem(
-    tokens=8192, head_dim=128, dtype="bfloat16", stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
+    tokens=8192, head_dim=128, dtype="bfloat16", *, stride=None, q_stride=None, target="9.0", gluon=True, sequences=1,
     world_size=8, deterministic=True,
 ):  # fmt: skip
     """One long sequence between eight ranks, 32 heads, eight KV heads: the kernels for Hopper can run it."""

@@ -9,7 +9,7 @@ import torch
 from zigzag_torch import reference
 
 
-def _flash_attn_varlen_forward(
+def _flash_attn_varlen_forward(  # noqa: PLR0917  (stands in for a published name)
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
     window_size=(-1, -1), alibi_slopes=None, return_softmax=False,
 ):  # fmt: skip
@@ -21,7 +21,7 @@ def _flash_attn_varlen_forward(
     )
 
 
-def _flash_attn_varlen_backward(
+def _flash_attn_varlen_backward(  # noqa: PLR0917  (stands in for a published name)
     dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
     softmax_scale, causal, window_size=(-1, -1), alibi_slopes=None, deterministic=False,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def _lengths(x):
     return torch.arange(x.shape[0] + 1, dtype=torch.int32) * x.shape[1]
 
 
-def _flash_attn_forward(
+def _flash_attn_forward(  # noqa: PLR0917  (stands in for a published name)
     q, k, v, dropout_p, softmax_scale, causal, window_size=(-1, -1), alibi_slopes=None, return_softmax=False
 ):  # fmt: skip
     packed = (x.flatten(0, 1) for x in (q, k, v))
@@ -58,7 +58,7 @@ def _flash_attn_forward(
     return out.view_as(q), lse.unflatten(1, q.shape[:2]).transpose(0, 1), None, None
 
 
-def _flash_attn_backward(
+def _flash_attn_backward(  # noqa: PLR0917  (stands in for a published name)
     dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size=(-1, -1),
     alibi_slopes=None, deterministic=False,
 ):  # fmt: skip

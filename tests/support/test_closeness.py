@@ -21,7 +21,8 @@ def compute(dtype, arithmetic, use_dlse=True):
     inputs = make_inputs(case)
     dlse = inputs["dlse"] if use_dlse else None
     operands = inputs["q"], inputs["k"], inputs["v"], case.cu_seqlens
-    return oracle.rank_attention(*operands, 0, 1, True, None, inputs["dout"], dlse, arithmetic)
+    gradients = {"dout": inputs["dout"], "dlse": dlse, "arithmetic": arithmetic}
+    return oracle.rank_attention(*operands, 0, 1, True, None, **gradients)
 
 
 def check(quantity, dtype, result):

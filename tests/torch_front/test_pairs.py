@@ -16,7 +16,7 @@ class Pair:
     """Inputs of one call: `rows[g][i]` rows of sequence i in group g, `lengths` keys."""
 
     def __init__(
-        self, lengths, rows, chunks, total_chunks, causal=True, dtype="float32", padding=(0, 0, 0), heads=(4, 2),
+        self, lengths, rows, chunks, total_chunks, *, causal=True, dtype="float32", padding=(0, 0, 0), heads=(4, 2),
         softmax_scale=None,
     ):  # fmt: skip
         self.softmax_scale = softmax_scale
@@ -70,7 +70,8 @@ class Pair:
                     outs[g][rows, head], lses[g][head, rows] = oracle.attend(*operands, arithmetic)
                     results = outs[g][rows, head], lses[g][head, rows]
                     cotangents = (x.astype(q.dtype) for x in (self.douts[g][rows, head], self.dlses[g][head, rows]))
-                    dq, dk, dv = oracle.attend_gradients(*operands, *results, *cotangents, arithmetic)
+                    of_head = oracle.HeadResults(*results, *cotangents)
+                    dq, dk, dv = oracle.attend_gradients(*operands, of_head, arithmetic)
                     gradients[g][rows, head] = dq
                     gradients[2][keys, kv_head] += dk
                     gradients[3][keys, kv_head] += dv

@@ -123,7 +123,7 @@ def test_a_deterministic_backward_leaves_the_global_setting_as_it_was():
 def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
     """With a dense stand-in for the operators, which have no gradient of lse: arguments, and that gradient."""
 
-    def forward(
+    def forward(  # noqa: PLR0917  (stands in for an operator)
         query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale, **_
     ):  # fmt: skip
         assert not dropout_p
@@ -134,7 +134,7 @@ def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
         results = dense(query, key, value, cum_seq_q, cum_seq_k, flash2.reference.Mask(is_causal), scale)
         return *results, None, None, None
 
-    def backward(
+    def backward(  # noqa: PLR0917  (stands in for an operator)
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
         rng_state, unused, *, scale, **_,
     ):  # fmt: skip

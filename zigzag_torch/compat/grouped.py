@@ -137,7 +137,7 @@ def compute_kv_slices_for_groups(
     return slices
 
 
-def execute_grouped_attention(
+def execute_grouped_attention(  # noqa: PLR0917  (a published name)
     chunk_q_list: list[torch.Tensor],
     chunk_cu_seqlens_q_list: list[torch.Tensor],
     chunk_indices_list: list[torch.Tensor],

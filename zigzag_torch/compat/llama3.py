@@ -21,7 +21,7 @@ from .checks import check_grouped, check_list, check_n_chunks, chunks_of, mask_o
 from .verify import choose_path, fused_backend
 
 
-def zigzag_llama3_flash_attn_varlen_func(
+def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -162,7 +162,7 @@ def agreed_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, wo
     return torch.where((cu_seqlens_q * world_size == cu_seqlens_k).all(), cu_seqlens_k, -1)
 
 
-def zigzag_llama3_flash_attn_varlen_kvpacked_func(
+def zigzag_llama3_flash_attn_varlen_kvpacked_func(  # noqa: PLR0917  (a published name)
     q: torch.Tensor,
     kv: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
@@ -205,7 +205,7 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(
     )
 
 
-def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
+def zigzag_llama3_flash_attn_varlen_qkvpacked_func(  # noqa: PLR0917  (a published name)
     qkv: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
@@ -255,7 +255,7 @@ def _unpacked(name: str, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...
     return x.unbind(1)
 
 
-def replace_grouped_attention_with_fused_triton_v2(
+def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a published name)
     chunk_q_list: list[torch.Tensor],
     chunk_cu_seqlens_q_list: list[torch.Tensor],
     chunk_indices_list: list[torch.Tensor],

@@ -32,7 +32,7 @@ from . import rendezvous
 if dist.is_available():
     # Imported once there is a group, as torch._dynamo does, its functions would keep that group as their default, and
     # the threads of gloo would run while the process ends, which aborts it at times.
-    import torch.distributed.nn
+    import torch.distributed.nn  # noqa: F401
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives
+import torch.distributed._tools.fake_collectives  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zigzag_torch
