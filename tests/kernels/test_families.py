@@ -33,9 +33,11 @@ SM_100 = Architecture(
 
 @triton.jit
 def attention_forward_sm100(  # noqa: PLR0917  (the entry point of a kernel)
-    q_ptr, k_ptr, v_ptr, segments_ptr, into_out_ptr, into_lse_ptr, n_segments, T, slot_rows, first_kv_head, out_ptr,
-    lse_ptr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, segments_ptr, into_out_ptr, into_lse_ptr, n_segments, T, slot_rows, first_kv_head,
+    out_ptr, lse_ptr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, RANGED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_MAX: tl.constexpr,
+    STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES_TOGETHER: tl.constexpr,
     ACCUMULATE: tl.constexpr, HEADS: tl.constexpr, CLUSTER: tl.constexpr,
@@ -112,7 +114,7 @@ def test_the_steps_run_its_kernel():
 
     with plan.use_planner(plan.Planner()):
         out, lse = plan.forward(run, problem(), "q", "k", "v", "segments")
-    assert launched == [(attention_forward_sm100, ("q", "k", "v", "segments", None, None))]
+    assert launched == [(attention_forward_sm100, ("q", "k", "v", "q", "segments", None, None))]
     assert (out.shape, lse.shape) == ((8192, 8, 128), (8, 8192))
 
 
