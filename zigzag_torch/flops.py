@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from zigzag_kernels.callspec import CallSpec
-from zigzag_kernels.cost.counts import backward_flops, forward_flops
+from zigzag_kernels.cost.counts import Mask, backward_flops, forward_flops, visible_scores
 from zigzag_kernels.segments.columns import SegmentColumn
 
 from . import autograd as autograd  # defines the operators
@@ -33,23 +33,17 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segments: torch.Tensor, call: str,
 
     Tensors without values count as one sequence, which is the most that a batch of their shape can be.
     """
-    causal = CallSpec.from_key(call).causal
+    spec = CallSpec.from_key(call)
+    mask = Mask(spec.causal, spec.window_size, spec.attention_chunk)
     if type(segments) is not torch.Tensor or segments.is_meta:
         keys = max(k.shape[0], world_size * q.shape[0])
-        return q.shape[0] * (keys + 1) // 2 if causal else q.shape[0] * keys
-    columns = segments[..., :-1, :].long()  # the last entry is the padding
-    rows, keys = columns[..., SegmentColumn.Q_LEN], columns[..., SegmentColumn.KEYS]
-    if not causal:
-        return int((rows * keys).sum())
-    position, keys = columns[..., SegmentColumn.POSITION], columns[..., SegmentColumn.KV_LEN]
-    return int((_seen_up_to(position + rows, keys) - _seen_up_to(position, keys)).sum())
+        return visible_scores(0, keys, keys, mask) // (keys // q.shape[0] if len(q) else 1)
+    columns = segments if segments.ndim == 2 else segments[0]  # all steps of a ring together see what one table says
+    rows = columns[:-1][:, _COLUMNS].tolist()  # the last entry is the padding
+    return sum(visible_scores(position, tokens, length, mask) for position, tokens, length in rows)
 
 
-def _seen_up_to(position: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return the scores of all rows before `position`, of which row i sees the first i + 1 of `keys`, if there are."""
-    rows = position.clamp(min=0)
-    all_seen = torch.minimum(rows, keys)
-    return all_seen * (all_seen + 1) // 2 + (rows - all_seen) * keys
+_COLUMNS = [SegmentColumn.FIRST_POSITION, SegmentColumn.Q_LEN, SegmentColumn.REAL]
 
 
 def _register(flop_counter: ModuleType) -> None:

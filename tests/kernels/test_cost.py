@@ -28,6 +28,28 @@ def test_scores_are_those_of_the_mask(causal):
             assert cost.unmasked_scores(case.lengths, rank, case.world_size, causal) == seen, (case, rank)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_are_those_of_ranges(causal):
+    windows, chunks = [(-1, -1), (0, 0), (3, -1), (-1, 4), (5, 2), (100, 100)], [0, 1, 4, 7, 50]
+    for window, chunk, length, real in itertools.product(windows, chunks, (1, 8, 13), (0, 5, 13)):
+        mask = cost.Mask(causal, window, chunk)
+        for position, rows in ((0, length), (length // 2, length - length // 2)):
+            seen = oracle_mask(mask, np.arange(position, position + rows), min(real, length)).sum()
+            assert cost.visible_scores(position, rows, min(real, length), mask) == seen, (mask, length, real, position)
+
+
+def oracle_mask(mask, positions, length):
+    """Whether the queries at `positions` of a document of `length` tokens see each of its keys: `[rows, keys]`."""
+    p, k = positions[:, None], np.arange(length)[None, :]
+    left, right = mask.window_size
+    seen = (k <= p) if mask.causal else np.ones((len(positions), length), bool)
+    seen &= (left < 0) | (k >= p - left)
+    seen &= (right < 0) | (k <= p + right)
+    if mask.attention_chunk:
+        seen &= k // mask.attention_chunk == p // mask.attention_chunk
+    return seen & (p < length)
+
+
 def received(step):
     """(forward, backward) bytes that reach one rank, message by message."""
     size = {"float32": 4, "bfloat16": 2}

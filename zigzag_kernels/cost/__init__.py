@@ -5,6 +5,7 @@
 
 from .counts import (
     Arrays,
+    Mask,
     Pass,
     Step,
     backward,
@@ -14,6 +15,7 @@ from .counts import (
     forward,
     forward_flops,
     unmasked_scores,
+    visible_scores,
 )
 from .machine import Machine
 from .prediction import Prediction, predict
@@ -21,6 +23,7 @@ from .prediction import Prediction, predict
 __all__ = [
     "Arrays",
     "Machine",
+    "Mask",
     "Pass",
     "Prediction",
     "Step",
@@ -32,4 +35,5 @@ __all__ = [
     "forward_flops",
     "predict",
     "unmasked_scores",
+    "visible_scores",
 ]

@@ -5,8 +5,17 @@ Needs the standard library alone, so that a laptop can plan a cluster.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
-from ..checks import DTYPE_BYTES, check_lengths, check_method, check_rank, check_world_size
+from ..checks import (
+    DTYPE_BYTES,
+    check_attention_chunk,
+    check_lengths,
+    check_method,
+    check_rank,
+    check_window_size,
+    check_world_size,
+)
 from ..heuristics import choose_heads_k_stride
 from ..layout import chunk_length, row_position
 from ..modes import Method
@@ -19,17 +28,59 @@ def causal_scores(position: int, rows: int) -> int:
     return rows * position + rows * (rows + 1) // 2
 
 
-def unmasked_scores(lengths: tuple[int, ...], rank: int, world_size: int, causal: bool = True) -> int:
+class Mask(NamedTuple):
+    """Which keys of its document a query sees; fields mean what the arguments of `zigzag_attention` mean."""
+
+    causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
+
+
+def visible_scores(position: int, rows: int, length: int, mask: Mask) -> int:
+    """Return the scores of `rows` consecutive queries from `position` on, in a document of `length` tokens.
+
+    Queries at `length` and behind are padding, and see nothing.
+    """
+    first, last = min(position, length), min(position + rows, length)
+    return _scores_before(last, length, mask) - _scores_before(first, length, mask)
+
+
+def _scores_before(rows: int, length: int, mask: Mask) -> int:
+    """Return the scores of the first `rows` queries of a document of `length` tokens."""
+    chunk = mask.attention_chunk
+    if chunk and chunk < length:
+        whole = rows // chunk
+        inside = mask._replace(attention_chunk=0)
+        rest = _scores_before(rows - whole * chunk, min(chunk, length - whole * chunk), inside)
+        return whole * _scores_before(chunk, chunk, inside) + rest
+    left, right = mask.window_size
+    hidden = 0 if left < 0 else causal_scores(0, max(rows - left - 1, 0))  # keys before the window
+    if mask.causal:
+        right = 0
+    if right < 0:
+        return rows * length - hidden
+    edge = min(rows, max(length - right, 0))  # queries before this one do not see the last key
+    return edge * right + causal_scores(0, edge) + (rows - edge) * length - hidden
+
+
+def unmasked_scores(
+    lengths: tuple[int, ...],
+    rank: int,
+    world_size: int,
+    causal: bool = True,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+) -> int:
     """Return the scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global."""
     check_lengths([*accumulate(lengths, initial=0)], world_size)
     check_rank(rank, world_size, False)
-    if not causal:
-        return sum(length // world_size * length for length in lengths)
+    mask = Mask(causal, check_window_size(window_size), check_attention_chunk(attention_chunk))
     scores = 0
     for length in lengths:
         rows = chunk_length(length, world_size)
         for offset in range(0, length // world_size, rows or 1):
-            scores += causal_scores(row_position(offset, length, rank, world_size), rows)
+            scores += visible_scores(row_position(offset, length, rank, world_size), rows, length, mask)
     return scores
 
 
@@ -61,6 +112,8 @@ class Step:
     head_dim: int
     dtype: str = "bfloat16"
     causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
     method: str = Method.ALLGATHER
     heads_k_stride: int | None = None
     grad_reduce_dtype: str = "float32"
@@ -69,6 +122,8 @@ class Step:
     def __post_init__(self):
         check_world_size(self.world_size)
         check_method(self.method)
+        check_window_size(self.window_size)
+        check_attention_chunk(self.attention_chunk)
         check_lengths([*accumulate(self.lengths, initial=0)], self.world_size)
         for name in ("dtype", "grad_reduce_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
@@ -106,6 +161,11 @@ class Step:
     def parts(self) -> int:
         """Pieces of one pass, each computed while K/V of the next one move: steps of the ring, or windows of heads."""
         return self.world_size if self.ring else self.kv_heads // self.window
+
+    def scores(self, rank: int) -> int:
+        """Return the scores of one query head that the mask leaves to `rank`."""
+        mask = {"window_size": self.window_size, "attention_chunk": self.attention_chunk}
+        return unmasked_scores(self.lengths, rank, self.world_size, self.causal, **mask)
 
     def arrays(self) -> "Arrays":
         size, sum_size = DTYPE_BYTES[self.dtype], DTYPE_BYTES[self.grad_reduce_dtype]
@@ -147,7 +207,7 @@ def forward(step: Step, rank: int = 0) -> Pass:
     else:
         hbm = x.q + ranks * x.kv + (x.q + x.rows)
         transfers = step.parts if ranks > 1 else 0
-    scores = unmasked_scores(step.lengths, rank, ranks, step.causal)
+    scores = step.scores(rank)
     return Pass(forward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, step.parts, transfers)
 
 
@@ -168,7 +228,7 @@ def backward(step: Step, rank: int = 0) -> Pass:
         hbm = delta + 2 * (reads + ranks * x.kv) + x.q
         hbm += ranks * x.kv_sum + x.kv_sum + x.kv if ranks > 1 else x.kv
         transfers = 2 * step.parts if ranks > 1 else 0
-    scores = unmasked_scores(step.lengths, rank, ranks, step.causal)
+    scores = step.scores(rank)
     launches = 2 * step.parts + (1 if step.ring else step.parts)
     return Pass(backward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, launches, transfers)
 
