@@ -1,4 +1,4 @@
-"""The row layout inside `shard_map`, where each device asks for its own rows, and under settings of the user."""
+"""The row layout inside `shard_map`, where each device has its own rows, and under settings of the user."""
 
 import functools
 
@@ -9,7 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
-from tests.support.spread import assert_same, mesh_of
+from tests.support import oracle
+from tests.support.cases import RANGES, RESULTS, make_inputs
+from tests.support.closeness import assert_close
+from tests.support.rank import batch_results, gathered_rows, rows_of_results
+from tests.support.spread import BACKENDS, METHODS, assert_same, global_arrays, mesh_of, offsets, value_and_gradients
 
 OFFSETS, WORLD_SIZE, ROWS = [0, 5, 16, 20, 31], 4, {"layout": "row", "row_length": 16}
 
@@ -54,3 +58,30 @@ def test_promotion_and_wide_integers_change_nothing():
         ours = results()
         assert_same(ours, wanted)
         assert [x.dtype for x in ours] == [x.dtype for x in wanted]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["w2-row-batch", "w3-row-window"])
+def test_devices_attend_to_packed_rows(name, method, backend):
+    case = next(case for case in RANGES if case.name == name)
+    common = {"axis_name": "cp", "method": method, "backend": backend, "layout": "row"}
+
+    def body(q, k, v, dout, dlse, cu_seqlens):
+        packed = {"row_length": case.row_length or case.total, "rows": case.rows}
+        batch = zigzag_jax.prepare_batch(cu_seqlens, **common, **packed)
+        options = common | {"causal": case.causal, "window_size": case.window_size, "return_lse": True}
+        attend = functools.partial(zigzag_jax.zigzag_attention, **options)
+        return value_and_gradients(lambda q, k, v: attend(q, k, v, batch))(q, k, v, dout, dlse)
+
+    rows, lse = P("cp"), P(None, "cp")
+    specs = {"in_specs": (rows, rows, rows, rows, lse, P()), "out_specs": (rows, lse, rows, rows, rows)}
+    spread = jax.jit(jax.shard_map(body, mesh=mesh_of(case.world_size), **specs))
+    results = spread(*global_arrays(case), offsets(case))
+    exact, straightforward = (
+        rows_of_results(batch_results(case, make_inputs(case), x), gathered_rows(case))
+        for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    for result, x in zip(RESULTS, results, strict=True):
+        assert_close(f"{name}, {method}, {backend}: {result}", x, exact[result], straightforward[result])
