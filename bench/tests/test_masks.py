@@ -1,0 +1,48 @@
+"""The cases of masks are checked as they would be on a GPU, and the table shows what was measured."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench import masks
+from tests.support.machine import GPU
+
+DEVICE, BACKEND = ("cuda", "triton") if GPU else ("cpu", "interpret")
+
+
+@pytest.mark.parametrize("name", ["window128-sinks-d64", "softcap-d128", "eighth-window1024-d128"])
+def test_each_kind_of_case_is_checked_against_the_reference(name, monkeypatch):
+    case = next(case for case in masks.CASES if case.name == name)
+    monkeypatch.setattr(masks, "CHECKED_TOKENS", 96)
+    masks.check(replace(case, heads=4, kv_heads=2), DEVICE, BACKEND)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    case = replace(masks.CASES[0], heads=2, kv_heads=1, head_dim=16)
+    monkeypatch.setattr(masks, "CHECKED_TOKENS", 32)
+    monkeypatch.setattr(masks, "gradients", lambda out, leaves, dout: [out])
+    attend, backends = masks.ours, []
+
+    def doubled(case, cu_seqlens, backend=None):
+        backends.append(backend)
+        factor = len(backends)
+        return lambda *leaves: factor * attend(case, cu_seqlens, backend)(*leaves)
+
+    monkeypatch.setattr(masks, "ours", doubled)
+    with pytest.raises(AssertionError, match="full-d128: out is off"):
+        masks.check(case, DEVICE, BACKEND)
+
+
+def test_a_table_has_a_line_for_each_case_and_direction():
+    rows = [
+        {"case": "a", "implementation": masks.OURS, "direction": "forward", "ms": 2.0, "tflops": 10.0},
+        {"case": "a", "implementation": masks.THEIRS, "direction": "forward", "ms": 3.0, "tflops": 7.0},
+        {"case": "b", "implementation": masks.OURS, "direction": "backward", "ms": 1.0, "tflops": 5.0},
+        {"case": "b", "implementation": masks.THEIRS, "failed": "no such mask"},
+    ]
+    _, _, *lines = masks.table(rows)
+    assert lines == [
+        "| a | forward | 2.000 | 10 | 3.000 | 1.50 |",
+        "| b | backward | 1.000 | 5 |  |  |",
+        "b: FlashAttention-4: no such mask",
+    ]
