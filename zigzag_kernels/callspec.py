@@ -49,6 +49,10 @@ class CallSpec:
     layout: Layout = Layout.DOCUMENT
     has_lengths: bool = False
 
+    def __hash__(self):
+        """Return a hash of a few fields that differ between calls; eager calls look transports up by it."""
+        return hash((self.causal, self.softmax_scale, self.window_size))
+
     @property
     def has_range(self) -> bool:
         """Whether a row sees fewer keys than those up to its own, or all of them: by a window or by chunks."""

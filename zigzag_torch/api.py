@@ -83,7 +83,9 @@ def zigzag_attention_gathered(
         ValueError: shapes, types, devices or numbers that do not fit, before anything is launched.
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
-    backend = _check_tensors(q, k, v, backend)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+    backend = _choose_backend(q, k, v, backend)
     q, k, v = cast_for_autocast(q, k, v)
     form = DOCUMENTS if layout == Layout.DOCUMENT else _rows_form(cu_seqlens, layout, 1, q, world_size)
     batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device, form)
@@ -91,7 +93,10 @@ def zigzag_attention_gathered(
     return_lse = check_flag("return_lse", return_lse)
     ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
     call = _call_spec(_head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic)
-    _check_rows(batch, call, q)
+    if batch.lengths is None:
+        check_unpadded(batch.cu_seqlens, call.causal)
+    if batch.row_length:
+        _check_rows(batch, q)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
     transport = transport_of(q, k, v, call, sequences, batch.world_size, KVLayout.GATHERED, None)
@@ -168,7 +173,7 @@ def zigzag_attention(
             check_layout(layout)
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
-        backend = _check_tensors(q, k, v, backend)
+        backend = _choose_backend(q, k, v, backend)
         q, k, v = cast_for_autocast(q, k, v)
         rows = batched[0] if batched else 1
         form = DOCUMENTS if is_documents else _rows_form(cu_seqlens, layout, rows, q, place.world_size)
@@ -180,7 +185,10 @@ def zigzag_attention(
             _head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic, method=method,
             heads_k_stride=heads_k_stride, grad_reduce_dtype=grad_reduce_dtype,
         )  # fmt: skip
-        _check_rows(batch, call, q)
+        if batch.lengths is None:
+            check_unpadded(batch.cu_seqlens, call.causal)
+        if batch.row_length:
+            _check_rows(batch, q)
         q, k, v = _readable(q, k, v, backend)
         sequences = batch.cu_seqlens.shape[0] - 1
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
@@ -220,11 +228,9 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
     return Form(layout, world_size * tokens, rows)
 
 
-def _check_rows(batch: Batch, call: CallSpec, q: torch.Tensor) -> None:
-    """Raise `ValueError` for rows that the batch does not have, or that would attend to padding."""
-    if batch.lengths is None:
-        check_unpadded(batch.cu_seqlens, call.causal)
-    if batch.row_length and batch.row_length * batch.rows != batch.world_size * q.shape[0]:
+def _check_rows(batch: Batch, q: torch.Tensor) -> None:
+    """Raise `ValueError` unless q has the local rows of the packed rows of `batch`."""
+    if batch.row_length * batch.rows != batch.world_size * q.shape[0]:
         raise ValueError(
             f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "
             f"rows of the prepared batch say, got {q.shape[0]}"
@@ -240,11 +246,10 @@ def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method
     return Batch(cu_seqlens, rank, place.world_size, method, compared_by=place.group_name, host_rank=place.rank)
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None) -> str:
-    """Return the backend that serves `q`, `k` and `v`, if they are tensors on one device."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
-        check_device(name, x, "q", q)
+def _choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None) -> str:
+    """Return the backend that serves `q`, `k` and `v`, if they are on one device."""
+    check_device("k", k, "q", q)
+    check_device("v", v, "q", q)
     return launch.choose_backend(backend, q.device)
 
 

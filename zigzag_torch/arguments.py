@@ -67,6 +67,8 @@ def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = Non
         check_lengths(offsets, world_size)
         return torch.tensor(offsets, dtype=torch.int32, device=device)
     check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0]:  # as they should be
+        return cu_seqlens
     check_cu_seqlens(tuple(cu_seqlens.shape), dtype_name(cu_seqlens))
     return _as_int32(cu_seqlens)
 

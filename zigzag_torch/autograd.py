@@ -92,18 +92,21 @@ class _Attention(_Function):
     def forward(ctx, transport, q, k, v, segments, sequences, sinks):
         out, statistics = transport.forward(q, k, v, Tables(segments, sequences), sinks)
         ctx.transport = transport
-        ctx.save_for_backward(q, k, v, out, statistics, segments, sequences, sinks)
+        of_sinks = () if sinks is None else (sinks,)
+        ctx.save_for_backward(q, k, v, out, statistics, segments, sequences, *of_sinks)
         ctx.set_materialize_grads(False)
         return out, statistics
 
     @staticmethod
-    def backward(ctx, dout, dstatistics):
-        q, k, v, out, statistics, *tables, sinks = ctx.saved_tensors
-        transport = ctx.transport
+    def backward(ctx, dout, dlse):
+        saved, transport = ctx.saved_tensors, ctx.transport
+        q, k, v, out, lse, segments, sequences, *of_sinks = saved
+        tables, sinks = (segments, sequences), of_sinks[0] if of_sinks else None
         if dout is None:
             dout = torch.zeros_like(out)
-        lse, dlse = _first(statistics), _first(dstatistics)
-        tensors = [x for x in (q, k, v, out, lse, *tables, sinks, dout, dlse) if x is not None]
+        tensors = (*saved, dout) if dlse is None else (*saved, dout, dlse)
+        if transport.problem.call.return_max_logits:
+            lse, dlse = _first(lse), _first(dlse)
         # A backward pass that is itself recorded goes through the operator, whose gradient is a refusal.
         if goes_straight(tensors) and not records(tensors):
             dq, (dk, dv), dsinks = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(*tables), sinks)

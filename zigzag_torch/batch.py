@@ -272,5 +272,7 @@ def tables_of(batch: Batch, backend: str) -> Tables:
     if batch.segments is not None and batch.sequences is not None:
         return Tables(batch.segments, batch.sequences)
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()
-    form = batch.lengths, batch.layout, batch.row_length, batch.rows
-    return Tables(*segment_tables(cu_seqlens, batch.rank, batch.world_size, layout, backend, *form))
+    inputs = cu_seqlens, batch.rank, batch.world_size, layout, backend
+    if batch.lengths is not None or batch.row_length:
+        inputs = *inputs, batch.lengths, batch.layout, batch.row_length, batch.rows
+    return Tables(*segment_tables(*inputs))
