@@ -6,6 +6,7 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from .api import zigzag_attention
 from .launch import choose_backend
 
+TOKENS, WINDOW = 96, 20
 TOLERANCE = 2e-2  # of bfloat16 results; without a GPU they are float32 and far closer
 
 
@@ -33,24 +35,38 @@ def main() -> None:
 
 
 def difference(dtype) -> float:
-    """Return the largest error of out, dq, dk and dv, relative to the largest value of each, for causal sequences."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, dout = (jax.random.normal(keys[i], (1, 96, heads, 64), dtype) for i, heads in enumerate((4, 2, 2, 4)))
+    """Return the largest error of out and gradients, relative to the largest value of each.
+
+    One sequence is attended to causally, then in a causal window with sinks. To JAX a sink is one more key.
+    """
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (1, TOKENS, 4, 64), (1, TOKENS, 2, 64), (1, TOKENS, 2, 64), (4,), (1, TOKENS, 4, 64)
+    *arrays, dout = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    distance = jnp.arange(TOKENS)[:, None] - jnp.arange(TOKENS)
 
     def results(attend: Callable[..., Any], *arrays):
         out, pullback = jax.vjp(attend, *arrays)
         return out, *pullback(dout.astype(out.dtype))
 
-    def theirs(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    @partial(jax.jit, static_argnums=0)
+    def compare(left, *arrays):
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
 
-    @jax.jit
-    def compare(*arrays):
-        ours, exact = results(zigzag_attention, *arrays), results(theirs, *(x.astype("float32") for x in arrays))
-        pairs = zip(ours, exact, strict=True)
+        def ours(q, k, v, *sinks):
+            return zigzag_attention(q, k, v, window_size=(left, 0), sinks=sinks[0] if sinks else None)
+
+        def theirs(q, k, v, *sinks):
+            bias = jnp.where(seen, 0.0, -jnp.inf)[None, None]
+            if sinks:
+                k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+                column = jnp.broadcast_to(sinks[0][None, :, None, None], (1, len(sinks[0]), TOKENS, 1))
+                bias = jnp.concatenate([jnp.broadcast_to(bias, (*column.shape[:3], TOKENS)), column], 3)
+            return jax.nn.dot_product_attention(q, k, v, bias=bias)
+
+        pairs = zip(results(ours, *arrays), results(theirs, *(x.astype("float32") for x in arrays)), strict=True)
         return jnp.stack([jnp.abs(a.astype("float32") - b).max() / jnp.abs(b).max() for a, b in pairs]).max()
 
-    return compare(q, k, v).item()
+    return max(compare(-1, *arrays[:3]).item(), compare(WINDOW, *arrays).item())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from .api import zigzag_attention
 from .launch import choose_backend
 
+TOKENS, WINDOW = 96, 20
 TOLERANCE = 2e-2  # of bfloat16 results; without a GPU they are float32 and far closer
 
 
@@ -36,26 +37,41 @@ def main() -> None:
 
 
 def difference(device: torch.device) -> float:
-    """Return the largest difference of out, dq, dk and dv, each relative to its largest value, for one sequence."""
+    """Return the largest error of out and gradients, relative to the largest value of each.
+
+    One sequence is attended to causally, then in a causal window with sinks. To PyTorch a sink is one more key.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (
-        torch.randn(1, 96, heads, 64, generator=generator, device=device, dtype=dtype) for heads in (4, 2, 2, 4)
-    )
+    shapes = (1, TOKENS, 4, 64), (1, TOKENS, 2, 64), (1, TOKENS, 2, 64), (4,), (1, TOKENS, 4, 64)
+    *arrays, dout = (torch.randn(x, generator=generator, device=device, dtype=dtype) for x in shapes)
+    positions = torch.arange(TOKENS, device=device)
+    distance = positions[:, None] - positions
+    errors = []
+    for left in (-1, WINDOW):
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
 
-    def results(attend: Callable[..., Any], *tensors):
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        out = attend(*leaves)
-        return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+        def results(attend: Callable[..., Any], *tensors):
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            out = attend(*leaves)
+            return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype), allow_unused=True)
 
-    def theirs(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+        def ours(q, k, v, sinks, left=left):
+            return zigzag_attention(q, k, v, window_size=(left, 0), sinks=None if left < 0 else sinks)
 
-    pairs = zip(results(zigzag_attention, q, k, v), results(theirs, q.float(), k.float(), v.float()), strict=True)
-    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        def theirs(q, k, v, sinks, left=left, seen=seen):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+            if left >= 0:
+                k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+                column = sinks[:, None, None].expand(-1, TOKENS, 1)
+                bias = torch.cat([bias.expand(len(sinks), -1, -1), column], 2)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(q, k, v, attn_mask=bias, enable_gqa=True).transpose(1, 2)
+
+        pairs = zip(results(ours, *arrays), results(theirs, *(x.float() for x in arrays)), strict=True)
+        errors += [((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs if a is not None]
+    return max(errors)
 
 
 if __name__ == "__main__":
