@@ -57,6 +57,10 @@ BAD = {
     "name": {"number": 0, "flag": True, "empty": "", "list": ["triton"], "float": 1.5, "other": "Reference"},
     "none": {"number": 1, "flag": True, "float": 1.5, "empty": [], "list": [0]},
     "list": {"none": None, "number": 1, "float": 1.5, "flag": True, "empty": [], "list": [0], "tuple": (1.5,)},
+    "window": {
+        "none": None, "number": 1, "float": 1.5, "flag": True, "empty": [], "one": (1,), "three": (1, 2, 3),
+        "minus": (-2, 0), "flags": (True, 1), "floats": (1.5, 2.0), "huge": (0, 2**70), "texts": ("1", "2"),
+    },
     "fill": {"none": None, "list": [1], "tuple": (), "empty": []},
 }  # fmt: skip
 """Further values that arguments of each kind do not take."""
@@ -81,6 +85,8 @@ def attention_arguments(local):
 
 
 OPTIONS = {
+    "window_size": ("window", (5, -1)), "attention_chunk": ("int", 4), "softcap": ("scale", 2.0),
+    "sinks": ("optional array", ones(4)), "return_max_logits": ("flag", True), "layout": ("name", "document"),
     "causal": ("flag", True), "softmax_scale": ("scale", 0.5), "return_lse": ("flag", True),
     "backend": ("name", "reference"), "deterministic": ("flag", True),
 }  # fmt: skip
@@ -90,7 +96,10 @@ RANK, SIZE = {"rank": ("int", 1)}, {"world_size": ("int", WORLD_SIZE)}
 BOTH = {
     "zigzag_attention_gathered": {**attention_arguments(False), **RANK, **SIZE, **OPTIONS},
     "zigzag_attention": {**attention_arguments(True), **BETWEEN, **OPTIONS},
-    "prepare_batch": {**LENGTHS, **RANK, **SIZE, "method": ("name", "ring"), "backend": ("name", "reference")},
+    "prepare_batch": {
+        **LENGTHS, **RANK, **SIZE, "method": ("name", "ring"), "backend": ("name", "reference"),
+        "lengths": ("real lengths", [4, 9]), "layout": ("name", "document"),
+    },
     "shard": {**X, **LENGTHS, **RANK, **SIZE},
     "unshard": {**X, **LENGTHS, **SIZE},
     "position_ids": {**LENGTHS, **RANK, **SIZE, "tokens": ("int", 8)},
@@ -109,6 +118,15 @@ ROW = {"layout": ("name", "row"), "row_length": ("int", 16)}
 PACKED = {"cu_seqlens": ("packed offsets", [0, 5, 16])}
 PACKED_X = {"x": ("packed rows", ones(16, 3))}
 IN_ROWS = {
+    "zigzag_attention_gathered": {
+        **attention_arguments(False),
+        **PACKED,
+        **RANK,
+        **SIZE,
+        **OPTIONS,
+        "layout": ("name", "row"),
+    },
+    "prepare_batch": {**PACKED, **RANK, **SIZE, **ROW, "rows": ("int", 1), "lengths": ("real lengths", [5, 4])},
     "shard": {**PACKED_X, **PACKED, **RANK, **SIZE, **ROW},
     "unshard": {**PACKED_X, **PACKED, **SIZE, **ROW},
     "position_ids": {**PACKED, **RANK, **SIZE, "tokens": ("int", 8), **ROW},
@@ -246,6 +264,8 @@ def bad_values(framework, name, argument, kind):
             values.pop("minus", None)
     if kind == "name" and argument in ("method", "backend"):
         values["float64"] = "float64"
+    if argument == "softcap":
+        values = {key: x for key, x in values.items() if key not in ("half", "zero")} | {"minus one half": -0.5}
     if argument == "softmax_scale":
         values = {key: x for key, x in values.items() if key not in ("half", "huge")} | {"minus one half": -0.5}
     return values
@@ -280,7 +300,8 @@ def wrong_outcome(function, arguments, argument, value):
     except Exception as error:
         return f"not ours: {type(error).__name__}: {str(error)[:150]}"
     if isinstance(result, zigzag_torch.Batch | zigzag_jax.Batch):
-        return None if (np.asarray(result.cu_seqlens) < 0).any() or argument == "cu_seqlens" else "a batch"
+        not_read = argument in ("cu_seqlens", "lengths")
+        return None if (np.asarray(result.cu_seqlens) < 0).any() or not_read else "a batch"
     if argument in NOT_READ.get(function.__name__, ()) and torch.equal(result[0], function(**arguments)[0]):
         return None
     return None if poison(result) else f"taken: {str(result)[:80]}"

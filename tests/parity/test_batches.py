@@ -90,3 +90,68 @@ def test_another_rank_gives_nan_gradients(kernel_backend):
     out = zigzag_torch.zigzag_attention_gathered(q, k, v, batch, rank, W, backend=kernel_backend)
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isnan().all()
+
+
+WRONGLY_PREPARED = {
+    "lengths shape": ({"lengths": [8]}, r"lengths: expected shape \[N\] = \(2,\), one for each sequence .* got \(1,\)"),
+    "lengths float": (
+        {"lengths": np.array([1.0, 2.0])},
+        "lengths: expected dtype int32, or other integers, got float64",
+    ),
+    "lengths too long": (
+        {"lengths": [8, 17]},
+        r"lengths: expected real lengths from 0 to the 16 rows of the sequence, got 17 \(sequence 1\)",
+    ),
+    "layout": ({"layout": "tokens"}, "layout: expected 'document' or 'row', got 'tokens'"),
+    "no row_length": ({"layout": "row"}, "row_length: expected a multiple of 2 \\* world_size = 4.* got None"),
+    "uneven row_length": ({"layout": "row", "row_length": 6}, "row_length: expected a multiple of .* = 4.* got 6"),
+    "rows": ({"layout": "row", "row_length": 24, "rows": 0}, "rows: expected a positive number of packed rows, got 0"),
+    "across a border": (
+        {"layout": "row", "row_length": 12, "rows": 2},
+        r"cu_seqlens: expected documents within a row of 12 tokens, got 8 to 24 \(document 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONGLY_PREPARED)
+def test_what_cannot_be_prepared_is_named(package, case):
+    module, _ = package
+    changed, message = WRONGLY_PREPARED[case]
+    with pytest.raises(ValueError, match=message):
+        module.prepare_batch(OFFSETS, 0, W, backend="reference", **changed)
+
+
+def test_the_layout_and_the_rows_are_those_of_the_batch(package):
+    module, array = package
+    prepare = functools.partial(module.prepare_batch, array(OFFSETS), 0, W, backend="reference")
+    q, kv = (array(np.ones((rows, 1, 16), np.float32)) for rows in (12, 24))
+
+    def attend(batch, **options):
+        return module.zigzag_attention_gathered(q, kv, kv, batch, 0, W, backend="reference", **options)
+
+    for given, asked in (({}, {"layout": "row"}), ({"layout": "row", "row_length": 24}, {})):
+        layouts = given.get("layout", "document"), asked.get("layout", "document")
+        with pytest.raises(
+            ValueError, match="layout: expected that of the prepared batch, '{}', got '{}'".format(*layouts)
+        ):
+            attend(prepare(**given), **asked)
+    with pytest.raises(ValueError, match=r"q: expected 24 rows of each rank, as row_length and rows .* say, got 12"):
+        attend(prepare(layout="row", row_length=24, rows=2), layout="row")
+    attend(prepare(layout="row", row_length=24), layout="row")
+
+
+def test_real_lengths_make_padding_harmless_without_a_causal_mask(package):
+    """Which is refused where tokens would attend to it."""
+    module, array = package
+    x, cu_seqlens = module.pad_to_zigzag(
+        array(np.ones((10, 1, 16), np.float32)), array(np.array([0, 3, 10], np.int32)), W
+    )
+    q = x[:6]
+
+    def attend(lengths):
+        return module.zigzag_attention_gathered(q, x, x, lengths, 0, W, causal=False, backend="reference")
+
+    with pytest.raises(ValueError, match="causal: expected True with the cu_seqlens of pad_to_zigzag"):
+        attend(cu_seqlens)
+    batch = module.prepare_batch(cu_seqlens, 0, W, lengths=array(np.array([3, 7], np.int32)), backend="reference")
+    assert not all_nan([attend(batch)])

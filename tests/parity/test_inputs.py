@@ -95,6 +95,31 @@ BAD = {
     "causal None": ({}, {"causal": None}, "causal: expected True or False, got None"),
     "deterministic 0": ({}, {"deterministic": 0}, "deterministic: expected True or False, got 0"),
     "scale text": ({}, {"softmax_scale": "1"}, "softmax_scale: expected a Python number, got str"),
+    "sinks shape": (
+        {"sinks": ((3,), "float32")},
+        {},
+        r"sinks: expected shape \[heads\] = \(4,\) as in q, got \(3,\)",
+    ),
+    "sinks int32": ({"sinks": ((4,), "int32")}, {}, "sinks: expected floating-point numbers, got int32"),
+    "window_size": (
+        {},
+        {"window_size": (1, 2, 3)},
+        r"window_size: expected \(left, right\), tokens on each side of a token, -1 for all, got \(1, 2, 3\)",
+    ),
+    "negative window": ({}, {"window_size": (-2, 0)}, r"window_size: expected .* got \(-2, 0\)"),
+    "attention_chunk": (
+        {},
+        {"attention_chunk": -1},
+        "attention_chunk: expected a number of tokens, or 0 for none, got -1",
+    ),
+    "softcap": ({}, {"softcap": -1.0}, "softcap: expected a number from 1e-06 to .*, or 0 for none, got -1.0"),
+    "return_max_logits": ({}, {"return_max_logits": 1}, "return_max_logits: expected True or False, got 1"),
+    "layout": ({}, {"layout": "rows"}, "layout: expected 'document' or 'row', got 'rows'"),
+    "odd rows": (
+        {"q": (3, 4, 16), "k": (6, 2, 16), "v": (6, 2, 16)},
+        {"layout": "row"},
+        "q: expected an even number of local rows of each packed row, got 3",
+    ),
     "backend": ({}, {"backend": "cuda"}, "backend: expected None, triton, interpret, reference, got 'cuda'"),
 }
 
