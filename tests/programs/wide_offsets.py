@@ -37,6 +37,7 @@ TARGET, DTYPE = "9.0", "bfloat16"
 SHAPING = "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "ttg.convert_layout"
 ARITHMETIC = "arith.addi", "arith.subi", "arith.muli", "arith.divsi", "arith.extsi"
 OPERATION = re.compile(r"^\s*(%[\w#:]+) = ([\w.]+) (.*)$")
+PARTITION = re.compile(r"^\s*partition\d+\(")
 CONSTANT = re.compile(r"(?:dense<)?(-?\d+)>? : ")
 
 
@@ -65,8 +66,12 @@ def code_of(compile_launch):
 
 def products(code, sizes):
     """(line, whether it has 64 bits) of each product of one of `sizes`, or of T, with what may be large."""
-    constants, bounded = {}, set()
+    constants, bounded, tokens, given = {}, set(), {"%T"}, []
     for line in code.splitlines():
+        if "ttg.warp_specialize(" in line:
+            given = re.findall(r"%[\w#]+", line)
+        elif PARTITION.match(line):  # its parameters are what was given, in the same order
+            tokens |= {own for own, outer in zip(re.findall(r"%\w+", line), given, strict=False) if outer in tokens}
         found = OPERATION.match(line)
         if not found:
             continue
@@ -83,7 +88,7 @@ def products(code, sizes):
             bounded.add(name)
         elif operation == "arith.muli":
             sized = any(constants.get(x) in sizes for x in operands)
-            if sized or ("%T" in operands and constants.keys().isdisjoint(operands)):
+            if sized or (not tokens.isdisjoint(operands) and constants.keys().isdisjoint(operands)):
                 yield line, "i64" in rest.split(" : ")[1]
 
 
@@ -101,6 +106,10 @@ def problems(gluon):
         yield hopper_problem(sequences=64)
 
 
+def is_for_hopper(launch):
+    return launch.kernel.fn.__module__.startswith("zigzag_kernels.hopper.")
+
+
 def check(launch):
     """`AssertionError` if a product of the kernel has 32 bits that may need more."""
     name = launch.kernel.fn.__name__
@@ -111,7 +120,8 @@ def check(launch):
         kinds, constexprs = compile_hopper.pointers(launch, DTYPE), tuple(launch.constexprs.items())
         return launch_gluon.compile_kernel(launch.kernel, TARGET, tuple(kinds), constexprs, launch.num_warps, 1)
 
-    of_elements = {launch.constexprs["BLOCK"]} if "ROW" in launch.constexprs else set()  # counted one by one
+    # Programs of a few lines count elements one by one.
+    of_elements = {launch.constexprs["BLOCK"]} if is_for_hopper(launch) and "ROW" in launch.constexprs else set()
     odd = launch.constexprs.get("HEAD_DIM", HEAD_DIM) == HEAD_DIM
     found = list(products(code_of(compile_launch), SIZES | of_elements if odd else set()))
     narrow = [line.strip() for line, wide in found if not wide]
@@ -124,7 +134,7 @@ def main(family):
     for made in problems(gluon):
         for step in plan.plan_step(made, dout_strides=STRIDES["dout"]):
             for launch in step.launches:
-                if gluon == (launch.scratch > 0 or "ROW" in launch.constexprs):
+                if gluon == is_for_hopper(launch):
                     check(launch)
                     names[launch.kernel.fn.__name__] = None
     print(*names, sep="\n")
