@@ -103,6 +103,10 @@ def test_what_does_not_fit_the_mesh_is_refused():
         attend(*global_arrays(CASE)[:3])
     with pytest.raises(ValueError, match="k: expected an array of JAX or NumPy, got list"):
         zigzag_jax.make_zigzag_attention(mesh)(jnp.ones((4, 1, 16)), [1.0], jnp.ones((4, 1, 16)))
+    with pytest.raises(ValueError, match="sinks: expected an array of JAX or NumPy, got list"):
+        zigzag_jax.make_zigzag_attention(mesh)(*[jnp.ones((4, 1, 16))] * 3, sinks=[1.0])
+    with pytest.raises(ValueError, match="cu_seqlens: expected an array of JAX or NumPy, got list"):
+        attend(*[jnp.ones((2, 4, 1, 16))] * 3, [[0, 4], [0, 4]])
 
 
 def test_lengths_out_of_segment_ids():

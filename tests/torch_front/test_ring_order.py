@@ -1,4 +1,4 @@
-"""What a ring step touches has arrived, and has left: kernels wait for the transfers of their arrays, and for no others.
+"""Kernels of a ring step wait for the transfers of their arrays, and for no others.
 
 No data moves: a stand-in for transfers knows which are under way, and every launch what it reads and writes.
 """
