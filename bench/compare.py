@@ -116,7 +116,7 @@ def flash2_torch(case, rank, sets):
     def calls(q, k, v, dout, cu_seqlens):
         copied = slices(case, rank, cu_seqlens)
         keys, values = k[copied.rows], v[copied.rows]
-        options = copied.lengths, case.causal, case.head_dim**-0.5
+        options = copied.lengths, flash2.Mask(case.causal), case.head_dim**-0.5
         out, lse = flash2.forward(q, keys, values, *options)
 
         def backward():

@@ -143,12 +143,14 @@ def varlen_attention(
     cu_seqlens_k: torch.Tensor,
     mask: Mask,
     softmax_scale: float,
+    keys_behind: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32) of sequences with keys in position order.
 
-    The mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2.
+    The mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2, or to as many keys
+    before the last one as `keys_behind [N]` says.
     """
-    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask)
+    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask, keys_behind)
     out, lse, _ = dense_forward(q.float(), k.float(), v.float(), visible, None, softmax_scale, 0.0)
     return out.to(q.dtype), lse
 
@@ -160,23 +162,31 @@ def varlen_gradients(
     cu_seqlens_k: torch.Tensor,
     mask: Mask,
     softmax_scale: float,
+    keys_behind: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return (dq, dk, dv) of `varlen_attention` for the gradients (dout, dlse) of its results; dlse None is zeros."""
     q, k, v = (x.float() for x in qkv)
     dout, dlse = cotangents
-    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask)
+    visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask, keys_behind)
     out, _, _ = dense_forward(q, k, v, visible, None, softmax_scale, 0.0)
     *gradients, _ = dense_backward(q, k, v, out, dout.float(), dlse, visible, None, softmax_scale, 0.0)
     return tuple(x.to(like.dtype) for x, like in zip(gradients, qkv, strict=True))
 
 
 def _visible_keys(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, mask: Mask
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    mask: Mask,
+    keys_behind: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return `[rows, keys]`: whether each row of `varlen_attention` sees each key."""
     q_sequence, q_position, q_length = sequence_of_rows(cu_seqlens_q, 1, q.shape[0])
     k_sequence, k_position, _ = sequence_of_rows(cu_seqlens_k, 1, k.shape[0])
     k_length = cu_seqlens_k.diff()[q_sequence.clamp(min=0)] if len(cu_seqlens_k) > 1 else 0
+    if keys_behind is not None and len(keys_behind):
+        k_length = k_length - keys_behind[q_sequence.clamp(min=0)]
     rows = Places(q_sequence, q_position + k_length - q_length)
     return see(mask, rows, Places(k_sequence, k_position))
 

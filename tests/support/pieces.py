@@ -69,7 +69,7 @@ def grouped(case, rank, q, kv, n_chunks=2, fused=False, **options):
     """`execute_grouped_attention`, or its stand-in, on what the other pieces make of `q` and the gathered `kv`."""
     cu_seqlens = tensor(case.cu_seqlens, "int32")
     arguments = grouped_arguments(q, kv, cu_seqlens, rank, case.world_size, case.causal, n_chunks)
-    options = {"softmax_scale": case.softmax_scale} | options
+    options = {"softmax_scale": case.softmax_scale, "window_size": case.window_size} | options
     if not fused:
         return zigzag_torch.execute_grouped_attention(**arguments | options)
     return zigzag_torch.replace_grouped_attention_with_fused_triton_v2(**fused_arguments(arguments, rank) | options)

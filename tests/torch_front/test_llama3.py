@@ -62,6 +62,8 @@ def kernels(kernel_backend):
 CASES = [
     Case(name="causal", world_size=4, lengths=(24, 0, 8, 32), heads=4, kv_heads=2, padding=3, softmax_scale=0.4),
     Case(name="full", world_size=4, lengths=(24, 48), heads=4, kv_heads=2, causal=False, dtype="float16"),
+    Case(name="window", world_size=4, lengths=(24, 0, 56), heads=4, kv_heads=2, padding=1, window_size=(9, -1)),
+    Case(name="window on both sides", world_size=4, lengths=(40, 16), heads=2, causal=False, window_size=(6, 3)),
     Case(name="odd", world_size=1, lengths=(5, 0, 1, 26), heads=2, kv_heads=2, dtype="bfloat16", softmax_scale=0.1),
 ]
 
@@ -178,7 +180,8 @@ def varlen_calls(case, q, k, v, group=None):
     """What the three functions give on this rank, with every stride, fused or not as the flags say."""
     cu_seqlens_k = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)
     rest = cu_seqlens_k // case.world_size, cu_seqlens_k, 0, 0
-    options = {"causal": case.causal, "softmax_scale": case.softmax_scale, "return_attn_probs": True, "group": group}
+    options = {"causal": case.causal, "softmax_scale": case.softmax_scale, "window_size": case.window_size}
+    options |= {"return_attn_probs": True, "group": group}
     results = []
     for heads_k_stride in (1, case.kv_heads):
         call = *rest, heads_k_stride, slice(0)
@@ -219,7 +222,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         ({"k": k[:4]}, ValueError, r"k: expected world_size \* tokens = .* 8 rows, got 4"),
         ({"cu_seqlens_k": offsets[:1]}, ValueError, r"cu_seqlens_k: expected the shape of cu_seqlens_q, .* got \(1,\)"),
         ({"dropout_p": 0.5}, NotImplementedError, "dropout_p"),
-        ({"window_size": (4, 4)}, NotImplementedError, "window_size"),
+        ({"window_size": 4}, ValueError, r"window_size: expected \(left, right\)"),
         ({"alibi_slopes": q}, NotImplementedError, "alibi_slopes"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
@@ -260,12 +263,18 @@ FULL = Case(
 )
 
 
+WINDOWS = [
+    Case(name="window", world_size=4, lengths=(40, 16), heads=4, kv_heads=2, window_size=(7, -1)),
+    Case(name="window on both sides", world_size=4, lengths=(40, 16), causal=False, window_size=(7, 2)),
+]
+
+
 @pytest.mark.skipif(GPU, reason="the ranks share one CPU")
 @pytest.mark.parametrize(
     ("flags", "cases", "backend"),
     [
-        ({"use_fused_triton_v2": False}, [GQA, FULL], None),
-        ({"verify_correctness": True}, [GQA, FULL], None),
+        ({"use_fused_triton_v2": False}, [GQA, FULL, *WINDOWS], None),
+        ({"verify_correctness": True}, [GQA, FULL, *WINDOWS], None),
         ({}, [GQA], "interpret"),
     ],
     ids=["unfused", "both", "kernels"],

@@ -1,13 +1,14 @@
 """The unfused path against the float64 oracle, piece by piece and as a whole."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 
 import zigzag_torch
 from tests.support import oracle
-from tests.support.cases import BENCH, CASES, Case, make_inputs
+from tests.support.cases import BENCH, CASES, RANGES, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, grouped, rank_oracle, rank_tensors, tensor
@@ -50,6 +51,15 @@ def test_any_number_of_groups(n_chunks, causal):
         check_rank(case, rank, n_chunks=n_chunks, deterministic=True)
 
 
+@pytest.mark.parametrize("n_chunks", [1, 2, 6])
+@pytest.mark.parametrize("window_size", [(0, -1), (4, 0), (7, 2), (-1, 3), (3, -1), (99, 99)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(causal, window_size, n_chunks):
+    case = replace(CASE, causal=causal, window_size=window_size)
+    for rank in range(3):
+        check_rank(case, rank, n_chunks=n_chunks)
+
+
 def test_the_pieces_on_an_example():
     """Two sequences of 16 and 8 tokens on four ranks; rank 1 holds chunks 1 and 6."""
     local = tensor([0, 4, 6], "int32")
@@ -90,7 +100,7 @@ def test_what_does_not_fit_is_refused():
     case = Case(name="refused", world_size=3, lengths=(18,), heads=4, kv_heads=2)
     for option, error, message in (
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: only 0 is supported, got 0.1"),
-        ({"window_size": (64, 0)}, NotImplementedError, r"window_size: only \(-1, -1\), .* got \(64, 0\)"),
+        ({"window_size": (64, -2)}, ValueError, r"window_size: expected .* got \(64, -2\)"),
         ({"alibi_slopes": q}, NotImplementedError, "alibi_slopes: only None"),
         ({"nheads": 8}, ValueError, r"chunk_q_list: expected shape \(3, 8, 16\) .* got \(3, 4, 16\)"),
         ({"softmax_scale": -1.0}, ValueError, "softmax_scale: expected a positive finite number, got -1.0"),
@@ -119,32 +129,39 @@ def test_a_deterministic_backward_leaves_the_global_setting_as_it_was():
 
 @pytest.mark.skipif(GPU, reason="the operator itself is tested here")
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("name", [ONE_TOKEN.name, "w2-empty-runs", "w4"])
+@pytest.mark.parametrize("name", [ONE_TOKEN.name, "w2-empty-runs", "w4", "w2-window-left"])
 def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
     """With a dense stand-in for the operators, which have no gradient of lse: arguments, and that gradient."""
 
     def forward(  # noqa: PLR0917  (stands in for an operator)
-        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale, **_
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale,
+        window_size_left=-1, window_size_right=0,
     ):  # fmt: skip
         assert not dropout_p
         assert not return_debug_mask
         assert cum_seq_q.diff().max() <= max_q
         assert cum_seq_k.diff().max() <= max_k
         assert max_q > 1
-        results = dense(query, key, value, cum_seq_q, cum_seq_k, flash2.reference.Mask(is_causal), scale)
+        mask = mask_of(is_causal, window_size_left, window_size_right)
+        results = dense(query, key, value, cum_seq_q, cum_seq_k, mask, scale)
         return *results, None, None, None
 
     def backward(  # noqa: PLR0917  (stands in for an operator)
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
-        rng_state, unused, *, scale, **_,
+        rng_state, unused, *, scale, window_size_left=-1, window_size_right=0,
     ):  # fmt: skip
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         with torch.enable_grad():
-            results = dense(*leaves, cum_seq_q, cum_seq_k, flash2.reference.Mask(is_causal), scale)
+            mask = mask_of(is_causal, window_size_left, window_size_right)
+            results = dense(*leaves, cum_seq_q, cum_seq_k, mask, scale)
         for given, expected in zip((out, logsumexp), results, strict=True):
             torch.testing.assert_close(given, expected)
         return torch.autograd.grad(results[0], leaves, grad_out)
+
+    def mask_of(is_causal, left, right):
+        assert right == 0
+        return flash2.Mask(is_causal, (left, -1))
 
     dense = flash2.reference.varlen_attention
     for name_of_operator, stand_in in (("_flash_attention_forward", forward), ("_flash_attention_backward", backward)):
@@ -152,7 +169,7 @@ def test_how_flash_attention_is_called(name, deterministic, monkeypatch):
         positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
         assert positional == list(inspect.signature(stand_in).parameters)[: len(positional)]
         monkeypatch.setattr(torch.ops.aten, name_of_operator, stand_in)
-    monkeypatch.setattr(flash2, "is_flash", lambda _: True)
-    case = next(case for case in (ONE_TOKEN, *CASES) if case.name == name)
+    monkeypatch.setattr(flash2, "is_flash", lambda *_: True)
+    case = next(case for case in (ONE_TOKEN, *CASES, *RANGES) if case.name == name)
     for rank in range(case.world_size):
         check_rank(case, rank, deterministic=deterministic)

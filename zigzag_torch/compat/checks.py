@@ -4,9 +4,10 @@ from itertools import accumulate
 
 import torch
 
-from zigzag_kernels.checks import check_int, check_lengths, check_rows, dtype_name
+from zigzag_kernels.checks import check_flag, check_int, check_lengths, check_rows, check_window_size, dtype_name
 
 from ..arguments import check_device, check_int32, check_tensor, readable
+from ..reference import Mask
 
 KVSlice = tuple[list[tuple[int, int]], torch.Tensor]
 
@@ -81,20 +82,18 @@ def check_grouped(
         raise ValueError(f"chunk_indices_list: expected each of the local rows 0 to {rows - 1} in one group")
 
 
-def mask_of(causal: bool, dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> bool:
-    """Return whether the mask is causal; `NotImplementedError` for options that neither path computes.
+def mask_of(causal: bool, dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> Mask:
+    """Return the mask; `NotImplementedError` for options that neither path computes.
 
     FlashAttention reads `causal` as the window (-1, 0): all keys to the left, and none to the right.
     """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or dropout_p != 0:
         raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
-    if not isinstance(window_size, list | tuple) or tuple(window_size) not in ((-1, -1), (-1, 0)):
-        raise NotImplementedError(
-            f"window_size: only (-1, -1), no window, and (-1, 0), causal, are supported, got {window_size}"
-        )
     if alibi_slopes is not None:
         raise NotImplementedError("alibi_slopes: only None is supported")
-    return True if tuple(window_size) == (-1, 0) and causal is False else causal
+    causal = check_flag("causal", causal)
+    left, right = check_window_size(window_size)
+    return Mask(True, (left, -1)) if causal or right == 0 else Mask(False, (left, right))
 
 
 def chunks_of(kv_slices: list[KVSlice], world_size: int) -> tuple[int, int]:

@@ -9,32 +9,39 @@ from typing import NamedTuple
 
 import torch
 
+from zigzag_kernels.callspec import NO_WINDOW
+
 from .. import reference
 from ..parallel import Residuals
+from ..reference import Mask
 
 
 class Lengths(NamedTuple):
-    """Lengths of a packed call: `cu_seqlens [N + 1]` int32 of rows and of keys, and upper bounds of the lengths."""
+    """Lengths of a packed call: `cu_seqlens [N + 1]` int32 of rows and of keys, and upper bounds of the lengths.
+
+    `keys_behind [N]` are the keys behind the one at the position of the last row; None: there are none.
+    """
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    keys_behind: torch.Tensor | None = None
 
 
-def is_flash(q: torch.Tensor) -> bool:
-    """Return whether FlashAttention-2 serves `q`."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+def is_flash(q: torch.Tensor, mask: Mask) -> bool:
+    """Return whether FlashAttention-2 serves `q`; its windows end where the rows do."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and (mask.causal or mask.window_size == NO_WINDOW)
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, causal: bool, softmax_scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: Mask, softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32); `k, v [keys, kv_heads, head_dim]`."""
-    if not is_flash(q):
-        return reference.varlen_attention(q, k, v, *lengths[:2], reference.Mask(causal), softmax_scale)
+    if not is_flash(q, mask):
+        return reference.varlen_attention(q, k, v, *lengths[:2], mask, softmax_scale, lengths.keys_behind)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *_bounded(lengths), 0.0, causal, False, scale=softmax_scale
+        q, k, v, *_bounded(lengths), 0.0, mask.causal, False, scale=softmax_scale, **_window(mask)
     )
     return out, lse
 
@@ -44,40 +51,54 @@ def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     lengths: Lengths,
-    causal: bool,
+    mask: Mask,
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dq, dk, dv) for the gradients of the results of `forward`; `dlse` None means zeros."""
     q, k, v, _, lse = residuals
-    if not is_flash(q):
-        mask = reference.Mask(causal)
-        dq, dk, dv = reference.varlen_gradients((q, k, v), (dout, dlse), *lengths[:2], mask, softmax_scale)
+    if not is_flash(q, mask):
+        options = *lengths[:2], mask, softmax_scale, lengths.keys_behind
+        dq, dk, dv = reference.varlen_gradients((q, k, v), (dout, dlse), *options)
         return dq, dk, dv
     with deterministic_algorithms(deterministic):
-        dq, dk, dv = _flash_backward(residuals, dout, lengths, causal, softmax_scale)
+        dq, dk, dv = _flash_backward(residuals, dout, lengths, mask, softmax_scale)
         if dlse is None:
             return dq, dk, dv
         # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). The gradient of q is scale * (mean key).
         # That of k is the gradient of the values in an attention with the keys as values, whose dout is scale * q.
         weights = softmax_scale * dlse.T[..., None]
-        mean_key, _ = forward(q, k, k, lengths, causal, softmax_scale)
+        mean_key, _ = forward(q, k, k, lengths, mask, softmax_scale)
         dout = (weights * q).to(q.dtype)
-        _, _, dk_of_lse = _flash_backward(Residuals(q, k, k, mean_key, lse), dout, lengths, causal, softmax_scale)
+        _, _, dk_of_lse = _flash_backward(Residuals(q, k, k, mean_key, lse), dout, lengths, mask, softmax_scale)
         return (dq + weights * mean_key).to(q.dtype), dk + dk_of_lse, dv
 
 
-def _flash_backward(residuals: Residuals, dout, lengths: Lengths, causal: bool, softmax_scale: float):
+def _flash_backward(residuals: Residuals, dout, lengths: Lengths, mask: Mask, softmax_scale: float):
     random_state = torch.empty(2, dtype=torch.uint64, device=dout.device)  # of dropout, which there is not
     unused = torch.empty(0, device=dout.device)
     return torch.ops.aten._flash_attention_backward(
-        dout, *residuals, *_bounded(lengths), 0.0, causal, random_state, unused, scale=softmax_scale
+        dout,
+        *residuals,
+        *_bounded(lengths),
+        0.0,
+        mask.causal,
+        random_state,
+        unused,
+        scale=softmax_scale,
+        **_window(mask),
     )
 
 
-def _bounded(lengths: Lengths) -> Lengths:
-    """Return `lengths` with a bound of two rows at least: for a bound of one, the operator expects exactly one."""
-    return lengths._replace(max_seqlen_q=max(lengths.max_seqlen_q, 2))
+def _bounded(lengths: Lengths) -> tuple:
+    """Return offsets and bounds, of two rows at least: for a bound of one, the operator expects exactly one."""
+    return *lengths[:2], max(lengths.max_seqlen_q, 2), lengths.max_seqlen_k
+
+
+def _window(mask: Mask) -> dict[str, int]:
+    """Return the arguments that say a window of the causal `mask`, if it has one."""
+    left, _ = mask.window_size
+    return {"window_size_left": left, "window_size_right": 0} if left >= 0 else {}
 
 
 @contextlib.contextmanager

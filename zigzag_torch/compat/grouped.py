@@ -31,6 +31,7 @@ from ..parallel.allgather import windows
 from ..parallel.collectives import reduce_into
 from ..parallel.streams import streams_of
 from ..profiling import region
+from ..reference import Mask
 from ..shard import position_order
 from . import flash2
 from .checks import (
@@ -158,13 +159,14 @@ def execute_grouped_attention(  # noqa: PLR0917  (a published name)
 
     The lists are those of `split_q_by_zigzag_chunk_index` and `compute_kv_slices_for_groups`; `kv_buffer
     [2, W * T, kv_heads, head_dim]` is gathered and rank-major, `cu_seqlens_k [N + 1]` local. Without `causal` every
-    row sees its whole sequence, whatever `kv_slices` says. `deterministic` makes the backward pass repeat bit for bit.
+    row sees its whole sequence, or the window around it, whatever `kv_slices` says. `deterministic` makes the backward
+    pass repeat bit for bit.
 
     Returns:
         out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict of the
         three lists.
     """
-    causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
+    mask = mask_of(causal, dropout_p, window_size, alibi_slopes)
     deterministic = check_flag("deterministic", deterministic)
     world_size = check_world_size(world_size)
     check_grouped(chunk_q_list, chunk_indices_list, kv_buffer, nheads, head_dim, world_size)
@@ -179,15 +181,15 @@ def execute_grouped_attention(  # noqa: PLR0917  (a published name)
         ArraySpec((kv_buffer.shape[1] // world_size, nheads, head_dim), dtype, strides),
         describe(kv_buffer[0]),
         describe(kv_buffer[1]),
-        make_call_spec(head_dim=head_dim, backend="reference", causal=causal, softmax_scale=softmax_scale),
+        make_call_spec(head_dim=head_dim, backend="reference", softmax_scale=softmax_scale),
         sequences=len(cu_seqlens_k) - 1,
         world_size=world_size,
         target="reference",
     )
     sequences = _sequences(cu_seqlens_k, world_size)
-    calls = make_calls(chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, sequences, causal)
+    calls = make_calls(chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, sequences, mask.causal)
     rows = sum(len(call.rows) for call in calls)
-    grouping = Grouping(calls, rows, cu_seqlens_k, world_size, causal, problem.call.softmax_scale, deterministic)
+    grouping = Grouping(calls, rows, cu_seqlens_k, world_size, mask, problem.call.softmax_scale, deterministic)
     k, v = kv_buffer
     out, lse = GroupedAttention.apply(grouping, None, k.shape[1], k, v, *chunk_q_list)
     return out, lse, chunk_info(chunk_indices_list, chunk_cu_seqlens_q_list, kv_slices)
@@ -201,7 +203,7 @@ def varlen_attention(
     group: dist.ProcessGroup | None,
     *,
     heads_k_stride: int,
-    causal: bool,
+    mask: Mask,
     softmax_scale: float,
     deterministic: bool,
     n_chunks: int,
@@ -214,8 +216,8 @@ def varlen_attention(
     chunks = split_q_by_zigzag_chunk_index(q, cu_seqlens, world_size, rank, n_chunks)
     of_rank = rank, 2 * world_size - 1 - rank
     kv_slices = compute_kv_slices_for_groups(cu_seqlens, *of_rank, world_size, chunks[1], n_chunks)
-    calls = make_calls(*chunks[1:], kv_slices, _sequences(cu_seqlens, world_size), causal)
-    grouping = Grouping(calls, q.shape[0], cu_seqlens, world_size, causal, softmax_scale, deterministic)
+    calls = make_calls(*chunks[1:], kv_slices, _sequences(cu_seqlens, world_size), mask.causal)
+    grouping = Grouping(calls, q.shape[0], cu_seqlens, world_size, mask, softmax_scale, deterministic)
     return GroupedAttention.apply(grouping, group, heads_k_stride, k, v, *chunks[0])
 
 
@@ -244,7 +246,7 @@ class Grouping:
     tokens: int
     cu_seqlens: torch.Tensor
     world_size: int
-    causal: bool
+    mask: Mask
     softmax_scale: float
     deterministic: bool
 
@@ -267,12 +269,14 @@ def make_calls(
                 f"chunk_cu_seqlens_q_list: expected {len(ranges)} chunks of {len(rows)} rows in all, as in kv_slices "
                 f"and chunk_indices_list, got {len(lengths)} of {sum(lengths)}"
             )
+        keys_behind = None
         if ranges and not causal:
-            per_sequence = len(ranges) // len(sequences)
+            per_sequence, ends = len(ranges) // len(sequences), [end for _, end in ranges]
             ranges = [sequence for sequence in sequences for _ in range(per_sequence)]
+            keys_behind = cu_seqlens_k.new_tensor([whole - end for (_, whole), end in zip(ranges, ends, strict=True)])
             cu_seqlens_k = offsets(ranges, cu_seqlens_k)
         longest = max(lengths, default=0), max((end - start for start, end in ranges), default=0)
-        calls.append(Call(rows, ranges, flash2.Lengths(cu_seqlens_q, cu_seqlens_k, *longest)))
+        calls.append(Call(rows, ranges, flash2.Lengths(cu_seqlens_q, cu_seqlens_k, *longest, keys_behind)))
     return calls
 
 
@@ -296,7 +300,7 @@ class GroupedAttention(torch.autograd.Function):
                     continue
                 with region("unfused_forward", q.device):
                     k_slice, v_slice = (_slice(x, call) for x in keys)
-                    options = call.lengths, grouping.causal, grouping.softmax_scale
+                    options = call.lengths, grouping.mask, grouping.softmax_scale
                     results = flash2.forward(q[:, mine], k_slice, v_slice, *options)
                 out[call.rows, mine], lse[mine, call.rows] = results
         return out, lse
@@ -327,7 +331,7 @@ class GroupedAttention(torch.autograd.Function):
                     continue
                 dlse_rows = None if dlse is None else dlse[mine, call.rows]
                 results = out[call.rows, mine], lse[mine, call.rows]
-                options = call.lengths, grouping.causal, grouping.softmax_scale, grouping.deterministic
+                options = call.lengths, grouping.mask, grouping.softmax_scale, grouping.deterministic
                 with region("unfused_backward", q.device):
                     k_slice, v_slice = (_slice(x, call) for x in keys)
                     residuals = Residuals(q[:, mine], k_slice, v_slice, *results)

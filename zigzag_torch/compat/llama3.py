@@ -49,6 +49,7 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
         cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q. `cu_seqlens_k` is global, W times that.
         max_seqlen_q, max_seqlen_k, local_k_slice: any value will do, as they follow from the others.
         heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
+        window_size: (left, right), keys on each side of a row, -1 for all, as in FlashAttention.
         deterministic: repeat the backward pass bit for bit, which the fused kernels always do.
         return_attn_probs: return (out, lse, None).
         group: None is the default process group, or this one device if there is none.
@@ -59,15 +60,14 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
         contradict each other, the fused path gives NaN, because the host does not read them; the unfused path raises.
 
     Raises:
-        NotImplementedError: `dropout_p` or `alibi_slopes` other than the defaults, or a `window_size` other than
-            (-1, -1) and (-1, 0), which is `causal`.
+        NotImplementedError: `dropout_p` or `alibi_slopes` other than the defaults.
         ValueError: as `zigzag_attention_gathered`.
     """
     group = default_group(group)
     place = place_in(group)
     world_size = place.world_size
     try:
-        causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
+        mask = mask_of(causal, dropout_p, window_size, alibi_slopes)
         for name, x in {"q": q, "k": k, "v": v}.items():
             check_tensor(name, x)
         q, k, v = cast_for_autocast(q, k, v)
@@ -87,7 +87,8 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
             make_call_spec(
                 head_dim=q.shape[-1] if q.ndim else 0,
                 backend="reference",
-                causal=causal,
+                causal=mask.causal,
+                window_size=mask.window_size,
                 softmax_scale=softmax_scale,
                 heads_k_stride=heads_k_stride,
             ),
@@ -108,7 +109,8 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
             v,
             agreed_cu_seqlens(cu_seqlens_q, cu_seqlens_k, world_size),
             group=group,
-            causal=causal,
+            causal=mask.causal,
+            window_size=mask.window_size,
             softmax_scale=softmax_scale,
             heads_k_stride=heads_k_stride,
             return_lse=True,
@@ -140,7 +142,7 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
             cu_seqlens_q,
             members,
             heads_k_stride=heads_k_stride,
-            causal=causal,
+            mask=mask,
             softmax_scale=problem.call.softmax_scale,
             deterministic=deterministic,
             n_chunks=n_chunks,
@@ -279,7 +281,7 @@ def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a publish
     `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's. Left
     out, as by code that puts this function in the place of `execute_grouped_attention`, they follow from `kv_slices`.
     """
-    causal = mask_of(causal, dropout_p, window_size, alibi_slopes)
+    mask = mask_of(causal, dropout_p, window_size, alibi_slopes)
     world_size = check_world_size(world_size)
     if chunk_idx_0 is None or chunk_idx_1 is None:
         chunk_idx_0, chunk_idx_1 = chunks_of(kv_slices, world_size)
@@ -305,7 +307,8 @@ def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a publish
             cu_seqlens_k * world_size,
             chunk_idx_0,
             world_size,
-            causal=causal,
+            causal=mask.causal,
+            window_size=mask.window_size,
             softmax_scale=softmax_scale,
             return_lse=True,
             backend=fused_backend(kv_buffer.device),

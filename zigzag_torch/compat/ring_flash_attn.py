@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from zigzag_kernels.callspec import NO_WINDOW
+
 from ..api import zigzag_attention
 from ..arguments import cast_for_autocast
 from ..parallel.agreement import place_in
@@ -110,7 +112,7 @@ class _Fused:
         world_size = place_in(group).world_size
         if self.contiguous and world_size > 1:
             return self.original.apply(*args)
-        causal = mask_of(call["causal"], call["dropout_p"], call["window_size"], call["alibi_slopes"])
+        mask = mask_of(call["causal"], call["dropout_p"], call["window_size"], call["alibi_slopes"])
 
         def fused_path(q, k, v):
             out, lse = zigzag_attention(
@@ -119,7 +121,8 @@ class _Fused:
                 v,
                 _global_cu_seqlens(call, world_size),
                 group=group,
-                causal=causal,
+                causal=mask.causal,
+                window_size=mask.window_size,
                 softmax_scale=call["softmax_scale"],
                 heads_k_stride=None if self.contiguous else call.get("heads_k_stride"),
                 return_lse=True,
@@ -128,6 +131,10 @@ class _Fused:
             return out, lse
 
         def own_path(q, k, v):
+            if mask.window_size != NO_WINDOW:
+                raise NotImplementedError(
+                    f"window_size: only the fused path computes windows across chunks, got {call['window_size']}"
+                )
             arguments = call | {"q": q, "k": k, "v": v, "return_softmax": True}
             out, lse, _ = self.original.apply(*arguments.values())
             return out, lse

@@ -15,6 +15,7 @@ from .. import launch
 from ..arguments import cast_for_autocast, check_device, check_int32, check_tensor
 from ..autograd import attention
 from ..parallel import Tables, transport_of
+from ..reference import Mask
 from . import grouped
 from .verify import choose_path, fused_backend
 
@@ -101,7 +102,9 @@ def fused_zigzag_llama3_flash_attn_forward_v2(  # noqa: PLR0917  (a published na
 
     def unfused_path(q0, q1, k, v):
         calls = _calls(pair, causal)
-        grouping = grouped.Grouping(calls, sum(pair.rows), cu_seqlens_k, 1, causal, problem.call.softmax_scale, False)
+        grouping = grouped.Grouping(
+            calls, sum(pair.rows), cu_seqlens_k, 1, Mask(causal), problem.call.softmax_scale, False
+        )
         groups = [q[: len(call.rows)] for q, call in zip((q0, q1), calls, strict=True)]
         out, lse = grouped.GroupedAttention.apply(grouping, None, k.shape[1], k, v, *groups)
         return _split(out, lse, pair)
