@@ -84,6 +84,10 @@ class Family(abc.ABC):
         """Return the length class of `problem`, as far as the family tells them apart."""
         return LengthClass.LONG
 
+    def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
+        """Return `config`, the tiles of the kernel for `operation`, as far as the options of `problem` let it be."""
+        return config
+
     @abc.abstractmethod
     def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
         """Return whether a kernel can run `operation` of `problem`; `dout_strides` are None in the forward pass."""

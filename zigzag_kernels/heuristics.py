@@ -32,6 +32,12 @@ SHORT_CHUNK_KEYS = 96
 """Mean keys of a chunk below which blocks of 128 keys are mostly empty."""
 SHORT_CHUNK_KEYS_DKDV = 256
 """Mean keys of a chunk below which, at a small head_dim, the portable dK/dV kernel is faster."""
+VERY_NARROW_KEYS = 256
+"""Keys that a row sees at most, by a window or chunks, below which the same holds of any sequence."""
+
+# Which tiles of a kernel for Hopper, on H200: docs/hopper.md#measured, "dK/dV of windows".
+NARROW_KEYS = 1024
+"""Keys that a row sees, at most, up to which a tile of dK/dV has 128 keys at a small head_dim, not 192."""
 
 # Which tiles of a kernel for Hopper, on H100: the same tables, lines "2048, one sequence" and "8192, one sequence".
 FEW_ROWS = 2**17

@@ -23,7 +23,7 @@ from zigzag_kernels import heuristics, plan
 from zigzag_kernels.families import choose_tiles
 from zigzag_kernels.hopper import rules
 from zigzag_kernels.hopper.family import HOPPER
-from zigzag_kernels.modes import Operation
+from zigzag_kernels.modes import Layout, Operation
 from zigzag_kernels.plan.grid import count_heads_together
 from zigzag_kernels.tiles.config import TileConfig
 from zigzag_kernels.tiles.override import kernel_name
@@ -89,6 +89,32 @@ def test_the_rules_that_take_them(monkeypatch):
     for release, kernel in (("3.7.1", "hopper_forward"), ("3.9.0", "hopper_forward"), ("3.10.0", "forward")):
         monkeypatch.setattr(triton, "__version__", release)
         assert forward(problem()) == kernel, release
+
+
+def test_masks_and_caps_that_take_other_kernels_or_tiles(monkeypatch):
+    """Where rows see few keys neither the fused kernel nor tiles of 192 keys pay; caps leave no registers for these."""
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+
+    def asked(head_dim=128, tokens=8192, **options):
+        plain = problem(head_dim=head_dim, tokens=tokens)
+        return dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
+
+    def keys(options):
+        (launch,) = launches_of(asked(64, **options), Operation.DKDV)
+        return launch.constexprs["BLOCK_N"]
+
+    narrow, chunks = {"window_size": (127, -1)}, {"attention_chunk": 255}
+    both_sides = {"window_size": (100, 154), "causal": False}
+    for options in (narrow, chunks, both_sides):
+        assert pair(asked(**options))[0] == "hopper_dkdv"
+        assert pair(asked(64, **options))[0] == "backward_dkdv"
+        assert not fused(asked(**options))
+    for options in ({"has_lengths": True}, {"layout": Layout.ROW}, {"softcap": 30.0}):
+        assert fused(asked(**options))
+        assert pair(asked(64, **options))[0] == "hopper_dkdv"
+    few = {"window_size": (255, -1)}, {"window_size": (1023, -1)}, {"attention_chunk": 1024}, {"softcap": 30.0}
+    many = {}, {"window_size": (1024, -1)}, {"window_size": (255, -1), "causal": False}, {"has_lengths": True}
+    assert [keys(options) for options in (*few, *many)] == [128] * len(few) + [192] * len(many)
 
 
 @needs_triton

@@ -112,54 +112,133 @@ class Entry(tuple):
         return Entry(self[fields:])
 
 
+class RowBlocks:
+    """The functions of `hopper/rows.py` that say which rows stream past a tile of keys, on NumPy."""
+
+    def __init__(self, load_document=None):
+        from zigzag_kernels.hopper import rows
+        from zigzag_kernels.segments import lookup, ranges
+
+        found = {name: in_numpy(getattr(lookup, name)) for name in ("load_half", "key_index", "key_position")}
+        found |= {"load_ranged_half": in_numpy(lookup.load_ranged_half), "load_document": load_document}
+        found |= {name: in_numpy(getattr(rows, name)) for name in ("block_begin", "tokens_before")}
+        found["positions_seen"] = in_numpy(ranges.positions_seen)
+        found["seeing_positions"] = in_numpy(ranges.seeing_positions, **found)
+        for name in ("HalfBlocks", "BlockOrder", "SequenceRows"):
+            found[name] = struct_in_numpy(getattr(rows, name), **found)
+        self.find = in_numpy(rows.find_half_blocks, **found)
+        self.find_rows = in_numpy(rows.find_sequence_rows, **found)
+        self.order = in_numpy(rows.order_blocks, **found)
+
+    def visit(self, owned, mask, lengths):
+        """Walk as the producer does, from the last block of each run: return (pairs, places, blocks that are clamped).
+
+        `pairs` count for each half how often each of its rows met each key of the tile; `owned.numbers` are those that
+        the masks compare.
+        """
+        late, early = found = [self.find(owned, n, mask) for n in range(2)]
+        sequence = self.find_rows(owned, 0, mask)
+        pairs, places = [np.zeros((length, len(owned.numbers)), int) for length in lengths], []
+        clamped = 0
+        for run in range(6 if mask.RANGED else 4):
+            half = found[run % 2]
+            low, high = ((half.masked, half.whole_end), (0, half.masked), (half.whole_end, half.blocks))[run // 2]
+            for block in reversed(range(low, high)):
+                begin, end = half.tokens(block, mask)
+                assert 0 <= begin < end <= lengths[run % 2]
+                clamped += begin != half.first + block * mask.TOKENS
+                rows = begin + np.arange(end - begin)
+                seen = half.seen_by(rows, mask)
+                sees = owned.numbers < seen.end[:, None]
+                if mask.RANGED:
+                    sees &= owned.numbers >= seen.begin[:, None]
+                if run < 2:
+                    assert sees.all()
+                    assert end - begin == mask.TOKENS
+                assert half.q_row + end <= sequence.first + sequence.count
+                pairs[run % 2][rows] += sees
+                places.append(half.q_row + begin - sequence.first)
+        packing = types.SimpleNamespace(TOKENS=mask.TOKENS, HEADS=4, PARTS=3)
+        order = self.order(late, early, sequence, mask)
+        for number, place in enumerate(places):
+            for part in range(packing.PARTS):
+                assert order.place(packing.PARTS * number + part, packing) == (place, packing.HEADS * part)
+        return pairs, places, clamped
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     """The order of the producer of dK/dV, and where the fused kernel adds dQ: never before the first row of a half."""
-    from zigzag_kernels.hopper import rows as row_stream
-    from zigzag_kernels.segments.lookup import load_half
-
-    HalfBlocks, block_tokens = struct_in_numpy(row_stream.HalfBlocks), in_numpy(row_stream.block_tokens)
-    find = in_numpy(row_stream.find_half_blocks, load_half=in_numpy(load_half), HalfBlocks=HalfBlocks)
-    BlockOrder = struct_in_numpy(row_stream.BlockOrder, block_tokens=block_tokens)
-    packing = types.SimpleNamespace(TOKENS=0, HEADS=4, PARTS=3)
+    blocks = RowBlocks()
+    blocks.find_rows = lambda *_: types.SimpleNamespace(first=7, count=2 * length)
     rng = np.random.default_rng(causal)
     clamped = 0
     for _ in range(200):
         tokens, tile, length = (int(rng.integers(1, limit)) for limit in (6, 9, 30))
         keys = 2 * length if rng.integers(2) else 8 * length
-        first_row, ends = 7, [(int(x), int(rng.integers(0, keys + 1))) for x in rng.integers(0, keys, 2)]
+        ends = [(int(x), int(rng.integers(0, keys + 1))) for x in rng.integers(0, keys, 2)]
         # The late half lies behind the early one.
-        entries = [(first_row + (1 - n) * length, length, *end) for n, end in enumerate(ends)]
-        halves = Entry(itertools.chain(*entries))
-        packing.TOKENS = tokens
+        entries = [(7 + (1 - n) * length, length, *end, 0) for n, end in enumerate(ends)]
+        mask = types.SimpleNamespace(RANGED=False, CAUSAL=causal, TOKENS=tokens, KEYS=tile)
         for first_key in range(0, keys, tile):
-            tile_keys = np.arange(first_key, min(first_key + tile, keys))
-            owned = types.SimpleNamespace(halves_ptr=halves, first_key=first_key, n_keys=keys)
-            late, early = found = [find(owned, n, causal, tile, tokens) for n in range(2)]
-            pairs = np.zeros((2, length, len(tile_keys)), int)  # how often each row met each key
-            places = []
-            for run in range(4):
-                half = found[run % 2]
-                for block in reversed(range(half.masked if run < 2 else 0, half.blocks if run < 2 else half.masked)):
-                    begin, end = block_tokens(half.first, block, tokens)
-                    assert 0 <= begin < end <= length
-                    clamped += begin != half.first + block * tokens
-                    rows = begin + np.arange(tokens)
-                    limit = np.where(rows < end, np.minimum(half.diagonal + rows + 1, half.kv_len), 0)
-                    if run < 2:
-                        assert (limit > tile_keys[-1]).all()
-                    hidden = rows >= end
-                    pairs[run % 2, rows[~hidden]] += tile_keys < limit[~hidden, None]
-                    places.append(half.q_row + begin - first_row)
-            order = BlockOrder(
-                late_row=late.q_row - first_row, late_first=late.first, late_whole=late.blocks - late.masked,
-                late_masked=late.masked, early_first=early.first, early_whole=early.blocks - early.masked,
-                early_masked=early.masked,
+            owned = types.SimpleNamespace(
+                halves_ptr=Entry(itertools.chain(*entries)), first_key=first_key, n_keys=keys,
+                numbers=np.arange(first_key, min(first_key + tile, keys)),
             )  # fmt: skip
-            for number, place in enumerate(places):
-                for part in range(packing.PARTS):
-                    assert order.place(packing.PARTS * number + part, packing) == (place, packing.HEADS * part)
-            for (_, _, diagonal, kv_len), met in zip(entries, pairs, strict=True):
+            pairs, _, more = blocks.visit(owned, mask, [length, length])
+            clamped += more
+            for (_, _, diagonal, kv_len, _), met in zip(entries, pairs, strict=True):
                 sees = np.minimum(diagonal + np.arange(length) + 1, kv_len) if causal else np.full(length, keys)
-                np.testing.assert_array_equal(met, tile_keys < sees[:, None])
+                np.testing.assert_array_equal(met, owned.numbers < sees[:, None])
     assert clamped > 100
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered):
+    """Windows, chunks and padding, with all keys in the buffer or those of one rank: no block is brought in vain."""
+    blocks = RowBlocks(lambda owned: owned.document)
+    rng = np.random.default_rng(gathered)
+    whole = brought = 0
+    for _ in range(300):
+        tokens, tile, early, late = (int(rng.integers(1, limit)) for limit in (6, 9, 30, 30))
+        between, behind = (int(x) for x in rng.integers(0, 40, 2))
+        early_first = int(rng.integers(0, 20))
+        late_first = early_first + early + between
+        length = late_first + late + behind
+        real = int(rng.integers(0, length + 1)) if rng.integers(2) else length
+        left, right, chunk = (int(rng.choice(x)) for x in ((-1, 0, 3, 20), (-1, 0, 5), (0, 0, 7)))
+        causal = bool(rng.integers(2))
+        mask = types.SimpleNamespace(
+            RANGED=True, CAUSAL=causal, LEFT=left, RIGHT=right, CHUNK=chunk, TOKENS=tokens, KEYS=tile
+        )
+        parts = [(0, length), (length, 0)] if gathered else [(early_first, early), (late_first, late)]
+        (first, count), (second, _) = parts
+        positions = np.concatenate([start + np.arange(number) for start, number in parts])
+        document = types.SimpleNamespace(
+            real=real, early_position=first, early_keys=count, late_position=second, n_keys=len(positions), place=0
+        )
+        entries = [(7 + early, late, 0, 0, late_first), (7, early, 0, 0, early_first)]
+        for first_key in range(0, len(positions), tile):
+            owned = types.SimpleNamespace(
+                halves_ptr=Entry(itertools.chain(*entries)), first_key=first_key, n_keys=len(positions),
+                numbers=positions[first_key : first_key + tile], document=document,
+            )  # fmt: skip
+            pairs, places, _ = blocks.visit(owned, mask, [late, early])
+            expected = []
+            for (_, number, _, _, start), met in zip(entries, pairs, strict=True):
+                rows, keys = start + np.arange(number)[:, None], owned.numbers[None, :]
+                sees = (rows < real) & (keys < real)
+                if causal or right >= 0:
+                    sees &= keys <= rows + (0 if causal else right)
+                if left >= 0:
+                    sees &= keys >= rows - left
+                if chunk:
+                    sees &= keys // chunk == rows // chunk
+                np.testing.assert_array_equal(met, sees)
+                expected.append(-(-int(sees.any(1).sum()) // tokens))
+                whole += sees.all(1).any()
+            # The rows of a half that see a tile follow each other, unless its keys are of two parts far apart.
+            gap = not gathered and first_key < count < first_key + tile
+            assert len(places) == sum(expected) or gap
+            brought += len(places)
+    assert min(whole, brought) > 500

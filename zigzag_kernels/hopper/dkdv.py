@@ -9,14 +9,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..base2 import LOG2_E
-from ..segments.lookup import load_sequence, load_sequence_rows, tile_and_head
+from ..segments.lookup import load_sequence, tile_and_head
 from .geometry import Geometry
 from .owned import Strided, own_key_rows
 from .releases import struct, thread_barrier
 from .results import KeyGradients
-from .rows import Packing, RowArrays, RowStream, SequenceRows, find_half_blocks, make_row_stream, produce_rows
+from .rows import (
+    Packing,
+    RowArrays,
+    RowMask,
+    RowStream,
+    find_half_blocks,
+    find_sequence_rows,
+    make_row_stream,
+    produce_rows,
+)
+from .scores import cap_scores, score_scale_log2
 from .warps import opaque, specialize_warps
+
+# A score in units of the cap whose probability is 0, and the square of which is finite.
+HIDDEN_SCORE = gl.constexpr(-(2.0**50))
 
 
 @struct
@@ -35,6 +47,7 @@ class _Dkdv:
     v_buffers: gl.shared_memory_descriptor
     stream: RowStream
     results: KeyGradients
+    SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
 
 
@@ -44,7 +57,7 @@ class _HeadKeys:
 
     k: gl.shared_memory_descriptor  # [64, BLOCK_D]
     v: gl.shared_memory_descriptor
-    numbers: gl.tensor  # [64], of the keys in the sequence
+    numbers: gl.tensor  # [64], of the keys in the sequence; in ranged masks their positions
     zero: gl.tensor  # [64, BLOCK_M]
     begin: gl.tensor  # the first block of this head: blocks are numbered through all heads, as the producer brings them
     end: gl.tensor  # the last one is before this
@@ -61,11 +74,17 @@ def _block(program, head, scores, dk, dv, i):
     lse2 = stream.numbers(stream.lse2, i)
     # The scores are complete as soon as one product is left, dP: the exponentials run beside it.
     scores = hopper.warpgroup_mma_wait(1, [scores])
+    if program.SOFTCAP > 0:
+        scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
+        if i >= head.whole_end:
+            scores = gl.where(stream.sees(head.numbers, i), scores, HIDDEN_SCORE)
     p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
-    if i >= head.whole_end:
-        limit = stream.numbers(stream.limit, i)
-        p = gl.where(head.numbers[:, None] < limit[None, :], p, 0.0)
+    if program.SOFTCAP == 0:
+        if i >= head.whole_end:
+            p = gl.where(stream.sees(head.numbers, i), p, 0.0)
     p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
+    if program.SOFTCAP > 0:
+        p *= 1.0 - scores * scores
     delta = stream.numbers(stream.delta, i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds_operand = gl.convert_layout((p * (dp - delta[None, :])).to(geometry.dtype), geometry.OPERAND)
@@ -107,7 +126,8 @@ def _consumer(warpgroup: gl.constexpr, program):
     geometry = program.geometry
     BLOCK_D: gl.constexpr = geometry.BLOCK_D
     HEADS_TOGETHER: gl.constexpr = geometry.HEADS_TOGETHER
-    own = own_key_rows(warpgroup, program.tile, program.slot_rows, geometry)
+    RANGED: gl.constexpr = program.stream.mask.RANGED
+    own = own_key_rows(warpgroup, program.tile, program.slot_rows, geometry, RANGED)
     k_buffer = program.k_buffers.index(warpgroup)
     v_buffer = program.v_buffers.index(warpgroup)
     k = program.k.from_head(program.head.to(gl.int64))
@@ -120,7 +140,7 @@ def _consumer(warpgroup: gl.constexpr, program):
         hopper.fence_async_shared()
         # The warps of this consumer wait for each other: a product reads keys that all of them copied.
         thread_barrier()
-        numbers = own.numbers(geometry.SCORES)
+        numbers = own.positions(geometry.SCORES) if RANGED else own.numbers(geometry.SCORES)
         zero = gl.zeros([64, geometry.STREAMED], gl.float32, geometry.SCORES)
         head = _HeadKeys(
             k=k_buffer, v=v_buffer, numbers=numbers, zero=zero, begin=begin, end=end, whole_end=whole_end
@@ -161,34 +181,32 @@ def backward_dkdv_hopper(
         STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=HEADS_TOGETHER,
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
-    late = find_half_blocks(tile, 0, CAUSAL, BLOCK_N, packing.TOKENS)
-    early = find_half_blocks(tile, 1, CAUSAL, BLOCK_N, packing.TOKENS)
+    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    late = find_half_blocks(tile, 0, mask)
+    early = find_half_blocks(tile, 1, mask)
     blocks = (late.blocks + early.blocks) * packing.PARTS
-    whole = blocks - (late.masked + early.masked) * packing.PARTS
+    whole = blocks - (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     kv_head = (first_kv_head + window_head).to(gl.int64)
-    sequence_row, sequence_rows = load_sequence_rows(tile.halves_ptr)
+    sequence = find_sequence_rows(tile, kv_head, mask)
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]
     k_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     v_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
-    stream = make_row_stream(geometry, packing)
+    stream = make_row_stream(geometry, packing, mask)
     hopper.fence_async_shared()
     program = _Dkdv(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
         k=Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH),
         v=Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH), k_buffers=k_buffers, v_buffers=v_buffers,
-        stream=stream, SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        stream=stream, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
         results=KeyGradients(
             dk_ptr=dk_ptr, dv_ptr=dv_ptr, KV_HEADS=KV_HEADS, SOFTMAX_SCALE=SOFTMAX_SCALE, ACCUMULATE=ACCUMULATE
         ),
     )  # fmt: skip
-    sequence = SequenceRows(first=sequence_row, count=sequence_rows, kv_head=kv_head)
     arrays = RowArrays(
         q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH),
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
         lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
     )  # fmt: skip
-    specialize_warps(
-        _consumer, (program,), geometry.WARPGROUPS, (produce_rows, (stream, tile, sequence, arrays, CAUSAL), 4)
-    )
+    specialize_warps(_consumer, (program,), geometry.WARPGROUPS, (produce_rows, (stream, tile, sequence, arrays), 4))

@@ -1,5 +1,7 @@
 """The Hopper family: kernels in Gluon for compute capability 9.0, with tiles, budgets and launches of their own."""
 
+from dataclasses import replace
+
 from ..checks import DTYPE_BYTES
 from ..family import Draft, Family
 from ..launch import Launch, Output
@@ -11,6 +13,7 @@ from . import rules
 
 WARPGROUPS = {Operation.FORWARD: 4, Operation.DKDV: 3, Operation.DQ: 3, Operation.FUSED_BACKWARD: 2}
 """Most warpgroups that share the rows or keys of a program; the registers of each are in the kernels."""
+FEW_KEYS = 128  # of a tile of dK/dV
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 ELEMENTS = 4096  # numbers that a program of the two kernels around the fused one takes
 
@@ -31,6 +34,11 @@ class Hopper(Family):
     def length_class(self, problem: Problem) -> LengthClass:
         return rules.length_class(problem)
 
+    def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
+        if operation is Operation.DKDV and rules.wants_few_keys(problem):
+            return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
+        return config
+
     def shared_memory(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> int:
@@ -47,8 +55,8 @@ class Hopper(Family):
         stays, passes, other = 2 * row, 2 * row, 1024 + own // 64 * 2048
         if operation is Operation.FORWARD:  # Q; K and V
             stays = row
-        elif operation.owns_keys:  # K and V; Q, dO and three numbers a row
-            passes += 12
+        elif operation.owns_keys:  # K and V; Q, dO and up to four numbers a row
+            passes += 16
         if operation is Operation.FUSED_BACKWARD:  # dS of two blocks, and dQ on its way out
             other += streamed * (2 * own * size + block_d(head_dim) * 4)
         return own * stays + config.num_stages * streamed * passes + other

@@ -14,22 +14,23 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..base2 import LOG2_E
-from ..segments.lookup import load_sequence, load_sequence_rows, tables_are_invalid, tile_and_head
+from ..segments.lookup import load_sequence, tables_are_invalid, tile_and_head
 from .geometry import Geometry, product_layout
 from .owned import Strided, own_key_rows
 from .releases import struct, thread_barrier
 from .results import KeyGradients
 from .rows import (
-    BlockOrder,
     Packing,
     RowArrays,
+    RowMask,
     RowStream,
-    SequenceRows,
     find_half_blocks,
+    find_sequence_rows,
     make_row_stream,
+    order_blocks,
     produce_rows,
 )
+from .scores import cap_scores, score_scale_log2
 from .stages import make_barrier
 from .warps import specialize_warps
 
@@ -123,6 +124,7 @@ class _Fused:
     ds: _SharedDs
     dq: _DqOut
     results: KeyGradients
+    SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
 
 
@@ -131,7 +133,7 @@ class _Keys:
     """What a consumer keeps of its 64 keys."""
 
     v: gl.shared_memory_descriptor  # [64, BLOCK_D]
-    numbers: gl.tensor  # [64], in the sequence
+    numbers: gl.tensor  # [64], in the sequence; in ranged masks their positions
     zero: gl.tensor  # [64, BLOCK_M]
     no_dq: gl.tensor  # [BLOCK_M, BLOCK_D / 2]
 
@@ -148,15 +150,23 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     # This consumer waits until the producer has brought dO of block i and its delta.
     dp = stream.dout.issue_scores(own.v, i, own.zero)
     lse2 = stream.numbers(stream.lse2, i)
+    if program.SOFTCAP > 0:
+        scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
     p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
+    if program.SOFTCAP > 0:
+        p_operand = p.to(geometry.dtype)
+        p *= 1.0 - scores * scores
     delta = stream.numbers(stream.delta, i)
     dp = hopper.warpgroup_mma_wait(0, [dp]) - delta[None, :]
     if i >= program.whole:
-        limit = stream.numbers(stream.limit, i)
-        seen = own.numbers[:, None] < limit[None, :]
+        seen = stream.sees(own.numbers, i)
         p = gl.where(seen, p, 0.0)
         dp = gl.where(seen, dp, 0.0)  # zero times what is not finite would reach dQ of rows that do not see the key
-    p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
+        if program.SOFTCAP > 0:
+            p_operand = gl.where(seen, p_operand, 0.0)
+    if program.SOFTCAP == 0:
+        p_operand = p.to(geometry.dtype)
+    p_operand = gl.convert_layout(p_operand, geometry.OPERAND)
     dv = hopper.warpgroup_mma(p_operand, stream.dout.block(i), dv, is_async=True)
     ds = (p * dp).to(geometry.dtype)
     ds_operand = gl.convert_layout(ds, geometry.OPERAND)
@@ -179,7 +189,8 @@ def _consumer(warpgroup: gl.constexpr, program):
     blocks = program.blocks
     BLOCK_M: gl.constexpr = geometry.STREAMED
     BLOCK_D: gl.constexpr = geometry.BLOCK_D
-    own = own_key_rows(warpgroup, program.tile, program.slot_rows, geometry)
+    RANGED: gl.constexpr = stream.mask.RANGED
+    own = own_key_rows(warpgroup, program.tile, program.slot_rows, geometry, RANGED)
     k = program.k_buffers.index(warpgroup)
     v = program.v_buffers.index(warpgroup)
     head = program.head.to(gl.int64)
@@ -189,7 +200,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     # The warps of this consumer wait for each other: a product reads keys that all of them copied.
     thread_barrier()
 
-    numbers = own.numbers(geometry.SCORES)
+    numbers = own.positions(geometry.SCORES) if RANGED else own.numbers(geometry.SCORES)
     zero = gl.zeros([64, BLOCK_M], gl.float32, geometry.SCORES)
     dk = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
     dv = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
@@ -246,14 +257,15 @@ def backward_fused_hopper(
         STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=1,
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
-    sequence_row, sequence_rows = load_sequence_rows(tile.halves_ptr)
-    late = find_half_blocks(tile, 0, CAUSAL, BLOCK_N, packing.TOKENS)
-    early = find_half_blocks(tile, 1, CAUSAL, BLOCK_N, packing.TOKENS)
+    kv_head = (first_kv_head + window_head).to(gl.int64)
+    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    sequence = find_sequence_rows(tile, kv_head, mask)
+    late = find_half_blocks(tile, 0, mask)
+    early = find_half_blocks(tile, 1, mask)
     blocks = (late.blocks + early.blocks) * packing.PARTS
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
-    masked = (late.masked + early.masked) * packing.PARTS
+    masked = (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     whole = gl.where(tile.first_key + BLOCK_N > tile.n_keys, 0, blocks - masked)
-    kv_head = (first_kv_head + window_head).to(gl.int64)
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], geometry.dtype)
@@ -263,7 +275,7 @@ def backward_fused_hopper(
     v_buffers = gl.allocate_shared_memory(geometry.dtype, [2, 64, BLOCK_D], geometry.OWNED_BUFFER)
     ds_buffers = gl.allocate_shared_memory(geometry.dtype, [4, 64, BLOCK_M], DS)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [2, packing.TOKENS, packing.HEADS, BLOCK_D // 2], DQ)
-    stream = make_row_stream(geometry, packing)
+    stream = make_row_stream(geometry, packing, mask)
     ds = _SharedDs(buffers=ds_buffers, full=make_barrier(2))
     dq = _DqOut(buffers=dq_buffers, full=make_barrier(2), empty=make_barrier(1))
     hopper.fence_async_shared()
@@ -271,26 +283,21 @@ def backward_fused_hopper(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
         k=Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH),
         v=Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH), k_buffers=k_buffers, v_buffers=v_buffers,
-        stream=stream, ds=ds, dq=dq, SCALE_LOG2=SOFTMAX_SCALE * LOG2_E,
+        stream=stream, ds=ds, dq=dq, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
         results=KeyGradients(
             dk_ptr=dk_ptr, dv_ptr=dv_ptr, KV_HEADS=KV_HEADS, SOFTMAX_SCALE=SOFTMAX_SCALE, ACCUMULATE=ACCUMULATE
         ),
     )  # fmt: skip
-    sequence = SequenceRows(first=sequence_row, count=sequence_rows, kv_head=kv_head)
     arrays = RowArrays(
         q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH),
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
         lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
     )  # fmt: skip
     sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * HEAD_DIM, STRIDE_H=HEAD_DIM)
-    order = BlockOrder(
-        late_row=late.q_row - sequence_row, late_first=late.first, late_whole=late.blocks - late.masked,
-        late_masked=late.masked, early_first=early.first, early_whole=early.blocks - early.masked,
-        early_masked=early.masked,
-    )  # fmt: skip
+    order = order_blocks(late, early, sequence, mask)
     specialize_warps(
         _consumer, (program,), 2,
-        (produce_rows, (stream, tile, sequence, arrays, CAUSAL, True), 1),
+        (produce_rows, (stream, tile, sequence, arrays, True), 1),
         (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
     )  # fmt: skip
 

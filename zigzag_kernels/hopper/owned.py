@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..segments.lookup import chunk_row
+from ..segments.lookup import chunk_row, key_index, key_position, load_document
 from .geometry import Geometry
 from .releases import load_pointers, struct
 
@@ -89,6 +89,7 @@ class KeyRows:
     first: gl.tensor
     tile: gl.tuple  # the `KeyTile` of the program
     slot_rows: gl.tensor
+    RANGED: gl.constexpr  # masks are ranges of keys; what they need is loaded anew wherever it is used
 
     @gluon.jit
     def numbers(self, LAYOUT: gl.constexpr):
@@ -96,8 +97,17 @@ class KeyRows:
         return self.first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
 
     @gluon.jit
+    def positions(self, LAYOUT: gl.constexpr):
+        """Return the positions `[64]` of the keys in their document, for a tile in `LAYOUT`; none behind the last."""
+        numbers = self.numbers(LAYOUT)
+        document = load_document(self.tile)
+        return gl.where(numbers < document.n_keys, key_position(document, numbers), 0x7FFFFFFF)
+
+    @gluon.jit
     def buffer_rows(self, keys):
         """Return the rows (int64) of the K/V buffer that `keys` of the sequence are in."""
+        if self.RANGED:
+            keys += load_document(self.tile).place
         rows = self.tile.kv_row + keys
         if self.geometry.SLOTS > 1:
             kv_chunk = self.tile.kv_chunk
@@ -107,21 +117,26 @@ class KeyRows:
 
     @gluon.jit
     def copy(self, k, v, k_buffer, v_buffer):
-        """Begin to copy the keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; zero behind the last key.
+        """Begin to copy the keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; zero behind the last one.
 
         Each row is copied by itself, as a tile may cross borders of chunks.
         """
         geometry = self.geometry
         keys = self.numbers(geometry.LOADS)
         rows = self.buffer_rows(keys)
+        end = self.tile.n_keys
+        if self.RANGED:  # keys of padding may hold anything
+            document = load_document(self.tile)
+            end = key_index(document, document.real)
         dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))
-        mask = (keys < self.tile.n_keys)[:, None] & (dims < geometry.HEAD_DIM)[None, :]
+        mask = (keys < end)[:, None] & (dims < geometry.HEAD_DIM)[None, :]
         load_pointers(k_buffer, k.ptr + (rows * k.STRIDE_T)[:, None] + dims[None, :], mask)
         load_pointers(v_buffer, v.ptr + (rows * v.STRIDE_T)[:, None] + dims[None, :], mask)
         async_copy.commit_group()
 
 
 @gluon.jit
-def own_key_rows(warpgroup: gl.constexpr, tile, slot_rows, geometry):
+def own_key_rows(warpgroup: gl.constexpr, tile, slot_rows, geometry, RANGED: gl.constexpr):
     """Return the `KeyRows` of consumer number `warpgroup` in a `KeyTile`."""
-    return KeyRows(geometry=geometry, first=tile.first_key + warpgroup * 64, tile=tile, slot_rows=slot_rows)
+    first = tile.first_key + warpgroup * 64
+    return KeyRows(geometry=geometry, first=first, tile=tile, slot_rows=slot_rows, RANGED=RANGED)

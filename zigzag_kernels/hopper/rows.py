@@ -1,15 +1,17 @@
 """The query rows that stream past keys: the order of their blocks, where those are, and the producer that brings them.
 
 A block is a box, tokens by heads of one half of the sequence, that the copy engine brings: in shared memory it lies as
-packed rows, whatever the strides are. The blocks of a half end with its segment, so that only the first can be partial.
-Boxes are clipped to the rows of the sequence: rows behind them are zero, never another sequence's.
+packed rows, whatever the strides are. The blocks of a half end with its segment, so that only the first can be partial;
+where masks are ranges of keys they begin with the first row that sees the tile, and only the last can be partial.
+Boxes are clipped to the rows of the sequence: rows behind them are zero, never another sequence's, nor padding.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..segments.lookup import load_half
+from ..segments.lookup import load_document, load_half, load_ranged_half, load_sequence_rows
+from ..segments.ranges import KeyRange, positions_seen, seeing_positions
 from .geometry import Geometry
 from .owned import Strided
 from .releases import aggregate, struct
@@ -36,45 +38,121 @@ class Packing:
         self.PARTS = gl.constexpr(GROUP // heads)
 
 
+@aggregate
+class RowMask:
+    """The mask of a kernel, with the fields of a `ranges.Mask`, and the shape of its tiles, tokens by keys."""
+
+    RANGED: gl.constexpr
+    CAUSAL: gl.constexpr
+    LEFT: gl.constexpr
+    RIGHT: gl.constexpr
+    CHUNK: gl.constexpr
+    TOKENS: gl.constexpr  # of a box
+    KEYS: gl.constexpr  # of a program
+
+    @gluon.constexpr_function
+    def __init__(self, RANGED, CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS):
+        self.RANGED = gl.constexpr(RANGED)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.LEFT = gl.constexpr(LEFT)
+        self.RIGHT = gl.constexpr(RIGHT)
+        self.CHUNK = gl.constexpr(CHUNK)
+        self.TOKENS = gl.constexpr(TOKENS)
+        self.KEYS = gl.constexpr(KEYS)
+
+
 @struct
 class HalfBlocks:
-    """The blocks of one half of a sequence whose rows see the first key of a tile, or some of them do."""
+    """The blocks of one half of a sequence whose rows see a key of a tile, or some of them do."""
 
     q_row: gl.tensor  # local row of token 0 of the half
-    diagonal: gl.tensor
-    kv_len: gl.tensor
+    diagonal: gl.tensor  # in ranged masks the position of token 0
+    kv_len: gl.tensor  # in ranged masks the number of tokens of the document that are not padding
     first: gl.tensor  # token with which the blocks begin: negative if the first is partial
+    end: gl.tensor  # tokens from here on are not theirs
     blocks: gl.tensor
     masked: gl.tensor  # the first few: not all of their rows see all keys of the tile
+    whole_end: gl.tensor  # the same holds of blocks from this one on, in ranged masks alone
+
+    @gluon.jit
+    def last(self):
+        """Return the number of masked blocks behind those that are whole."""
+        return self.blocks - self.whole_end
+
+    @gluon.jit
+    def tokens(self, block, mask):
+        """Return (begin, end) of the tokens of the half that block `block` is for.
+
+        The box of a block begins with `begin`. From `end` on its rows are the next block's, or behind the segment, and
+        hidden.
+        """
+        begin, end = block_begin(self.first, block, mask.TOKENS), self.first + (block + 1) * mask.TOKENS
+        if mask.RANGED:
+            end = gl.minimum(end, self.end)
+        return begin, end
+
+    @gluon.jit
+    def seen_by(self, tokens, mask):
+        """Return the `KeyRange` of these `tokens` of the half: of key numbers, in ranged masks of positions."""
+        if mask.RANGED:
+            return positions_seen(self.diagonal + tokens, self.kv_len, mask)
+        else:
+            end = gl.minimum(self.diagonal + tokens + 1, self.kv_len)
+            return KeyRange(begin=end, end=end)
 
 
 @gluon.jit
-def find_half_blocks(tile, half, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS: gl.constexpr):
-    """Find the `HalfBlocks` of a `KeyTile` in half 0, the late one, or 1, the early one.
+def block_begin(first, block, TOKENS: gl.constexpr):
+    """Return the token with which the box of block `block` begins, where blocks begin with token `first` of their half.
 
-    Whole blocks of TOKENS end with the segment; the first may begin before the first row that sees the key, or before
-    token 0 (`block_tokens`). A block that would begin before token 0 is one of the masked ones.
+    It is never negative: the copy engine can add to a box that ends behind the last row, but not to one that begins
+    before the first.
     """
-    q_row, q_len, diagonal, kv_len = load_half(tile.halves_ptr, half, tile.n_keys, CAUSAL)
-    begin = gl.minimum(gl.maximum(tile.first_key - diagonal, 0), q_len)
-    begin = gl.where(tile.first_key < kv_len, begin, q_len)
-    blocks = (q_len - begin + TOKENS - 1) // TOKENS
-    first = q_len - blocks * TOKENS
-    last_key = gl.minimum(tile.first_key + BLOCK_N, tile.n_keys) - 1
-    begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
-    masked = gl.minimum((gl.maximum(begin_full - first, 0) + TOKENS - 1) // TOKENS, blocks)
-    return HalfBlocks(q_row=q_row, diagonal=diagonal, kv_len=kv_len, first=first, blocks=blocks, masked=masked)
+    return gl.maximum(first + block * TOKENS, 0)
 
 
 @gluon.jit
-def block_tokens(first, block, TOKENS: gl.constexpr):
-    """Return (begin, end) of the tokens of its half that block `block` is for, where blocks begin with token `first`.
+def tokens_before(half, position):
+    """Return how many tokens of a `RangedHalf` lie before `position`."""
+    return gl.minimum(gl.maximum(position - half.position, 0), half.q_len)
 
-    The box of a block begins with `begin`, which is never negative: the copy engine can add to a box that ends behind
-    the last row, but not to one that begins before the first. From `end` on its rows are the next block's, or behind
-    the segment, and hidden.
-    """
-    return gl.maximum(first + block * TOKENS, 0), first + (block + 1) * TOKENS
+
+@gluon.jit
+def find_half_blocks(tile, half, mask):
+    """Find the `HalfBlocks` of a `KeyTile` in half 0, the late one, or 1, the early one."""
+    TOKENS: gl.constexpr = mask.TOKENS
+    if mask.RANGED:
+        # Blocks begin with the first row that sees a key; rows of padding are none of theirs.
+        found, document = load_ranged_half(tile.halves_ptr, half), load_document(tile)
+        end_key = gl.minimum(tile.first_key + mask.KEYS, tile.n_keys)
+        seeing = seeing_positions(tile.first_key, end_key, document, mask)
+        real = tokens_before(found, document.real)
+        begin = gl.minimum(tokens_before(found, seeing.begin), real)
+        end = gl.maximum(gl.minimum(tokens_before(found, seeing.end), real), begin)
+        whole_begin = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_begin), real) - begin, 0)
+        whole_end = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_end), real) - begin, 0)
+        blocks = (end - begin + TOKENS - 1) // TOKENS
+        first_whole, last_whole = (whole_begin + TOKENS - 1) // TOKENS, whole_end // TOKENS
+        has_whole = first_whole < last_whole
+        return HalfBlocks(
+            q_row=found.q_row, diagonal=found.position, kv_len=document.real, first=begin, end=end, blocks=blocks,
+            masked=gl.where(has_whole, first_whole, blocks), whole_end=gl.where(has_whole, last_whole, blocks),
+        )  # fmt: skip
+    else:
+        # Whole blocks end with the segment; the first may begin before the first row that sees the key, or before
+        # token 0. A block that would begin before token 0 is one of the masked ones.
+        q_row, q_len, diagonal, kv_len = load_half(tile.halves_ptr, half, tile.n_keys, mask.CAUSAL)
+        begin = gl.minimum(gl.maximum(tile.first_key - diagonal, 0), q_len)
+        begin = gl.where(tile.first_key < kv_len, begin, q_len)
+        blocks = (q_len - begin + TOKENS - 1) // TOKENS
+        first = q_len - blocks * TOKENS
+        last_key = gl.minimum(tile.first_key + mask.KEYS, tile.n_keys) - 1
+        begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
+        masked = gl.minimum((gl.maximum(begin_full - first, 0) + TOKENS - 1) // TOKENS, blocks)
+        return HalfBlocks(
+            q_row=q_row, diagonal=diagonal, kv_len=kv_len, first=first, end=q_len, blocks=blocks, masked=masked,
+            whole_end=blocks,
+        )  # fmt: skip
 
 
 @struct
@@ -95,6 +173,21 @@ class SequenceRows:
             [array.STRIDE_T, array.STRIDE_H, 1], BOX,
             gl.NVMMASharedLayout.get_default_for(BOX, array.ptr.dtype.element_ty),
         )  # fmt: skip
+
+
+@gluon.jit
+def find_sequence_rows(tile, kv_head, mask):
+    """Find the `SequenceRows` of a `KeyTile`; in ranged masks without rows of padding, which may hold anything."""
+    if mask.RANGED:
+        real = load_document(tile).real
+        late, early = load_ranged_half(tile.halves_ptr, 0), load_ranged_half(tile.halves_ptr, 1)
+        late_tokens, early_tokens = tokens_before(late, real), tokens_before(early, real)
+        first = gl.where(early_tokens > 0, early.q_row, late.q_row)
+        end = gl.where(late_tokens > 0, late.q_row + late_tokens, early.q_row + early_tokens)
+        return SequenceRows(first=first, count=gl.maximum(end - first, 0), kv_head=kv_head)
+    else:
+        first, count = load_sequence_rows(tile.halves_ptr)
+        return SequenceRows(first=first, count=count, kv_head=kv_head)
 
 
 @struct
@@ -118,7 +211,10 @@ class RowStream:
     dout: Ring
     lse2: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `q`
     delta: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `dout`
-    limit: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] int32, keys that a row sees, full with `q`
+    # [STAGES, BLOCK_M] int32, full with `q`: keys from this one on a row does not see. In ranged masks numbers are
+    # positions, and STAGES rows more say which key it sees first.
+    limits: gl.shared_memory_descriptor
+    mask: RowMask
     empty: EmptyStages
 
     @gluon.jit
@@ -126,12 +222,24 @@ class RowStream:
         """Read from `buffer`, one of the three, the numbers of the rows of block `i`: a row of the scores' layout."""
         return buffer.index(i % self.geometry.STAGES).load(gl.SliceLayout(0, self.geometry.SCORES))
 
+    @gluon.jit
+    def sees(self, keys, i):
+        """Return whether each row of block `i` sees each of `keys`: `[keys, rows]` in the scores' layout."""
+        limit = self.numbers(self.limits, i)
+        seen = keys[:, None] < limit[None, :]
+        if self.mask.RANGED:
+            first = self.geometry.STAGES + i % self.geometry.STAGES
+            begin = self.limits.index(first).load(gl.SliceLayout(0, self.geometry.SCORES))
+            seen = seen & (keys[:, None] >= begin[None, :])
+        return seen
+
 
 @gluon.jit
-def make_row_stream(geometry, packing):
+def make_row_stream(geometry, packing, mask):
     """Make the `RowStream` of a program."""
     BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D]
     NUMBERS: gl.constexpr = [geometry.STAGES, geometry.STREAMED]
+    LIMITS: gl.constexpr = [geometry.STAGES * (2 if mask.RANGED else 1), geometry.STREAMED]
     NUMBERS_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # The producer arrives twice for each buffer: with the rows, that the copy engine brings, and with their numbers.
     q = make_ring(BOX, geometry, 2)
@@ -144,13 +252,14 @@ def make_row_stream(geometry, packing):
         dout=dout,
         lse2=gl.allocate_shared_memory(gl.float32, NUMBERS, NUMBERS_LAYOUT),
         delta=gl.allocate_shared_memory(gl.float32, NUMBERS, NUMBERS_LAYOUT),
-        limit=gl.allocate_shared_memory(gl.int32, NUMBERS, NUMBERS_LAYOUT),
+        limits=gl.allocate_shared_memory(gl.int32, LIMITS, NUMBERS_LAYOUT),
+        mask=mask,
         empty=empty,
     )
 
 
 @gluon.jit
-def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr, DESCENDING: gl.constexpr = False):
+def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = False):
     """Bring all blocks of rows that see a `KeyTile`, head after head.
 
     First come the whole blocks of the late half and of the early one, then the masked ones of both: consumers compare
@@ -158,25 +267,31 @@ def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr, DESCENDIN
     blocks begins with its first rows or, DESCENDING, with its last, which every tile of keys sees.
     """
     geometry = stream.geometry
+    mask = stream.mask
     GROUP: gl.constexpr = geometry.GROUP
     PACK: gl.constexpr = stream.packing.HEADS
     PARTS: gl.constexpr = stream.packing.PARTS
     TOKENS: gl.constexpr = stream.packing.TOKENS
     BOX: gl.constexpr = [TOKENS, PACK, geometry.BLOCK_D]
+    RUNS: gl.constexpr = 6 if mask.RANGED else 4
     # Descriptors are made while the consumers load their keys.
     q_desc = sequence.descriptor(arrays.q, geometry, BOX)
     dout_desc = sequence.descriptor(arrays.dout, geometry, BOX)
     packed = gl.arange(0, geometry.STREAMED, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0
-    for run in range(4 * geometry.HEADS_TOGETHER):
-        half = find_half_blocks(tile, run % 2, CAUSAL, geometry.OWNED, TOKENS)
-        head, is_whole = run // 4, run % 4 < 2
-        low, high = gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.blocks, half.masked)
+    for run in range(RUNS * geometry.HEADS_TOGETHER):
+        half = find_half_blocks(tile, run % 2, mask)
+        head, is_whole = run // RUNS, run % RUNS < 2
+        low, high = gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.whole_end, half.masked)
+        if mask.RANGED:
+            is_last = run % RUNS >= 4
+            low, high = gl.where(is_last, half.whole_end, low), gl.where(is_last, half.blocks, high)
         for number in range(low, high):
             block = low + high - 1 - number if DESCENDING else number
-            begin, end = block_tokens(half.first, block, TOKENS)
+            begin, end = half.tokens(block, mask)
             tokens = begin + packed // PACK
-            limit = gl.where(tokens < end, gl.minimum(half.diagonal + tokens + 1, half.kv_len), 0)
+            seen = half.seen_by(tokens, mask)
+            limit = gl.where(tokens < end, seen.end, 0)
             row = half.q_row + begin - sequence.first
             for part in range(PARTS):
                 statistics = (
@@ -191,7 +306,9 @@ def produce_rows(stream, tile, sequence, arrays, CAUSAL: gl.constexpr, DESCENDIN
                 stream.empty.wait(i)
                 stream.q.load(q_desc, place, i)
                 stream.lse2.index(stage).store(lse2)
-                stream.limit.index(stage).store(limit)
+                stream.limits.index(stage).store(limit)
+                if mask.RANGED:
+                    stream.limits.index(geometry.STAGES + stage).store(seen.begin)
                 # The consumers wait for these numbers as they wait for Q.
                 stream.q.arrive(i)
                 stream.dout.load(dout_desc, place, i)
@@ -212,6 +329,7 @@ class BlockOrder:
     early_first: gl.tensor
     early_whole: gl.tensor
     early_masked: gl.tensor
+    last: gl.tuple  # in ranged masks the masked blocks behind the whole ones, (late, early); otherwise nothing
 
     @gluon.jit
     def place(self, i, packing):
@@ -222,6 +340,24 @@ class BlockOrder:
         late = gl.where(number < self.late_whole, self.late_masked + self.late_whole, whole + self.late_masked)
         early = gl.where(number < whole, self.early_masked + whole, whole + self.late_masked + self.early_masked)
         is_late = (number < self.late_whole) | ((number >= whole) & (number < whole + self.late_masked))
-        late_begin, _ = block_tokens(self.late_first, late - 1 - number, packing.TOKENS)
-        early_begin, _ = block_tokens(self.early_first, early - 1 - number, packing.TOKENS)
+        if len(self.last) > 0:
+            late_last, early_last = self.last
+            begin = whole + self.late_masked + self.early_masked
+            end = begin + late_last
+            late = gl.where(number < begin, late, self.late_masked + self.late_whole + end)
+            early = gl.where(number < begin, early, self.early_masked + self.early_whole + early_last + end)
+            is_late = is_late | ((number >= begin) & (number < end))
+        late_begin = block_begin(self.late_first, late - 1 - number, packing.TOKENS)
+        early_begin = block_begin(self.early_first, early - 1 - number, packing.TOKENS)
         return gl.where(is_late, self.late_row + late_begin, early_begin), i % packing.PARTS * packing.HEADS
+
+
+@gluon.jit
+def order_blocks(late, early, sequence, mask):
+    """Return the `BlockOrder` of the `HalfBlocks` of both halves of a sequence."""
+    last = (late.last(), early.last()) if mask.RANGED else ()
+    return BlockOrder(
+        late_row=late.q_row - sequence.first, late_first=late.first, late_whole=late.whole_end - late.masked,
+        late_masked=late.masked, early_first=early.first, early_whole=early.whole_end - early.masked,
+        early_masked=early.masked, last=last,
+    )  # fmt: skip

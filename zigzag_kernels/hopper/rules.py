@@ -1,7 +1,16 @@
 """The problems that the kernels for Hopper can run, and those for which they are expected to beat the portable ones."""
 
+import math
+
 from ..checks import DTYPE_BYTES
-from ..heuristics import FEW_ROWS, SHORT_CHUNK_KEYS, SHORT_CHUNK_KEYS_DKDV, SMALL_HEAD_DIM
+from ..heuristics import (
+    FEW_ROWS,
+    NARROW_KEYS,
+    SHORT_CHUNK_KEYS,
+    SHORT_CHUNK_KEYS_DKDV,
+    SMALL_HEAD_DIM,
+    VERY_NARROW_KEYS,
+)
 from ..modes import LengthClass, Operation
 from ..problem import Problem
 
@@ -18,8 +27,7 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
         strides += (*problem.q_strides, *(dout_strides or ()))
     return (
         problem.gluon
-        and not problem.ranged
-        and not problem.call.softcap
+        and (operation.owns_keys or not (problem.ranged or problem.call.softcap))
         and not (operation is Operation.FORWARD and (problem.call.has_sinks or problem.call.return_max_logits))
         and problem.target == TARGET
         and DTYPE_BYTES[problem.dtype] == 2
@@ -42,9 +50,25 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     """
     small = problem.head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FUSED_BACKWARD:
-        return not small and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+        return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+    if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
+        return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
     return not small or not has_short_chunks(problem, min_keys)
+
+
+def wants_few_keys(problem: Problem) -> bool:
+    """Return whether a tile of dK/dV should have two consumers: few rows see one key, or scores take registers."""
+    small = problem.head_dim <= SMALL_HEAD_DIM
+    return small and (problem.call.softcap > 0 or _most_keys(problem) <= NARROW_KEYS)
+
+
+def _most_keys(problem: Problem) -> float:
+    """Return the most keys that a window or chunks let a row see."""
+    call = problem.call
+    left, right = call.window_size[0], 0 if call.causal else call.window_size[1]
+    window = left + right + 1 if min(left, right) >= 0 else math.inf
+    return min(window, call.attention_chunk or math.inf)
 
 
 def length_class(problem: Problem) -> LengthClass:

@@ -37,6 +37,7 @@ def make_operation(
         return NOTHING
     kernel = family.choose_kernel(problem, operation)
     config = choose_tiles(kernel, problem.head_dim, problem.dtype, problem.target)
+    config = family.fit_tiles(problem, operation, config)
     tiles = count_tiles(problem, operation, config)
     config = order_tiles(problem, config, tiles)
     heads_together = count_heads_together(problem, config, tiles)

@@ -47,8 +47,11 @@ class RowRange(NamedTuple):
 
 
 @triton.jit
-def keys_of_positions(positions, document, MASK: tl.constexpr):
-    """Return the `KeyRange` of the rows at these `positions` of a `Document`; rows of padding see no key."""
+def positions_seen(positions, real, MASK: tl.constexpr):
+    """Return the `KeyRange`, in positions, of the rows at `positions` of a document with `real` tokens and padding.
+
+    Rows of padding see no key.
+    """
     CHUNK: tl.constexpr = MASK.CHUNK
     begin = positions * 0
     if MASK.LEFT >= 0:
@@ -58,15 +61,21 @@ def keys_of_positions(positions, document, MASK: tl.constexpr):
     elif MASK.RIGHT >= 0:
         end = positions + MASK.RIGHT + 1
     else:
-        end = positions * 0 + document.real
+        end = positions * 0 + real
     if CHUNK > 0:
         chunk = positions // CHUNK * CHUNK
         begin = tl.maximum(begin, chunk)
         end = tl.minimum(end, chunk + CHUNK)
-    end = tl.minimum(end, document.real)
-    real = positions < document.real
-    begin, end = key_index(document, begin), key_index(document, end)
-    return KeyRange(begin=tl.where(real, begin, 0), end=tl.where(real, end, 0))
+    end = tl.minimum(end, real)
+    is_real = positions < real
+    return KeyRange(begin=tl.where(is_real, begin, 0), end=tl.where(is_real, end, 0))
+
+
+@triton.jit
+def keys_of_positions(positions, document, MASK: tl.constexpr):
+    """Return the `KeyRange`, in key numbers, of the rows at these `positions` of a `Document`."""
+    seen = positions_seen(positions, document.real, MASK)
+    return KeyRange(begin=key_index(document, seen.begin), end=key_index(document, seen.end))
 
 
 @triton.jit
