@@ -1,6 +1,6 @@
 """Lowers attention from JAX for an H100, which compiles every kernel, where there is neither a GPU nor PyTorch.
 
-    python -m tests.programs.lowering gathered methods hopper
+    python -m tests.programs.lowering gathered ranges methods hopper
 
 In a process of its own: it compiles, where tests may interpret. "hopper" needs a Triton that those kernels run with.
 """
@@ -14,6 +14,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import jax
 import jax.export
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import launch, prepare_batch, zigzag_attention, zigzag_attention_gathered
@@ -26,17 +27,22 @@ def struct(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def lower_gathered(head_dim, sequences):
-    """The module of one rank of two, forward and backward."""
+def lower_gathered(head_dim, sequences, packing=None, **options):
+    """The module of one rank of two, forward and backward, with sinks if `options` ask for largest logits."""
 
-    def step(q, k, v, cu_seqlens, rank):
-        batch = prepare_batch(cu_seqlens, rank, 2)
-        attend = functools.partial(zigzag_attention_gathered, return_lse=True)
-        results, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, batch, rank, 2), q, k, v)
+    def step(q, k, v, cu_seqlens, rank, *sinks):
+        batch = prepare_batch(cu_seqlens, rank, 2, **packing or {})
+        attend = functools.partial(zigzag_attention_gathered, return_lse=True, **options)
+
+        def call(q, k, v, *sinks):
+            return attend(q, k, v, batch, rank, 2, **({"sinks": sinks[0]} if sinks else {}))
+
+        results, pullback = jax.vjp(call, q, k, v, *sinks)
         return pullback(results)
 
     arrays = struct(64, 4, head_dim), struct(128, 2, head_dim), struct(128, 2, head_dim)
     numbers = struct(sequences + 1, dtype="int32"), struct(dtype="int32")
+    numbers += (struct(4),) * ("return_max_logits" in options)
     checks = launch.export_disabled_checks()
     exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)(*arrays, *numbers)
     return str(exported.mlir_module())
@@ -45,6 +51,17 @@ def lower_gathered(head_dim, sequences):
 def gathered():
     for sequences in (0, 1, 3):
         assert lower_gathered(64, sequences).count(CALL) == 5
+
+
+def ranges():
+    """Two more kernels are for the gradient of sinks."""
+    for sequences in (1, 3):
+        lengths = jnp.full(sequences, 8, jnp.int32)
+        window = {"window_size": (16, 0), "attention_chunk": 32, "softcap": 3.0, "return_max_logits": True}
+        assert lower_gathered(64, sequences, {"lengths": lengths}, **window).count(CALL) == 7
+        both = {"causal": False, "window_size": (8, 8), "layout": "row", "return_max_logits": True}
+        packing = {"lengths": lengths, "layout": "row", "row_length": 64, "rows": 2}
+        assert lower_gathered(64, sequences, packing, **both).count(CALL) == 7
 
 
 def methods():
@@ -78,7 +95,7 @@ def hopper():
         assert sum(made.scratch > 0 for made in launched) == 3
 
 
-PARTS = {part.__name__: part for part in (gathered, methods, hopper)}
+PARTS = {part.__name__: part for part in (gathered, ranges, methods, hopper)}
 
 
 def main():
