@@ -25,6 +25,7 @@ from zigzag_kernels.hopper import rules
 from zigzag_kernels.hopper.family import HOPPER
 from zigzag_kernels.modes import Layout, Operation
 from zigzag_kernels.plan.grid import count_heads_together
+from zigzag_kernels.segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 from zigzag_kernels.tiles.config import TileConfig
 from zigzag_kernels.tiles.override import kernel_name
 
@@ -223,8 +224,9 @@ def recorded(monkeypatch):
 
 
 def shapes(tokens=512, ranks=4):
-    arrays = [((tokens, 32, 128), "bfloat16")] + 2 * [((ranks * tokens, 8, 128), "bfloat16")] + [((3, 8), "int32")]
-    return [jax.ShapeDtypeStruct(*array) for array in arrays]
+    """Of q, k, v, sinks, where a call without them gives q, and the segment table."""
+    q, kv = ((tokens, 32, 128), "bfloat16"), ((ranks * tokens, 8, 128), "bfloat16")
+    return [jax.ShapeDtypeStruct(*array) for array in (q, kv, kv, q, ((3, SEGMENT_FIELDS), "int32"))]
 
 
 def lowered(function, *shapes):
@@ -243,21 +245,21 @@ def test_jax_gives_the_kernel_its_scratch_memory_last(recorded):
     assert zlib.decompress(call).decode() == repr(
         (
             "forward", ("forward", 12, 1, 1000, "ptx", "", 90), *whole.grid,
-            6 * ["array(0, 16)"] + ["i32(3)", "i32(512)", "i32(512)", "i32(0)"] + 2 * ["array(0, 16)"]
+            7 * ["array(0, 16)"] + ["i32(3)", "i32(512)", "i32(512)", "i32(0)"] + 2 * ["array(0, 16)"]
             + ["array(0, 128)"],
         )
     )  # fmt: skip
     into = [jax.ShapeDtypeStruct(output.shape, output.dtype) for output in accumulating.outputs]
     text = lowered(lambda *arrays: jax_launch.run(accumulating, *arrays), *shapes(), *into)
-    assert "output_tuple_indices = [0], operand_index = 4" in text
-    assert "output_tuple_indices = [1], operand_index = 5" in text
+    assert "output_tuple_indices = [0], operand_index = 5" in text
+    assert "output_tuple_indices = [1], operand_index = 6" in text
 
 
 def test_jax_gives_the_fused_backward_the_sums_to_add_to(recorded):
     asked = problem(tokens=512, world_size=4, deterministic=False)
     clear, fused, _ = launches_of(asked, Operation.FUSED_BACKWARD)
-    q, k, v, _ = shapes()
-    rows, sequences = (jax.ShapeDtypeStruct(*x) for x in (((8, 2048), "float32"), ((2, 12), "int32")))
+    q, k, v, *_ = shapes()
+    rows, sequences = (jax.ShapeDtypeStruct(*x) for x in (((8, 2048), "float32"), ((2, SEQUENCE_FIELDS), "int32")))
     (sums,) = (jax.ShapeDtypeStruct(output.shape, output.dtype) for output in clear.outputs)
     arguments = q, k, v, q, rows, rows, sequences, sums
 
@@ -277,16 +279,16 @@ def test_jax_transforms_and_exports_them(recorded):
     def run(*arrays):
         return jax_launch.run(whole, *arrays, None, None)
 
-    q, k, v, segments = shapes()
-    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, v)]
-    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.vmap(run, (0, 0, 0, None)), *stacked, segments)
+    *arrays, segments = shapes()
+    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
+    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.vmap(run, (0, 0, 0, 0, None)), *stacked, segments)
     exported = jax.export.export(
         jax.jit(run), platforms=["cuda"], disabled_checks=jax_launch.export_disabled_checks()
-    )(q, k, v, segments)  # fmt: skip
+    )(*arrays, segments)  # fmt: skip
     assert f"@{launch_gluon.CUSTOM_CALL}" in exported.mlir_module()
     mesh = Mesh(jax.devices()[:1], ("cp",))
-    specs = {"mesh": mesh, "in_specs": (P("cp"), P(), P(), P()), "out_specs": (P("cp"), P(None, "cp"))}
-    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.shard_map(run, **specs), q, k, v, segments)
+    specs = {"mesh": mesh, "in_specs": (P("cp"), P(), P(), P("cp"), P()), "out_specs": (P("cp"), P(None, "cp"))}
+    assert f"@{launch_gluon.CUSTOM_CALL}" in lowered(jax.shard_map(run, **specs), *arrays, segments)
 
 
 def test_a_kernel_that_wants_more_memory_than_it_gets_is_refused(recorded):
