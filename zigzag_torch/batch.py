@@ -155,9 +155,8 @@ def prepare_batch(
         else:
             cu_seqlens = _check_place(cu_seqlens, rank, world_size, place, Layout(layout))
             rank, world_size = place.rank, place.world_size
-        form = Form(str(layout))
-        if layout == Layout.ROW and world_size > 1:
-            form = Form(str(layout), *check_packed_rows(row_length, rows, world_size))
+        form = _form_of(layout, row_length, rows, world_size)
+        if form.row_length:
             _check_host_rows(given, form, world_size)
         if lengths is not None:
             lengths = as_lengths(lengths, given, cu_seqlens.device)
@@ -194,6 +193,16 @@ def _check_place(
     if world_size is not None and check_world_size(world_size) != place.world_size:
         raise ValueError(f"world_size: expected None or the size of the group, {place.world_size}, got {world_size}")
     return cu_seqlens
+
+
+def _form_of(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
+    """Return the form of a batch that is prepared with these arguments; `ValueError` unless they fit together."""
+    if layout == Layout.ROW and world_size > 1:
+        return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
+    for name, given, without in (("row_length", row_length, None), ("rows", rows, 1)):
+        if layout == Layout.DOCUMENT and given != without:
+            raise ValueError(f"{name}: expected {without} with layout 'document', got {given!r}")
+    return Form(Layout(layout).value)
 
 
 def _check_host_rows(cu_seqlens, form: Form, world_size: int) -> None:
