@@ -176,6 +176,30 @@ def test_chunks_of_no_rank_are_refused():
         grouped(case, 1, q, kv, fused=True, chunk_idx_0=0)
 
 
+@pytest.mark.parametrize(
+    "kv_slices",
+    [
+        "text",
+        None,
+        [1, 2],
+        [None, None],
+        [(1, 2)],
+        [([1], None)],
+        [([(0, "a")], None)],
+        [([(0, 2.5)], None)],
+        [([(0, 4)] * 3, None)],
+        [([(4, 0)], None)],
+    ],
+    ids=repr,
+)
+def test_slices_that_name_no_chunks_are_refused(kv_slices):
+    case = CASES[0]
+    q, kv, *_ = rank_tensors(case, 1, make_inputs(case))
+    arguments = pieces.grouped_arguments(q, kv, tensor(case.cu_seqlens, "int32"), 1, case.world_size, case.causal)
+    with pytest.raises(ValueError, match=r"^kv_slices: expected "):
+        zigzag_torch.replace_grouped_attention_with_fused_triton_v2(**arguments | {"kv_slices": kv_slices})
+
+
 def varlen_calls(case, q, k, v, group=None):
     """What the three functions give on this rank, with every stride, fused or not as the flags say."""
     cu_seqlens_k = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=q.device)

@@ -4,7 +4,15 @@ from itertools import accumulate
 
 import torch
 
-from zigzag_kernels.checks import check_flag, check_int, check_lengths, check_rows, check_window_size, dtype_name
+from zigzag_kernels.checks import (
+    MAX_ROWS,
+    check_flag,
+    check_int,
+    check_lengths,
+    check_rows,
+    check_window_size,
+    dtype_name,
+)
 
 from ..arguments import check_device, check_int32, check_tensor, readable
 from ..reference import Mask
@@ -32,19 +40,25 @@ def check_slices(kv_slices: list[KVSlice], groups: int, keys: int) -> None:
     """Raise `ValueError` unless there is a range of existing keys for each of the offsets, in each of the groups."""
     check_list("kv_slices", kv_slices, groups)
     for entry in kv_slices:
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[0], list | tuple):
-            raise ValueError(f"kv_slices: expected pairs of a list of (start, end) and cu_seqlens, got {entry!r}")
-        ranges, cu_seqlens = entry
+        ranges = _check_ranges(entry, keys)
+        cu_seqlens = entry[1]
         check_int32("kv_slices", cu_seqlens)
-        for bounds in ranges:
-            if not isinstance(bounds, list | tuple) or len(bounds) != 2:
-                raise ValueError(f"kv_slices: expected (start, end), got {bounds!r}")
-            start = check_int("kv_slices", bounds[0], 0, keys, f"rows from 0 to {keys}")
-            check_int("kv_slices", bounds[1], start, keys, f"a range that ends between {start} and the {keys} keys")
         if cu_seqlens.tolist() != [0, *accumulate(end - start for start, end in ranges)]:
             raise ValueError(
                 f"kv_slices: expected the cu_seqlens of {ranges} laid end to end, got {cu_seqlens.tolist()}"
             )
+
+
+def _check_ranges(entry: KVSlice, keys: int) -> list[tuple[int, int]]:
+    """Return the (start, end) of one of `kv_slices`; `ValueError` unless these are ranges of up to `keys` keys."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[0], list | tuple):
+        raise ValueError(f"kv_slices: expected pairs of a list of (start, end) and cu_seqlens, got {entry!r}")
+    for bounds in entry[0]:
+        if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+            raise ValueError(f"kv_slices: expected (start, end), got {bounds!r}")
+        start = check_int("kv_slices", bounds[0], 0, keys, f"rows from 0 to {keys}")
+        check_int("kv_slices", bounds[1], start, keys, f"a range that ends between {start} and the {keys} keys")
+    return entry[0]
 
 
 def check_grouped(
@@ -104,8 +118,8 @@ def chunks_of(kv_slices: list[KVSlice], world_size: int) -> tuple[int, int]:
     """
     check_list("kv_slices", kv_slices, len(kv_slices) if isinstance(kv_slices, list | tuple) else 2)
     lengths: dict[int, list[int]] = {}
-    for ranges, _ in kv_slices:
-        for start, end in ranges:
+    for entry in kv_slices:
+        for start, end in _check_ranges(entry, MAX_ROWS):
             if end > start:
                 lengths.setdefault(start, []).append(end - start)
     if not lengths:
