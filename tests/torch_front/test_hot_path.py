@@ -17,7 +17,8 @@ CU_SEQLENS = [0, 12, 12, 52]  # of both ranks; 2 rows of each are padding
 HEAD_DIM, DTYPE = (64, torch.bfloat16) if GPU else (16, torch.float32)  # Hopper's kernels, if asked for, serve these
 CHUNKS = RANK, 2 * WORLD_SIZE - 1 - RANK
 NAMES = (
-    "zigzag_attention", "without lengths", "gathered", "prepare_batch", "varlen", "kvpacked", "grouped", "pair"
+    "zigzag_attention", "without lengths", "gathered", "prepare_batch", "ranges", "packed rows", "varlen", "kvpacked",
+    "grouped", "pair",
 )  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def arrays():
 def calls():
     """{name: out of q, k, v as from `arrays`}; what a model has ready before the step is made here."""
     cu_seqlens, rank = tensor(CU_SEQLENS, "int32"), tensor([RANK], "int32")
-    local = cu_seqlens // WORLD_SIZE
+    local, real, sinks = cu_seqlens // WORLD_SIZE, tensor([4, 0, 20], "int32"), tensor([0.5, -1.0, 2.0, float("-inf")])
     q, kv, *_ = arrays()  # of which only the shapes are used here
     grouped = pieces.grouped_arguments(q, kv, cu_seqlens, RANK, WORLD_SIZE, True)
     grouped = pieces.fused_arguments(grouped, RANK)
@@ -51,6 +52,11 @@ def calls():
     def prepared(q, k, v):
         return zigzag_attention_gathered(q, k, v, prepare_batch(cu_seqlens, rank, WORLD_SIZE), RANK, WORLD_SIZE)
 
+    def ranged(q, k, v):
+        batch = prepare_batch(local, lengths=real)
+        options = {"window_size": (5, -1), "attention_chunk": 9, "softcap": 2.0, "sinks": sinks}
+        return zigzag_attention(*own(q, k, v), batch, return_max_logits=True, **options)[0]
+
     def kvpacked(q, k, v):
         kv = torch.stack(own(q, k, v)[1:], 1)
         return zigzag_torch.zigzag_llama3_flash_attn_varlen_kvpacked_func(q, kv, *lengths, causal=True)
@@ -60,6 +66,8 @@ def calls():
         "without lengths": lambda *qkv: zigzag_attention(*own(*qkv)),
         "gathered": lambda *qkv: zigzag_attention_gathered(*qkv, cu_seqlens, rank, WORLD_SIZE),
         "prepare_batch": prepared,
+        "ranges": ranged,
+        "packed rows": lambda *qkv: zigzag_attention_gathered(*qkv, cu_seqlens, rank, WORLD_SIZE, layout="row"),
         "varlen": lambda *qkv: zigzag_torch.zigzag_llama3_flash_attn_varlen_func(*own(*qkv), *lengths, causal=True),
         "kvpacked": kvpacked,
         "grouped": in_groups,

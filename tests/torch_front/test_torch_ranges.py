@@ -202,6 +202,21 @@ def test_graphs_transforms_and_modes_compute_the_same(backend):
     assert torch.equal(only_maxima[1], max_logits)
 
 
+@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+def test_options_of_a_graph_may_change(backend):
+    """A window and a cap that a model passes as numbers, which a graph then has as symbols."""
+    warnings.simplefilter("ignore")  # dynamo's own
+    (q, k, v, sinks), cu_seqlens = small()
+
+    def call(left, chunk, cap):
+        options = {"window_size": (left, -1), "attention_chunk": chunk, "softcap": cap, "sinks": sinks}
+        return zigzag_attention(q, k, v, cu_seqlens, backend=backend, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for numbers in (3, 5, 1.0), (4, 6, 2.0), (7, 9, 3.0):
+        assert torch.equal(compiled(*numbers), call(*numbers))
+
+
 def test_operators_are_what_torch_wants():
     leaves, cu_seqlens = small()
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
