@@ -157,8 +157,11 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
 
 def _reshard(arrays: dict[str, Any], specs: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Return `arrays`, which may be batches, spread over `mesh` by `specs` of the same names."""
-    spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
-    return jax.tree.map(jax.reshard, arrays, spread)
+    placed = {}
+    for name, x in arrays.items():
+        spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[name], is_leaf=lambda x: isinstance(x, P))
+        placed[name] = jax.tree.map(jax.reshard, x, spread)
+    return placed
 
 
 def _cut(world_size: int, layout: Layout) -> int:

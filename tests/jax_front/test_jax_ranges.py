@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
@@ -128,8 +129,8 @@ def test_without_types_the_gradient_of_sinks_inside_of_shard_map_is_that_of_a_ra
     assert_batch_is_right(case, jax.jit(mapped)(*global_arrays(case), offsets(case), *sinks_of(case)))
 
 
-def whole(attend, case, lengths):
-    """The results of the whole batch by the `attend(q, k, v, lengths, sinks=)` of a mesh."""
+def whole(attend, case, lengths, arrays=None):
+    """The results of the whole batch by the `attend(q, k, v, lengths, sinks=)` of a mesh, from the global `arrays`."""
 
     def function(q, k, v, dout, dlse, *sinks):
         def call(q, k, v, *sinks):
@@ -137,7 +138,7 @@ def whole(attend, case, lengths):
 
         return results_of(call, (q, k, v, *sinks), (dout, dlse))
 
-    return jax.jit(function)(*global_arrays(case), *sinks_of(case))
+    return jax.jit(function)(*(arrays or global_arrays(case)), *sinks_of(case))
 
 
 def on_mesh(case, mesh, backend, **options):
@@ -156,6 +157,23 @@ def test_heads_of_sinks_are_spread_as_those_of_queries(case, method):
     results = whole(attend, case, batch)
     assert results[5].sharding.spec == results[6].sharding.spec == P("tp")
     assert_batch_is_right(case, results)
+
+
+def test_sinks_and_real_lengths_on_a_mesh_whose_axes_are_types():
+    """Arrays of no sharding are spread first; sinks of the mesh's function are those of calls without."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = jax.make_mesh((2, 2), ("tp", "cp"), devices=jax.devices()[:4])
+    (sinks,) = sinks_of(ALL)
+    fixed, given = (on_mesh(ALL, mesh, "reference", head_axis="tp", sinks=x) for x in (sinks, None))
+    with jax.set_mesh(mesh):
+        batch = given.prepare_batch(ALL.cu_seqlens, jnp.asarray(ALL.lengths_real, jnp.int32))
+        rows, lse = P("cp", "tp"), P("tp", "cp")  # which gradients want of cotangents alone
+        specs = rows, rows, rows, rows, lse
+        arrays = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(global_arrays(ALL), specs, strict=True)]
+        results = whole(given, ALL, batch, arrays)
+        assert_same(jax.jit(fixed)(*global_arrays(ALL)[:3], batch), (*results[:2], results[5]))
+    assert_batch_is_right(ALL, results)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -103,6 +103,8 @@ WRONGLY_PREPARED = {
         r"lengths: expected real lengths from 0 to the 16 rows of the sequence, got 17 \(sequence 1\)",
     ),
     "layout": ({"layout": "tokens"}, "layout: expected 'document' or 'row', got 'tokens'"),
+    "row_length of documents": ({"row_length": 24}, "row_length: expected None with layout 'document', got 24"),
+    "rows of documents": ({"rows": 2}, "rows: expected 1 with layout 'document', got 2"),
     "no row_length": ({"layout": "row"}, "row_length: expected a multiple of 2 \\* world_size = 4.* got None"),
     "uneven row_length": ({"layout": "row", "row_length": 6}, "row_length: expected a multiple of .* = 4.* got 6"),
     "rows": ({"layout": "row", "row_length": 24, "rows": 0}, "rows: expected a positive number of packed rows, got 0"),

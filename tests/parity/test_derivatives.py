@@ -156,6 +156,41 @@ def test_jax_on_one_device(kernels, kernel_backend):
     check(backend, jax_transforms(jax_loss(backend, k, v), q), whole_gradient(), jax_close)
 
 
+SINKS = np.array([0.5, -1.0], np.float32)
+
+
+@functools.cache
+def gradient_of_sinks():
+    """That of the squares of out for all of `arrays`, by the reference of JAX."""
+    q, k, v = map(jnp.asarray, arrays())
+    return np.asarray(jax.grad(jax_loss_of_sinks("reference", q, k, v))(jnp.asarray(SINKS)))
+
+
+def jax_loss_of_sinks(backend, q, k, v):
+    cu_seqlens = np.array(CU_SEQLENS, np.int32)
+    return lambda sinks: (zigzag_jax.zigzag_attention(q, k, v, cu_seqlens, sinks=sinks, backend=backend) ** 2).sum()
+
+
+@pytest.mark.parametrize("kernels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["reference", "kernels"])
+def test_sinks_of_jax(kernels, kernel_backend):
+    backend = kernel_backend if kernels else "reference"
+    loss = jax_loss_of_sinks(backend, *map(jnp.asarray, arrays()))
+    check(backend, jax_transforms(loss, jnp.asarray(SINKS)), gradient_of_sinks(), jax_close)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+def test_sinks_of_torch(kernels, kernel_backend):
+    backend = kernel_backend if kernels else "reference"
+    q, k, v, sinks = (torch.tensor(x, device="cuda" if GPU else "cpu") for x in (*arrays(), SINKS))
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=q.device)
+
+    def loss(sinks):
+        return zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, sinks=sinks, backend=backend).square().sum()
+
+    check(backend, torch_transforms(loss, sinks), gradient_of_sinks(), torch_close)
+
+
 def jax_close(ours, theirs, where):
     np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=where)
 
