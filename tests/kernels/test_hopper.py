@@ -119,6 +119,25 @@ def test_masks_and_caps_that_take_other_kernels_or_tiles(monkeypatch):
 
 
 @needs_triton
+def test_tiles_of_query_rows_under_narrow_windows():
+    """They walk through few blocks: tiles of short sequences, and several heads a program in the forward."""
+
+    def served(head_dim, **options):
+        plain = problem(head_dim=head_dim, tokens=32768, world_size=1)
+        asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
+        found = [launches_of(asked, operation)[0].constexprs for operation in (Operation.FORWARD, Operation.DQ)]
+        return [(x["BLOCK_M"], x["BLOCK_N"], x["HEADS_TOGETHER"]) for x in found]
+
+    assert served(64, window_size=(127, -1)) == [(256, 64, 8), (192, 64, 4)]
+    assert served(128, window_size=(1023, -1)) == [(128, 128, 4), (128, 128, 1)]
+    assert served(128, attention_chunk=1024) == [(128, 128, 4), (128, 128, 1)]
+    assert served(128, window_size=(4095, -1)) == served(128, softcap=30.0) == served(128)
+    assert served(64, has_sinks=True, return_max_logits=True) == served(64)
+    wide = {"window_size": (127, -1), "causal": False}  # no limit on the other side
+    assert served(128, **wide) == served(128)
+
+
+@needs_triton
 def test_one_kernel_has_the_whole_backward_where_bits_may_differ():
     for deterministic, expected in ((True, ["hopper_dkdv", "hopper_dq"]), (False, ["hopper_fused"])):
         step = plan.plan_step(problem(deterministic=deterministic))

@@ -39,6 +39,7 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
     Keys = struct_in_numpy(key_stream.Keys, **names)
     blocks_to_hide = in_numpy(masks.blocks_to_hide)
     number_blocks = in_numpy(masks.number_blocks, HeadBlocks=struct_in_numpy(masks.HeadBlocks))
+    next_block = in_numpy(key_stream.next_block)
     rng = np.random.default_rng(slots)
     for _ in range(200):
         block, kv_row, chunk_length = (int(rng.integers(*x)) for x in ((1, 9), (0, 5), (1, 30)))
@@ -69,7 +70,7 @@ def test_blocks_bring_every_key_once_and_hide_what_is_not_seen(slots):
                 for visit, keys_shown in zip(visits, shown, strict=True):
                     np.add.at(visit, keys_shown[keys_shown >= 0], 1)
                 assert (shown != -2).all()
-                brought = walk.next(brought, i + 1, count, 2)
+                brought = next_block(walk, brought, i + 1, count, 2)
             np.testing.assert_array_equal(visits, np.arange(keys) < limits[:, None])
 
 
@@ -94,10 +95,11 @@ def test_the_producer_of_keys_brings_no_block_before_its_stage_is_left(v_behind,
     keys = Keys(seen=4 * length - 2, kv_row=5, kv_chunk=0, SLOTS=1, BLOCK_N=length)
     keys.descriptor = lambda array, *_: f"descriptor of {array}"
     stream = types.SimpleNamespace(
-        geometry=types.SimpleNamespace(HEADS_TOGETHER=heads), keys=keys, k="k", v="v", load=load,
+        geometry=types.SimpleNamespace(HEADS_TOGETHER=heads), keys=keys, k="k", v="v", load=load, CHUNKS=False,
         empty=types.SimpleNamespace(wait=wait),
     )  # fmt: skip
-    produce = in_numpy(key_stream.produce_keys)
+    names = {name: in_numpy(getattr(key_stream, name)) for name in ("next_block", "_load_bounded")}
+    produce = in_numpy(key_stream.produce_keys, **names)
     produce.__globals__["gl"].to_tensor = int
     produce(stream, "k", "v", 0, v_behind)
     rows = [5 + 3 * length, 5 + 2 * length, 5 + length, 5]

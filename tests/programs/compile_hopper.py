@@ -31,7 +31,9 @@ SPILLS = {
     "hopper_dq_short": 96,
     "hopper_forward_short": 8,
 }
-SPILLS_OF_OPTIONS = 176  # more, where masks are ranges of keys and scores are capped
+# More, where masks are ranges of keys and scores are capped; the forward's are between one head and the next.
+SPILLS_OF_OPTIONS = {"hopper_forward_few": 576, "hopper_dq_few": 224}
+SPILLS_OF_OTHER_OPTIONS = 176
 SPILLS_UNTUNED = 320
 LONG, FEW, SHORT = LENGTHS = (8192, 1), (2048, 1), (8192, 64)  # tokens, sequences
 OPTIONS = {"window_size": (1023, -1), "softcap": 50.0, "has_lengths": True, "layout": Layout.ROW}
@@ -99,7 +101,8 @@ def main():
             check(kernel, launch, compiled, kinds, head_dim, dtype)
             spilt = int(report.split(" bytes spill stores")[0].split()[-1])
             most = SPILLS.get(name, 0) if TUNED else SPILLS_UNTUNED
-            assert spilt <= most + (SPILLS_OF_OPTIONS if options else 0), (name, head_dim, options, report)
+            most += SPILLS_OF_OPTIONS.get(name, SPILLS_OF_OTHER_OPTIONS) if options else 0
+            assert spilt <= most, (name, head_dim, options, report)
             assert not (TUNED and "C75" in report), report
             print(name)
 

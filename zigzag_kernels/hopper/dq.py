@@ -8,14 +8,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..base2 import LOG2_E
-from ..segments.lookup import load_segment, tile_and_head
+from ..segments.lookup import tile_and_head
+from ..segments.ranges import make_mask
 from .geometry import Geometry
 from .keys import KeyStream, make_key_stream, produce_keys
-from .masks import HeadBlocks, blocks_to_hide, number_blocks
-from .owned import Strided, own_query_rows
+from .masks import mask_rows
+from .owned import Strided, load_query_tile, own_query_rows
 from .releases import SINCE_3_8, struct, thread_barrier
 from .results import result_layout, store_tile
+from .scores import cap_scores, score_scale_log2
 from .warps import opaque, specialize_warps
 
 
@@ -25,6 +26,7 @@ class _Dq:
 
     geometry: Geometry
     tile: gl.tuple  # the `QueryTile`
+    position: gl.tuple  # its `Position`, or nothing unless the mask is ranged
     first_kv_head: gl.tensor  # int64
     T: gl.tensor
     q: Strided
@@ -36,7 +38,9 @@ class _Dq:
     dout_buffers: gl.shared_memory_descriptor
     stream: KeyStream
     HEADS: gl.constexpr
+    MASK: gl.constexpr  # the `Mask`, or None unless it is ranged
     SOFTMAX_SCALE: gl.constexpr
+    SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
     ACCUMULATE: gl.constexpr
 
@@ -49,7 +53,7 @@ class _HeadRows:
     lse2: gl.tensor  # [64]
     delta: gl.tensor  # [64]
     zero: gl.tensor  # [64, BLOCK_N]
-    blocks: HeadBlocks
+    blocks: gl.base_value  # `HeadBlocks` or `RangedHeadBlocks`
 
 
 @gluon.jit
@@ -64,7 +68,11 @@ def _block(program, head, scores, dq, i, ragged):
     dp = stream.v.issue_scores(head.dout, i, head.zero)
     # The scores are complete as soon as one product is left, dP: the exponentials run beside it.
     scores = hopper.warpgroup_mma_wait(1, [scores])
-    p = gl.exp2(scores * program.SCALE_LOG2 - head.lse2[:, None])
+    if program.SOFTCAP > 0:
+        capped = cap_scores(scores, program.SOFTMAX_SCALE, program.SOFTCAP)
+        p = gl.exp2(capped * program.SCALE_LOG2 - head.lse2[:, None]) * (1.0 - capped * capped)
+    else:
+        p = gl.exp2(scores * program.SCALE_LOG2 - head.lse2[:, None])
     # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials.
     stream.v.wait(i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
@@ -114,34 +122,34 @@ def _consumer(warpgroup: gl.constexpr, program):
     # 3.8 on it takes what registers there are, which makes the loop without that layout wait for every product.
     PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and geometry.STREAMED == 64 and not SINCE_3_8
     RESULT: gl.constexpr = geometry.SUMS if PLAIN else result_layout(BLOCK_D, program.dq_ptr.dtype.element_ty)
-    own = own_query_rows(warpgroup, program.tile, geometry)
+    own = own_query_rows(warpgroup, program.tile, program.position, geometry, program.MASK)
+    end = own.real_end()
     q = program.q_buffers.index(warpgroup)
     dout = program.dout_buffers.index(warpgroup)
-    q_rows = own.load(program.q, program.first_kv_head, own.end)
-    dout_rows = own.load(program.dout, program.first_kv_head, own.end)
+    q_rows = own.load(program.q, program.first_kv_head, end)
+    dout_rows = own.load(program.dout, program.first_kv_head, end)
     rows = own.numbers(SCORES)
-    limit = own.keys_seen(rows)
-    seen_by_all = own.keys_seen(own.first)
+    mask = mask_rows(own, SCORES)
     zero = gl.zeros([64, geometry.STREAMED], gl.float32, SCORES)
     count = stream.keys.count_blocks()
-    hidden, ragged = blocks_to_hide(stream.keys, count, seen_by_all)
+    counted = mask.count(stream.keys, count)
     scale = gl.where(own.kv_len < 0, float("nan"), program.SOFTMAX_SCALE)  # invalid tables: all becomes NaN
     for n in range(HEADS_TOGETHER):
         kv_head = program.first_kv_head + n
-        blocks = number_blocks(stream, n, count, hidden, ragged, limit)
+        blocks = mask.number(stream, n, count, counted)
         q.store(q_rows)
         dout.store(dout_rows)
         hopper.fence_async_shared()
         # The warps of this consumer wait for each other: a product reads rows that all of them stored.
         thread_barrier()
         statistics = n * program.T.to(gl.int64) * GROUP + own.q_row * GROUP + rows
-        lse2 = gl.load(program.lse2_ptr + statistics, mask=rows < own.end, other=float("inf"))
-        delta = gl.load(program.delta_ptr + statistics, mask=rows < own.end, other=0.0)
+        lse2 = gl.load(program.lse2_ptr + statistics, mask=rows < end, other=float("inf"))
+        delta = gl.load(program.delta_ptr + statistics, mask=rows < end, other=0.0)
         head = _HeadRows(dout=dout, lse2=lse2, delta=delta, zero=zero, blocks=blocks)
         dq = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
         dq = _sum_blocks(program, head, q, dq)
         if HEADS_TOGETHER > 1:  # the next rows come while these results leave
-            last = gl.where(n < HEADS_TOGETHER - 1, own.end, 0)
+            last = gl.where(n < HEADS_TOGETHER - 1, end, 0)
             q_rows = own.load(program.q, kv_head + 1, last)
             dout_rows = own.load(program.dout, kv_head + 1, last)
         out_rows, places = own.result_places(kv_head, program.HEADS, RESULT)
@@ -163,7 +171,8 @@ def backward_dq_hopper(
     """Arguments and results: `portable.dq.backward_dq`. BLOCK_M is 64 rows for each consumer."""
     tile_number, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
-    tile = load_segment(segments_ptr, n_segments, tile_number, T, CAUSAL, GROUP, BLOCK_M)
+    MASK: gl.constexpr = make_mask(CAUSAL, LEFT, RIGHT, CHUNK) if RANGED else None
+    tile, position = load_query_tile(segments_ptr, n_segments, tile_number, T, GROUP, BLOCK_M, CAUSAL, RANGED)
     if tile.row >= tile.q_len * GROUP:
         return
     if ACCUMULATE and tile.kv_len == 0:
@@ -181,13 +190,14 @@ def backward_dq_hopper(
     OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]
     q_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     dout_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
-    stream = make_key_stream(tile, geometry)
+    stream = make_key_stream(tile, position, geometry, MASK)
     hopper.fence_async_shared()
     program = _Dq(
-        geometry=geometry, tile=tile, first_kv_head=first_kv_head, T=T,
+        geometry=geometry, tile=tile, position=position, first_kv_head=first_kv_head, T=T,
         q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH),
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH), delta_ptr=delta_ptr, lse2_ptr=lse2_ptr,
         dq_ptr=dq_ptr, q_buffers=q_buffers, dout_buffers=dout_buffers, stream=stream, HEADS=HEADS,
-        SOFTMAX_SCALE=SOFTMAX_SCALE, SCALE_LOG2=SOFTMAX_SCALE * LOG2_E, ACCUMULATE=ACCUMULATE,
+        MASK=MASK, SOFTMAX_SCALE=SOFTMAX_SCALE, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
+        ACCUMULATE=ACCUMULATE,
     )  # fmt: skip
     specialize_warps(_consumer, (program,), geometry.WARPGROUPS, (produce_keys, (stream, k, v, slot_rows, False), 4))

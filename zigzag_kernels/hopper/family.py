@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ..checks import DTYPE_BYTES
 from ..family import Draft, Family
+from ..heuristics import SMALL_HEAD_DIM
 from ..launch import Launch, Output
 from ..modes import LengthClass, Operation
 from ..problem import Problem, segment_table_shapes
@@ -37,6 +38,8 @@ class Hopper(Family):
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
         if operation is Operation.DKDV and rules.wants_few_keys(problem):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
+        if not operation.owns_keys and rules.is_narrow(problem):
+            return _for_few_blocks(operation, problem.head_dim, config)
         return config
 
     def shared_memory(
@@ -81,8 +84,18 @@ class Hopper(Family):
         resources = {"num_warps": draft.config.num_warps, "scratch": 2 * DESCRIPTOR_BYTES}
         if operation is Operation.FUSED_BACKWARD:
             return _fused_launches(draft, constexprs, resources | {"scratch": 3 * DESCRIPTOR_BYTES})
+        if draft.problem.ranged and draft.problem.slots > 1 and not operation.owns_keys:
+            resources["scratch"] += DESCRIPTOR_BYTES  # for the block with the last key
         constexprs["HEADS_TOGETHER"] = draft.heads_together
         return (draft.launch(_load_kernel(operation), constexprs, **resources),)
+
+
+def _for_few_blocks(operation: Operation, head_dim: int, config: TileConfig) -> TileConfig:
+    """Return `config` for programs that walk through few blocks of keys: they take several heads, head by head."""
+    small = head_dim <= SMALL_HEAD_DIM
+    if operation is Operation.FORWARD:
+        return replace(config, tiles_together=0, heads_together=max(config.heads_together, 8 if small else 4))
+    return config if small else replace(config, tiles_together=0)
 
 
 def _load_kernel(operation: Operation):

@@ -9,13 +9,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from ..base2 import LN_2, LOG2_E
-from ..segments.lookup import load_segment, tile_and_head
+from ..segments.lookup import tile_and_head
+from ..segments.ranges import make_mask
 from .geometry import Geometry
 from .keys import KeyStream, make_key_stream, produce_keys
-from .masks import blocks_to_hide, number_blocks
-from .owned import Strided, own_query_rows
+from .masks import mask_rows
+from .owned import Strided, load_query_tile, own_query_rows
 from .releases import struct, thread_barrier
 from .results import result_layout
+from .scores import cap_scores, score_scale_log2
 from .warps import specialize_warps
 
 # A score that no key has: finite, so that a row whose first blocks are all hidden gives no NaN; the first key it sees
@@ -30,24 +32,32 @@ class _Forward:
 
     geometry: Geometry
     tile: gl.tuple  # the `QueryTile`
+    position: gl.tuple  # its `Position`, or nothing unless the mask is ranged
     first_kv_head: gl.tensor  # int64
     T: gl.tensor
     q: Strided
+    sinks_ptr: gl.tensor
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
     q_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
     stream: KeyStream
     HEADS: gl.constexpr
+    MASK: gl.constexpr  # the `Mask`, or None unless it is ranged
+    SOFTMAX_SCALE: gl.constexpr
+    SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
+    HAS_SINKS: gl.constexpr
+    HAS_MAX: gl.constexpr
     ACCUMULATE: gl.constexpr
 
 
 @struct
 class _RowResult:
-    """The log-sum-exp of each row, and the factor that makes its output of its sum over V."""
+    """The log-sum-exp of each row, its largest score, and the factor that makes its output of its sum over V."""
 
     factor: gl.tensor  # [64]
     lse2: gl.tensor  # [64], base 2
+    largest2: gl.tensor  # [64], base 2
 
 
 @struct
@@ -68,16 +78,29 @@ class _Softmax:
         return p, rescale, _Softmax(maximum=maximum, total=total, SCALE_LOG2=self.SCALE_LOG2)
 
     @gluon.jit
-    def finish(self, kv_len):
-        """Return the `_RowResult` of rows whose blocks have all been added."""
+    def add_sinks(self, sinks):
+        """Return the `_Softmax` with one more logit in the total of each row: `sinks [64]`, base 2."""
+        maximum = gl.maximum(self.maximum, sinks)
+        total = self.total * gl.exp2(self.maximum - maximum) + gl.exp2(sinks - maximum)
+        return _Softmax(maximum=maximum, total=total, SCALE_LOG2=self.SCALE_LOG2)
+
+    @gluon.jit
+    def blind(self):
+        """Return whether each row sees no key, if every block has been hidden from such rows."""
         # The maximum of a row that sees no key is HIDDEN, scaled.
-        blind = self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5
+        return self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5
+
+    @gluon.jit
+    def finish(self, blind, largest2, kv_len, factor):
+        """Return the `_RowResult` of rows whose blocks have all been added. Sums over V still lack `factor`."""
         lse2 = gl.where(blind, float("-inf"), self.maximum + gl.log2(self.total))
-        factor = gl.where(blind, 0.0, 1.0 / self.total)
+        factor = gl.where(blind, 0.0, factor / self.total)
+        largest2 = gl.where(blind, float("-inf"), largest2)
         if kv_len < 0:  # invalid tables: every result becomes NaN
             lse2 = lse2 + float("nan")
             factor = factor + float("nan")
-        return _RowResult(factor=factor, lse2=lse2)
+            largest2 = largest2 + float("nan")
+        return _RowResult(factor=factor, lse2=lse2, largest2=largest2)
 
 
 @gluon.jit
@@ -96,6 +119,15 @@ def _first_softmax(scores, SCALE_LOG2: gl.constexpr):
 
 
 @gluon.jit
+def _cap(forward, scores):
+    """Return `scores`, or what the cap makes of them."""
+    if forward.SOFTCAP > 0:
+        return cap_scores(scores, forward.SOFTMAX_SCALE, forward.SOFTCAP)
+    else:
+        return scores
+
+
+@gluon.jit
 def _attend(forward, blocks, q_buffer, zero):
     """Attend the `HeadBlocks` of one head: return (the sums over V of the rows in `q_buffer`, their `_Softmax`)."""
     geometry = forward.geometry
@@ -111,6 +143,7 @@ def _attend(forward, blocks, q_buffer, zero):
         scores = hopper.warpgroup_mma_wait(0, [scores])
         # The producer waits until all consumers have left the first K: there is no V before it.
         stream.empty.leave(begin)
+        scores = _cap(forward, scores)
         scores, ragged = blocks.hide(scores, HIDDEN, begin, ragged)
         p, softmax = _first_softmax(scores, forward.SCALE_LOG2)
         p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
@@ -121,6 +154,7 @@ def _attend(forward, blocks, q_buffer, zero):
             acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
             # The scores are complete as soon as one product is left, that with V: the softmax runs beside it.
             scores = hopper.warpgroup_mma_wait(1, [s_token])
+            scores = _cap(forward, scores)
             scores, ragged = blocks.hide(scores, HIDDEN, i, ragged)
             p, rescale, softmax = softmax.add(scores)
             # Already complete: a branch that keeps the assembler from hoisting the next wait above the softmax.
@@ -150,7 +184,7 @@ def _fold(result, before):
     none = sums == 0.0
     sums = gl.where(none, 1.0, sums)
     lse2 = gl.where(none, float("-inf"), largest + gl.log2(sums))
-    return _RowResult(factor=result.factor * (now / sums), lse2=lse2), then / sums
+    return _RowResult(factor=result.factor * (now / sums), lse2=lse2, largest2=result.largest2), then / sums
 
 
 @gluon.jit
@@ -177,8 +211,29 @@ def _store(forward, own, kv_head, acc, result):
     out = acc * gl.convert_layout(result.factor, gl.SliceLayout(1, SUMS))[:, None]
     if forward.ACCUMULATE:
         out = gl.convert_layout(out, RESULT) + gl.load(out_ptrs, mask=out_mask, other=0.0) * kept[:, None]
+    if forward.HAS_MAX:
+        max_ptr = forward.lse_ptr + forward.HEADS * forward.T.to(gl.int64)
+        largest = result.largest2 * LN_2
+        if forward.ACCUMULATE:
+            largest = gl.maximum(largest, gl.load(max_ptr + statistics, mask=inside, other=0.0))
+        gl.store(max_ptr + statistics, largest, mask=inside)
     gl.store(forward.lse_ptr + statistics, result.lse2 * LN_2, mask=inside)
     gl.store(out_ptrs, gl.convert_layout(out.to(forward.out_ptr.dtype.element_ty), RESULT), mask=out_mask)
+
+
+@gluon.jit
+def _finish(forward, own, mask, softmax, sinks):
+    """Return the `_RowResult` of the rows `own`; `sinks [64]`, base 2, count if there are any."""
+    if forward.MASK is None:
+        blind = softmax.blind()
+    else:  # rows of padding are hidden from no block that all others see
+        blind = mask.first >= mask.limit
+    if forward.HAS_SINKS:
+        with_sinks = softmax.add_sinks(sinks)
+        factor = gl.exp2(softmax.maximum - with_sinks.maximum)
+        return with_sinks.finish(blind, softmax.maximum, own.kv_len, factor)
+    else:
+        return softmax.finish(blind, softmax.maximum, own.kv_len, 1.0)
 
 
 @gluon.jit
@@ -186,12 +241,12 @@ def _consumer(warpgroup: gl.constexpr, forward):
     """Compute the output of 64 rows of the tile, for one KV head after the other."""
     geometry = forward.geometry
     stream = forward.stream
+    GROUP: gl.constexpr = geometry.GROUP
     HEADS_TOGETHER: gl.constexpr = geometry.HEADS_TOGETHER
-    own = own_query_rows(warpgroup, forward.tile, geometry)
+    own = own_query_rows(warpgroup, forward.tile, forward.position, geometry, forward.MASK)
     q_buffer = forward.q_buffers.index(warpgroup)
-    q = own.load(forward.q, forward.first_kv_head, own.end)
-    limit = own.keys_seen(own.numbers(geometry.SCORES))
-    seen_by_all = own.keys_seen(own.first)
+    q = own.load(forward.q, forward.first_kv_head, own.real_end())
+    mask = mask_rows(own, geometry.SCORES)
     zero = gl.zeros([64, geometry.STREAMED], gl.float32, geometry.SCORES)
     for n in range(HEADS_TOGETHER):
         kv_head = forward.first_kv_head + n
@@ -200,12 +255,15 @@ def _consumer(warpgroup: gl.constexpr, forward):
         # The warps of this consumer wait for each other: a product reads rows that all of them stored.
         thread_barrier()
         count = stream.keys.count_blocks()
-        hidden, ragged = blocks_to_hide(stream.keys, count, seen_by_all)
-        blocks = number_blocks(stream, n, count, hidden, ragged, limit)
+        blocks = mask.number(stream, n, count, mask.count(stream.keys, count))
         acc, softmax = _attend(forward, blocks, q_buffer, zero)
+        sinks = softmax.maximum
+        if forward.HAS_SINKS:  # asked for before the blocks, they would take registers from the loop: 11 to 18 % slower
+            heads = kv_head * GROUP + own.numbers(geometry.SCORES) % GROUP
+            sinks = gl.load(forward.sinks_ptr + heads) * LOG2_E
         if HEADS_TOGETHER > 1:  # the next queries come while these results leave
-            q = own.load(forward.q, kv_head + 1, gl.where(n < HEADS_TOGETHER - 1, own.end, 0))
-        _store(forward, own, kv_head, acc, softmax.finish(own.kv_len))
+            q = own.load(forward.q, kv_head + 1, gl.where(n < HEADS_TOGETHER - 1, own.real_end(), 0))
+        _store(forward, own, kv_head, acc, _finish(forward, own, mask, softmax, sinks))
 
 
 @gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
@@ -223,7 +281,8 @@ def attention_forward_hopper(
     """Arguments and results: `portable.forward.attention_forward`. BLOCK_M is 64 rows for each consumer."""
     tile_number, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
-    tile = load_segment(segments_ptr, n_segments, tile_number, T, CAUSAL, GROUP, BLOCK_M)
+    MASK: gl.constexpr = make_mask(CAUSAL, LEFT, RIGHT, CHUNK) if RANGED else None
+    tile, position = load_query_tile(segments_ptr, n_segments, tile_number, T, GROUP, BLOCK_M, CAUSAL, RANGED)
     if tile.row >= tile.q_len * GROUP:
         return
     if ACCUMULATE and tile.kv_len == 0:
@@ -237,11 +296,13 @@ def attention_forward_hopper(
     k = Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH).from_head(head)
     v = Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH).from_head(head)
     q_buffers = gl.allocate_shared_memory(geometry.dtype, [geometry.WARPGROUPS, 64, BLOCK_D], geometry.OWNED_BUFFER)
-    stream = make_key_stream(tile, geometry)
+    stream = make_key_stream(tile, position, geometry, MASK)
     hopper.fence_async_shared()
     forward = _Forward(
-        geometry=geometry, tile=tile, first_kv_head=kv_head, T=T,
-        q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH), out_ptr=out_ptr, lse_ptr=lse_ptr,
-        q_buffers=q_buffers, stream=stream, HEADS=HEADS, SCALE_LOG2=SOFTMAX_SCALE * LOG2_E, ACCUMULATE=ACCUMULATE,
+        geometry=geometry, tile=tile, position=position, first_kv_head=kv_head, T=T,
+        q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH), sinks_ptr=sinks_ptr, out_ptr=out_ptr,
+        lse_ptr=lse_ptr, q_buffers=q_buffers, stream=stream, HEADS=HEADS, MASK=MASK, SOFTMAX_SCALE=SOFTMAX_SCALE,
+        SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP), HAS_SINKS=HAS_SINKS, HAS_MAX=HAS_MAX,
+        ACCUMULATE=ACCUMULATE,
     )  # fmt: skip
     specialize_warps(_consumer, (forward,), geometry.WARPGROUPS, (produce_keys, (stream, k, v, slot_rows, True), 4))

@@ -8,10 +8,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from ..segments.lookup import chunk_row
+from ..segments.lookup import chunk_row, key_index
+from ..segments.ranges import keys_of_positions
 from .geometry import Geometry
 from .releases import struct
 from .stages import EmptyStages, Ring, make_empty_stages, make_ring
+
+
+@gluon.constexpr_function
+def box_shape(dimensions, BLOCK_N, BLOCK_D):
+    """Return the shape of the boxes that the copy engine brings: rows of one place in all other dimensions."""
+    return [1] * (dimensions - 2) + [BLOCK_N, BLOCK_D]
 
 
 @gluon.jit
@@ -20,6 +27,18 @@ def count_keys(tile, geometry):
     last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
     last_token = last_row // geometry.GROUP
     return gl.maximum(gl.minimum(tile.diagonal + last_token + 1, tile.kv_len), 0)
+
+
+@gluon.jit
+def find_key_range(tile, position, geometry, MASK: gl.constexpr):
+    """Return (first key that a row of a ranged `QueryTile` sees, with which key those end that its rows see)."""
+    document = position.document
+    last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
+    first = position.first + tile.row // geometry.GROUP
+    last = gl.minimum(position.first + last_row // geometry.GROUP, document.real - 1)
+    end = keys_of_positions(last, document, MASK).end
+    end = gl.where(first <= last, end, 0)
+    return gl.minimum(keys_of_positions(first, document, MASK).begin, end), end
 
 
 @struct
@@ -86,29 +105,13 @@ class Keys:
         return chunk, below
 
     @gluon.jit
-    def next(self, before, i, blocks, HEADS_TOGETHER: gl.constexpr):
-        """Return the `KeyBlock` number `i`, which follows `before`.
-
-        It is the one below, or if `i` is a multiple of `blocks` the top block of the next head.
-        """
-        chunk, start = self.below(before.chunk, before.start)
-        head = before.head
-        if HEADS_TOGETHER > 1:
-            top_chunk, top_start, _ = self.top()
-            same_head = i - (head + 1) * blocks < 0
-            chunk = gl.where(same_head, chunk, top_chunk)
-            start = gl.where(same_head, start, top_start)
-            head = gl.where(same_head, head, head + 1)
-        return self.locate(chunk, start, head)
-
-    @gluon.jit
-    def descriptor(self, array, slot_rows, geometry):
+    def descriptor(self, array, slot_rows, geometry, TOP: gl.constexpr):
         """Make the copy engine's descriptor of the keys, [slot, row, head * head_dim], for boxes [1, BLOCK_N, BLOCK_D].
 
-        Rows end with the sequence in every slot, in one slot with the keys that are seen. Rows of a box behind the end
-        are zero: never those of another sequence, nor padding, which may be NaN.
+        It serves the TOP block and all others. Rows end with the sequence in every slot, in one slot with the keys that
+        are seen. Rows of a box behind the end are zero: never those of another sequence, nor padding, which may be NaN.
         """
-        BOX: gl.constexpr = [1, self.BLOCK_N, geometry.BLOCK_D]
+        BOX: gl.constexpr = box_shape(3, self.BLOCK_N, geometry.BLOCK_D)
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, geometry.dtype)
         end = self.kv_row + (self.seen if self.SLOTS == 1 else 2 * self.kv_chunk)
         return hopper.tma.make_tensor_descriptor(
@@ -118,30 +121,181 @@ class Keys:
 
 
 @struct
+class RangedKeys:
+    """The blocks of the keys `[begin, seen)` of one document, for masks that are ranges of keys.
+
+    In gathered K/V the first chunk begins `place` keys before the document, or several chunks lie before it. Its
+    blocks begin with the document there, and elsewhere with their chunk. Blocks have numbers that rise with the keys.
+    """
+
+    begin: gl.tensor
+    seen: gl.tensor
+    real: gl.tensor  # keys of the document that are not padding
+    kv_row: gl.tensor  # of the document's first key in one slot; of the first chunk of all, in several
+    kv_chunk: gl.tensor  # keys of a chunk, 1 at least
+    place: gl.tensor
+    SLOTS: gl.constexpr  # in one slot there are no chunks: keys follow each other
+    BLOCK_N: gl.constexpr
+
+    @gluon.jit
+    def lead(self):
+        """Return the number of keys by which the document's first chunk begins before the document."""
+        return self.place % self.kv_chunk
+
+    @gluon.jit
+    def blocks_of(self, keys):
+        """Return the number of blocks that `keys` of one chunk fill."""
+        return (keys + self.BLOCK_N - 1) // self.BLOCK_N
+
+    @gluon.jit
+    def number(self, key):
+        """Return the number of the block that `key` lies in."""
+        number = key // self.BLOCK_N
+        if self.SLOTS > 1:
+            per_chunk, lead = self.blocks_of(self.kv_chunk), self.lead()
+            chunk = (key + lead) // self.kv_chunk
+            later = chunk * per_chunk + (key + lead - chunk * self.kv_chunk) // self.BLOCK_N
+            number = gl.where(chunk == 0, per_chunk - self.blocks_of(self.kv_chunk - lead) + number, later)
+        return number
+
+    @gluon.jit
+    def find(self, number):
+        """Return (first key, key with which the chunk ends) of a block."""
+        if self.SLOTS == 1:
+            return number * self.BLOCK_N, self.seen
+        else:
+            per_chunk, lead = self.blocks_of(self.kv_chunk), self.lead()
+            chunk = number // per_chunk
+            end = (chunk + 1) * self.kv_chunk - lead
+            start = end - self.kv_chunk + (number - chunk * per_chunk) * self.BLOCK_N
+            # The blocks of the first chunk have the highest of its numbers.
+            first = (number - per_chunk + self.blocks_of(end)) * self.BLOCK_N
+            return gl.where(chunk == 0, first, start), end
+
+    @gluon.jit
+    def top(self):
+        """Return (chunk, first key, number of blocks) of the block with the last key, from which the walk begins."""
+        number = self.number(gl.maximum(self.seen - 1, 0))
+        start, _ = self.find(number)
+        chunk = number * 0
+        if self.SLOTS > 1:
+            chunk = (start + self.place) // self.kv_chunk
+        return chunk, start, gl.where(self.begin < self.seen, number - self.number(self.begin) + 1, 0)
+
+    @gluon.jit
+    def count_blocks(self):
+        """Return the number of blocks."""
+        _, _, blocks = self.top()
+        return blocks
+
+    @gluon.jit
+    def locate(self, chunk, start, head):
+        """Return the `KeyBlock` of `head` that begins with key `start` of `chunk`; in several slots, by its chunk."""
+        if self.SLOTS == 1:
+            slot, row = start * 0, self.kv_row + start
+        else:
+            slot, row = chunk_row(chunk, 0, 1, self.SLOTS), self.place + start - chunk * self.kv_chunk
+        return KeyBlock(chunk=chunk, start=start, head=head, slot=slot, row=row)
+
+    @gluon.jit
+    def below(self, chunk, start):
+        """Return (chunk, first key) of the block below the one that begins with key `start` of `chunk`."""
+        below = start - self.BLOCK_N
+        if self.SLOTS > 1:
+            end = chunk * self.kv_chunk - self.place  # of the chunk below
+            crossed = below < end
+            begin = gl.maximum(end - self.kv_chunk, 0)
+            chunk = gl.where(crossed, chunk - 1, chunk)
+            below = gl.where(crossed, begin + (end - begin - 1) // self.BLOCK_N * self.BLOCK_N, below)
+        return chunk, below
+
+    @gluon.jit
+    def descriptor(self, array, slot_rows, geometry, TOP: gl.constexpr):
+        """Make the copy engine's descriptor of the keys. Rows of a box behind the end are zero.
+
+        In one slot it is [1, row, head * head_dim] and ends with the keys that are seen. In several it is
+        [slot, early or late chunk, row, head * head_dim] and ends with each chunk; for the block with the last key,
+        the TOP one, it ends with the keys that are not padding, if the chunk does not end before.
+        """
+        columns = geometry.HEADS_TOGETHER * geometry.HEAD_DIM
+        slot_stride = slot_rows.to(gl.int64) * array.STRIDE_T
+        if self.SLOTS == 1:
+            BOX: gl.constexpr = box_shape(3, self.BLOCK_N, geometry.BLOCK_D)
+            return hopper.tma.make_tensor_descriptor(
+                array.ptr, [1, self.kv_row + self.seen, columns], [slot_stride, array.STRIDE_T, 1], BOX,
+                gl.NVMMASharedLayout.get_default_for(BOX, geometry.dtype),
+            )  # fmt: skip
+        else:
+            BOX: gl.constexpr = box_shape(4, self.BLOCK_N, geometry.BLOCK_D)
+            rows = self.kv_chunk
+            if TOP:
+                chunk, _, _ = self.top()
+                rows = gl.minimum(rows, self.place + self.real - chunk * self.kv_chunk)
+            return hopper.tma.make_tensor_descriptor(
+                array.ptr + self.kv_row.to(gl.int64) * array.STRIDE_T, [self.SLOTS, 2, rows, columns],
+                [slot_stride, self.kv_chunk.to(gl.int64) * array.STRIDE_T, array.STRIDE_T, 1], BOX,
+                gl.NVMMASharedLayout.get_default_for(BOX, geometry.dtype),
+            )  # fmt: skip
+
+
+@gluon.jit
+def next_block(keys, before, i, blocks, HEADS_TOGETHER: gl.constexpr):
+    """Return the `KeyBlock` number `i`, which follows `before`.
+
+    It is the one below, or if `i` is a multiple of `blocks` the top block of the next head.
+    """
+    chunk, start = keys.below(before.chunk, before.start)
+    head = before.head
+    if HEADS_TOGETHER > 1:
+        top_chunk, top_start, _ = keys.top()
+        same_head = i - (head + 1) * blocks < 0
+        chunk = gl.where(same_head, chunk, top_chunk)
+        start = gl.where(same_head, start, top_start)
+        head = gl.where(same_head, head, head + 1)
+    return keys.locate(chunk, start, head)
+
+
+@struct
 class KeyStream:
     """K and V of the keys that a tile sees, block by block, for all heads of the program."""
 
     geometry: Geometry
-    keys: Keys
+    keys: gl.base_value  # `Keys` or `RangedKeys`
     k: Ring
     v: Ring
     numbers: gl.shared_memory_descriptor  # 0 to BLOCK_N - 1, for `HeadBlocks`
     empty: EmptyStages
+    CHUNKS: gl.constexpr  # whether boxes are places in a chunk: see `RangedKeys.descriptor`
 
     @gluon.jit
     def load(self, ring, descriptor, block, i):
         """Bring `block` as block `i` into `ring`."""
-        ring.load(descriptor, [block.slot, block.row, block.head * self.geometry.HEAD_DIM], i)
+        column = block.head * self.geometry.HEAD_DIM
+        if self.CHUNKS:
+            late = gl.where(block.chunk < self.geometry.SLOTS, 0, 1)
+            ring.load(descriptor, [block.slot, late, block.row, column], i)
+        else:
+            ring.load(descriptor, [block.slot, block.row, column], i)
 
 
 @gluon.jit
-def make_key_stream(tile, geometry):
-    """Make the `KeyStream` of the keys that a `QueryTile` sees."""
-    seen = count_keys(tile, geometry)
+def make_key_stream(tile, position, geometry, MASK: gl.constexpr):
+    """Make the `KeyStream` of the keys that a `QueryTile` at `position` sees."""
     BLOCK_N: gl.constexpr = geometry.STREAMED
-    keys = Keys(seen=seen, kv_row=tile.kv_row, kv_chunk=tile.kv_chunk, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N)
-    k = make_ring([1, BLOCK_N, geometry.BLOCK_D], geometry, 1)
-    v = make_ring([1, BLOCK_N, geometry.BLOCK_D], geometry, 1)
+    if MASK is None:
+        seen = count_keys(tile, geometry)
+        keys = Keys(seen=seen, kv_row=tile.kv_row, kv_chunk=tile.kv_chunk, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N)
+    else:
+        begin, seen = find_key_range(tile, position, geometry, MASK)
+        document = position.document
+        keys = RangedKeys(
+            begin=begin, seen=seen, real=key_index(document, document.real), kv_row=tile.kv_row,
+            kv_chunk=gl.maximum(tile.kv_chunk, 1), place=document.place, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
+    CHUNKS: gl.constexpr = MASK is not None and geometry.SLOTS > 1
+    BOX: gl.constexpr = box_shape(4 if CHUNKS else 3, BLOCK_N, geometry.BLOCK_D)
+    k = make_ring(BOX, geometry, 1)
+    v = make_ring(BOX, geometry, 1)
     numbers = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     return KeyStream(
         geometry=geometry,
@@ -150,6 +304,7 @@ def make_key_stream(tile, geometry):
         v=v,
         numbers=gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]), numbers),
         empty=make_empty_stages(geometry),
+        CHUNKS=CHUNKS,
     )
 
 
@@ -157,31 +312,52 @@ def make_key_stream(tile, geometry):
 def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
     """Bring all blocks of K and V, in the order in which consumers use them.
 
-    With V_BEHIND they use V of a block together with K of the next.
+    With V_BEHIND they use V of a block together with K of the next. What they multiply by probabilities, then V, else
+    K, must not hold padding even where the mask hides it: it may be NaN.
     """
     HEADS_TOGETHER: gl.constexpr = stream.geometry.HEADS_TOGETHER
+    CHUNKS: gl.constexpr = stream.CHUNKS
     keys = stream.keys
     chunk, start, blocks = keys.top()
     if blocks > 0:
         # Descriptors are made while the consumers load their rows, that of V while the first K is on its way. The first
         # stage is empty: the producer waits for nobody.
-        k_desc = keys.descriptor(k, slot_rows, stream.geometry)
+        k_desc = keys.descriptor(k, slot_rows, stream.geometry, not V_BEHIND)
         block = keys.locate(chunk, start, gl.to_tensor(0))
         stream.load(stream.k, k_desc, block, 0)
-        v_desc = keys.descriptor(v, slot_rows, stream.geometry)
+        v_desc = keys.descriptor(v, slot_rows, stream.geometry, V_BEHIND)
         if not V_BEHIND:
             stream.load(stream.v, v_desc, block, 0)
+        top_desc = v_desc if V_BEHIND else k_desc
+        if CHUNKS:
+            if V_BEHIND:
+                v_desc = keys.descriptor(v, slot_rows, stream.geometry, False)
+            else:
+                k_desc = keys.descriptor(k, slot_rows, stream.geometry, False)
         for i in range(1, blocks * HEADS_TOGETHER):
             before = block
-            block = keys.next(before, i, blocks, HEADS_TOGETHER)
+            block = next_block(keys, before, i, blocks, HEADS_TOGETHER)
             # The producer waits until all consumers have left block i - STAGES of K and the V that came with it.
             stream.empty.wait(i)
-            stream.load(stream.k, k_desc, block, i)
             if V_BEHIND:
-                stream.load(stream.v, v_desc, before, i - 1)
+                stream.load(stream.k, k_desc, block, i)
+                _load_bounded(stream, stream.v, v_desc, top_desc, before, i - 1, blocks)
             else:
+                _load_bounded(stream, stream.k, k_desc, top_desc, block, i, blocks)
                 stream.load(stream.v, v_desc, block, i)
         if V_BEHIND:
             # The producer waits until all consumers have left the V that the last one replaces.
             stream.empty.wait(blocks * HEADS_TOGETHER)
-            stream.load(stream.v, v_desc, block, blocks * HEADS_TOGETHER - 1)
+            _load_bounded(stream, stream.v, v_desc, top_desc, block, blocks * HEADS_TOGETHER - 1, blocks)
+
+
+@gluon.jit
+def _load_bounded(stream, ring, descriptor, top_descriptor, block, i, blocks):
+    """Bring `block` as block `i` into `ring`: by `top_descriptor` if it has the last key of a head."""
+    if stream.CHUNKS:
+        if i == block.head * blocks:
+            stream.load(ring, top_descriptor, block, i)
+        else:
+            stream.load(ring, descriptor, block, i)
+    else:
+        stream.load(ring, descriptor, block, i)

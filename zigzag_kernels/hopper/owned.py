@@ -1,10 +1,13 @@
 """The 64 rows that a consumer owns, of queries or of keys: where they are in arrays, and how they are loaded."""
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..segments.lookup import chunk_row, key_index, key_position, load_document
+from ..segments.lookup import chunk_row, key_index, key_position, load_document, load_ranged_segment, load_segment
+from ..segments.ranges import keys_of_positions
 from .geometry import Geometry
 from .releases import load_pointers, struct
 
@@ -23,6 +26,24 @@ class Strided:
         return Strided(ptr=self.ptr + head * self.STRIDE_H, STRIDE_T=self.STRIDE_T, STRIDE_H=self.STRIDE_H)
 
 
+class Position(NamedTuple):
+    """The position of a segment, for masks that are ranges of keys."""
+
+    first: gl.tensor  # position of its first token in the document
+    document: gl.tuple  # the `Document`
+
+
+@gluon.jit
+def load_query_tile(segments_ptr, n_segments, tile, T, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr,
+                    RANGED: gl.constexpr):  # fmt: skip
+    """Return (`QueryTile` number `tile`, the `Position` of its segment, or nothing unless `RANGED`)."""
+    if RANGED:
+        queries, first, document = load_ranged_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+        return queries, Position(first=first, document=document)
+    else:
+        return load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M), ()
+
+
 @struct
 class QueryRows:
     """The query rows of one consumer: those of one segment from row `first` on, before row `end`."""
@@ -33,6 +54,8 @@ class QueryRows:
     q_row: gl.tensor
     diagonal: gl.tensor
     kv_len: gl.tensor
+    position: gl.tuple  # the `Position`, or nothing unless the mask is ranged
+    MASK: gl.constexpr  # the `Mask`, or None unless it is ranged
 
     @gluon.jit
     def numbers(self, LAYOUT: gl.constexpr):
@@ -43,6 +66,20 @@ class QueryRows:
     def keys_seen(self, row):
         """Return the number of keys that `row` sees, for one row or for several."""
         return gl.minimum(self.diagonal + row // self.geometry.GROUP + 1, self.kv_len)
+
+    @gluon.jit
+    def range_seen(self, row):
+        """Return the `KeyRange` of `row`, for one row or for several, where the mask is ranged."""
+        position = self.position.first + row // self.geometry.GROUP
+        return keys_of_positions(position, self.position.document, self.MASK)
+
+    @gluon.jit
+    def real_end(self):
+        """Return the row with which those end that are not padding."""
+        if self.MASK is None:
+            return self.end
+        else:
+            return gl.minimum(self.end, (self.position.document.real - self.position.first) * self.geometry.GROUP)
 
     @gluon.jit
     def load(self, array, kv_head, end):
@@ -69,8 +106,8 @@ class QueryRows:
 
 
 @gluon.jit
-def own_query_rows(warpgroup: gl.constexpr, tile, geometry):
-    """Return the `QueryRows` of consumer number `warpgroup` in a `QueryTile`."""
+def own_query_rows(warpgroup: gl.constexpr, tile, position, geometry, MASK: gl.constexpr):
+    """Return the `QueryRows` of consumer number `warpgroup` in a `QueryTile` at `position`."""
     return QueryRows(
         geometry=geometry,
         first=tile.row + warpgroup * 64,
@@ -78,6 +115,8 @@ def own_query_rows(warpgroup: gl.constexpr, tile, geometry):
         q_row=tile.q_row,
         diagonal=tile.diagonal,
         kv_len=tile.kv_len,
+        position=position,
+        MASK=MASK,
     )
 
 

@@ -19,6 +19,8 @@ TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # Gluon changes from release to release
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 
+MAX_SOFTCAP = 2.0**20  # scores that the forward hides are finite, and capped ones have a relative error
+
 
 def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
     """Return whether a kernel for Hopper computes `operation` of `problem`, on its GPU and with this Triton."""
@@ -27,8 +29,7 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
         strides += (*problem.q_strides, *(dout_strides or ()))
     return (
         problem.gluon
-        and (operation.owns_keys or not (problem.ranged or problem.call.softcap))
-        and not (operation is Operation.FORWARD and (problem.call.has_sinks or problem.call.return_max_logits))
+        and problem.call.softcap < MAX_SOFTCAP
         and problem.target == TARGET
         and DTYPE_BYTES[problem.dtype] == 2
         and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM
@@ -75,8 +76,21 @@ def length_class(problem: Problem) -> LengthClass:
     """Return which tiles of a kernel serve `problem`."""
     if has_short_chunks(problem, SHORT_CHUNK_KEYS):
         return LengthClass.SHORT
-    rows = problem.tokens * problem.group * problem.window
-    return LengthClass.FEW_ROWS if rows < FEW_ROWS * problem.sequences else LengthClass.LONG
+    few_rows = problem.tokens < _few_tokens(problem) * problem.sequences
+    return LengthClass.FEW_ROWS if few_rows or is_narrow(problem) else LengthClass.LONG
+
+
+def is_narrow(problem: Problem) -> bool:
+    """Return whether a window or chunks make tiles of query rows short: as those of a sequence with few rows.
+
+    Under a window they walk through as many keys as those of a causal sequence of twice its length.
+    """
+    return 2 * _most_keys(problem) < _few_tokens(problem)
+
+
+def _few_tokens(problem: Problem) -> float:
+    """Return the tokens of a sequence below which it has few rows."""
+    return FEW_ROWS / (problem.group * problem.window)
 
 
 def has_short_chunks(problem: Problem, min_keys: int) -> bool:

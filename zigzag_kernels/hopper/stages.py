@@ -9,11 +9,25 @@ A barrier completes a phase when as many have arrived as it was made for. Whoeve
 which is that of the round, `i // STAGES`.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from .releases import load_box, struct
+
+
+@gluon.constexpr_function
+def _stage_shape(stages, box):
+    """Return the shape of `stages` buffers for one `box` each."""
+    return [stages, *box]
+
+
+@gluon.constexpr_function
+def _block_shape(shape):
+    """Return the shape of one of several buffers `shape`, as rows."""
+    return [math.prod(shape[1:-1]), shape[-1]]
 
 
 @gluon.jit
@@ -37,7 +51,7 @@ def make_barriers(STAGES: gl.constexpr, arrivals: gl.constexpr):
 class Ring:
     """The buffers for one kind of block, and the barriers that say that they are full."""
 
-    buffers: gl.shared_memory_descriptor  # [STAGES, box of three dimensions]
+    buffers: gl.shared_memory_descriptor  # [STAGES, box]
     full: gl.shared_memory_descriptor  # [STAGES, 1]
     STAGES: gl.constexpr
     BLOCK_BYTES: gl.constexpr  # that the copy engine brings for each block
@@ -64,7 +78,7 @@ class Ring:
     @gluon.jit
     def block(self, i):
         """Return the buffer of block `i` as rows `[_, BLOCK_D]`."""
-        SHAPE: gl.constexpr = [self.buffers.shape[1] * self.buffers.shape[2], self.buffers.shape[3]]
+        SHAPE: gl.constexpr = _block_shape(self.buffers.shape)
         return self.buffers.index(i % self.STAGES).reshape(SHAPE)
 
     @gluon.jit
@@ -78,7 +92,7 @@ class Ring:
 @gluon.jit
 def make_ring(box: gl.constexpr, geometry, arrivals: gl.constexpr):
     """Make a `Ring` for blocks of the shape `box`; `arrivals` arrivals make a stage full."""
-    SHAPE: gl.constexpr = [geometry.STAGES, box[0], box[1], box[2]]
+    SHAPE: gl.constexpr = _stage_shape(geometry.STAGES, box)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(box, geometry.dtype)
     return Ring(
         buffers=gl.allocate_shared_memory(geometry.dtype, SHAPE, LAYOUT),
