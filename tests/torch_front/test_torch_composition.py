@@ -96,8 +96,19 @@ def check_registration(tensors, rank, world_size, group):
         out, lse = ops.parallel_forward(q, k, v, *tables, *constants)
         backward = q, k, v, out, lse, dout, None, *tables, *constants
         torch.library.opcheck(ops.parallel_backward, backward, test_utils=tests)
+        sinks = torch.zeros(HEADS, requires_grad=True)
+        ranged = {"window_size": (3, -1), "has_sinks": True, "return_max_logits": True}
+        call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", method=method, **ranged)
+        constants = call.key, world_size, name, sinks
+        torch.library.opcheck(ops.parallel_forward, (*leaves, *tables, *constants), test_utils=tests)
+        out, (lse, _) = ops.parallel_forward(q, k, v, *tables, *constants)
+        backward = q, k, v, out.detach(), lse.detach(), dout, None, *tables, *constants[:3], sinks.detach()
+        torch.library.opcheck(ops.parallel_backward, backward, test_utils=tests)
+        constants = constants[:3]
     rank = torch.tensor([rank], dtype=torch.int32)
-    torch.library.opcheck(ops.common_rank, (CU_SEQLENS, CU_SEQLENS, rank, name, "prepare_batch"), test_utils=tests)
+    arguments = CU_SEQLENS, CU_SEQLENS, rank, name, "prepare_batch", CU_SEQLENS[1:], "row, 1 of 24 tokens"
+    torch.library.opcheck(ops.common_rank, arguments, test_utils=tests)
+    torch.library.opcheck(ops.largest_of_ranks, (torch.ones(3), name), test_utils=tests)
     torch.library.opcheck(ops.agreed_rank, (rank, q, k, v, 2, False, *constants), test_utils=tests)
     torch.library.opcheck(ops.all_gather, (leaves[0], world_size, name), test_utils=tests)
     torch.library.opcheck(ops.reduce_scatter, (q, world_size, name), test_utils=tests)

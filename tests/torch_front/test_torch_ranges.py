@@ -77,6 +77,10 @@ def check_cases(rank, world_size, expected):
                 batch = prepare_torch(case, cu_seqlens, rank, backend, **common)
                 options = common | call_options(case) | {"backend": backend, "heads_k_stride": 1}
                 results = attend((*tensors, batch), sinks, **options)
+                if case.rows > 1:  # their dimension says the same as a prepared batch
+                    packed = [x.unflatten(0, (case.rows, -1)) for x in tensors[:3]]
+                    out, _ = zigzag_attention(*packed, cu_seqlens, **options)
+                    assert torch.equal(out.flatten(0, 1), results["out"])
                 results = {result: torch_numpy(x) for result, x in results.items()}
                 mine = [rows_of_results(x, rows) for x in (exact, straightforward)]
                 if case.sinks:  # those of this rank's rows
