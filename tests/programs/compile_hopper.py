@@ -36,7 +36,10 @@ SPILLS_OF_OPTIONS = {"hopper_forward_few": 576, "hopper_dq_few": 224}
 SPILLS_OF_OTHER_OPTIONS = 176
 SPILLS_UNTUNED = 320
 LONG, FEW, SHORT = LENGTHS = (8192, 1), (2048, 1), (8192, 64)  # tokens, sequences
-OPTIONS = {"window_size": (1023, -1), "softcap": 50.0, "has_lengths": True, "layout": Layout.ROW}
+OPTIONS = {
+    "window_size": (1023, -1), "softcap": 50.0, "has_lengths": True, "layout": Layout.ROW, "has_sinks": True,
+    "return_max_logits": True,
+}  # fmt: skip
 WHOLE, PART = plan.WHOLE, plan.Part(accumulate=True, dtype="float32")
 
 
@@ -63,6 +66,7 @@ def planned(asked, part):
 def pointers(launch, dtype):
     """The types of a kernel's arguments, in their order."""
     kinds = {"segments": "int32", "sequences": "int32", "lse": "float32", "delta": "float32", "lse2": "float32"}
+    kinds["sinks"] = "float32"
     kinds |= {output.name: output.dtype for output in launch.outputs}
     names = [name.removeprefix("into_") for name in launch.inputs] + [output.name for output in launch.outputs]
     found = [launch_gluon.POINTER_KINDS[kinds.get(name, dtype)] for name in names]
