@@ -41,6 +41,21 @@ def gathered(backend):
     return call
 
 
+def with_options(backend):
+    """All of them, over packed rows of 28 tokens with documents of real lengths."""
+
+    def call(q, k, v):
+        packed = {"layout": "row", "row_length": W * TOKENS, "lengths": np.array([8, 0, 11], np.int32)}
+        batch = zigzag_jax.prepare_batch(np.array([0, 9, 9, 24], np.int32), 1, W, backend=backend, **packed)
+        options = {"window_size": (5, 3), "attention_chunk": 7, "softcap": 2.0, "causal": False, "layout": "row"}
+        sinks = q[0].sum(-1).at[2].set(-np.inf)
+        return zigzag_jax.zigzag_attention_gathered(
+            q[:TOKENS], k, v, batch, 1, W, sinks=sinks, return_max_logits=True, backend=backend, **options
+        )
+
+    return call
+
+
 def on_a_mesh(backend, method):
     def call(q, k, v):
         mesh = jax.make_mesh((W,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -74,7 +89,7 @@ def moved(q, k, v):
 
 def calls_on_one_device(kernel_backend):
     """{name: function of (q, k, v)} for every differentiable call."""
-    by_backend = {"attention": attention, "batched": batched, "gathered": gathered}
+    by_backend = {"attention": attention, "batched": batched, "gathered": gathered, "with options": with_options}
     named = {f"{n} {b}": f(b) for n, f in by_backend.items() for b in ("reference", kernel_backend)}
     return named | {"merge_partials": merged, "shard and pad": moved}
 
