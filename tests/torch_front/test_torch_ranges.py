@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import zigzag_torch
 from tests.support import oracle
-from tests.support.cases import RANGES, Case, make_inputs
+from tests.support.cases import RANGES, Case, make_inputs, select
 from tests.support.frameworks import attend_torch, call_options, prepare_torch
 from tests.support.machine import GPU, GPUS
 from tests.support.processes import run_ranks, torch_numpy
@@ -47,6 +47,40 @@ def test_the_reference_matches_the_oracle(case):
     for rank in range(case.world_size):
         results = attend_torch(case, *rank_arrays(case, inputs, rank), rank, "reference", sinks=inputs.get("sinks"))
         assert_rank_is_right(case, inputs, rank, {"reference": results})
+
+
+def crossed(case):
+    """`case` with each option, and with all of them; its documents one token longer in the row layout."""
+    real = tuple(max(length - 5 * i % 7, 0) for i, length in enumerate(case.lengths, 1))
+    longer = tuple(length + (length > 0) for length in case.lengths)
+    row = {"layout": "row", "lengths": longer, "padding": -sum(longer) % (2 * case.world_size)}
+    together = {"window_size": (33, 40), "attention_chunk": 50, "softcap": 2.0, "sinks": True}
+    for name, options in {
+        "one key": {"window_size": (0, 0)},
+        "left": {"window_size": (7, -1)},
+        "both sides": {"window_size": (31, 6)},
+        "right": {"window_size": (-1, 3)},
+        "chunk": {"attention_chunk": 19},
+        "softcap": {"softcap": 1.5},
+        "sinks": {"sinks": True},
+        "lengths": {"lengths_real": real},
+        "row": row,
+        "all": together | {"lengths_real": real},
+        "all in rows": together | row | {"lengths_real": real},
+    }.items():
+        yield replace(case, name=f"{case.name} {name}", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", select("interpret"), ids=str)
+def test_every_case_with_every_option(case, backend):
+    for variant in crossed(case):
+        inputs = make_inputs(variant)
+        rank = len(variant.name) % case.world_size  # the first and others
+        arrays = rank_arrays(variant, inputs, rank)
+        results = attend_torch(variant, *arrays, rank, backend, sinks=inputs.get("sinks"))
+        assert_rank_is_right(variant, inputs, rank, {f"{variant}, {backend}": results})
 
 
 def attend(tensors, sinks, **options):

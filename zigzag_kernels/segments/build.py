@@ -120,7 +120,7 @@ def _load_sequence(batch, sequence, mask, FORM: tl.constexpr):
         listed = mask & (sequence < batch.n_sequences - 1)
         end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
         length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
-        row = start // batch.row_length
+        row = start // tl.maximum(batch.row_length, 1)  # of no tokens there are no rows
         place = start - row * batch.row_length
         chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
         first_row = row * (2 * chunk_length)
