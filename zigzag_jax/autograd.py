@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.modes import Method
 
 from . import launch
-from .axes import vary, varying_axes
+from .axes import largest_along, vary, varying_axes
 from .derivatives import without_derivative
 from .parallel import Inputs, Packing, Residuals, Tables, Transport
 from .surroundings import under_own_promotion
@@ -63,7 +62,7 @@ def _forward(transport, return_lse, inputs, tables):
     largest = None
     if transport.problem.call.return_max_logits:
         lse, of_rows = lse
-        largest = checkpoint_name(of_rows.max(1, initial=-jnp.inf), "zigzag_max_logits")
+        largest = checkpoint_name(largest_along(1, of_rows), "zigzag_max_logits")
     out, lse = checkpoint_name(out, "zigzag_out"), checkpoint_name(lse, "zigzag_lse")
     return (out, lse if return_lse else None, largest), (Residuals(inputs, out, lse), tables)
 

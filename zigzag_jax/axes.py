@@ -33,10 +33,16 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def largest_along(axis: int, x: jax.Array) -> jax.Array:
+    """Return the largest elements of `x` along an array's axis, NaN where any is NaN, and -inf where there are none."""
+    # Of two numbers, XLA on a CPU may take the one that is not NaN.
+    return jnp.where(jnp.isnan(x).any(axis), jnp.nan, x.max(axis, initial=-jnp.inf))
+
+
 def largest_on(axis_name: AxisName, x: jax.Array) -> jax.Array:
     """Return the largest of each element of `x` over the ranks, without derivative; NaN if it is NaN on any rank."""
     x = jax.lax.stop_gradient(x)
-    nan = jnp.isnan(x)  # of two numbers, some collectives return the one that is not NaN
+    nan = jnp.isnan(x)  # which some collectives drop
     both = jnp.stack((jnp.where(nan, -jnp.inf, x), nan.astype(x.dtype)))
     largest, any_nan = jax.lax.pmax(both, axis_name)
     return jnp.where(any_nan > 0, jnp.nan, largest)

@@ -17,7 +17,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
-from .axes import AxisName, axis_names, largest_on
+from .axes import AxisName, axis_names, largest_along, largest_on
 from .batch import Batch, batch_form, prepare_batch
 from .launch import choose_backend
 
@@ -151,7 +151,7 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
         return results
     *others, largest = results
     if packed_apart:
-        largest = largest.max(0)
+        largest = largest_along(0, largest)
     return *others, largest if batch_axis is None else largest_on(batch_axis, largest)
 
 

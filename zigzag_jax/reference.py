@@ -16,7 +16,7 @@ from zigzag_kernels.layout import impossible
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_array
-from .axes import vary, varying_axes
+from .axes import largest_along, vary, varying_axes
 from .derivatives import without_derivative
 from .parallel import AllGather, Inputs, Local, Packing, Ring, Transport
 from .shard import place_of_rows
@@ -48,7 +48,7 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
             parts.append(attend(q[:, queries], *transport.gather(k, v, head), everyone))
         out, lse, maxima = zip(*parts, strict=True)
         out, lse = jnp.concatenate(out, axis=1), jnp.concatenate(lse)
-        largest = jnp.concatenate([x.max(1, initial=-jnp.inf) for x in maxima])
+        largest = jnp.concatenate([largest_along(1, x) for x in maxima])
     elif isinstance(transport, Ring):
         queries = q.astype(jnp.float32)  # once, so that autodiff sums dQ of all steps in float32
         for step in range(problem.world_size):
@@ -57,10 +57,10 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
             parts.append(attend(queries, k, v, (packing.rank - step) % problem.world_size))
         out, lse, maxima = zip(*parts, strict=True)
         out, lse = merge_partials(jnp.stack(out), jnp.stack(lse))
-        largest = jnp.stack(maxima).max((0, 2), initial=-jnp.inf)
+        largest = largest_along(1, jnp.concatenate(maxima, 1))
     else:
         out, lse, maxima = attend(q, k, v, everyone)
-        largest = maxima.max(1, initial=-jnp.inf)
+        largest = largest_along(1, maxima)
     if sinks is not None:
         out, lse = _add_sinks(out, lse, sinks)
     return out.astype(dtype), lse, largest if problem.call.return_max_logits else None

@@ -54,3 +54,22 @@ def test_the_reference_of_jax_matches_the_oracle(case):
     for rank in range(case.world_size):
         result = attend_jax(case, *rank_arrays(case, inputs, rank), rank, "reference", sinks=inputs.get("sinks"))
         assert_rank_is_right(case, inputs, rank, {"reference": result})
+
+
+@pytest.mark.parametrize("attend", [attend_torch, attend_jax])
+@pytest.mark.parametrize("case", [case for case in RANGES if case.name in ("w2-all", "w2-row-all")], ids=str)
+def test_what_is_in_the_padding_of_documents_reaches_nobody(case, attend, kernel_backend):
+    inputs = make_inputs(case)
+    padding = np.ones(case.total, bool)
+    for start, real in zip(case.cu_seqlens, case.lengths_real, strict=False):
+        padding[start : start + real] = False
+    foul = {name: np.array(x) for name, x in inputs.items()}
+    for name in ("q", "k", "v", "dout"):
+        foul[name][padding] = np.nan
+    foul["dlse"][:, padding] = np.inf
+    for backend in ("reference", kernel_backend):
+        ours, theirs = (
+            attend(case, *rank_arrays(case, x, 1), 1, backend, sinks=inputs["sinks"]) for x in (inputs, foul)
+        )
+        for name in case.results:
+            np.testing.assert_array_equal(ours[name], theirs[name], f"{name}, {backend}")
