@@ -153,6 +153,7 @@ def _dense(call, q, k, v, visible):
     """Return float32 (out, lse, largest scores) of rows over the keys that `visible [rows, keys]` lets them see."""
     probabilities, statistics, _ = _probabilities(call, q, k, visible)
     lse, maxima = (x.reshape(q.shape[1], len(q)) for x in statistics)
+    maxima = jnp.where(jnp.isnan(lse), lse, maxima)  # which may have dropped NaN, as maxima do in kernels
     return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse, maxima
 
 

@@ -210,6 +210,7 @@ def dense_forward(
     out = _mix_keys(softmax.probabilities, visible, v, signed=False).reshape(q.shape)
     of_row = q.shape[1], len(q)
     maxima = scores.amax(-1) if len(k) else scores.new_full(scores.shape[:3], float("-inf"))
+    maxima = maxima.masked_fill(softmax.lse.isnan(), float("nan"))  # and not infinite, as in the kernels
     return out, softmax.lse.reshape(of_row), maxima.reshape(of_row)
 
 

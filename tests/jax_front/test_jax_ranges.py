@@ -285,6 +285,16 @@ def test_largest_logits_have_no_gradient_and_a_name_for_remat_policies(backend, 
     assert any("f32[4]" in line and "'zigzag_max_logits'" in line for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter computes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_foul_score_is_the_largest(backend):
+    """Of the heads that see it, whatever a maximum makes of NaN."""
+    q, k, v, *_ = (x[:28] for x in global_arrays(SMALL))
+    attend = jax.jit(functools.partial(zigzag_jax.zigzag_attention, return_max_logits=True, backend=backend))
+    for arrays, heads in (((q.at[10, 0, 5].set(np.nan), k, v), {0}), ((q, k.at[10, 0, 5].set(np.nan), v), {0, 1})):
+        assert set(np.flatnonzero(np.isnan(attend(*arrays)[1])).tolist()) == heads
+
+
 def test_scan_over_checkpointed_layers_with_one_prepared_batch_and_sinks_of_each_layer():
     case = SMALL
     q, k, v, dout, _ = global_arrays(case)

@@ -148,8 +148,12 @@ def check_agreement(rank, world_size):
     }.items():
         with pytest.raises(ValueError, match=rf"expected the same call .*{name}: rank 0 has"):
             zigzag_attention(q, k, v, cu_seqlens, group=group, backend="reference", **options)
+    foul = q.clone()
+    foul[3, 0] = 1.0 if rank else float("nan")
     for method in ("allgather", "ring"):
         options = {"group": group, "method": method, "backend": "reference"}
+        _, max_logits = zigzag_attention(foul, k, v, cu_seqlens, return_max_logits=True, **options)
+        assert max_logits.isnan().tolist() == [True, False]
         batch = prepare_batch(cu_seqlens, lengths=lengths, **options)
         out, max_logits = zigzag_attention(q, k, v, batch, return_max_logits=True, **options)
         assert out.isnan().all()
@@ -304,6 +308,21 @@ def test_what_only_the_device_knows_becomes_nan(backend):
     batch = prepare_batch(straddling, 1, 2, layout="row", row_length=8, rows=2, backend=backend)
     assert zigzag_attention_gathered(q[:8], k.new_ones(16, 2, 16), v.new_ones(16, 2, 16), batch, 1, 2, layout="row",
                                      backend=backend).isnan().all()  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy interprets
+@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+@pytest.mark.parametrize("options", [{}, {"window_size": (3, -1)}, {"softcap": 2.0}])
+def test_a_foul_score_is_the_largest(options, backend):
+    """Of the heads that see it, whatever a maximum makes of NaN."""
+    (q, k, v, sinks), cu_seqlens = small()
+    for x, heads in ((q, {0}), (k, {0, 1})):
+        foul = x.detach().clone()
+        foul[2, 0, 5] = float("nan")
+        arrays = (foul, k, v) if x is q else (q, foul, v)
+        common = options | {"sinks": sinks, "return_max_logits": True, "backend": backend}
+        _, max_logits = zigzag_attention(*arrays, cu_seqlens, **common)
+        assert set(max_logits.isnan().nonzero().flatten().tolist()) == heads
 
 
 def test_no_rows_have_no_largest_logit():

@@ -170,11 +170,11 @@ def attention_forward(
     if queries.kv_len < 0:
         lse = tl.full([BLOCK_M], float("nan"), tl.float32)
         out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
-        largest = tl.full([BLOCK_M], float("nan"), tl.float32)
     if HAS_MAX:
         max_ptr = lse_ptr + HEADS * T.to(tl.int64)
         if ACCUMULATE:
             largest = tl.maximum(largest, tl.load(max_ptr + lse_places, mask=inside, other=0.0))
+        largest = tl.where(lse == lse, largest, lse)  # a maximum drops NaN, and the sum of a row does not
         tl.store(max_ptr + lse_places, largest, mask=inside)
     tl.store(lse_ptr + lse_places, lse, mask=inside)
     store_rows(out_ptr + out_start, places.offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)
