@@ -87,8 +87,9 @@ class _Softmax:
     @gluon.jit
     def blind(self):
         """Return whether each row sees no key, if every block has been hidden from such rows."""
-        # The maximum of a row that sees no key is HIDDEN, scaled.
-        return self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5
+        # The maximum of a row that sees no key is HIDDEN, scaled. So is that of a row whose scores are all NaN, but its
+        # total is NaN.
+        return (self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5) & (self.total == self.total)
 
     @gluon.jit
     def finish(self, blind, largest2, kv_len, factor):
@@ -99,7 +100,6 @@ class _Softmax:
         if kv_len < 0:  # invalid tables: every result becomes NaN
             lse2 = lse2 + float("nan")
             factor = factor + float("nan")
-            largest2 = largest2 + float("nan")
         return _RowResult(factor=factor, lse2=lse2, largest2=largest2)
 
 
@@ -216,6 +216,7 @@ def _store(forward, own, kv_head, acc, result):
         largest = result.largest2 * LN_2
         if forward.ACCUMULATE:
             largest = gl.maximum(largest, gl.load(max_ptr + statistics, mask=inside, other=0.0))
+        largest = gl.where(result.lse2 == result.lse2, largest, result.lse2)  # a maximum drops NaN, a sum does not
         gl.store(max_ptr + statistics, largest, mask=inside)
     gl.store(forward.lse_ptr + statistics, result.lse2 * LN_2, mask=inside)
     gl.store(out_ptrs, gl.convert_layout(out.to(forward.out_ptr.dtype.element_ty), RESULT), mask=out_mask)
