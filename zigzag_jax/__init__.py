@@ -4,6 +4,7 @@ The names in `__all__` are public. The modules behind them are not, and may chan
 """
 
 from zigzag_kernels import __version__
+from zigzag_kernels.documents import DocumentPlan, plan_documents
 
 from .api import zigzag_attention, zigzag_attention_gathered
 from .batch import Batch, prepare_batch
@@ -16,6 +17,7 @@ from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",
+    "DocumentPlan",
     "__version__",
     "cu_seqlens_from_position_ids",
     "cu_seqlens_from_segment_ids",
@@ -24,6 +26,7 @@ __all__ = [
     "make_zigzag_attention",
     "merge_partials",
     "pad_to_zigzag",
+    "plan_documents",
     "position_ids",
     "prepare_batch",
     "shard",

@@ -4,6 +4,7 @@
 """
 
 from zigzag_kernels import __version__
+from zigzag_kernels.documents import DocumentPlan, plan_documents
 
 from . import flops as flops
 from .api import zigzag_attention, zigzag_attention_gathered
@@ -31,6 +32,7 @@ from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",
+    "DocumentPlan",
     "ZigzagConfig",
     "__version__",
     "compute_kv_slices_for_groups",
@@ -42,6 +44,7 @@ __all__ = [
     "merge_partials",
     "pad_to_zigzag",
     "patch_ring_flash_attn",
+    "plan_documents",
     "position_ids",
     "prepare_batch",
     "profile_report",

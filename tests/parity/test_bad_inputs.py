@@ -112,6 +112,11 @@ BOTH = {
         "positions": ("optional array", np.array([0, 1, 0])), "return_lengths": ("flag", False),
     },
     "cu_seqlens_from_position_ids": {"position_ids": ("array", np.array([0, 1, 0])), "max_sequences": ("int", 3)},
+    "plan_documents": {
+        "lengths": ("ignored", [4, 9]), **SIZE, "tokens": ("int", 12), "split_above": ("int", 5),
+        "split_tokens": ("int", 6), "window_size": ("window", (5, -1)), "attention_chunk": ("int", 4),
+        "causal": ("flag", True), "max_documents": ("int", 2), "max_split": ("int", 2),
+    },
     "merge_partials": {"out": ("array", ones(2, 8, 4, 16)), "lse": ("array", ones(2, 4, 8))},
 }  # fmt: skip
 ROW = {"layout": ("name", "row"), "row_length": ("int", 16)}
@@ -198,6 +203,10 @@ OPTIONAL = {
     "positions",
     "lengths",
     "row_length",
+    "split_above",
+    "split_tokens",
+    "max_documents",
+    "max_split",
 }
 """Arguments for which None is a value."""
 NOT_READ = {"replace_grouped_attention_with_fused_triton_v2": ("kv_slices", "chunk_cu_seqlens_q_list")}
@@ -329,6 +338,7 @@ def test_every_public_function_is_called():
         public = {name for name in package.__all__ if callable(getattr(package, name))}
         assert public - {name for of, name in called if of is package} <= {
             "Batch",  # what `prepare_batch` makes
+            "DocumentPlan",  # what `plan_documents` makes
             "export_disabled_checks",  # without arguments
             "patch_ring_flash_attn",  # without arguments
         }

@@ -1,0 +1,214 @@
+"""`DocumentPlan`: the place of every token of a batch whose long documents are split and whose others stay whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from ..checks import DTYPE_BYTES, check_int, check_rank
+from ..cost.counts import Mask, visible_scores
+from ..layout import chunk_length, padded_length
+
+
+class Piece(NamedTuple):
+    """A run of tokens of one document that lie one after another in the rows of a rank."""
+
+    row: int  # first local row
+    document: int
+    position: int  # in the document, of the first token
+    tokens: int
+
+
+class Undivided(NamedTuple):
+    """What a rank would need if every document were split, as in the document layout."""
+
+    tokens: int  # rows of a rank
+    moved_rows: int  # rows whose K/V a rank receives, for each layer and pass
+
+
+@dataclass(frozen=True)
+class DocumentPlan:
+    """A plan says which tokens of a batch each rank holds, in which order, and what that costs.
+
+    `plan_documents` makes it. The rows of a rank are those of its whole documents, padding up to `whole_tokens` rows,
+    its two chunks of every split document, and padding up to `tokens` rows. Documents keep the order of the batch.
+
+    Attributes:
+        lengths: tokens of each document of the batch.
+        world_size: number of ranks.
+        tokens: rows of each rank.
+        split_tokens: rows of each rank behind `whole_tokens`, which chunks of split documents have.
+        whole: for each rank, the numbers of its whole documents.
+        split: numbers of the documents that are split over all ranks.
+        max_documents: entries of `whole_lengths`, the most whole documents that a rank may have.
+        max_split: entries of `split_lengths`, the most split documents.
+        mask: the mask that work is predicted for.
+    """
+
+    lengths: tuple[int, ...]
+    world_size: int
+    tokens: int
+    split_tokens: int
+    whole: tuple[tuple[int, ...], ...]
+    split: tuple[int, ...]
+    max_documents: int
+    max_split: int
+    mask: Mask
+
+    @property
+    def whole_tokens(self) -> int:
+        """Rows of each rank that belong to whole documents and their padding."""
+        return self.tokens - self.split_tokens
+
+    def pieces(self, rank: int) -> Iterator[Piece]:
+        """Yield the runs of real tokens of `rank`, in the order of its rows."""
+        rank, row = check_rank(rank, self.world_size, False), 0
+        for document in self.whole[rank]:
+            yield Piece(row, document, 0, self.lengths[document])
+            row += self.lengths[document]
+        row = self.whole_tokens
+        for document in self.split:
+            length = self.lengths[document]
+            chunk = chunk_length(padded_length(length, self.world_size), self.world_size)
+            for number in _chunks_of(rank, self.world_size):
+                real = min(chunk, length - number * chunk)
+                if real > 0:
+                    yield Piece(row, document, number * chunk, real)
+                row += chunk
+
+    def rows(self, rank: int) -> list[int]:
+        """Return which token of the concatenated batch each row of `rank` is; -1 is padding."""
+        starts, result = self._starts, [-1] * self.tokens
+        for row, document, position, tokens in self.pieces(rank):
+            first = starts[document] + position
+            result[row : row + tokens] = range(first, first + tokens)
+        return result
+
+    def label_rows(self, rank: int) -> list[int]:
+        """Return which token of the concatenated batch each row of `rank` has to predict.
+
+        That is the next token of the same document; the last token of a document and padding have -1.
+        """
+        starts, result = self._starts, [-1] * self.tokens
+        for row, document, position, tokens in self.pieces(rank):
+            first = starts[document] + position + 1
+            result[row : row + tokens] = range(first, first + tokens)
+            if position + tokens == self.lengths[document]:
+                result[row + tokens - 1] = -1
+        return result
+
+    def positions(self, rank: int) -> list[int]:
+        """Return the position in its document of each row of `rank`; padding has 0."""
+        result = [0] * self.tokens
+        for row, _document, position, tokens in self.pieces(rank):
+            result[row : row + tokens] = range(position, position + tokens)
+        return result
+
+    def whole_lengths(self, rank: int) -> list[int]:
+        """Return the lengths of the whole documents of `rank`, with zeros up to `max_documents` entries."""
+        documents = self.whole[check_rank(rank, self.world_size, False)]
+        return _filled([self.lengths[document] for document in documents], self.max_documents)
+
+    def whole_cu_seqlens(self, rank: int) -> list[int]:
+        """Return the offsets of the whole documents in the rows of `rank`: `max_documents + 1` of them."""
+        return [*accumulate(self.whole_lengths(rank), initial=0)]
+
+    @property
+    def split_lengths(self) -> list[int]:
+        """The real lengths of the split documents, with zeros up to `max_split` entries."""
+        return _filled([self.lengths[document] for document in self.split], self.max_split)
+
+    @property
+    def split_cu_seqlens(self) -> list[int]:
+        """Offsets of the split documents over all ranks, `max_split + 1`, each padded to a multiple of `2 * W`.
+
+        They are `cu_seqlens` of the document layout, of local rows that are counted from `whole_tokens` on.
+        """
+        return [*accumulate((padded_length(length, self.world_size) for length in self.split_lengths), initial=0)]
+
+    @cached_property
+    def work(self) -> tuple[int, ...]:
+        """Predicted work of each rank: the scores of one query head that the mask leaves to its rows."""
+        work = [sum(self._scores(document) for document in documents) for documents in self.whole]
+        for length in (self.lengths[document] for document in self.split):
+            for rank, scores in enumerate(split_work(length, self.world_size, self.mask)):
+                work[rank] += scores
+        return tuple(work)
+
+    @property
+    def balance(self) -> float:
+        """Predicted work of the slowest rank over the mean of all ranks; 1 if there is no work."""
+        total = sum(self.work)
+        return max(self.work) * self.world_size / total if total else 1.0
+
+    @cached_property
+    def real_rows(self) -> tuple[int, ...]:
+        """Rows of each rank that are no padding."""
+        return tuple(sum(piece.tokens for piece in self.pieces(rank)) for rank in range(self.world_size))
+
+    @property
+    def moved_rows(self) -> int:
+        """Rows whose K/V a rank receives from others, for each layer and pass: those of the split documents alone."""
+        return (self.world_size - 1) * self.split_tokens
+
+    @property
+    def undivided(self) -> Undivided:
+        """Rows, and rows moved, of a rank if every document were split."""
+        rows = sum(padded_length(length, self.world_size) for length in self.lengths) // self.world_size
+        return Undivided(rows, (self.world_size - 1) * rows)
+
+    def moved_bytes(self, kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> int:
+        """Return the bytes of K and V that each rank receives in one layer forward."""
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype: expected {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        kv_heads, head_dim = check_int("kv_heads", kv_heads, 1), check_int("head_dim", head_dim, 1)
+        return 2 * self.moved_rows * kv_heads * head_dim * DTYPE_BYTES[dtype]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [*accumulate(self.lengths, initial=0)]
+
+    def _scores(self, document: int) -> int:
+        length = self.lengths[document]
+        return visible_scores(0, length, length, self.mask)
+
+
+def split_work(length: int, world_size: int, mask: Mask) -> list[int]:
+    """Return the scores that each rank has of one document of `length` tokens that is split over all ranks."""
+    if world_size == 1:
+        return [visible_scores(0, length, length, mask)]
+    if mask == Mask():
+        share, missing = split_share(length, world_size, mask)
+        work = [share] * world_size
+        for rank, scores in missing:
+            work[rank] -= scores
+        return work
+    chunk, last = chunk_length(padded_length(length, world_size), world_size), 2 * world_size - 1
+    scores = [visible_scores(number * chunk, chunk, length, mask) for number in range(last + 1)]
+    return [scores[rank] + scores[last - rank] for rank in range(world_size)]
+
+
+def split_share(length: int, world_size: int, mask: Mask) -> tuple[int, list[tuple[int, int]]]:
+    """Return the scores that a rank has of a split document, and the (rank, scores) that ranks with padding lack.
+
+    That is exact under a causal mask alone. Under other masks ranks that hold the beginning have fewer.
+    """
+    chunk, last = chunk_length(padded_length(length, world_size), world_size), 2 * world_size - 1
+    if world_size == 1 or not chunk:
+        return visible_scores(0, length, length, mask), []
+    padded = (last + 1) * chunk
+    share = visible_scores((world_size - 1) * chunk, 2 * chunk, padded, mask)  # of the rank with neighbouring chunks
+    missing = []
+    for number in range(length // chunk, last + 1):
+        lost = visible_scores(number * chunk, chunk, padded, mask) - visible_scores(number * chunk, chunk, length, mask)
+        missing.append((min(number, last - number), lost))
+    return share, missing
+
+
+def _chunks_of(rank: int, world_size: int) -> tuple[int, ...]:
+    return (0,) if world_size == 1 else (rank, 2 * world_size - 1 - rank)
+
+
+def _filled(lengths: list[int], entries: int) -> list[int]:
+    return lengths + [0] * (entries - len(lengths))

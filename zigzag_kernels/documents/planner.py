@@ -1,0 +1,104 @@
+"""`plan_documents`: which documents of a batch are split over all ranks, and which rank holds each of the others."""
+
+from collections.abc import Sequence
+
+from ..checks import (
+    MAX_ROWS,
+    check_attention_chunk,
+    check_flag,
+    check_int,
+    check_window_size,
+    check_world_size,
+    python_value,
+)
+from ..cost.counts import Mask
+from ..layout import MAX_OFFSET
+from .plan import DocumentPlan
+from .splitting import Batch
+
+ROOM = 1.0, 1.005, 1.01, 1.02, 1.04, 1.08, 1.16, 1.32, 1.64, 2.3  # of the mean rows, where `tokens` is for us to choose
+
+
+def plan_documents(
+    lengths: Sequence[int],
+    world_size: int,
+    *,
+    tokens: int | None = None,
+    split_above: int | None = None,
+    split_tokens: int | None = None,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    causal: bool = True,
+    max_documents: int | None = None,
+    max_split: int | None = None,
+) -> DocumentPlan:
+    """Deal documents out to ranks: most of them whole, long ones split, so that rows fit and work is equal.
+
+    Args:
+        lengths: tokens of each document of the batch, on the host.
+        world_size: W, the number of ranks.
+        tokens: rows of each rank, padding included; None is as few as a plan is found for.
+        split_above: split the documents longer than this, and no others unless they do not fit; None is as few as make
+            work equal.
+        split_tokens: rows of each rank for chunks of split documents, padding included; None is as few as they need.
+        window_size, attention_chunk, causal: the mask to predict work for, as attention takes it.
+        max_documents: whole documents that a rank has entries for; None is as many as it has.
+        max_split: split documents that there are entries for; None is as many as there are.
+
+    Plans with equal `tokens`, `split_tokens`, `max_documents` and `max_split` have arrays of equal shapes, so that one
+    compiled step serves all of them. Raises `ValueError` for a batch that does not fit, with the number of tokens that
+    are too many. The same arguments give the same plan on every rank.
+    """
+    world_size = check_world_size(world_size)
+    lengths = check_document_lengths("lengths", lengths)
+    mask = Mask(check_flag("causal", causal), check_window_size(window_size), check_attention_chunk(attention_chunk))
+    if split_above is not None:
+        split_above = check_int("split_above", split_above, 0, MAX_OFFSET, "a number of tokens")
+    fixed = {"tokens": tokens, "split_tokens": split_tokens, "max_documents": max_documents, "max_split": max_split}
+    for name, value in fixed.items():
+        if value is not None:
+            fixed[name] = check_int(name, value, 0, MAX_ROWS, f"an int from 0 to {MAX_ROWS}")
+    tokens, split_tokens, max_documents, max_split = fixed.values()
+    if tokens is not None and (split_tokens or 0) > tokens:
+        raise ValueError(f"split_tokens: expected at most tokens = {tokens}, got {split_tokens}")
+    batch = Batch(lengths, world_size, mask, split_above, split_tokens, max_documents, max_split)
+    real = sum(lengths)
+    if tokens is not None:
+        found = batch.search(tokens) if real <= world_size * tokens else None
+        if found is None:
+            raise ValueError(batch.too_many(real, tokens))
+    else:
+        least = max(-(-real // world_size), split_tokens or 0)
+        trials = [round(share * least) for share in ROOM] + [batch.enough_rows]
+        tokens, found = next(
+            ((rows, found) for rows in trials if (found := batch.search(rows, hard=rows == trials[-1]))), (least, None)
+        )
+        if found is None:
+            raise ValueError(batch.too_many(real, None))
+    split, placement = found
+    whole = tuple(tuple(sorted(x.number for x in documents)) for documents in placement.documents)
+    return DocumentPlan(
+        lengths=lengths,
+        world_size=world_size,
+        tokens=tokens,
+        split_tokens=batch.split_rows(split) if split_tokens is None else split_tokens,
+        whole=whole,
+        split=tuple(sorted(document.number for document in split)),
+        max_documents=max(map(len, whole)) if max_documents is None else max_documents,
+        max_split=len(split) if max_split is None else max_split,
+        mask=mask,
+    )
+
+
+def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths of documents as ints; `ValueError` unless int32 offsets hold all of them."""
+    try:
+        values = [python_value(length) for length in lengths]
+    except TypeError:
+        raise ValueError(f"{name}: expected the tokens of each document, got {lengths!r}") from None
+    for i, length in enumerate(values):
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= MAX_OFFSET:
+            raise ValueError(f"{name}: expected numbers of tokens, got {length!r} (document {i})")
+    if sum(values) > MAX_OFFSET:
+        raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in a batch, got {sum(values)}")
+    return tuple(values)
