@@ -110,7 +110,8 @@ def make_call_spec(
         softmax_scale = 1.0 / math.sqrt(max(head_dim, 1))  # make_problem refuses a head_dim below 1
     softmax_scale = check_softmax_scale(softmax_scale)
     heads_k_stride = python_value(heads_k_stride)
-    if isinstance(heads_k_stride, bool | float):  # equal to an int, and so found where the int was looked up
+    # True and 1.0 equal 1, so that plans kept for 1 would serve them; an array compares element by element.
+    if heads_k_stride is not None and type(heads_k_stride) is not int:
         raise ValueError(f"heads_k_stride: expected an int or None, got {heads_k_stride!r}")
     left, right = check_window_size(window_size)
     if causal or right == 0:

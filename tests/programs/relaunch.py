@@ -23,6 +23,7 @@ from triton.runtime import _allocation
 from tests.support.problems import launches, launches_of, small_problem
 from zigzag_kernels.hopper import rules
 from zigzag_kernels.modes import Operation
+from zigzag_kernels.segments.columns import SEGMENT_FIELDS
 from zigzag_torch import launch as torch_launch
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -114,7 +115,7 @@ def portable_cases():
     lengths, rank = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     rows, statistics = torch.zeros(made.tokens, made.heads, made.head_dim), torch.zeros(made.heads, made.tokens)
     return [
-        (tables, (lengths, rank)),
+        (tables, (lengths, rank, lengths)),
         (delta, (rows, rows.clone(), statistics, statistics.clone())),
         (delta, (rows, misaligned(rows), statistics, statistics)),
         (delta, (rows, rows.half(), statistics, statistics)),
@@ -126,8 +127,8 @@ def hopper_cases():
     (forward,) = launches_of(small_problem(128, gluon=True), Operation.FORWARD)
     q, kv = torch.zeros(512, 8, 128, dtype=torch.bfloat16), torch.zeros(1024, 2, 128, dtype=torch.bfloat16)
     into = torch.zeros_like(q), torch.zeros(8, 512)
-    table = torch.zeros(7, 8, dtype=torch.int32)
-    return [(forward, (q, kv, kv.clone(), table, *into)), (forward, (q, kv, kv.clone(), table, None, None))]
+    table = torch.zeros(7, SEGMENT_FIELDS, dtype=torch.int32)
+    return [(forward, (q, kv, kv.clone(), q, table, *into)), (forward, (q, kv, kv.clone(), q, table, None, None))]
 
 
 if IN_C:  # until 3.6 a function for each kernel, then one for all that is told of each kernel's arguments
