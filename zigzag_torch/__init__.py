@@ -24,6 +24,7 @@ from .compat.llama3 import (
 )
 from .compat.ring_flash_attn import patch_ring_flash_attn
 from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
+from .data import ShardedBatch, ZigzagCollator, shard_documents, token_mean_loss, unshard_group
 from .padding import pad_to_zigzag, unpad
 from .profiling import profile_report
 from .reference import merge_partials
@@ -33,6 +34,8 @@ from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 __all__ = [
     "Batch",
     "DocumentPlan",
+    "ShardedBatch",
+    "ZigzagCollator",
     "ZigzagConfig",
     "__version__",
     "compute_kv_slices_for_groups",
@@ -51,9 +54,12 @@ __all__ = [
     "rearrange_kv_from_zigzag_to_contiguous",
     "replace_grouped_attention_with_fused_triton_v2",
     "shard",
+    "shard_documents",
     "split_q_by_zigzag_chunk_index",
+    "token_mean_loss",
     "unpad",
     "unshard",
+    "unshard_group",
     "validate",
     "zigzag_attention",
     "zigzag_attention_gathered",

@@ -185,6 +185,15 @@ ONLY_TORCH = {
         "chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3), "total_chunks": ("int", 4),
         "softmax_scale": ("scale", 0.5), "causal": ("flag", True),
     },
+    "shard_documents": {
+        "documents": ("ignored", [[1, 2, 3], [4, 5]]), **RANK, **SIZE, "tokens": ("int", 8),
+        "max_documents": ("int", 4), "layout": ("name", "document"),
+    },
+    "ZigzagCollator": {**RANK, **SIZE, "tokens": ("int", 8), "max_documents": ("int", 4), "layout": ("name", "row")},
+    "token_mean_loss": {
+        "logits": ("array", ones(8, 5)), "labels": ("array", np.ones(8, np.int32)), "num_targets": ("int", 8),
+    },
+    "unshard_group": {"x": ("array", ones(8, 5)), "batch": ("ignored", None)},
     "profile_report": {"reset": ("flag", False)},
     "ZigzagConfig": dict.fromkeys(("use_fused_triton_v2", "verify_correctness", "profile_kernels"), ("flag", False)),
 }  # fmt: skip
@@ -237,6 +246,8 @@ def good_arguments(framework, name, arguments):
         values["mesh"] = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("cp", "tp", "dp"))
     if name == "zigzag_attention" and framework is Torch:
         values["group"] = None
+    if name == "unshard_group":
+        values["batch"] = zigzag_torch.shard_documents([[1, 2, 3, 4], [5, 6]], 0, 1, tokens=8)
     return values
 
 
@@ -339,6 +350,7 @@ def test_every_public_function_is_called():
         assert public - {name for of, name in called if of is package} <= {
             "Batch",  # what `prepare_batch` makes
             "DocumentPlan",  # what `plan_documents` makes
+            "ShardedBatch",  # what `shard_documents` makes
             "export_disabled_checks",  # without arguments
             "patch_ring_flash_attn",  # without arguments
         }

@@ -1,6 +1,16 @@
 """Plans of batches of documents: which rank holds which rows, made on the host from the lengths alone."""
 
-from .plan import DocumentPlan, Piece, Undivided
+from .packed import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
+from .plan import DocumentPlan, Undivided
 from .planner import plan_documents
 
-__all__ = ["DocumentPlan", "Piece", "Undivided", "plan_documents"]
+__all__ = [
+    "DocumentPlan",
+    "PackedBatch",
+    "Undivided",
+    "check_labels",
+    "check_not_shifted",
+    "fingerprint",
+    "pack_documents",
+    "plan_documents",
+]

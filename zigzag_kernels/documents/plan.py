@@ -9,15 +9,7 @@ from typing import NamedTuple
 from ..checks import DTYPE_BYTES, check_int, check_rank
 from ..cost.counts import Mask, visible_scores
 from ..layout import chunk_length, padded_length
-
-
-class Piece(NamedTuple):
-    """A run of tokens of one document that lie one after another in the rows of a rank."""
-
-    row: int  # first local row
-    document: int
-    position: int  # in the document, of the first token
-    tokens: int
+from .places import Piece, Places, filled, split_pieces
 
 
 class Undivided(NamedTuple):
@@ -28,7 +20,7 @@ class Undivided(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DocumentPlan:
+class DocumentPlan(Places):
     """A plan says which tokens of a batch each rank holds, in which order, and what that costs.
 
     `plan_documents` makes it. The rows of a rank are those of its whole documents, padding up to `whole_tokens` rows,
@@ -46,9 +38,6 @@ class DocumentPlan:
         mask: the mask that work is predicted for.
     """
 
-    lengths: tuple[int, ...]
-    world_size: int
-    tokens: int
     split_tokens: int
     whole: tuple[tuple[int, ...], ...]
     split: tuple[int, ...]
@@ -62,53 +51,17 @@ class DocumentPlan:
         return self.tokens - self.split_tokens
 
     def pieces(self, rank: int) -> Iterator[Piece]:
-        """Yield the runs of real tokens of `rank`, in the order of its rows."""
         rank, row = check_rank(rank, self.world_size, False), 0
         for document in self.whole[rank]:
             yield Piece(row, document, 0, self.lengths[document])
             row += self.lengths[document]
         row = self.whole_tokens
-        for document in self.split:
-            length = self.lengths[document]
-            chunk = chunk_length(padded_length(length, self.world_size), self.world_size)
-            for number in _chunks_of(rank, self.world_size):
-                real = min(chunk, length - number * chunk)
-                if real > 0:
-                    yield Piece(row, document, number * chunk, real)
-                row += chunk
-
-    def rows(self, rank: int) -> list[int]:
-        """Return which token of the concatenated batch each row of `rank` is; -1 is padding."""
-        starts, result = self._starts, [-1] * self.tokens
-        for row, document, position, tokens in self.pieces(rank):
-            first = starts[document] + position
-            result[row : row + tokens] = range(first, first + tokens)
-        return result
-
-    def label_rows(self, rank: int) -> list[int]:
-        """Return which token of the concatenated batch each row of `rank` has to predict.
-
-        That is the next token of the same document; the last token of a document and padding have -1.
-        """
-        starts, result = self._starts, [-1] * self.tokens
-        for row, document, position, tokens in self.pieces(rank):
-            first = starts[document] + position + 1
-            result[row : row + tokens] = range(first, first + tokens)
-            if position + tokens == self.lengths[document]:
-                result[row + tokens - 1] = -1
-        return result
-
-    def positions(self, rank: int) -> list[int]:
-        """Return the position in its document of each row of `rank`; padding has 0."""
-        result = [0] * self.tokens
-        for row, _document, position, tokens in self.pieces(rank):
-            result[row : row + tokens] = range(position, position + tokens)
-        return result
+        yield from split_pieces(self.lengths, self.split, row, rank, self.world_size)
 
     def whole_lengths(self, rank: int) -> list[int]:
         """Return the lengths of the whole documents of `rank`, with zeros up to `max_documents` entries."""
         documents = self.whole[check_rank(rank, self.world_size, False)]
-        return _filled([self.lengths[document] for document in documents], self.max_documents)
+        return filled([self.lengths[document] for document in documents], self.max_documents)
 
     def whole_cu_seqlens(self, rank: int) -> list[int]:
         """Return the offsets of the whole documents in the rows of `rank`: `max_documents + 1` of them."""
@@ -117,7 +70,7 @@ class DocumentPlan:
     @property
     def split_lengths(self) -> list[int]:
         """The real lengths of the split documents, with zeros up to `max_split` entries."""
-        return _filled([self.lengths[document] for document in self.split], self.max_split)
+        return filled([self.lengths[document] for document in self.split], self.max_split)
 
     @property
     def split_cu_seqlens(self) -> list[int]:
@@ -165,10 +118,6 @@ class DocumentPlan:
         kv_heads, head_dim = check_int("kv_heads", kv_heads, 1), check_int("head_dim", head_dim, 1)
         return 2 * self.moved_rows * kv_heads * head_dim * DTYPE_BYTES[dtype]
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [*accumulate(self.lengths, initial=0)]
-
     def _scores(self, document: int) -> int:
         length = self.lengths[document]
         return visible_scores(0, length, length, self.mask)
@@ -204,11 +153,3 @@ def split_share(length: int, world_size: int, mask: Mask) -> tuple[int, list[tup
         lost = visible_scores(number * chunk, chunk, padded, mask) - visible_scores(number * chunk, chunk, length, mask)
         missing.append((min(number, last - number), lost))
     return share, missing
-
-
-def _chunks_of(rank: int, world_size: int) -> tuple[int, ...]:
-    return (0,) if world_size == 1 else (rank, 2 * world_size - 1 - rank)
-
-
-def _filled(lengths: list[int], entries: int) -> list[int]:
-    return lengths + [0] * (entries - len(lengths))

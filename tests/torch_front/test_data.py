@@ -1,0 +1,288 @@
+"""The data path of PyTorch: rows, labels and loss against the unsharded batch, and each mistake that it prevents."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+import zigzag_torch
+from tests.support.processes import run_ranks
+from zigzag_torch import ZigzagCollator, shard_documents, token_mean_loss, unshard_group
+
+LAYOUTS = "document", "row"
+IGNORE = -100
+
+
+def made_documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 50, length) for length in lengths]
+
+
+def next_tokens(documents, labels=None):
+    """The label of every token of the concatenated batch, by its definition."""
+    result = []
+    for document in documents if labels is None else labels:
+        result += [*document[1:].tolist(), IGNORE][: len(document)]
+    return torch.tensor(result, dtype=torch.int64)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 23), min_size=1, max_size=6),
+    world_size=st.integers(1, 4),
+    spare=st.integers(0, 3),
+    layout=st.sampled_from(LAYOUTS),
+    masked=st.booleans(),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_rows_are_those_of_the_padded_batch(lengths, world_size, spare, layout, masked):
+    documents = made_documents(lengths)
+    labels = [np.where(np.arange(len(x)) < 3, IGNORE, x) for x in documents] if masked else None
+    room = sum(lengths) + 2 * world_size * (len(lengths) + spare)
+    tokens = 2 * -(-room // (2 * world_size))
+    options = {"labels": labels, "pad_token_id": 7, "tokens": tokens, "max_documents": len(lengths) + 2}
+    batches = [shard_documents(documents, rank, world_size, layout=layout, **options) for rank in range(world_size)]
+    ids, offsets = torch.tensor(np.concatenate(documents)), torch.tensor(np.cumsum([0, *lengths]))
+    total, pads = world_size * tokens, {"layout": layout}
+    wanted = next_tokens(documents, labels)
+    padded, cu_seqlens = zigzag_torch.pad_to_zigzag(ids, offsets, world_size, total, value=7, **pads)
+    padded_labels, _ = zigzag_torch.pad_to_zigzag(wanted, offsets, world_size, total, value=IGNORE, **pads)
+    places = torch.cat([torch.arange(length) for length in lengths])
+    padded_places, _ = zigzag_torch.pad_to_zigzag(places, offsets, world_size, total, **pads)
+    for rank, batch in enumerate(batches):
+        for ours, theirs in (
+            (batch.input_ids, padded),
+            (batch.labels, padded_labels),
+            (batch.position_ids.long(), padded_places),
+        ):
+            assert torch.equal(ours, zigzag_torch.shard(theirs, cu_seqlens, rank, world_size, **pads))
+        assert torch.equal(batch.loss_mask, batch.labels != IGNORE)
+        assert torch.equal(batch.cu_seqlens[: len(cu_seqlens)], cu_seqlens)
+        assert batch.lengths.tolist() == [*lengths, 0, 0]
+        batch.validate()
+    assert {int(batch.num_targets) for batch in batches} == {int((wanted != IGNORE).sum())}
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == int((wanted != IGNORE).sum())
+    assert len({int(batch.fingerprint) for batch in batches}) == 1
+
+
+def test_another_token_or_label_or_length_has_another_fingerprint():
+    documents = [[1, 2, 3], [4, 5]]
+    others = [
+        {"documents": [[1, 2, 3], [4, 6]]},
+        {"documents": [[1, 2], [3, 4, 5]]},
+        {"documents": [[2, 1, 3], [4, 5]]},
+        {"documents": documents, "labels": [[IGNORE, 2, 3], [4, 5]]},
+        {"documents": documents, "labels": documents},
+    ]
+    known = {int(shard_documents(documents, 0, 2).fingerprint)}
+    known |= {int(shard_documents(rank=1, world_size=2, **other).fingerprint) for other in others}
+    assert len(known) == len(others) + 1
+
+
+def test_lists_arrays_and_tensors_are_the_same_documents():
+    lists = [[1, 2, 3], [4, 5], []]
+    batches = [
+        shard_documents([kind(x) for x in lists], 1, 2)
+        for kind in (list, lambda x: np.array(x, np.uint16), lambda x: torch.tensor(x, dtype=torch.int32))
+    ]
+    for other in batches[1:]:
+        assert all(map(torch.equal, pytree.tree_leaves(batches[0])[:8], pytree.tree_leaves(other)[:8]))
+
+
+def test_batches_of_a_size_have_one_shape_and_compile_once():
+    shapes, counter = set(), torch._dynamo.testing.CompileCounter()
+    embedding = torch.randn(50, 50, requires_grad=True)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(batch):
+        return token_mean_loss(embedding[batch.input_ids], batch.labels, batch.num_targets)
+
+    for seed in range(4):
+        lengths = np.random.default_rng(seed).integers(2, 12, 3 + seed)
+        batch = shard_documents(made_documents(lengths, seed), 0, 1, tokens=96, max_documents=8)
+        shapes.add(tuple(x.shape for x in pytree.tree_leaves(batch)[:8]))
+        assert loss(batch).isfinite()
+    assert len(shapes) == 1
+    assert loss(dataclasses.replace(batch, num_targets=batch.num_targets + 1)).isnan()  # nobody could read it
+    assert counter.frame_count == 1
+
+
+def test_a_prepared_batch_knows_real_lengths_and_the_layout():
+    for layout, lengths in (("document", [3, 2, 0]), ("row", None)):
+        batch = shard_documents([[1, 2, 3], [4, 5]], 1, 2, max_documents=3, tokens=6, layout=layout)
+        prepared = batch.prepare(backend="reference")
+        assert (prepared.lengths if lengths is None else prepared.lengths.tolist()) == lengths
+        assert (prepared.layout, prepared.row_length) == (layout, 12 if layout == "row" else 0)
+
+
+def test_a_batch_moves_is_pinned_and_is_a_pytree(monkeypatch):
+    batch = shard_documents([[1, 2, 3]], 1, 2)
+    assert batch.to("meta").input_ids.device.type == "meta"
+    assert batch.to("meta").rank == 1
+    doubled = pytree.tree_map(lambda x: x * 2 if isinstance(x, torch.Tensor) else x, batch)
+    assert torch.equal(doubled.input_ids, batch.input_ids * 2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
+    assert torch.equal(batch.pin_memory().lengths, batch.lengths + 1)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_collator_makes_the_same_batch_after_a_pickle(labelled):
+    collate = ZigzagCollator(rank=1, world_size=2, tokens=16, max_documents=4, pad_token_id=9)
+    documents = [[1, 2, 3], [4, 5, 6, 7], [8]]
+    labels = [[IGNORE, 2, 3], [4, IGNORE, 6, 7], [8]] if labelled else None
+    examples = (
+        [{"input_ids": x, "labels": y} for x, y in zip(documents, labels, strict=True)] if labelled else documents
+    )
+    wanted = shard_documents(documents, 1, 2, labels=labels, tokens=16, max_documents=4, pad_token_id=9)
+    loader = DataLoader(examples, batch_size=3, collate_fn=pickle.loads(pickle.dumps(collate)))
+    (batch,) = loader
+    leaves = zip(pytree.tree_leaves(batch), pytree.tree_leaves(wanted), strict=True)
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in leaves)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_loss_and_gradients_are_those_of_the_whole_batch(world_size, layout, tmp_path):
+    run_ranks(world_size, tmp_path, check_training_step, layout)
+
+
+def made_weights():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embedding": (50, 32), "q": (32, 32), "k": (32, 16), "v": (32, 16), "logits": (32, 50)}
+    return {name: (torch.randn(shape, generator=generator) / 4).requires_grad_() for name, shape in shapes.items()}
+
+
+def forward(weights, batch, group=None):
+    """Logits of one layer of attention with positions; the reference computes it, on any device."""
+    prepared = batch.prepare(group, backend="reference")
+    x = weights["embedding"][batch.input_ids] + batch.position_ids[:, None] / 16
+    q, k, v = ((x @ weights[name]).unflatten(1, (-1, 16)) for name in "qkv")
+    out = zigzag_torch.zigzag_attention(q, k, v, prepared, group=group, layout=batch.layout, backend="reference")
+    return (x + out.flatten(1)) @ weights["logits"]
+
+
+def check_training_step(rank, world_size, layout):
+    group = torch.distributed.group.WORLD
+    documents = made_documents((13, 1, 8, 20))
+    labels = [np.where(np.arange(len(x)) < 5, IGNORE, x) for x in documents]  # prompts, unevenly over the ranks
+    weights = made_weights()
+    whole = shard_documents(documents, 0, 1, labels=labels)
+    alone = token_mean_loss(forward(weights, whole), whole.labels, whole.num_targets)
+    wanted = torch.autograd.grad(alone, [*weights.values()])
+    tokens = 4 * world_size + 20
+    batch = shard_documents(documents, rank, world_size, labels=labels, tokens=tokens, max_documents=6, layout=layout)
+    logits = forward(weights, batch, group)
+    for gradients, divisor in (("sum", 1), ("mean", world_size)):
+        loss = token_mean_loss(logits, batch.labels, batch.num_targets, group, gradients=gradients)
+        torch.testing.assert_close(loss, alone)
+        ours = torch.autograd.grad(loss, [*weights.values()], retain_graph=True)
+        for mine, theirs in zip(ours, wanted, strict=True):
+            torch.distributed.all_reduce(mine)
+            torch.testing.assert_close(mine / divisor, theirs)
+    same = [torch.zeros(()) for _ in range(world_size)]
+    torch.distributed.all_gather(same, loss.detach())
+    assert len({x.item() for x in same}) == 1
+    ids = torch.tensor(np.concatenate(documents))
+    assert torch.equal(unshard_group(batch.input_ids, batch, group), ids)
+    torch.testing.assert_close(unshard_group(logits, batch, group), forward(weights, whole))
+    check_mistakes(rank, world_size, group, batch, logits, documents)
+
+
+def check_mistakes(rank, world_size, group, batch, logits, documents):
+    """What users write by hand, and what becomes of it."""
+    options = {"group": group, "gradients": "sum"}
+    own = int(batch.loss_mask.sum())
+    with pytest.raises(ValueError, match=rf"num_targets: expected the {int(batch.num_targets)} labels .*, got {own}"):
+        token_mean_loss(logits, batch.labels, own, **options)  # a mean of means
+    padded_with_0 = torch.where(batch.loss_mask, batch.labels, 0)
+    with pytest.raises(ValueError, match="num_targets: expected the"):
+        token_mean_loss(logits, padded_with_0, batch.num_targets, **options)
+    shifted_after_sharding = torch.cat((batch.input_ids[1:], batch.input_ids.new_tensor([IGNORE])))
+    with pytest.raises(ValueError, match="num_targets: expected the"):
+        token_mean_loss(logits, shifted_after_sharding, batch.num_targets, **options)
+    with pytest.raises(ValueError, match="gradients: expected 'sum' or 'mean'"):
+        token_mean_loss(logits, batch.labels, batch.num_targets, group)
+    others = [x + (rank == world_size - 1) for x in documents]  # of equal lengths
+    mixed = shard_documents(others, rank, world_size, layout=batch.layout, tokens=len(batch.input_ids))
+    assert forward(made_weights(), mixed, group).isnan()[mixed.loss_mask].all()
+    with pytest.raises(ValueError, match=r"unsharded: .*fingerprint"):
+        mixed.validate(group)
+    of_another = shard_documents(documents, (rank + 1) % world_size, world_size, layout=batch.layout)
+    with pytest.raises(ValueError, match="rank: expected None or that in the group"):
+        of_another.prepare(group, backend="reference")
+
+
+def test_the_loss_is_the_mean_of_all_targets_and_no_mean_of_means():
+    logits = torch.randn(6, 9, requires_grad=True)
+    labels = torch.tensor([1, IGNORE, 3, IGNORE, 8, 0])
+    loss = token_mean_loss(logits, labels, 4)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(logits, labels), logits)[0])
+    assert token_mean_loss(logits, torch.full((6,), IGNORE), 0) == 0
+
+
+ALREADY = [np.array([2, 3, 4, IGNORE]), np.array([6, 7, IGNORE])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": ALREADY}, "labels: expected the label of every token in its own place.* shifted here"),
+        ({"labels": [[1, 2, 3, 4]]}, "labels: expected those of 2 documents, got 1"),
+        ({"labels": [[1, 2, 3, 4], [1, 2]]}, r"labels: expected one for each of 3 tokens, got 2 \(document 1\)"),
+        ({"documents": [[1.5]]}, r"documents: expected integers \[n\], got shape \(1,\) float32 \(document 0\)"),
+        ({"documents": [[1], [[2]]]}, r"documents: expected integers \[n\], got shape \(1, 1\) int64 \(document 1\)"),
+        ({"documents": "text"}, "documents: expected a list of documents, got str"),
+        ({"documents": [1, 2]}, r"documents: expected integers \[n\], got shape \(\) int64 \(document 0\)"),
+        ({"documents": [["a"]]}, r"documents: expected integers \[n\], got list \(document 0\)"),
+        ({"tokens": 3}, "got 3 rows a rank, 2 tokens too many"),
+        ({"tokens": 4, "world_size": 1, "rank": 0}, "7 tokens on 1 ranks, got 4 rows a rank, 3 tokens too many"),
+        ({"tokens": 5, "layout": "row"}, "tokens: expected an even number of rows with layout 'row', got 5"),
+        ({"max_documents": 1}, "max_documents: expected at least the 2 documents of the batch, got 1"),
+        ({"rank": 2}, "rank: expected 0 to 1, got 2"),
+        ({"layout": "rows"}, "layout: expected 'document' or 'row', got 'rows'"),
+        ({"pad_token_id": None}, "pad_token_id: expected an integer, got None"),
+    ],
+)
+def test_errors_of_documents(arguments, message):
+    arguments = {"documents": [[1, 2, 3, 4], [5, 6, 7]], "rank": 1, "world_size": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        shard_documents(**arguments)
+
+
+def test_a_label_may_be_any_other_than_the_next_token():
+    documents = [[1, 1, 1], [2, 3]]
+    for labels in (documents, [[5, 5, 5], [6, 6]], [[IGNORE] * 3, [IGNORE] * 2]):
+        shard_documents(documents, 0, 1, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens: expected an int of at least 1, got 0"),
+        ({"max_documents": None}, "max_documents: expected an int of at least 1, got None"),
+        ({"world_size": 2}, "rank: expected the rank to make batches for, as world_size is 2, got None"),
+        ({"tokens": 3, "rank": 0, "world_size": 2, "layout": "row"}, "tokens: expected an even number of rows"),
+        ({"ignore_index": 0.5}, "ignore_index: expected an integer, got 0.5"),
+        ({"group": 5}, "group: expected a torch.distributed process group"),
+    ],
+)
+def test_errors_of_the_collator(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ZigzagCollator(**{"tokens": 8, "max_documents": 2} | arguments)
+
+
+def test_examples_of_a_collator_are_all_alike():
+    collate = ZigzagCollator(tokens=8, max_documents=2)
+    with pytest.raises(ValueError, match="examples: expected 'labels' in all 2 or in none, got 1"):
+        collate([{"input_ids": [1], "labels": [1]}, {"input_ids": [2]}])
+    with pytest.raises(ValueError, match=r"examples: expected a mapping with 'input_ids', got list at \[1\]"):
+        collate([{"input_ids": [1]}, [2]])

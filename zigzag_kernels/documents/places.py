@@ -1,0 +1,94 @@
+"""`Places`: which token of a batch each row of each rank holds, whichever way the documents were dealt out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from ..layout import chunk_length, padded_length
+
+
+class Piece(NamedTuple):
+    """A run of tokens of one document that lie one after another in the rows of a rank."""
+
+    row: int  # first local row
+    document: int
+    position: int  # in the document, of the first token
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Places(ABC):
+    """The places of the tokens of a batch in the rows of ranks.
+
+    Attributes:
+        lengths: tokens of each document of the batch.
+        world_size: number of ranks.
+        tokens: rows of each rank.
+    """
+
+    lengths: tuple[int, ...]
+    world_size: int
+    tokens: int
+
+    @abstractmethod
+    def pieces(self, rank: int) -> Iterator[Piece]:
+        """Yield the runs of real tokens of `rank`, in the order of its rows."""
+
+    def rows(self, rank: int) -> list[int]:
+        """Return which token of the concatenated batch each row of `rank` is; -1 is padding."""
+        starts, result = self._starts, [-1] * self.tokens
+        for row, document, position, tokens in self.pieces(rank):
+            first = starts[document] + position
+            result[row : row + tokens] = range(first, first + tokens)
+        return result
+
+    def label_rows(self, rank: int) -> list[int]:
+        """Return which token of the concatenated batch each row of `rank` has to predict.
+
+        That is the next token of the same document; the last token of a document and padding have -1.
+        """
+        starts, result = self._starts, [-1] * self.tokens
+        for row, document, position, tokens in self.pieces(rank):
+            first = starts[document] + position + 1
+            result[row : row + tokens] = range(first, first + tokens)
+            if position + tokens == self.lengths[document]:
+                result[row + tokens - 1] = -1
+        return result
+
+    def positions(self, rank: int) -> list[int]:
+        """Return the position in its document of each row of `rank`; padding has 0."""
+        result = [0] * self.tokens
+        for row, _document, position, tokens in self.pieces(rank):
+            result[row : row + tokens] = range(position, position + tokens)
+        return result
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [*accumulate(self.lengths, initial=0)]
+
+
+def split_pieces(
+    lengths: Sequence[int], documents: Iterable[int], row: int, rank: int, world_size: int
+) -> Iterator[Piece]:
+    """Yield the pieces of `rank` of `documents` that are split over all ranks, in rows from `row` on."""
+    for document in documents:
+        length = lengths[document]
+        chunk = chunk_length(padded_length(length, world_size), world_size)
+        for number in chunks_of(rank, world_size):
+            real = min(chunk, length - number * chunk)
+            if real > 0:
+                yield Piece(row, document, number * chunk, real)
+            row += chunk
+
+
+def chunks_of(rank: int, world_size: int) -> tuple[int, ...]:
+    """Return the numbers of the chunks of a sequence that `rank` holds."""
+    return (0,) if world_size == 1 else (rank, 2 * world_size - 1 - rank)
+
+
+def filled(lengths: list[int], entries: int) -> list[int]:
+    """Return `lengths` with zeros behind them up to so many `entries`."""
+    return lengths + [0] * (entries - len(lengths))

@@ -1,0 +1,348 @@
+"""The data path: from documents to the rows, labels and tables of one rank, and from its logits to the loss."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+
+from zigzag_kernels.checks import MAX_TOTAL, check_int, check_layout, check_rank, check_world_size, dtype_name
+from zigzag_kernels.documents import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
+
+from .arguments import check_device, check_tensor, readable
+from .batch import Batch, prepare_batch
+from .parallel.agreement import agree, place_in, resolve
+from .parallel.collectives import all_gather
+from .shard import validate
+
+INT64 = torch.iinfo(torch.int64)
+
+
+@dataclass(frozen=True)
+class ShardedBatch:
+    """A sharded batch is what one rank needs of a batch of documents for a training step.
+
+    `shard_documents` and `ZigzagCollator` make it. Batches of equal `tokens` and `max_documents` have equal shapes.
+
+    Attributes:
+        input_ids: `[T]` int64, the tokens of this rank; padding is `pad_token_id`.
+        labels: `[T]` int64, the next token of the same document; `ignore_index` at its end and for padding.
+        position_ids: `[T]` int32, the position of every row in its document.
+        loss_mask: `[T]` bool, the rows that have a label.
+        cu_seqlens: `[N + 1]` int32, offsets over all ranks, as `prepare_batch` takes them.
+        lengths: `[N]` int32, real tokens of each document.
+        num_targets: one int64, the labels of all ranks together.
+        fingerprint: `[1]` int64, which differs if any token or label of the whole batch does.
+        rank, world_size: the place that the rows are for.
+        layout: "document" or "row".
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    cu_seqlens: torch.Tensor
+    lengths: torch.Tensor
+    num_targets: torch.Tensor
+    fingerprint: torch.Tensor
+    rank: int
+    world_size: int
+    layout: str
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens of the packed row over all ranks, which attention in the row layout takes; else None."""
+        return self.world_size * len(self.input_ids) if self.layout == "row" and self.world_size > 1 else None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ShardedBatch":
+        """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: torch.device | str | None = None) -> "ShardedBatch":
+        """Return this batch in pinned memory; data loaders call it."""
+        return self._map(lambda x: x.pin_memory() if device is None else x.pin_memory(device))
+
+    def prepare(self, group=None, *, method: str = "allgather", backend: str | None = None) -> Batch:
+        """Return the `Batch` that attention takes, for all layers and both passes.
+
+        With a `group` ranks compare lengths and `fingerprint`, so that attention is NaN if they hold rows of different
+        batches; `validate` says so in words. Raises `ValueError` if the rows are not those of this rank of the group.
+        """
+        return prepare_batch(
+            self.cu_seqlens,
+            self.rank,
+            self.world_size,
+            method=method,
+            group=group,
+            backend=backend,
+            unsharded=None if group is None else self.fingerprint,
+            lengths=self.lengths if self.layout == "document" else None,
+            layout=self.layout,
+            row_length=self.row_length,
+        )
+
+    def validate(self, group=None) -> None:
+        """Raise `ValueError` if the ranks of `group` hold rows of different batches; the host waits for the device."""
+        validate(
+            self.cu_seqlens,
+            self.world_size,
+            self.world_size * len(self.input_ids),
+            layout=self.layout,
+            row_length=self.row_length,
+            lengths=self.lengths,
+            group=group,
+            unsharded=self.fingerprint,
+        )
+
+    def _map(self, function) -> "ShardedBatch":
+        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+
+_CONSTANTS = "rank", "world_size", "layout"
+_TENSORS = tuple(field.name for field in dataclasses.fields(ShardedBatch) if field.name not in _CONSTANTS)
+
+
+def _flatten(batch: ShardedBatch) -> tuple[list, list]:
+    return [getattr(batch, name) for name in _TENSORS], [getattr(batch, name) for name in _CONSTANTS]
+
+
+def _unflatten(tensors, constants: list) -> ShardedBatch:
+    return ShardedBatch(*tensors, *constants)
+
+
+pytree.register_pytree_node(ShardedBatch, _flatten, _unflatten, serialized_type_name="zigzag_torch.ShardedBatch")
+
+
+def shard_documents(
+    documents: Sequence,
+    rank: int,
+    world_size: int,
+    *,
+    labels: Sequence | None = None,
+    pad_token_id: int = 0,
+    ignore_index: int = -100,
+    tokens: int | None = None,
+    max_documents: int | None = None,
+    layout: str = "document",
+) -> ShardedBatch:
+    """Return the rows of `rank` of a batch of documents, with labels, positions and what attention needs, on the CPU.
+
+    Args:
+        documents: token ids of each document: lists, NumPy arrays or tensors `[n]` of integers. Every rank is given the
+            same ones.
+        rank, world_size: the place of this rank.
+        labels: for each document the label of every token in its own place, such as its ids with `ignore_index` for a
+            prompt; they are shifted here. None is the ids themselves.
+        pad_token_id: token of padding rows.
+        ignore_index: label of rows that have none.
+        tokens: T, rows of each rank, padding included; None is as few as this batch needs.
+        max_documents: N, entries of the offsets; None is as many as there are documents.
+        layout: "document", which splits every document over all ranks, or "row", which splits all as one row.
+
+    Raises `ValueError` for documents that do not fit, with the number of tokens that are too many.
+    """
+    world_size, layout = check_world_size(world_size), check_layout(layout)
+    rank = check_rank(rank, world_size, False)
+    pad_token_id = check_int("pad_token_id", pad_token_id, INT64.min, INT64.max, "an integer")
+    ignore_index = check_int("ignore_index", ignore_index, INT64.min, INT64.max, "an integer")
+    parts = _integers("documents", documents)
+    lengths = [len(part) for part in parts]
+    packed = pack_documents(lengths, world_size, tokens=tokens, max_documents=max_documents, layout=layout)
+    ids = _joined(parts)
+    targets = ids
+    if labels is not None:
+        own = _integers("labels", labels)
+        check_labels(lengths, [len(part) for part in own])
+        targets = _joined(own)
+    first = torch.zeros(len(ids), dtype=torch.bool)  # the first token of a document is nobody's next token
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    first[starts[torch.tensor(lengths, dtype=torch.int64) > 0]] = True
+    if labels is not None:
+        known = targets != ignore_index
+        following = ~first[1:] & known[:-1]
+        shifted = bool(following.any()) and torch.equal(targets[:-1][following], ids[1:][following])
+        check_not_shifted(torch.equal(targets[known], ids[known]), shifted)
+    rows, label_rows = packed.rows(rank), packed.label_rows(rank)
+    local_labels = _taken(targets, label_rows, ignore_index)
+    arrays = [x.numpy().tobytes() for x in ((ids,) if targets is ids else (ids, targets))]
+    return ShardedBatch(
+        input_ids=_taken(ids, rows, pad_token_id),
+        labels=local_labels,
+        position_ids=torch.tensor(packed.positions(rank), dtype=torch.int32),
+        loss_mask=local_labels != ignore_index,
+        cu_seqlens=torch.tensor(packed.cu_seqlens, dtype=torch.int32),
+        lengths=torch.tensor(packed.real_lengths, dtype=torch.int32),
+        num_targets=((targets != ignore_index) & ~first).sum(),
+        fingerprint=torch.tensor([fingerprint(lengths, arrays)]),
+        rank=rank,
+        world_size=world_size,
+        layout=layout.value,
+    )
+
+
+def _integers(name: str, documents) -> list[torch.Tensor]:
+    """Return each document as a tensor `[n]` int64 on the CPU; `ValueError` for anything else than integers."""
+    if isinstance(documents, str | bytes | Mapping) or not hasattr(documents, "__len__"):
+        raise ValueError(f"{name}: expected a list of documents, got {type(documents).__name__}")
+    result = []
+    for i, document in enumerate(documents):
+        try:
+            ids = torch.as_tensor(document)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"{name}: expected integers [n], got {type(document).__name__} (document {i})") from None
+        integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype in (torch.bool, torch.uint64))
+        if ids.ndim != 1 or (len(ids) and not integers):
+            raise ValueError(
+                f"{name}: expected integers [n], got shape {tuple(ids.shape)} {dtype_name(ids)} (document {i})"
+            )
+        result.append(ids.detach().cpu().long())
+    return result
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _taken(values: torch.Tensor, rows: list[int], fill: int) -> torch.Tensor:
+    """Return `values[rows]`, and `fill` where a row is -1."""
+    return torch.cat((values, values.new_tensor([fill])))[torch.tensor(rows, dtype=torch.int64)]
+
+
+class ZigzagCollator:
+    """A collator makes the `ShardedBatch` of this rank from the documents that a `DataLoader` gives it.
+
+    Every rank of the group loads the same documents: its sampler must not depend on the rank within the group. An
+    instance holds numbers alone, so that workers can be sent it, and makes no collective and touches no device.
+    """
+
+    def __init__(
+        self,
+        group=None,
+        *,
+        tokens: int,
+        max_documents: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        pad_token_id: int = 0,
+        ignore_index: int = -100,
+        layout: str = "document",
+    ):
+        """Take the rank and the size of `group`, a process group or a 1-D DeviceMesh, or `rank` and `world_size`.
+
+        The other arguments are those of `shard_documents`; shapes are fixed, so that a step compiles once.
+        """
+        place = place_in(group)
+        if group is not None and not (rank is None and world_size is None):
+            raise ValueError(f"rank: expected None with a group, as well as world_size, got {rank} and {world_size}")
+        self.world_size = place.world_size if world_size is None else check_world_size(world_size)
+        if rank is None and group is None and self.world_size > 1:
+            raise ValueError(f"rank: expected the rank to make batches for, as world_size is {world_size}, got None")
+        self.rank = place.rank if rank is None else check_rank(rank, self.world_size, False)
+        self.options = {"pad_token_id": pad_token_id, "ignore_index": ignore_index, "layout": layout}
+        self.options |= {
+            "tokens": check_int("tokens", tokens, 1),
+            "max_documents": check_int("max_documents", max_documents, 1),
+        }
+        shard_documents([], self.rank, self.world_size, **self.options)  # finds what is wrong here, not in a worker
+
+    def __call__(self, examples: Sequence) -> ShardedBatch:
+        """Return the batch of `examples`: token ids, or mappings with "input_ids" and perhaps "labels"."""
+        if not any(isinstance(example, Mapping) for example in examples):
+            return shard_documents(examples, self.rank, self.world_size, **self.options)
+        documents, labels = [], []
+        for i, example in enumerate(examples):
+            if not isinstance(example, Mapping) or "input_ids" not in example:
+                raise ValueError(
+                    f"examples: expected a mapping with 'input_ids', got {type(example).__name__} at [{i}]"
+                )
+            documents.append(example["input_ids"])
+            labels += [example["labels"]] if "labels" in example else []
+        if labels and len(labels) != len(documents):
+            raise ValueError(f"examples: expected 'labels' in all {len(documents)} or in none, got {len(labels)}")
+        return shard_documents(documents, self.rank, self.world_size, labels=labels or None, **self.options)
+
+
+def token_mean_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_targets: torch.Tensor | int,
+    group=None,
+    *,
+    ignore_index: int = -100,
+    gradients: str | None = None,
+) -> torch.Tensor:
+    """Return the mean cross entropy, float32, of all targets of all ranks: the same value on every rank.
+
+    Args:
+        logits: `[T, vocabulary]`, those of this rank.
+        labels: `[T]` integers, as `ShardedBatch` has them: already the next token, and `ignore_index` for none.
+        num_targets: of the whole batch, as `ShardedBatch` has it. Ranks count their labels together: for another number
+            the loss is NaN, or `ValueError` where the values are on the CPU.
+        group: all ranks whose targets `num_targets` counts, a process group or a 1-D DeviceMesh.
+        ignore_index: label that does not count.
+        gradients: with several ranks, how their gradients of the parameters are combined afterwards: "sum", or "mean"
+            as DistributedDataParallel and FSDP do over these ranks.
+
+    The loss of a batch without targets is 0.
+    """
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
+    if logits.ndim < 2 or labels.shape != logits.shape[:-1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels: expected integers {tuple(logits.shape[:-1])} as in logits, got shape {tuple(labels.shape)} "
+            f"{dtype_name(labels)}"
+        )
+    check_device("labels", labels, "logits", logits)
+    place = place_in(group)
+    if gradients not in (("sum", "mean") if place.world_size > 1 else (None, "sum", "mean")):
+        raise ValueError(
+            f"gradients: expected 'sum' or 'mean', as ranks combine those of parameters, got {gradients!r}"
+        )
+    if not isinstance(num_targets, torch.Tensor):
+        num_targets = torch.full((), check_int("num_targets", num_targets, 0, MAX_TOTAL), device=logits.device)
+    elif num_targets.numel() != 1:
+        raise ValueError(f"num_targets: expected one integer, got shape {tuple(num_targets.shape)}")
+    wanted = num_targets.reshape(()).to(logits.device, torch.float64)
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
+    )
+    total = torch.stack((losses.detach().double(), (labels != ignore_index).sum().double()))
+    if place.group_name is not None and place.world_size > 1:
+        dist.all_reduce(total, group=resolve(place.group_name))
+    known = wanted.clamp(min=1)
+    if readable(total) and total[1] != wanted:
+        raise ValueError(
+            f"num_targets: expected the {int(total[1])} labels that ranks have together, got {int(wanted)}"
+        )
+    mean = torch.where(total[1] == wanted, total[0] / known, float("nan")).float()
+    own = losses * ((place.world_size if gradients == "mean" else 1) / known).float()
+    return mean + (own - own.detach())
+
+
+def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Tensor:
+    """Return what all ranks of `group` have in `x [T, ...]` in the order of the documents, one after another.
+
+    The result `[tokens of all documents, ...]` has no padding and no gradient; the host reads the lengths. Every rank
+    of the group makes this call. Raises `ValueError` for rows that are not those of `batch`.
+    """
+    check_tensor("x", x)
+    place = place_in(group)
+    if place.world_size != batch.world_size:
+        raise ValueError(f"group: expected the {batch.world_size} ranks of the batch, got {place.world_size}")
+    tokens = len(batch.input_ids)
+    if not x.ndim or x.shape[0] != tokens:
+        raise ValueError(f"x: expected [T, ...] with the {tokens} rows of the batch, got shape {tuple(x.shape)}")
+    gathered = x.detach()
+    if place.group_name is not None and place.world_size > 1:
+        facts = ("call", "unshard_group"), ("x", (tuple(x.shape), dtype_name(x)))
+        agree(resolve(place.group_name), facts)
+        gathered = all_gather(gathered, place.world_size, place.group_name)
+    lengths = tuple(batch.lengths.tolist())
+    packed = PackedBatch(lengths, batch.world_size, tokens, len(lengths), check_layout(batch.layout))
+    held = torch.tensor([packed.rows(rank) for rank in range(batch.world_size)], dtype=torch.int64).flatten()
+    order = torch.empty(sum(lengths), dtype=torch.int64)
+    order[held[held >= 0]] = (held >= 0).nonzero().flatten()
+    return gathered[order.to(x.device)]
