@@ -58,6 +58,8 @@ def as_lengths(lengths, cu_seqlens) -> jax.Array:
         lengths = np.array(check_offsets(lengths, "lengths") if lengths else [], np.int64)
     check_array("lengths", lengths)
     check_real_lengths_array(lengths.shape, str(lengths.dtype), len(cu_seqlens) - 1)
+    if isinstance(lengths, np.ndarray) and lengths.size:
+        check_offsets(lengths.tolist(), "lengths")  # JAX would cut off what int32 does not hold
     if on_host:
         check_real_lengths(lengths.tolist(), np.asarray(cu_seqlens).tolist())
     return _as_int32(jnp.asarray(lengths))

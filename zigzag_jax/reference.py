@@ -63,7 +63,9 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
         largest = largest_along(1, maxima)
     if sinks is not None:
         out, lse = _add_sinks(out, lse, sinks)
-    return out.astype(dtype), lse, largest if problem.call.return_max_logits else None
+    if not problem.call.return_max_logits:
+        return out.astype(dtype), lse, None
+    return out.astype(dtype), lse, jnp.where(jnp.isnan(lse).any(1), jnp.nan, largest)  # not infinite, as in the kernels
 
 
 def _add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:

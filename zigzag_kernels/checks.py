@@ -213,10 +213,11 @@ def check_real_lengths(lengths: list[int], cu_seqlens: list[int]) -> None:
 def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tuple[int, int]:
     """Return (row_length, rows), the tokens of a packed row on all ranks together, and the number of packed rows.
 
-    Raises `ValueError` unless rows of that length can be cut into `2 * world_size` chunks.
+    Raises `ValueError` unless rows of that length can be cut into `2 * world_size` chunks; one rank does not cut them.
     """
-    step = 2 * world_size
-    expected = f"a multiple of 2 * world_size = {step}, the tokens of one packed row on all ranks"
+    step = 2 * world_size if world_size > 1 else 1
+    tokens = "the tokens of one packed row on all ranks"
+    expected = f"a multiple of 2 * world_size = {step}, {tokens}" if world_size > 1 else tokens
     row_length = check_int("row_length", row_length, 0, MAX_OFFSET, expected)
     if row_length % step:
         raise ValueError(f"row_length: expected {expected}, got {row_length}")

@@ -199,6 +199,8 @@ def _form_of(layout: str, row_length: int | None, rows: int, world_size: int) ->
     """Return the form of a batch that is prepared with these arguments; `ValueError` unless they fit together."""
     if layout == Layout.ROW and world_size > 1:
         return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
+    if layout == Layout.ROW:
+        check_packed_rows(0 if row_length is None else row_length, rows, world_size)
     for name, given, without in (("row_length", row_length, None), ("rows", rows, 1)):
         if layout == Layout.DOCUMENT and given != without:
             raise ValueError(f"{name}: expected {without} with layout 'document', got {given!r}")

@@ -291,8 +291,11 @@ def test_a_foul_score_is_the_largest(backend):
     """Of the heads that see it, whatever a maximum makes of NaN."""
     q, k, v, *_ = (x[:28] for x in global_arrays(SMALL))
     attend = jax.jit(functools.partial(zigzag_jax.zigzag_attention, return_max_logits=True, backend=backend))
-    for arrays, heads in (((q.at[10, 0, 5].set(np.nan), k, v), {0}), ((q, k.at[10, 0, 5].set(np.nan), v), {0, 1})):
-        assert set(np.flatnonzero(np.isnan(attend(*arrays)[1])).tolist()) == heads
+    for foul in (np.nan, np.inf):
+        for arrays, heads in (((q.at[10, 0, 5].set(foul), k, v), {0}), ((q, k.at[10, 0, 5].set(foul), v), {0, 1})):
+            assert set(np.flatnonzero(np.isnan(attend(*arrays)[1])).tolist()) == heads
+        sinks = jnp.zeros(4).at[2].set(foul)
+        assert set(np.flatnonzero(np.isnan(attend(q, k, v, sinks=sinks)[1])).tolist()) == {2}
 
 
 def test_scan_over_checkpointed_layers_with_one_prepared_batch_and_sinks_of_each_layer():

@@ -102,6 +102,10 @@ WRONGLY_PREPARED = {
         {"lengths": [8, 17]},
         r"lengths: expected real lengths from 0 to the 16 rows of the sequence, got 17 \(sequence 1\)",
     ),
+    "lengths above int32": (
+        {"lengths": np.array([2**32 + 8, 16])},
+        r"lengths: expected integers that int32 holds, got 4294967304 at \[0\]",
+    ),
     "layout": ({"layout": "tokens"}, "layout: expected 'document' or 'row', got 'tokens'"),
     "row_length of documents": ({"row_length": 24}, "row_length: expected None with layout 'document', got 24"),
     "rows of documents": ({"rows": 2}, "rows: expected 1 with layout 'document', got 2"),
@@ -121,6 +125,26 @@ def test_what_cannot_be_prepared_is_named(package, case):
     changed, message = WRONGLY_PREPARED[case]
     with pytest.raises(ValueError, match=message):
         module.prepare_batch(OFFSETS, 0, W, backend="reference", **changed)
+
+
+def test_lengths_on_the_host_are_held_by_int32_whatever_has_the_offsets(package):
+    module, array = package
+    for length in (2**32 + 8, -(2**32) + 8):
+        with pytest.raises(ValueError, match=f"lengths: expected integers that int32 holds, got {length} at"):
+            module.prepare_batch(array(OFFSETS), lengths=np.array([length, 16]), backend="reference")
+
+
+def test_rows_that_one_rank_does_not_cut_are_rows_all_the_same(package):
+    module, array = package
+    prepare = functools.partial(module.prepare_batch, array(OFFSETS), layout="row", backend="reference")
+    for rows in ({}, {"row_length": 24}, {"row_length": 15, "rows": 2}):
+        assert prepare(**rows).layout == "row"
+    for row_length in (24.0, -4, True, "24"):
+        with pytest.raises(ValueError, match=f"row_length: expected the tokens of one .* got {row_length!r}"):
+            prepare(row_length=row_length)
+    for rows in (0, 1.0, "1"):
+        with pytest.raises(ValueError, match=f"rows: expected a positive number of packed rows, got {rows!r}"):
+            prepare(row_length=24, rows=rows)
 
 
 def test_the_layout_and_the_rows_are_those_of_the_batch(package):
