@@ -1,10 +1,12 @@
 """Windows, chunks, caps, sinks, largest logits, real lengths and packed rows, in both frameworks bit for bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.support import oracle
-from tests.support.cases import make_inputs, select
+from tests.support.cases import Case, make_inputs, select
 from tests.support.closeness import assert_close
 from tests.support.frameworks import attend_jax, attend_torch
 from tests.support.rank import (
@@ -54,6 +56,16 @@ def test_the_reference_of_jax_matches_the_oracle(case):
     for rank in range(case.world_size):
         result = attend_jax(case, *rank_arrays(case, inputs, rank), rank, "reference", sinks=inputs.get("sinks"))
         assert_rank_is_right(case, inputs, rank, {"reference": result})
+
+
+@pytest.mark.parametrize("attend", [attend_torch, attend_jax])
+@pytest.mark.parametrize("softcap", [1e3, 1e6])
+def test_a_large_cap_leaves_small_scores_as_they_are(softcap, attend, kernel_backend):
+    uncapped = Case(name="uncapped", world_size=1, lengths=(24,), head_dim=16, dtype="float32")
+    arguments = *rank_arrays(uncapped, make_inputs(uncapped), 0), 0, kernel_backend
+    ours, theirs = (attend(replace(uncapped, softcap=cap), *arguments) for cap in (softcap, 0.0))
+    for name in uncapped.results:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("attend", [attend_torch, attend_jax])

@@ -29,9 +29,16 @@ def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def cap_scores(scores, CAP_LOG2: tl.constexpr):
-    """Return the hyperbolic tangent of `scores` times `CAP_LOG2 / (2 * log2(e))`: capped scores, divided by the cap.
+def cap_scores(scores, CAP_LOG2: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return tanh(x) for x = `scores * CAP_LOG2 / (2 * log2(e))`: capped scores, divided by the cap.
 
-    Both tails are exact, as exp2 becomes infinite or zero.
+    The quotient is exact in both tails, where exp2 becomes infinite or zero, but has an absolute error of 2^-24 near
+    zero. A large cap multiplies that error, so that a series takes the place of the quotient there.
     """
-    return 1.0 - 2.0 / (tl.math.exp2(scores * CAP_LOG2) + 1.0)
+    capped = 1.0 - 2.0 / (tl.math.exp2(scores * CAP_LOG2) + 1.0)
+    if SOFTCAP > 128.0:
+        x = scores * (CAP_LOG2 * 0.34657359028)  # log(2) / 2
+        square = x * x
+        series = x * (1.0 - square * (0.33333333333 - square * 0.13333333333))  # the next term is below 2^-22 of x
+        capped = tl.where(square < 0.015625, series, capped)
+    return capped

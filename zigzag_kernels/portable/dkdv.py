@@ -65,7 +65,7 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
     statistics = half.q_row * GROUP + rows
     scores = dot(tile.k, tl.trans(q), None, INTERPRET)
     if CONSTANTS.SOFTCAP > 0:
-        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
     if MASKED:
         # Rows behind the last get probability exp2(-inf) = 0.
         lse2 = tl.load(arrays.lse2_ptr + statistics, mask=inside, other=float("inf"))

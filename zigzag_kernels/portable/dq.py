@@ -32,7 +32,7 @@ def _add_keys(dq, rows, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.co
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(rows.q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
-        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
     p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - rows.lse2[:, None])
     if EDGE:
         p = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), p, 0.0)

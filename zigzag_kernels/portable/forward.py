@@ -34,7 +34,7 @@ def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN:
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
-        scores = cap_scores(scores, CONSTANTS.CAP_LOG2)
+        scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
     if EDGE:
         scores = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), scores, float("-inf"))
     return add_block(running, scores, block.v, CONSTANTS.SCALE_LOG2, EDGE and CONSTANTS.RANGED, CONSTANTS.INTERPRET)
