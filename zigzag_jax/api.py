@@ -76,13 +76,13 @@ def zigzag_attention_gathered(
         deterministic: whether the same inputs always give the same gradients bit for bit. False allows sums in any
             order: on a Hopper GPU with head_dim above 64, one kernel then replaces two unless sequences are short, and
             needs 4 more bytes of memory for each element of q (`docs/hopper.md` says what it gains).
-        layout: "document" cuts each sequence into `2 * world_size` chunks, of which a rank holds two; "row" cuts the
-            packed row of `world_size * T` tokens as a whole, in which sequences of any length lie anywhere.
+        layout: "document" cuts each sequence into `2 * world_size` chunks, and a rank holds two of them. "row" cuts the
+            packed row of `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it.
 
     Returns:
-        out `[T, heads, head_dim]`, or (out, lse, max_logits), of the last two those that are asked for: lse
-        `[heads, T]` float32, natural logarithm; max_logits `[heads]` float32, without sinks, of the rows of this rank,
-        without gradient, -inf if no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
+        out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
+        logarithm, and max_logits `[heads]` float32. max_logits are those of this rank's rows, have no gradient, and are
+        -inf where no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
         Invalid lengths or ranks produce NaN everywhere, because checking them would synchronise with the device:
         `validate` gives the reason.
 
@@ -155,23 +155,23 @@ def zigzag_attention(
             `P()`. None: one sequence, or those of a batch dimension. Or the result of `prepare_batch`.
         axis_name: mesh axis, or axes, over which the rows are sharded; None: one device holds them all.
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
-            in `zigzag_attention_gathered`. `sinks` are the same on every rank: their spec is `P()`.
+            in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
         method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
             to rank. With one rank both are the same.
         heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
         deterministic: as in `zigzag_attention_gathered`; between ranks gradients are always deterministic.
-        layout: as in `zigzag_attention_gathered`, and in `prepare_batch` for a prepared batch. In the layout "row" q, k
-            and v may be `[batch, T, ...]` with `cu_seqlens`, which then counts the tokens of `batch` packed rows behind
-            one another; no sequence crosses the end of a row.
+        layout: as in `zigzag_attention_gathered`; pass the layout of a prepared batch here too. In the layout "row" q,
+            k and v may be `[batch, T, ...]`: `cu_seqlens` then counts the tokens of `batch` packed rows, one after the
+            other, and no sequence crosses the end of a row.
 
     Returns:
-        out in the shape of q, or (out, lse, max_logits), of the last two those that are asked for: lse `[heads, T]` or
-        `[batch, heads, T]` float32, max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients
-        of k and v are those of this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that
-        ranks share, is summed where `shard_map` is differentiated, and inside of it with `check_vma`; without, it is
-        that of this rank's rows. Invalid lengths produce NaN everywhere.
+        out in the shape of q, or a tuple of out and the requested ones of lse `[heads, T]` or `[batch, heads, T]`
+        float32, and max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients of k and v are
+        those of this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that ranks share,
+        is summed over the ranks if the whole `shard_map` is differentiated, or inside it with `check_vma=True`; inside
+        it with `check_vma=False`, it is the gradient of this rank's rows. Invalid lengths produce NaN everywhere.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
@@ -235,13 +235,13 @@ def zigzag_attention(
 
 
 def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[jax.Array, ...]:
-    """Return the results that are no None, alone if it is one."""
+    """Return `out`, or a tuple of `out` and the other results that are not None."""
     results = out, *(x for x in others if x is not None)
     return results if len(results) > 1 else out
 
 
 def _form(call: CallSpec, cu_seqlens: Array | Batch, world_size: int, shape: tuple[int, int]) -> Form:
-    """Return the form of a batch that is not prepared, of `shape` (packed rows, tokens of each on every rank)."""
+    """Return the form of a batch of `shape`: (packed rows, tokens of each on every rank) unless it is prepared."""
     if call.layout != Layout.ROW:
         return DOCUMENTS
     if isinstance(cu_seqlens, Batch) or check_world_size(world_size) == 1:
@@ -272,7 +272,7 @@ def _head_dim(q: Array) -> int:
 def _make_problem(
     q: Array, k: Array, v: Array, batch: Batch, call: CallSpec, kv_layout: KVLayout, packed_rows: int | None = None
 ) -> Problem:
-    """Return the problem of checked arrays, which have `packed_rows` rows in a dimension of their own, or None."""
+    """Return the problem of checked arrays; `packed_rows` is their batch dimension, None if they have none."""
     problem = make_problem(
         launch.describe(q),
         launch.describe(k),

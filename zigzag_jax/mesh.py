@@ -52,9 +52,9 @@ def make_zigzag_attention(
         mesh: the mesh of devices.
         axis: mesh axis, or axes, over which tokens are sharded in zigzag order: the rows of rank 0, then those of
             rank 1, and so on (see `shard`).
-        head_axis: mesh axis over which heads are sharded (tensor parallelism), those of `sinks` too.
+        head_axis: mesh axis over which heads, and with them `sinks`, are sharded (tensor parallelism).
         batch_axis: mesh axis over which the first dimension of `[batch, ...]` inputs is sharded (data parallelism).
-        options: keyword arguments of `zigzag_attention`, the same for all calls; `sinks` are those of calls without.
+        options: keyword arguments of `zigzag_attention`, the same for all calls. A call may pass `sinks` of its own.
 
     Returns:
         A function that takes one of
@@ -64,9 +64,9 @@ def make_zigzag_attention(
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
-        and returns out in the shape of q, or (out, lse, max_logits), of the last two those that are asked for: lse
-        `[heads, W * T]` or `[batch, heads, W * T]` float32, max_logits `[heads]` float32 of all rows of the batch. It
-        raises as `zigzag_attention`. Gradients of `sinks [heads]` are summed over all devices.
+        and returns out in the shape of q, or a tuple of out and the requested ones of lse `[heads, W * T]` or
+        `[batch, heads, W * T]` float32, and max_logits `[heads]` float32 of all rows of the batch. It raises the errors
+        of `zigzag_attention`. Gradients of `sinks [heads]` are summed over all devices.
 
         Arrays that are sharded over a mesh axis which no argument names are refused, where their sharding is known: in
         eager calls, and if the axes of `mesh` are types. Under `jit` of other meshes XLA gathers such arrays.
@@ -142,7 +142,7 @@ def make_zigzag_attention(
 
 
 def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, return_max_logits: bool, **shard):
-    """Return what one device computes by `attend` of its shard of the arguments, which have these names."""
+    """Call `attend` on one device's `shard` of the arguments, given by name, and return its results."""
     q, k, v, cu_seqlens = (shard.get(name) for name in ("q", "k", "v", "cu_seqlens"))
     attend = functools.partial(attend, sinks=shard.get("sinks"))
     packed_apart = shard["q"].ndim == 4 and cu_seqlens is not None and not isinstance(cu_seqlens, Batch)
@@ -222,7 +222,7 @@ def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
 
 
 def _check_sharding(name: str, x: Array, axes: _Axes) -> None:
-    """Raise `ValueError` for an array that is known to be spread over an axis that nobody named."""
+    """Raise `ValueError` for an array that is known to be spread over an axis which no argument names."""
     sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, Tracer) else getattr(x, "sharding", None)
     spec = getattr(sharding, "spec", None) or ()
     named = {name for given in axes for name in axis_names(given)}

@@ -54,28 +54,27 @@ def zigzag_attention_gathered(
         rank: an int, or one integer on the device of q.
         causal: a row sees the keys of its sequence up to its own position; all of them if False.
         window_size: (left, right). The row at position p of its sequence sees the keys from p - left to p + right, and
-            -1 is no limit. A window of w keys that ends with the row itself is (w - 1, 0). With `causal` right does not
-            matter.
-        attention_chunk: a row sees only the keys of its own chunk of so many positions, counted from the start of the
-            sequence; 0 is no limit.
-        softcap: scores, scaled, become `softcap * tanh(score / softcap)`; 0 leaves them as they are.
-        sinks: `[heads]` of a floating-point type, differentiable. One more logit of every row, which has no value:
-            rows of small scores then attend to little. -inf is no sink. `lse` includes it.
+            -1 is no limit. A window of w keys that ends with the row itself is (w - 1, 0). A causal mask ignores right.
+        attention_chunk: every sequence is cut into chunks of so many positions, and a row sees only the keys of its own
+            chunk; 0 is no limit.
+        softcap: every scaled score becomes `softcap * tanh(score / softcap)`; 0 leaves scores as they are.
+        sinks: `[heads]` of a floating-point type, differentiable. Each row's softmax gets one more logit, which has no
+            value vector, so that a row may attend to little. `lse` includes it; -inf is no sink.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
-        return_max_logits: also return the largest score that any row sees, after scale and softcap, by head.
+        return_max_logits: also return the largest score of each head, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
             summation, and does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short,
             one kernel then does the work of two. The backward pass of medium sequences takes 4 % less time, that of
             long ones as much as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
-        layout: "document" cuts every sequence into `2 * world_size` chunks; "row" cuts the packed batch as a whole,
-            `world_size * T` tokens in which sequences of any length lie anywhere. A prepared batch has its own layout,
-            which has to be given here too.
+        layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
+            `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. Pass the layout of a
+            prepared batch here too.
 
     Returns:
-        out `[T, heads, head_dim]`; with `return_lse` or `return_max_logits` a tuple of out, lse `[heads, T]` float32,
-        natural logarithm, and the largest scores `[heads]` float32, without gradient, of the rows of this rank.
-        Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid lengths or ranks on the
+        out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
+        logarithm, and max_logits `[heads]` float32. max_logits are those of this rank's rows, have no gradient, and are
+        -inf where no row sees a key. Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid lengths or ranks on the
         device produce NaN everywhere, because checking them would synchronise with the GPU: `validate` gives the
         reason.
 
@@ -133,25 +132,25 @@ def zigzag_attention(
         q, k, v: `[T, heads, head_dim]`, `[T, kv_heads, head_dim]`: the zigzag rows of this rank (see `shard`), with
             `cu_seqlens [N + 1]` int32, global (one sequence if None); or `[batch, T, ...]` with `cu_seqlens=None` for
             sequences of equal length with T rows on each rank. In the row layout `[batch, T, ...]` are packed rows, and
-            have `cu_seqlens`. Types and head_dim as in `zigzag_attention_gathered`.
+            `cu_seqlens` counts the tokens of all of them. Types and head_dim as in `zigzag_attention_gathered`.
         cu_seqlens: or the result of `prepare_batch`, for the same method. Prepare it with the same group: otherwise the
             ranks compare it, and make its tables, in every call.
         group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: single
             device; `method`, `heads_k_stride` and `grad_reduce_dtype` are ignored.
-        causal, window_size, attention_chunk, softcap, sinks, softmax_scale: as in `zigzag_attention_gathered`; every
-            rank gives the same sinks.
+        causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_max_logits: as in
+            `zigzag_attention_gathered`; every rank passes the same sinks.
         method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
             with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
-        layout: as in `zigzag_attention_gathered`; with `cu_seqlens=None` it is that of documents.
+        layout: as in `zigzag_attention_gathered`. With `cu_seqlens=None` the call uses the document layout.
 
     Returns:
-        out in the shape of q; with `return_lse` or `return_max_logits` a tuple of out, lse `[heads, T]` or
-        `[batch, heads, T]` float32, and the largest scores `[heads]` float32 of the rows of all ranks. Gradients of k
-        and v are sums over all ranks. That of sinks is a sum over the rows of this rank, like that of any parameter.
+        out in the shape of q, or a tuple of out and the requested ones of lse `[heads, T]` or `[batch, heads, T]`
+        float32, and max_logits `[heads]` float32 of the rows of all ranks. Gradients of k and v are sums over all
+        ranks. The gradient of sinks is the sum over this rank's rows, as for any parameter.
 
     Raises:
         ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks agree on all that the host knows
@@ -209,14 +208,14 @@ def zigzag_attention(
 def _results(
     out: torch.Tensor, lse: torch.Tensor | None, max_logits: torch.Tensor | None
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Return `out`, or a tuple of it and of the others that were asked for."""
+    """Return `out`, or a tuple of `out` and the other requested results."""
     if max_logits is None:
         return out if lse is None else (out, lse)
     return (out, max_logits) if lse is None else (out, lse, max_logits)
 
 
 def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: int) -> Form:
-    """Return the form of a batch in another layout than that of documents: `rows` packed rows, those of `q`."""
+    """Return the form of a batch in the row layout, whose local tokens `q` holds in `rows` packed rows."""
     layout = check_layout(layout).value
     if isinstance(cu_seqlens, Batch):
         return Form(layout)
@@ -229,7 +228,7 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
 
 
 def _check_rows(batch: Batch, q: torch.Tensor) -> None:
-    """Raise `ValueError` unless q has the local rows of the packed rows of `batch`."""
+    """Raise `ValueError` unless q has as many rows as each rank holds of the packed rows of `batch`."""
     if batch.row_length * batch.rows != batch.world_size * q.shape[0]:
         raise ValueError(
             f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "

@@ -34,9 +34,9 @@ class Batch:
         segments, sequences: the device tables, or None if it was prepared for the backend "reference".
         compared_by: name of the group whose ranks have compared their `cu_seqlens`; None: nobody has.
         host_rank: the rank, if the host knows it; None: only the device does.
-        lengths: `[N]` int32, the real tokens of each sequence, behind which its rows are padding; None: all are real.
+        lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
-        row_length, rows: tokens of a packed row on all ranks, and number of packed rows, in the row layout.
+        row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
     """
 
     cu_seqlens: torch.Tensor
@@ -83,7 +83,7 @@ pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="z
 
 
 class Form(NamedTuple):
-    """What is cut into chunks: the fields of `Batch` by these names."""
+    """A form says how a batch is cut into chunks, by the fields of `Batch` with the same names."""
 
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
@@ -125,12 +125,12 @@ def prepare_batch(
         backend: as in the attention calls.
         unsharded: the whole batch before `shard`, such as token ids, on the device of `cu_seqlens`. With a group, ranks
             compare it as they compare `cu_seqlens`, since ranks that read other data would attend to a mixture of it.
-        lengths: `[N]` int32, the real tokens m of each sequence of n rows. Rows from m on are padding: out 0, lse -inf,
-            no gradient, and no row attends to them. Lengths below 0 or above n give NaN everywhere. A list, tuple or
-            NumPy array is checked, as `cu_seqlens` is.
-        layout: as in the attention calls, which take the same one.
-        row_length, rows: in the row layout, the tokens of one packed row on all ranks together, a multiple of
-            `2 * world_size`, and the number of packed rows. One rank holds rows whole, and needs neither.
+        lengths: `[N]` int32, the number m of real tokens of each sequence. Its rows from m on are padding: out 0,
+            lse -inf, no gradient, and no row attends to them. A length below 0 or above that of the sequence gives NaN
+            everywhere, or an error if both `lengths` and `cu_seqlens` are lists, tuples or NumPy arrays.
+        layout: as in the attention calls; pass the same one there.
+        row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
+            packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
 
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can be trained on all the same.
