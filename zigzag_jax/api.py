@@ -64,14 +64,16 @@ def zigzag_attention_gathered(
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
         causal: whether a token attends only to itself and to the tokens before it.
-        window_size: (left, right), how many tokens before and after it a token attends to besides itself; -1: all.
-        attention_chunk: c > 0 cuts each sequence into chunks of c tokens, of which a token attends to its own alone.
-        softcap: c > 0 bounds scores: each becomes `c * tanh(score / c)`.
-        sinks: `[heads]`, floating-point numbers: one more logit in the softmax of each row, which has no value;
-            differentiable, and -inf is none. lse includes it.
+        window_size: (left, right). A token attends to itself, to the `left` tokens before it and to the `right` tokens
+            after it; -1 or None is no limit. A window of w tokens that ends with the token itself is (w - 1, 0). A
+            causal mask ignores right.
+        attention_chunk: c > 0 cuts each sequence into chunks of c tokens, and a token attends only to its own chunk.
+        softcap: c > 0 bounds the scaled scores: each becomes `c * tanh(score / c)`.
+        sinks: `[heads]` of a floating-point type, differentiable. Each row's softmax gets one more logit, which has no
+            value vector, so that a row may attend to little. lse includes it; -inf is no sink.
         softmax_scale: positive factor of the scores; None: `1 / sqrt(head_dim)`.
         return_lse: whether to return lse too, the log-sum-exp of each row's scores.
-        return_max_logits: whether to return the largest score of each head too, after scale and softcap.
+        return_max_logits: whether to return the largest score of each head too, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: whether the same inputs always give the same gradients bit for bit. False allows sums in any
             order: on a Hopper GPU with head_dim above 64, one kernel then replaces two unless sequences are short, and
