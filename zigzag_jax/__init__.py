@@ -9,6 +9,7 @@ from zigzag_kernels.documents import DocumentPlan, plan_documents
 from .api import zigzag_attention, zigzag_attention_gathered
 from .batch import Batch, prepare_batch
 from .launch import export_disabled_checks
+from .loss import token_mean_loss
 from .mesh import make_zigzag_attention
 from .padding import pad_to_zigzag, unpad
 from .reference import merge_partials
@@ -30,6 +31,7 @@ __all__ = [
     "position_ids",
     "prepare_batch",
     "shard",
+    "token_mean_loss",
     "unpad",
     "unshard",
     "validate",

@@ -117,6 +117,9 @@ BOTH = {
         "split_tokens": ("int", 6), "window_size": ("window", (5, -1)), "attention_chunk": ("int", 4),
         "causal": ("flag", True), "max_documents": ("int", 2), "max_split": ("int", 2),
     },
+    "token_mean_loss": {
+        "logits": ("array", ones(8, 5)), "labels": ("array", np.ones(8, np.int32)), "num_targets": ("int", 8),
+    },
     "merge_partials": {"out": ("array", ones(2, 8, 4, 16)), "lse": ("array", ones(2, 4, 8))},
 }  # fmt: skip
 ROW = {"layout": ("name", "row"), "row_length": ("int", 16)}
@@ -190,9 +193,6 @@ ONLY_TORCH = {
         "max_documents": ("int", 4), "layout": ("name", "document"),
     },
     "ZigzagCollator": {**RANK, **SIZE, "tokens": ("int", 8), "max_documents": ("int", 4), "layout": ("name", "row")},
-    "token_mean_loss": {
-        "logits": ("array", ones(8, 5)), "labels": ("array", np.ones(8, np.int32)), "num_targets": ("int", 8),
-    },
     "unshard_group": {"x": ("array", ones(8, 5)), "batch": ("ignored", None)},
     "profile_report": {"reset": ("flag", False)},
     "ZigzagConfig": dict.fromkeys(("use_fused_triton_v2", "verify_correctness", "profile_kernels"), ("flag", False)),

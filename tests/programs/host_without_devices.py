@@ -1,0 +1,8 @@
+"""Makes a batch by `zigzag_jax.host`, and prints whether JAX has looked for devices."""
+
+from jax._src import xla_bridge
+
+from zigzag_jax import host
+
+host.unshard_rows(host.shard_documents([[1, 2, 3], [4]], 2).labels, host.shard_documents([[1, 2, 3], [4]], 2), 2)
+print(xla_bridge.backends_are_initialized())
