@@ -1,4 +1,4 @@
-"""Products and casts, each with a mended form for Triton's interpreter, which has neither right for bfloat16."""
+"""Products, casts and capped scores. Triton's interpreter needs workarounds for products and casts of bfloat16."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def dot(a, b, acc, INTERPRET: tl.constexpr):
     """Return `acc + a @ b` in float32.
 
-    The interpreter multiplies bfloat16 bit patterns, hence the exact upcast there.
+    The interpreter would multiply the bit patterns of bfloat16, so the operands are converted to float32 there.
     """
     if INTERPRET:
         a = a.to(tl.float32)
@@ -20,7 +20,7 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
 def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """Return float32 `x` rounded to the nearest `DTYPE`.
 
-    The interpreter truncates to bfloat16, hence the carry there.
+    The interpreter truncates to bfloat16, so a carry rounds the bits before the cast there.
     """
     if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)

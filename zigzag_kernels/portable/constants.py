@@ -19,9 +19,9 @@ class Constants:
     SCALE_LOG2: Any  # factor of scores, or of capped ones, whose exponential is taken in base 2
     CAP_LOG2: Any  # factor of scores whose exponential in base 2 is that of `2 * score / SOFTCAP`
     INTERPRET: Any
-    RANGED: Any  # masks are ranges of keys; otherwise rows see all keys, or those up to their own
+    RANGED: Any  # each row sees a range of keys; otherwise all keys, or the keys up to its own
     CAUSAL: Any
-    LEFT: Any  # tokens on each side that a row sees, -1 for all
+    LEFT: Any  # tokens that a row sees on each side, -1 for all
     RIGHT: Any
     CHUNK: Any  # tokens of a chunk of attention, 0 for none
     SOFTCAP: Any  # bound of the scaled scores, 0.0 for none
@@ -39,7 +39,7 @@ class Constants:
 
 @triton.constexpr_function
 def bundle(**values):
-    """Return the `Constants` of these `values`, each a constexpr again, so that kernels can use the fields as they are.
+    """Wrap each of `values` in a constexpr, as kernels need it, and return them as `Constants`.
 
     The interpreter has no constexprs: there the values stay plain.
     """

@@ -1,4 +1,4 @@
-"""The first kernel of the backward pass: the statistics of every query row that the kernels behind it read.
+"""The first kernel of the backward pass writes two statistics of every query row, which the later kernels read.
 
 Grid: blocks of rows × KV heads of the window.
 """
@@ -29,9 +29,9 @@ def backward_delta(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write `delta = sum(out * dout) - dlse` of the rows of the window's heads, and their `lse` in base 2.
+    """Write `delta = sum(out * dout) - dlse`, and `lse` in base 2, for each row of the window's heads.
 
-    Both are in the row order of the other kernels.
+    Both results are in the row order of the other kernels.
 
     With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
     """

@@ -29,16 +29,16 @@ from .rows import KeyBlock, key_places, load_rows, make_key_rows, query_places, 
 
 
 class QueryArrays(NamedTuple):
-    """The arrays that are read by query row, from the first row of one KV head on."""
+    """Pointers to the arrays that the kernel reads by query row; each points to the first row of one KV head."""
 
     q_ptr: tl.tensor
     dout_ptr: tl.tensor
-    delta_ptr: tl.tensor  # `delta.py` writes these two, in base 2 and by row
+    delta_ptr: tl.tensor  # `delta.py` writes delta and lse2 by row, lse2 in base 2
     lse2_ptr: tl.tensor
 
 
 class Sums(NamedTuple):
-    """Gradients of a tile of keys, `[BLOCK_N, BLOCK_D]` float32."""
+    """The sums of a tile of keys, `[BLOCK_N, BLOCK_D]` float32, which become its gradients."""
 
     dk: tl.tensor  # not yet scaled
     dv: tl.tensor
@@ -46,9 +46,9 @@ class Sums(NamedTuple):
 
 @triton.jit
 def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
-    """Return `sums` with the rows `[row, row + BLOCK_M)` of a segment more, none from `end_row` on.
+    """Return `sums` after adding the rows `[row, row + BLOCK_M)` of a segment; rows from `end_row` on add nothing.
 
-    The block is one of run number `RUN`. Scores are transposed, `[BLOCK_N, BLOCK_M]`.
+    The block belongs to run number `RUN`. Scores are transposed, `[BLOCK_N, BLOCK_M]`.
     """
     half, document = rows_of
     MASKED: tl.constexpr = RUN != WHOLE_ROWS
@@ -67,7 +67,7 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
     if CONSTANTS.SOFTCAP > 0:
         scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
     if MASKED:
-        # Rows behind the last get probability exp2(-inf) = 0.
+        # Rows behind the last one get probability exp2(-inf) = 0.
         lse2 = tl.load(arrays.lse2_ptr + statistics, mask=inside, other=float("inf"))
     else:
         lse2 = tl.load(arrays.lse2_ptr + statistics)
@@ -104,7 +104,7 @@ def backward_dkdv(
     delta_ptr,  # [KV_HEADS, T * GROUP] float32
     lse2_ptr,
     sequences_ptr,
-    into_dk_ptr,  # dk and dv themselves, or unused
+    into_dk_ptr,  # the same memory as dk and dv, or unused
     into_dv_ptr,
     n_sequences,
     T,
@@ -140,9 +140,9 @@ def backward_dkdv(
     HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr,
 ):
-    """Write dK and dV of the window's KV heads, or the one of them that is asked for.
+    """Write dK (`HAS_DK`) and dV (`HAS_DV`) of the window's KV heads.
 
-    `ACCUMULATE` adds to the gradients that are there.
+    `ACCUMULATE` adds to the gradients that are already in memory.
     """
     CONSTANTS: tl.constexpr = bundle(
         GROUP=GROUP,
@@ -176,7 +176,7 @@ def backward_dkdv(
     numbers = found.first_key + tl.arange(0, BLOCK_N)
     inside = numbers < found.n_keys
     place, loaded_keys = 0, inside
-    if RANGED:  # keys of padding may hold anything
+    if RANGED:  # padding keys may hold any bits
         document = load_document(found)
         place, loaded_keys = document.place, inside & (numbers < key_index(document, document.real))
     key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows, place)

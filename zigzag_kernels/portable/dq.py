@@ -17,7 +17,7 @@ from .rows import Keys, load_keys, load_rows, make_key_rows, query_places, store
 
 
 class QueryRows(NamedTuple):
-    """A tile of query rows and the statistics that `delta.py` wrote of them."""
+    """A tile of query rows, and the two statistics that `delta.py` wrote for each row."""
 
     q: tl.tensor  # [BLOCK_M, BLOCK_D]
     dout: tl.tensor  # [BLOCK_M, BLOCK_D]
@@ -27,7 +27,7 @@ class QueryRows(NamedTuple):
 
 @triton.jit
 def _add_keys(dq, rows, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
-    """Return `dq` with the keys `[start, start + BLOCK_N)` more, a block of run number `RUN`."""
+    """Return `dq` after adding the keys `[start, start + BLOCK_N)`, a block of run number `RUN`."""
     EDGE: tl.constexpr = is_edge(RUN)
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(rows.q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
@@ -52,7 +52,7 @@ def backward_dq(
     delta_ptr,  # [KV_HEADS, T * GROUP] float32
     lse2_ptr,
     segments_ptr,
-    into_dq_ptr,  # dq itself, or unused
+    into_dq_ptr,  # the same memory as dq, or unused
     n_segments,
     T,
     slot_rows,
@@ -85,7 +85,7 @@ def backward_dq(
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Write dQ of the window's query heads; `ACCUMULATE` adds it to the gradients that are there."""
+    """Write dQ of the window's query heads; `ACCUMULATE` adds to gradients already in memory."""
     CONSTANTS: tl.constexpr = bundle(
         SLOTS=SLOTS,
         GROUP=GROUP,
@@ -118,7 +118,7 @@ def backward_dq(
     rows = queries.row + tl.arange(0, BLOCK_M)
     inside = rows < queries.q_len * GROUP
     loaded_rows = inside
-    if RANGED:  # rows of padding may hold anything
+    if RANGED:  # padding rows may hold any bits
         loaded_rows = inside & (position + rows // GROUP < document.real)
     q_places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
     q = load_rows(

@@ -14,7 +14,7 @@ from ..tiles.sm_90 import SM_90
 
 
 class Portable(Family):
-    """Triton kernels whose tiles are the only thing that depends on the GPU."""
+    """Triton kernels that are the same for every GPU: only their tile sizes differ."""
 
     name = "portable"
     architectures = (SM_90, SM_80, SM_86, INTERPRET)
@@ -23,24 +23,24 @@ class Portable(Family):
         return operation is not Operation.FUSED_BACKWARD
 
     def is_faster(self, problem: Problem, operation: Operation) -> bool:
-        return True  # than none: this family comes last
+        return True  # this family is asked last: no other kernel is left to compare with
 
     def shared_memory(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> int:
         """Return an upper bound of the bytes of shared memory of one program.
 
-        Its own tiles stay, and `num_stages` blocks of what it loops over are in flight. Where matrix instructions do
-        not take operands from registers, scores pass through shared memory, and a block being loaded counts once more.
+        A program keeps its own tiles, and has `num_stages` blocks of its loop in flight. On GPUs whose matrix
+        instructions take no operands from registers, it also holds scores or one more block, whichever is larger.
         """
         size = DTYPE_BYTES[dtype]
         row = block_d(head_dim) * size
         scores = 0
         if not architecture.operands_from_registers or size == 4:
             scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
-        if kernel.operation is Operation.DKDV:  # its own K and V; Q, dO and two float32 statistics a row pass by
+        if kernel.operation is Operation.DKDV:  # keeps K and V; the loop loads Q, dO and two float32 statistics a row
             return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 8) + scores
-        own_tiles = 1 if kernel.operation is Operation.FORWARD else 2  # Q, and dO; K and V pass by
+        own_tiles = 1 if kernel.operation is Operation.FORWARD else 2  # keeps Q, for dQ also dO; the loop loads K and V
         return own_tiles * config.BLOCK_M * row + config.num_stages * config.BLOCK_N * 2 * row + scores
 
     def exceeds(
@@ -74,7 +74,7 @@ class Portable(Family):
 
 
 def sums_apart(head_dim: int, dtype: str, architecture: Architecture) -> bool:
-    """Return whether dK and dV are launched apart.
+    """Return whether dK and dV are computed by separate launches.
 
     Above `SUMS_TOGETHER_HEAD_DIM` their sums leave no registers for a tile that keeps the matrix instructions busy.
     """

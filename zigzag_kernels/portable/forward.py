@@ -1,4 +1,4 @@
-"""The forward kernel: one program attends one tile of query rows to the keys that they see, in place in the K/V buffer.
+"""The forward kernel: one program computes attention of one tile of query rows, and reads keys in place.
 
 Grid: tiles × KV heads of the window.
 """
@@ -18,18 +18,18 @@ from .softmax import add_block, add_sinks, finish_softmax, start_softmax
 
 
 class Results(NamedTuple):
-    """Where the results of a tile of rows are in memory."""
+    """The places in memory of the results of a tile of rows."""
 
     out_ptr: tl.tensor  # of the tile
-    out_places: tl.tensor  # [BLOCK_M] elements from there to each row
+    out_places: tl.tensor  # [BLOCK_M] elements from out_ptr to each row
     lse_ptr: tl.tensor
     lse_places: tl.tensor  # [BLOCK_M]
-    inside: tl.tensor  # [BLOCK_M] whether there is such a row
+    inside: tl.tensor  # [BLOCK_M] false for rows behind the last one
 
 
 @triton.jit
 def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
-    """Return the running softmax with the keys `[start, start + BLOCK_N)` more, a block of run number `RUN`."""
+    """Return `running` after adding the keys `[start, start + BLOCK_N)`, a block of run number `RUN`."""
     EDGE: tl.constexpr = is_edge(RUN)
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
@@ -42,7 +42,7 @@ def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN:
 
 @triton.jit
 def _merge(out, lse2, results, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return (out, lse in base 2) over these keys and those that the `results` in memory have seen."""
+    """Merge (out, lse in base 2) with the `results` in memory, which are those of other keys."""
     before = tl.load(results.lse_ptr + results.lse_places, mask=results.inside, other=0.0) * LOG2_E
     maximum = tl.maximum(lse2, before)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -62,7 +62,7 @@ def attention_forward(
     v_ptr,
     sinks_ptr,  # [HEADS] float32, read if HAS_SINKS
     segments_ptr,
-    into_out_ptr,  # out and lse themselves, or unused: jax-triton 0.3 passes results that are written in place twice
+    into_out_ptr,  # the same memory as out and lse, or unused: jax-triton 0.3 passes in-place results twice
     into_lse_ptr,
     n_segments,
     T,
@@ -99,8 +99,8 @@ def attention_forward(
 ):
     """Write out and lse of the window's query heads.
 
-    `ACCUMULATE` merges them with the results that are there; rows that see no key then stay as they are. A sink is one
-    more logit in the total of each row, without a value: results that are merged later do not count it again.
+    `ACCUMULATE` merges them with results already in memory; a row that sees no key here keeps its result. A sink adds
+    one logit, which has no value vector, to the total of each row: only a launch without `ACCUMULATE` counts it.
     """
     CONSTANTS: tl.constexpr = bundle(
         SLOTS=SLOTS,
@@ -174,7 +174,7 @@ def attention_forward(
         max_ptr = lse_ptr + HEADS * T.to(tl.int64)
         if ACCUMULATE:
             largest = tl.maximum(largest, tl.load(max_ptr + lse_places, mask=inside, other=0.0))
-        largest = tl.where(lse == lse, largest, lse)  # a maximum drops NaN, and the sum of a row does not
+        largest = tl.where(lse == lse, largest, lse)  # tl.maximum drops NaN; lse keeps it
         tl.store(max_ptr + lse_places, largest, mask=inside)
     tl.store(lse_ptr + lse_places, lse, mask=inside)
     store_rows(out_ptr + out_start, places.offsets, out, inside, HEAD_DIM, BLOCK_D, INTERPRET)

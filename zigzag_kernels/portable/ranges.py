@@ -28,10 +28,10 @@ ROW_RUNS = tl.constexpr(3)
 
 
 class VisibleKeys(NamedTuple):
-    """The keys that a tile of query rows sees: by row, and as the ends of the runs of blocks of keys.
+    """The keys that a tile of query rows sees: a range for each row, and the bounds of the runs of key blocks.
 
-    `begin` and `low_end` count if the mask is ranged. The runs `ALIGNED_KEYS` and `WHOLE_KEYS` have the same blocks:
-    the length of the chunks decides which of the two is empty.
+    `begin` and `low_end` are used only if the mask is ranged. `ALIGNED_KEYS` and `WHOLE_KEYS` are two versions of one
+    run: the chunk length decides which version has the blocks, and the other is empty.
     """
 
     by_row: KeyRange
@@ -43,7 +43,7 @@ class VisibleKeys(NamedTuple):
 
 
 class SeeingRows(NamedTuple):
-    """The rows of a segment that see a tile of keys: the bounds of the runs of blocks of rows."""
+    """The rows of a segment that see a tile of keys, as the bounds of the runs of row blocks."""
 
     begin: tl.tensor
     whole_begin: tl.tensor
@@ -53,7 +53,7 @@ class SeeingRows(NamedTuple):
 
 @triton.jit
 def keys_of_rows(tokens, diagonal, kv_len):
-    """Return the `KeyRange` of the rows of these `tokens` of a segment whose mask is not ranged."""
+    """Return the `KeyRange` of the rows of `tokens`, in a segment whose mask is not ranged."""
     end = tl.minimum(diagonal + tokens + 1, kv_len)
     return KeyRange(begin=end, end=end)
 
@@ -74,7 +74,7 @@ def sees(by_row, keys, RANGED: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
-    """Return the `VisibleKeys` of the tile `queries`, whose rows are of these `tokens` of its segment."""
+    """Return the `VisibleKeys` of the tile `queries`; `tokens` are those of its rows, numbered in its segment."""
     kv_len = tl.maximum(queries.kv_len, 0)
     first_token = queries.row // CONSTANTS.GROUP
     last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
@@ -93,8 +93,9 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
 def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constexpr):
     """Return the `VisibleKeys` of the tile `queries` of a `Document` under a ranged mask.
 
-    `position` is that of the first token of its segment, and its rows are of these `tokens`. Blocks of keys begin with
-    the document, so that the sums of a row do not depend on the tile it is in.
+    `position` is the position of the segment's first token; `tokens` are those of the tile's rows, numbered in the
+    segment. Blocks of keys are counted from the start of the document, so that a row is summed in the same order
+    whichever tile it is in.
     """
     BLOCK_N: tl.constexpr = CONSTANTS.BLOCK_N
     first = position + queries.row // CONSTANTS.GROUP
@@ -125,7 +126,7 @@ def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constex
 def has_key_run(RUN, SLOTS, RANGED):
     """Return whether run number `RUN` can have blocks.
 
-    In one slot all keys follow each other, so that every whole block is aligned.
+    With one slot, all keys lie in position order, so every whole block is aligned.
     """
     if LOW_EDGE_KEYS.value == RUN:
         return RANGED
@@ -134,7 +135,7 @@ def has_key_run(RUN, SLOTS, RANGED):
 
 @triton.constexpr_function
 def is_edge(RUN):
-    """Return whether some rows do not see some keys of the blocks of run number `RUN`."""
+    """Return whether blocks of run number `RUN` need the mask: some rows may not see some keys."""
     return RUN in (LOW_EDGE_KEYS.value, EDGE_KEYS.value)
 
 
@@ -158,7 +159,7 @@ def key_run(visible, RANGED: tl.constexpr, RUN: tl.constexpr):
 def seeing_rows(half, first_key, n_keys, CONSTANTS: tl.constexpr):
     """Return the `SeeingRows` of the segment `half` for the tile of keys that begins with `first_key`.
 
-    Whole blocks end with the segment, and the rows before the first whole block are masked.
+    Whole blocks are counted back from the end of the segment; the rows before the first whole block are masked.
     """
     end_key = tl.minimum(first_key + CONSTANTS.BLOCK_N, n_keys)
     begin = tl.maximum(first_key - half.diagonal, 0)  # first token that sees the first key of the tile

@@ -1,4 +1,4 @@
-"""Where rows of queries and of keys are in memory, and the loads and stores of tiles of them."""
+"""Places of query rows and keys in memory, and functions that load and store tiles of them."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .arithmetic import cast
 
 
 class RowPlaces(NamedTuple):
-    """The `BLOCK_M` query rows of a tile, and where they are in an array of queries."""
+    """The `BLOCK_M` query rows of a tile, and their places in an array of queries."""
 
     start: tl.tensor  # int64 elements from the array's beginning to the tile
     offsets: tl.tensor  # [BLOCK_M] elements from there to each row
@@ -18,7 +18,7 @@ class RowPlaces(NamedTuple):
 
 
 class KeyRows(NamedTuple):
-    """Where the keys of one sequence are in the K/V buffer."""
+    """The places of one sequence's keys in the K/V buffer."""
 
     kv_row: tl.tensor  # row of the first key in the first slot
     kv_chunk: tl.tensor  # keys of one chunk
@@ -49,7 +49,7 @@ def query_places(
 ):
     """Return the `RowPlaces` of the rows from `row` on of the segment whose first token is at local row `q_row`.
 
-    `row` is a multiple of GROUP wherever BLOCK_M is, and then the offsets do not depend on `row`.
+    If BLOCK_M is a multiple of GROUP, so is `row`, and the offsets are the same for every tile.
     """
     inner = tl.arange(0, BLOCK_M)
     if BLOCK_M % GROUP:
@@ -65,7 +65,7 @@ def query_places(
 
 @triton.jit
 def make_key_rows(kv_row, kv_chunk, slot_rows, place):
-    """Return `KeyRows`. A tuple cannot hold constants: jax-triton passes a `slot_rows` of 1 as one."""
+    """Return `KeyRows` of tensors: jax-triton passes a `slot_rows` of 1 as a constant, which a tuple cannot hold."""
     return KeyRows(
         kv_row=kv_row, kv_chunk=kv_chunk, slot_rows=tl.cast(slot_rows, tl.int32), place=tl.cast(place, tl.int32)
     )
@@ -102,7 +102,7 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
 def load_keys(keys, start, CONSTANTS: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
     """Load the `KeyBlock` of the keys `[start, start + BLOCK_N)`.
 
-    Keys from `n_keys` on are zero if `MASKED`; otherwise the caller knows that there are none.
+    With `MASKED`, keys from `n_keys` on are zero; without it, the caller guarantees that the block has none.
     """
     HEAD_DIM: tl.constexpr = CONSTANTS.HEAD_DIM
     BLOCK_D: tl.constexpr = CONSTANTS.BLOCK_D
@@ -121,7 +121,7 @@ def load_keys(keys, start, CONSTANTS: tl.constexpr, MASKED: tl.constexpr, ALIGNE
 def load_rows(ptr, offsets, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load the rows that begin `offsets` elements behind `ptr`: `[len(offsets), BLOCK_D]`, zero behind HEAD_DIM.
 
-    Rows that are not `inside` are zero if `MASKED`; otherwise the caller knows that all of them are.
+    With `MASKED`, rows that are not `inside` are zero; without it, the caller guarantees that all are inside.
     """
     dims = tl.arange(0, BLOCK_D)
     ptrs = ptr + offsets[:, None] + dims[None, :]

@@ -1,6 +1,6 @@
-"""The gradient of the sinks: two kernels sum one number of every query row, always in the same order.
+"""The gradient of the sinks: two kernels add up one number for every query row, always in the same order.
 
-A sink is one more logit of each row of its head, whose probability is `exp(sink - lse)` and whose value is zero. So
+A sink adds a logit to each row of its head, with probability `exp(sink - lse)` and a value vector of zeros. Therefore
 `d(loss)/d(sink)` is the sum over rows of `-exp(sink - lse) * delta`, with the `delta` that `delta.py` writes.
 """
 
@@ -23,9 +23,9 @@ def sum_sink_rows(
     HEADS_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Write the sums over `BLOCK_T` tokens each. Rows that see no key have no sink either.
+    """Write one partial sum for every `BLOCK_T` tokens; rows that see no key have no sink, and add nothing.
 
-    Grid: parts × KV heads of the window. `HEADS_PADDED` is the power of two from GROUP on.
+    Grid: parts × KV heads of the window. `HEADS_PADDED` is GROUP rounded up to a power of two.
     """
     part = tl.program_id(0)
     window_head = tl.program_id(1).to(tl.int64)
@@ -45,14 +45,14 @@ def sum_sink_rows(
 @triton.jit(do_not_specialize=["first_kv_head", "n_parts"])
 def sum_sink_parts(
     parts_ptr,  # [window * GROUP, n_parts] float32
-    into_dsinks_ptr,  # dsinks itself, or unused
+    into_dsinks_ptr,  # the same memory as dsinks, or unused
     first_kv_head,
     n_parts,
     dsinks_ptr,  # [HEADS] float32
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the sums of all parts. Grid: query heads of the window."""
+    """Add up the partial sums of each query head. Grid: query heads of the window."""
     head = tl.program_id(0)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n_parts, BLOCK):

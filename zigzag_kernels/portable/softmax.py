@@ -9,7 +9,7 @@ from .arithmetic import cast, dot
 
 
 class RunningSoftmax(NamedTuple):
-    """Attention of `BLOCK_M` rows to the keys so far."""
+    """The attention of `BLOCK_M` rows to the keys added so far."""
 
     maximum: tl.tensor  # [BLOCK_M] of the scaled scores
     total: tl.tensor  # [BLOCK_M] of the exponentials
@@ -28,9 +28,9 @@ def start_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return `running` with a block of keys more: `scores [BLOCK_M, BLOCK_N]` unscaled, `v [BLOCK_N, BLOCK_D]`.
+    """Return `running` after adding a block of keys: `scores [BLOCK_M, BLOCK_N]` unscaled, `v [BLOCK_N, BLOCK_D]`.
 
-    `MAY_BE_BLIND`: a row may see no key of this block nor of those before.
+    With `MAY_BE_BLIND` a row may have seen no key yet, neither in this block nor before.
     """
     maximum = tl.maximum(running.maximum, tl.max(scores, 1) * SCALE_LOG2)
     subtracted = maximum
@@ -47,9 +47,9 @@ def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.con
 
 @triton.jit
 def add_sinks(running, sinks):
-    """Return `running` with one more logit in the total of each row that sees a key: `sinks [BLOCK_M]` in base 2."""
+    """Return `running` after adding `sinks [BLOCK_M]`, base 2, to the total of each row that sees a key."""
     maximum = tl.maximum(running.maximum, sinks)
-    # Of rows that see no key: not below the sink, so that nothing overflows.
+    # For rows that see no key the maximum is not below the sink, so that exp2 does not overflow.
     maximum = tl.where(running.total == 0.0, tl.maximum(sinks, 0.0), maximum)
     rescale = tl.math.exp2(running.maximum - maximum)
     total = running.total * rescale + tl.math.exp2(sinks - maximum)

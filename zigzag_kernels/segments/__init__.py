@@ -1,4 +1,4 @@
-"""The segment tables: which query rows a rank holds and where their keys are, and how a kernel finds its tile in them.
+"""The segment tables tell a kernel which query rows a rank holds, and where the keys of those rows are.
 
 Words used here and in the kernels (`layout.py` has the layout itself):
 
@@ -15,7 +15,7 @@ Words used here and in the kernels (`layout.py` has the layout itself):
 - *window*: K/V of a few KV heads at a time, those from `first_kv_head` on; queries and results have all heads.
 - *padding*: rows behind the last sequence. It is the last entry of both tables.
 
-`columns.py` names the columns of both tables and imports nothing but the standard library. `build.py` is the kernel
-that writes the tables; `lookup.py` is how the attention kernels read them, and `ranges.py` the rule of masks that are
-ranges of keys.
+`columns.py` names the columns of both tables and imports nothing but the standard library. `build.py` has the
+kernel that writes the tables, `lookup.py` the functions by which attention kernels read them, and `ranges.py` the rule
+of masks in which each row sees a range of keys.
 """

@@ -1,7 +1,7 @@
 """The kernel that turns `cu_seqlens` and a rank into the tables that the attention kernels read.
 
-The K/V layout (`modes.KVLayout`) decides where the tables say that keys are; everything behind the tables is the same
-for all layouts.
+Only this kernel knows the K/V layout (`modes.KVLayout`): the tables say where keys are, and the attention kernels that
+read the tables are the same for all layouts.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS):
 
 
 class Sequence(NamedTuple):
-    """Sequences `[BLOCK]` of a batch: where they are in `cu_seqlens`, and where their rows are on each rank."""
+    """Sequences `[BLOCK]` of a batch: their places in `cu_seqlens`, and the places of their rows on each rank."""
 
     start: tl.tensor
     length: tl.tensor
@@ -98,7 +98,7 @@ class HeldKeys(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Segments `[BLOCK]` of a batch: their columns of `SegmentColumn`, and what orders them."""
+    """Segments `[BLOCK]` of a batch: their columns of `SegmentColumn`, and the weights that order them."""
 
     q_row: tl.tensor
     q_len: tl.tensor
@@ -120,7 +120,7 @@ def _load_sequence(batch, sequence, mask, FORM: tl.constexpr):
         listed = mask & (sequence < batch.n_sequences - 1)
         end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
         length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
-        row = start // tl.maximum(batch.row_length, 1)  # of no tokens there are no rows
+        row = start // tl.maximum(batch.row_length, 1)  # row_length is 0 if there are no tokens
         place = start - row * batch.row_length
         chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
         first_row = row * (2 * chunk_length)
@@ -148,7 +148,7 @@ def _part(held, chunk):
 
 @triton.jit
 def _local_row(held, chunk, late, position):
-    """Return the local row of the token at `position`, which lies in chunk number `chunk`, a `late` one or not."""
+    """Return the local row of the token at `position`, which lies in chunk `chunk`: a late chunk if `late`."""
     return held.first_row + tl.where(late, held.chunk_length, 0) + held.place + position - chunk * held.chunk_length
 
 
@@ -156,8 +156,8 @@ def _local_row(held, chunk, late, position):
 def _hold_keys(batch, held, FORM: tl.constexpr):
     """Return the `HeldKeys` of the sequences `held`.
 
-    A peer's buffer has the early part of a sequence, then the late one: no other keys lie between the two, since a
-    sequence that has both fills the early chunk up to its end and the late one from its beginning.
+    A peer's buffer has the early part of a sequence, then the late part. No other keys lie between them: a sequence
+    with both parts fills the early chunk up to its end, and the late chunk from its beginning.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     nothing = tl.zeros_like(held.length)
@@ -181,9 +181,10 @@ def _hold_keys(batch, held, FORM: tl.constexpr):
 def _make_segment(batch, index, FORM: tl.constexpr):
     """Make the segments numbered `index`: all late chunks come first, then all early ones.
 
-    Keys of a peer rank are its early chunk and its late one, laid end to end: those of an earlier peer are seen up to
-    its early chunk, those of a later peer by the late chunk alone, and the rank's own are seen as if they were a
-    sequence of two chunks. `position` and `kv_len` say so for sequences that are cut into chunks.
+    The keys of a peer rank are its early chunk followed by its late chunk. Under a causal mask both segments of this
+    rank see the early chunk of an earlier peer, and not its late chunk. Of a later peer, the late segment sees both
+    chunks, and the early segment none. The rank's own keys are seen like a sequence of two chunks. `position` and
+    `kv_len` express this for sequences that are cut into chunks.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     late = index < batch.n_sequences
@@ -231,7 +232,7 @@ def _lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
         sequence = first + offsets
         held = _load_sequence(batch, sequence, sequence < batch.n_sequences, FORM)
         uneven = (held.length < 0) | ((held.start != 0) & (sequence == 0))
-        # The difference of an offset below 0 and one above may wrap around to a length that is possible.
+        # The difference of a negative offset and a positive one may wrap around to a valid length.
         uneven = uneven | (held.start < 0) | (held.start + held.length < 0)
         if FORM.ROW:
             crosses = (held.length > 0) & (held.place + held.length > batch.row_length)
@@ -265,12 +266,12 @@ def build_segments(
 
     Grid: (blocks of entries, steps); with `PEER`, step `s` is for the keys of rank `(rank - s) % WORLD_SIZE`.
 
-    With `ROW`, `total // row_length` packed rows are cut into chunks. What the last of them has behind the last
-    sequence may lie in both chunks of a rank: it is one sequence more, without real tokens.
+    With `ROW`, `total // row_length` packed rows are cut into chunks. The padding behind the last sequence
+    may lie in both chunks of a rank, and counts as one more sequence, without real tokens.
 
     An entry's place is the number of entries heavier than it, and its first column counts their tokens: both are sums
-    over all entries, so no sort is needed. Weight is the cost of an entry's heaviest tile: the keys that the last
-    row of a segment sees, the length of a sequence.
+    over all entries, so no sort is needed. The weight of an entry is the cost of its heaviest tile: for a
+    segment the number of keys that its last row sees, for a sequence its length.
     """
     FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS)
     offsets = tl.arange(0, BLOCK)
@@ -284,7 +285,7 @@ def build_segments(
     n_all = tl.cast(n_sequences, tl.int32)
     row_length, total = tl.cast(row_length, tl.int32), tl.cast(total, tl.int32)
     batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_all, rank, step, row_length, total)
-    # Invalid lengths are never attended: all entries stay empty and the padding becomes NaN.
+    # With invalid lengths all entries stay empty, and all rows count as padding and become NaN.
     valid = _lengths_are_valid(batch, FORM, BLOCK) & (rank >= 0) & (rank < WORLD_SIZE)
     n_readable = tl.where(valid, n_all, 0)
     batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_readable, rank, step, row_length, total)
@@ -313,7 +314,7 @@ def build_segments(
     number = tl.where(late, index, index - n_sequences)
     held = _load_sequence(batch, number, number < n_readable, FORM)
     held_keys = _hold_keys(batch, held, FORM)
-    # In one slot keys follow each other from the sequence's first on, wherever the row is cut.
+    # With one slot a sequence's keys follow each other from its first key on, wherever the row is cut.
     slot_place = tl.zeros_like(held.place) if PEER else held.place
     segment_ptrs = segments_ptr + place * SEGMENT_FIELDS
     is_segment = index < 2 * n_sequences

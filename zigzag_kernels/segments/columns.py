@@ -1,4 +1,4 @@
-"""The columns of the two segment tables, int32: a kernel writes the tables, and the attention kernels read them."""
+"""The columns of the two segment tables, int32, which one kernel writes and the attention kernels read."""
 
 from enum import IntEnum
 
@@ -6,24 +6,24 @@ from enum import IntEnum
 class SegmentColumn(IntEnum):
     """Columns of the segment table, which tiles of query rows read: one entry a segment, then the padding.
 
-    The two numbers of keys let one table serve both masks: under a causal mask the first `KV_LEN` keys of the sequence
-    count, without a mask all `KEYS`.
+    Two numbers of keys let one table serve both masks: under a causal mask a kernel reads the first `KV_LEN` keys of
+    the sequence, without a mask all `KEYS`.
     """
 
     TOKENS_BEFORE = 0  # tokens of all entries before this one
     Q_ROW = 1  # first local row
     Q_LEN = 2  # tokens
-    POSITION = 3  # of the first token, which sees the key at the same position last
+    POSITION = 3  # of the first token; the last key that it sees has the same position
     KV_LEN = 4
     KV_ROW = 5  # of the sequence's first key, in the first slot of the K/V buffer
     KV_CHUNK = 6  # keys of one chunk
     KEYS = 7
-    # Masks that are ranges of keys read these too, and neither POSITION nor KV_LEN.
-    FIRST_POSITION = 8  # of the first token in its document, in a ring as well
+    # Kernels with a ranged mask read the columns below, and neither POSITION nor KV_LEN.
+    FIRST_POSITION = 8  # of the first token in its document, also for the keys of a peer
     REAL = 9  # tokens of the document that are not padding
     EARLY_POSITION = 10  # of the first key of the document's early part in the K/V buffer
     EARLY_KEYS = 11  # keys of the early part; in a buffer of all keys the early part has all of them
-    LATE_POSITION = 12  # of the first key of the late part, which lies behind the early one
+    LATE_POSITION = 12  # of the first key of the late part, which follows the early part
     PLACE = 13  # tokens of the packed row that lie before the document; 0 where documents are cut
 
 

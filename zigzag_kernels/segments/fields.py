@@ -1,7 +1,7 @@
 """The columns of both tables as constants for kernels: `columns.py` says what the columns hold.
 
-Kernels import each constant by its own name, because Triton's cache key covers global constants alone. Through a
-module or a class (`fields.Q_ROW`) a kernel that was compiled for other columns would be found in the cache and run.
+Kernels import each constant by its own name, because Triton's cache key covers only global constants. If a kernel
+named a column through a module or a class (`fields.Q_ROW`), Triton might run a cached one compiled for other columns.
 """
 
 import triton.language as tl

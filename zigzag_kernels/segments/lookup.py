@@ -1,6 +1,6 @@
-"""How a kernel finds its work in the segment tables: device functions that all attention kernels share.
+"""Device functions by which all attention kernels find their work in the segment tables.
 
-Portable kernels and those for Hopper both call them: they use nothing that Gluon lacks.
+Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ from .fields import (
 
 
 class QueryTile(NamedTuple):
-    """A tile of query rows: where it begins in its segment, and the segment. All fields are int32 scalars."""
+    """A tile of query rows and the segment that it lies in. All fields are int32 scalars."""
 
     row: tl.tensor  # first row of the tile inside the segment; the tile is empty if the segment ends before it
     q_row: tl.tensor  # local row of the segment's first token
@@ -55,10 +55,10 @@ class QueryTile(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """A tile of keys: where it begins in its sequence, and the sequence. All but the pointer are scalars."""
+    """A tile of keys and the sequence that it lies in. All fields but the pointer are scalars."""
 
     halves_ptr: tl.tensor  # the sequence's two segments in the sequence table, for `load_half`
-    first_key: tl.tensor  # of the tile inside the sequence; the tile is empty if the sequence ends before it
+    first_key: tl.tensor  # of the tile, numbered in its sequence; the tile is empty if the sequence ends before it
     n_keys: tl.tensor  # keys of the sequence
     kv_row: tl.tensor
     kv_chunk: tl.tensor
@@ -66,7 +66,7 @@ class KeyTile(NamedTuple):
 
 
 class Half(NamedTuple):
-    """One of the two segments of a sequence, as a tile of keys needs it; the fields are those of `QueryTile`."""
+    """One of the two segments of a sequence, for a tile of keys; the fields mean what `QueryTile` says."""
 
     q_row: tl.tensor
     q_len: tl.tensor
@@ -75,7 +75,7 @@ class Half(NamedTuple):
 
 
 class RangedHalf(NamedTuple):
-    """One of the two segments of a sequence, as a tile of keys needs it where masks are ranges of keys."""
+    """One of the two segments of a sequence, for a tile of keys under a ranged mask."""
 
     q_row: tl.tensor
     q_len: tl.tensor
@@ -83,9 +83,9 @@ class RangedHalf(NamedTuple):
 
 
 class Document(NamedTuple):
-    """The document of a tile, as masks that are ranges of keys need it. All fields are int32 scalars.
+    """The document of a tile, for ranged masks. All fields are int32 scalars.
 
-    Its keys in the K/V buffer are an early part and a late one, each at consecutive positions, laid end to end.
+    The document's keys in the K/V buffer are an early part followed by a late part, each at consecutive positions.
     """
 
     real: tl.tensor  # tokens that are not padding
@@ -98,7 +98,7 @@ class Document(NamedTuple):
 
 @triton.jit
 def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Find (entry that tile number `tile` works on, number of the tile inside the entry) by binary search.
+    """Find (entry that tile number `tile` belongs to, number of the tile in that entry) by binary search.
 
     The first column of a table counts the tokens of all entries before. Entry `e` owns the tiles from
     `tokens_before * GROUP // BLOCK + e` on: at least as many as its own rows fill, whatever the lengths, so that the
@@ -137,11 +137,12 @@ def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
 def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return (`QueryTile` number `tile`, pointer to its segment's entry of the table).
 
-    The last tile of a segment comes first: under a causal mask it is the heaviest, and light ones fill the last gaps.
+    Tiles of a segment are numbered from its end: under a causal mask the last tile is the heaviest and starts first,
+    so that light tiles fill the last gaps.
 
-    The last entry is the padding behind the last sequence: its length is known here only (`T` is not in the table),
-    and `kv_len < 0` there means that `build_segments` found the lengths or the rank invalid. Then, and when the
-    sequences need more rows than there are, that entry is all there is, and its rows become NaN.
+    The last entry is the padding behind the last sequence. Its length is computed here, as `T` is not in the table. Its
+    `kv_len` is negative if `build_segments` found the lengths or the rank invalid. In that case, or if the sequences
+    need more than `T` rows, all rows belong to this entry and become NaN.
     """
     used = tl.load(segments_ptr + (n_segments - 1) * SEGMENT_FIELDS + SEGMENT_Q_ROW)
     segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
@@ -181,7 +182,7 @@ def load_ranged_segment(
 ):
     """Return (`QueryTile` number `tile`, position of its segment's first token, `Document`).
 
-    Of the tile, `diagonal` and `kv_len` say nothing about the mask; a negative `kv_len` makes every row NaN.
+    The tile's `diagonal` and `kv_len` do not describe a ranged mask, but a negative `kv_len` makes every row NaN.
     """
     queries, entry_ptr = _load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
     document = Document(
@@ -197,7 +198,7 @@ def load_ranged_segment(
 
 @triton.jit
 def tables_are_invalid(segments_ptr, n_segments, T):
-    """Return whether every row becomes NaN, for a kernel that reads no tile: the conditions of `load_segment`."""
+    """Return whether every row becomes NaN, by the conditions of `load_segment`, for a kernel that loads no tile."""
     padding_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
     return (tl.load(padding_ptr + SEGMENT_Q_ROW) > T) | (tl.load(padding_ptr + SEGMENT_KV_LEN) < 0)
 
@@ -206,7 +207,7 @@ def tables_are_invalid(segments_ptr, n_segments, T):
 def load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Load the `KeyTile` number `tile` from the sequence table.
 
-    The padding entry and invalid tables are as in `load_segment`.
+    It treats the padding entry and invalid tables as `load_segment` does.
     """
     used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + SEQUENCE_KV_ROW)
     sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
@@ -217,7 +218,7 @@ def load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS: tl.constex
     kv_row = tl.where(overfull, 0, tl.load(entry_ptr + SEQUENCE_KV_ROW))
     padding = sequence == n_sequences - 1
     poison = overfull | (tl.load(entry_ptr + SEQUENCE_KEYS) < 0)
-    # Padding has slot_rows - used rows in each of the SLOTS slots: a sequence of that many early chunks.
+    # Padding fills the rest of each slot, like a sequence of SLOTS chunks, each of slot_rows - used keys.
     kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + SEQUENCE_KV_CHUNK))
     n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + SEQUENCE_KEYS))
     return KeyTile(
@@ -290,5 +291,5 @@ def key_position(document, index):
 
 @triton.jit
 def chunk_row(chunk, kv_chunk, slot_rows, SLOTS: tl.constexpr):
-    """Return the first row of chunk number `chunk` of a sequence, from the sequence's first row in the K/V buffer."""
+    """Return the first row of chunk number `chunk`, counted from the sequence's first row in the K/V buffer."""
     return tl.where(chunk < SLOTS, chunk * slot_rows, (2 * SLOTS - 1 - chunk) * slot_rows + kv_chunk)

@@ -1,8 +1,8 @@
-"""The rule of masks that are ranges: which keys a row of a document sees, and which rows see its keys.
+"""The rule of ranged masks: the keys that a row of a document sees, and the rows that see a key.
 
 A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
-Both ends of a range grow with the position, so that the first and the last of a tile speak for all between them.
-Portable kernels and those for Hopper both call these functions: they use nothing that Gluon lacks.
+Both ends of a range grow with the position, so the ranges of a tile's first and last row bound those of all its rows.
+Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from .lookup import key_index, key_position
 
 @dataclass(frozen=True)
 class Mask:
-    """The constants of a mask, for kernels whose own constants do not have fields with these names."""
+    """The constants of a mask, for kernels whose own struct of constants lacks these fields."""
 
     CAUSAL: Any
-    LEFT: Any  # tokens on each side that a row sees, -1 for all
+    LEFT: Any  # tokens that a row sees on each side, -1 for all
     RIGHT: Any
     CHUNK: Any  # tokens of a chunk of attention, 0 for none
 
@@ -38,7 +38,7 @@ class KeyRange(NamedTuple):
 
 
 class RowRange(NamedTuple):
-    """Rows at positions `[begin, end)`; all of the whole ones see every key of a tile."""
+    """Rows at positions `[begin, end)`; each row from `whole_begin` to `whole_end` sees every key of a tile."""
 
     begin: tl.tensor
     whole_begin: tl.tensor
@@ -48,9 +48,9 @@ class RowRange(NamedTuple):
 
 @triton.jit
 def positions_seen(positions, real, MASK: tl.constexpr):
-    """Return the `KeyRange`, in positions, of the rows at `positions` of a document with `real` tokens and padding.
+    """Return the `KeyRange`, in positions, of rows at `positions`; from `real` on the document is padding.
 
-    Rows of padding see no key.
+    Padding rows see no key.
     """
     CHUNK: tl.constexpr = MASK.CHUNK
     begin = positions * 0
@@ -73,16 +73,16 @@ def positions_seen(positions, real, MASK: tl.constexpr):
 
 @triton.jit
 def keys_of_positions(positions, document, MASK: tl.constexpr):
-    """Return the `KeyRange`, in key numbers, of the rows at these `positions` of a `Document`."""
+    """Return the `KeyRange`, in key numbers of the K/V buffer, of rows at `positions` of a `Document`."""
     seen = positions_seen(positions, document.real, MASK)
     return KeyRange(begin=key_index(document, seen.begin), end=key_index(document, seen.end))
 
 
 @triton.jit
 def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
-    """Return the `RowRange` of the rows of a `Document` that see the keys `[first_key, end_key)`, or some of them.
+    """Return the `RowRange` of the rows of a `Document` that see any of the keys `[first_key, end_key)`.
 
-    Keys of padding are seen by no row: a tile that has some is whole for none.
+    No row sees padding keys, so a tile with padding keys is whole for no row.
     """
     CHUNK: tl.constexpr = MASK.CHUNK
     real = document.real
