@@ -10,7 +10,7 @@ import numpy as np
 
 from zigzag_kernels.checks import check_int, check_layout, check_world_size
 from zigzag_kernels.documents import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
-from zigzag_kernels.layout import MAX_OFFSET
+from zigzag_kernels.layout import MAX_OFFSET, packed_row, row_position
 
 INT32 = np.iinfo(np.int32)
 
@@ -90,14 +90,13 @@ def shard_documents(
         check_not_shifted(np.array_equal(targets[known], ids[known]), shifted)
     arrays = [x.astype("<i8").tobytes() for x in ((ids,) if targets is ids else (ids, targets))]
     bits = fingerprint(lengths, arrays) % 2**64
-    ranks = range(world_size)
-    rows = np.array([packed.rows(rank) for rank in ranks], np.int64).ravel()
-    label_rows = np.array([packed.label_rows(rank) for rank in ranks], np.int64).ravel()
+    rows, positions, is_last = _places(packed)
+    label_rows = np.where(is_last, -1, rows + (rows >= 0))
     local_labels = _taken(targets, label_rows, ignore_index)
     return ShardedBatch(
         input_ids=_taken(ids, rows, pad_token_id),
         labels=local_labels,
-        position_ids=np.array([packed.positions(rank) for rank in ranks], np.int32).ravel(),
+        position_ids=positions.astype(np.int32),
         loss_mask=local_labels != ignore_index,
         cu_seqlens=np.array(packed.cu_seqlens, np.int32),
         lengths=np.array(packed.real_lengths, np.int32),
@@ -123,10 +122,33 @@ def unshard_rows(x: np.ndarray, batch: ShardedBatch, world_size: int, *, layout:
         raise ValueError(
             f"layout: expected that of the batch, and its world_size, got {layout.value!r} and {world_size}"
         )
-    held = np.array([packed.rows(rank) for rank in range(world_size)], np.int64).ravel()
+    held, _, _ = _places(packed)
     order = np.empty(sum(lengths), np.int64)
     order[held[held >= 0]] = np.flatnonzero(held >= 0)
     return x[order]
+
+
+def _places(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of the rows of all ranks `[W * T]`: token of the concatenated batch, -1 for padding; position; is last.
+
+    The position is that in the document, and the last token of a document is nobody's predecessor.
+    """
+    world_size, lengths = packed.world_size, np.array([*packed.lengths, 0], np.int64)  # the last one is padding
+    ranks, local = np.arange(world_size)[:, None], np.arange(packed.tokens)[None, :]
+    offsets = np.array(packed.cu_seqlens[: len(lengths)], np.int64)
+    if packed.row_length is None or world_size == 1:
+        starts = offsets // world_size
+        document = np.searchsorted(starts, local, side="right") - 1
+        padded = np.diff(offsets, append=offsets[-1])[document]
+        position = row_position(local - starts[document], padded, ranks, world_size)
+    else:
+        row = packed_row(local, packed.row_length, ranks, world_size)
+        document = np.searchsorted(offsets, row, side="right") - 1
+        position = row - offsets[document]
+    real = position < lengths[document]
+    first = np.cumsum(lengths) - lengths
+    rows = np.where(real, first[document] + position, -1)
+    return rows.ravel(), (position * real).ravel(), (position == lengths[document] - 1).ravel()
 
 
 def _integers(name: str, documents) -> list[np.ndarray]:

@@ -186,12 +186,12 @@ def test_limits_of_entries_and_of_split_rows_are_kept():
 def test_ten_thousand_documents_on_a_thousand_ranks():
     rng = random.Random(0)
     lengths = [max(2, int(rng.lognormvariate(7, 1.2))) for _ in range(10_000)]
-    tokens = int(sum(lengths) / 1024 / 0.95)
+    tokens = int(sum(lengths) / 1024 / 0.98)
     started = time.process_time()
     plan = plan_documents(lengths, 1024, tokens=tokens)
     seconds = time.process_time() - started
     assert plan.balance <= 1.05
-    assert seconds < 6  # 0.6 measured
+    assert seconds < 3  # 0.2 measured
 
 
 def test_plans_of_a_size_have_arrays_of_one_shape():

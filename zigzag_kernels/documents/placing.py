@@ -55,17 +55,24 @@ class Limits:
 class Placement:
     """The whole documents of every rank, and the rows and work of every rank."""
 
-    def __init__(self, documents: list[Document], work: list[int], limits: Limits, by_sum: bool = False):
+    def __init__(
+        self,
+        documents: list[Document],
+        work: list[int],
+        limits: Limits,
+        by_sum: bool = False,
+        gives_up: bool = False,
+    ):
         """Deal out `documents`, longest first; those that every tried rank lacks rows for go beyond the limits.
 
         `work` is what ranks have beforehand, below 0 where others have more. Loads are sums of shares if `by_sum`, and
-        otherwise the larger share.
+        otherwise the larger share. One that `gives_up` ends with the first document beyond the limits.
         """
         load = limits.total if by_sum else limits.excess
         self.limits = limits
         self.documents: list[list[Document]] = [[] for _ in work]
         self.rows, self.work = [0] * len(work), list(work)
-        self.unplaced = 0  # tokens of documents that no rank has an entry for
+        self.unplaced = 0  # tokens of documents that no rank has an entry for, or of one that was given up
         heap = [(load(0, scores), rank) for rank, scores in enumerate(work)] if limits.documents else []
         heapq.heapify(heap)
         for document in documents:
@@ -80,6 +87,9 @@ class Placement:
                 heapq.heappush(heap, entry)
             rank = chosen[1]
             self._add(rank, document)
+            if gives_up and limits.excess(self.rows[rank], self.work[rank]) > 1:
+                self.unplaced += document.tokens
+                return
             if len(self.documents[rank]) < limits.documents:
                 heapq.heappush(heap, (load(self.rows[rank], self.work[rank]), rank))
 

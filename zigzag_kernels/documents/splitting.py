@@ -31,14 +31,14 @@ class Candidate:
     world_size: int
     max_documents: int | None
 
-    def placement(self, balance: float, by_sum: bool = False) -> Placement:
+    def placement(self, balance: float, by_sum: bool = False, gives_up: bool = False) -> Placement:
         """Return the other documents on their ranks, where the slowest may have `balance` times the mean work."""
         allowed = max(balance * self.work / self.world_size - self.share, 1)
         documents = len(self.others) if self.max_documents is None else self.max_documents
         work = [0] * self.world_size
         for rank, missing in self.missing:
             work[rank] -= missing
-        return Placement(self.others, work, Limits(self.rows, allowed, documents), by_sum)
+        return Placement(self.others, work, Limits(self.rows, allowed, documents), by_sum, gives_up)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Batch:
             if candidate is None:
                 return False
             for by_sum in (False, True):
-                placement = candidate.placement(balance, by_sum)
+                placement = candidate.placement(balance, by_sum, gives_up=True)
                 if placement.excess <= 1:
                     found[count] = candidate.split, placement
                     break
