@@ -179,7 +179,7 @@ def _joined(ranks: list) -> dict[str, np.ndarray]:
     """Rows of all ranks behind one another; those of `lse [heads, T]` are its last axis."""
     return {
         name: np.concatenate(results, axis=1 if name == "lse" else 0)
-        for name, results in zip(RESULTS, zip(*ranks, strict=True), strict=True)
+        for name, results in zip(RESULTS, zip(*(rank[: len(RESULTS)] for rank in ranks), strict=True), strict=True)
     }
 
 
