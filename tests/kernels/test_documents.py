@@ -136,6 +136,8 @@ def test_short_documents_stay_whole_and_move_nothing():
     assert len(plan.split) == 64
     assert plan.moved_rows == plan.undivided.moved_rows
     assert plan.moved_bytes(8, 128) == plan.moved_rows * 2 * 8 * 128 * 2
+    with pytest.raises(ValueError, match="dtype: expected float16, bfloat16, float32, got 'int8'"):
+        plan.moved_bytes(8, 128, "int8")
 
 
 def test_one_long_document_is_split():

@@ -98,11 +98,14 @@ def test_lists_arrays_and_tensors_are_the_same_documents():
 
 def test_batches_of_a_size_have_one_shape_and_compile_once():
     shapes, counter = set(), torch._dynamo.testing.CompileCounter()
-    embedding = torch.randn(50, 50, requires_grad=True)
+    embedding = torch.randn(50, 64, requires_grad=True)
 
     @torch.compile(backend=counter, fullgraph=True)
     def loss(batch):
-        return token_mean_loss(embedding[batch.input_ids], batch.labels, batch.num_targets)
+        prepared = batch.prepare(backend="reference")
+        x = embedding[batch.input_ids].unflatten(1, (4, 16))
+        out = zigzag_torch.zigzag_attention(x, x, x, prepared, backend="reference")
+        return token_mean_loss(out.flatten(1) @ embedding.T, batch.labels, batch.num_targets)
 
     for seed in range(4):
         lengths = np.random.default_rng(seed).integers(2, 12, 3 + seed)
