@@ -150,6 +150,34 @@ def test_the_collator_makes_the_same_batch_after_a_pickle(labelled):
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in leaves)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (9, 0)}], ids=str)
+def test_both_parts_of_a_plan_make_the_attention_of_the_whole_batch(options):
+    lengths, world_size = [61, 9, 14, 3, 20, 7, 11], 3
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 16, generator=generator) for heads in (4, 2, 2))
+    offsets = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    options |= {"backend": "reference"}
+    wanted = zigzag_torch.zigzag_attention(q, k, v, offsets, **options)
+    mask = {name: x for name, x in options.items() if name != "backend"}
+    plan = zigzag_torch.plan_documents(lengths, world_size, tokens=56, split_tokens=30, **mask)
+    assert plan.split
+    assert any(plan.whole)
+    rows = [torch.tensor(plan.rows(rank)) for rank in range(world_size)]
+    parts = [(own[: plan.whole_tokens], own[plan.whole_tokens :]) for own in rows]
+    k_all, v_all = (torch.cat([x[split] for _, split in parts]) for x in (k, v))  # -1, padding, is seen by nobody
+    out = torch.full_like(wanted, float("nan"))
+    for rank, (whole, split) in enumerate(parts):
+        local = torch.tensor(plan.whole_cu_seqlens(rank), dtype=torch.int32)
+        of_whole = zigzag_torch.zigzag_attention(q[whole], k[whole], v[whole], local, **options)
+        batch = zigzag_torch.prepare_batch(
+            plan.split_cu_seqlens, rank, world_size, lengths=plan.split_lengths, backend="reference"
+        )
+        of_split = zigzag_torch.zigzag_attention_gathered(q[split], k_all, v_all, batch, rank, world_size, **options)
+        for part, result in ((whole, of_whole), (split, of_split)):
+            out[part[part >= 0]] = result[part >= 0]
+    torch.testing.assert_close(out, wanted)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_loss_and_gradients_are_those_of_the_whole_batch(world_size, layout, tmp_path):
