@@ -21,6 +21,8 @@ from zigzag_kernels.checks import (
 from zigzag_kernels.layout import MAX_OFFSET
 from zigzag_kernels.modes import Layout
 
+from .axes import gather_rows
+
 Array = jax.Array | np.ndarray
 _padded: "weakref.WeakValueDictionary[int, jax.Array]" = weakref.WeakValueDictionary()
 
@@ -44,7 +46,7 @@ def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
     if isinstance(cu_seqlens, np.ndarray):
         check_lengths(check_offsets(cu_seqlens.tolist()), world_size)
         cu_seqlens = cu_seqlens.astype(np.int32)
-    return _as_int32(jnp.asarray(cu_seqlens))
+    return _as_int32(gather_rows(jnp.asarray(cu_seqlens)))
 
 
 def as_lengths(lengths, cu_seqlens) -> jax.Array:
@@ -62,7 +64,7 @@ def as_lengths(lengths, cu_seqlens) -> jax.Array:
         check_offsets(lengths.tolist(), "lengths")  # JAX would cut off what int32 does not hold
     if on_host:
         check_real_lengths(lengths.tolist(), np.asarray(cu_seqlens).tolist())
-    return _as_int32(jnp.asarray(lengths))
+    return _as_int32(gather_rows(jnp.asarray(lengths)))
 
 
 def as_sinks(sinks: Array, heads: int) -> jax.Array:

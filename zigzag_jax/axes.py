@@ -1,7 +1,9 @@
-"""Mesh axes inside `shard_map`: the place of a shard on an axis, and the axes along which an array varies."""
+"""Mesh axes: the place of a shard on an axis, the axes along which an array varies, and those that spread it."""
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AxisName = str | tuple[str, ...]
 
@@ -31,6 +33,23 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """
     missing = tuple(axis for axis in axes if axis not in varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def spreading_axes(x: jax.Array, dimensions: int) -> tuple[str, ...]:
+    """Return the mesh axes that, by the type of `x`, spread its first dimensions: none if axes are no types."""
+    names = (name for given in jax.typeof(x).sharding.spec[:dimensions] for name in axis_names(given))
+    return tuple(names)
+
+
+def gather_rows(x: jax.Array, dimensions: int = 1) -> jax.Array:
+    """Return `x` with its first dimensions whole on every device; those behind stay as they are spread.
+
+    Where mesh axes are types, JAX refuses to index a dimension that they spread.
+    """
+    if not spreading_axes(x, dimensions):
+        return x
+    sharding = jax.typeof(x).sharding
+    return jax.reshard(x, NamedSharding(sharding.mesh, P(*(None,) * dimensions, *sharding.spec[dimensions:])))
 
 
 def largest_along(axis: int, x: jax.Array) -> jax.Array:

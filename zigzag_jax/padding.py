@@ -12,6 +12,7 @@ from zigzag_kernels.layout import padded_length
 from zigzag_kernels.modes import Layout
 
 from .arguments import Array, check_array, mark_padded, on_host
+from .axes import gather_rows
 from .surroundings import under_own_promotion
 
 
@@ -49,10 +50,14 @@ def pad_to_zigzag(
     lengths = _host_lengths(x, cu_seqlens, world_size)
     padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]
     total = check_padded_total(sum(padded), total, layout, row_length, world_size)
-    x = jnp.asarray(x)
+    x = gather_rows(jnp.asarray(x))
     fill = jnp.asarray(check_fill("value", value, str(x.dtype), _limits(x.dtype)), x.dtype)
     rows, new_cu_seqlens = _padded_rows(lengths, padded)
-    result = jnp.full((total, *x.shape[1:]), fill).at[rows].set(x[: len(rows)], unique_indices=True)
+    source = np.full((total, *(1,) * (x.ndim - 1)), -1)
+    source[rows, ...] = np.arange(len(rows)).reshape(-1, *source.shape[1:])
+    result = jnp.full((total, *x.shape[1:]), fill)
+    if len(rows):
+        result = jnp.where(source >= 0, x[np.maximum(source.ravel(), 0)], fill)
     new_cu_seqlens = jnp.asarray(new_cu_seqlens)
     if padded != lengths:
         mark_padded(new_cu_seqlens)
@@ -85,7 +90,7 @@ def unpad(x: Array, cu_seqlens: Array, world_size: int, *, layout: str = "docume
         raise ValueError(
             f"x: expected at least the {sum(padded)} rows of the padded batch, got {x.shape[0] if x.ndim else 'none'}"
         )
-    return jnp.asarray(x)[_padded_rows(lengths, padded)[0]]
+    return gather_rows(jnp.asarray(x))[_padded_rows(lengths, padded)[0]]
 
 
 def _host_lengths(x: Array | None, cu_seqlens: Array, world_size: int) -> list[int]:

@@ -10,6 +10,8 @@ from jax.interpreters import batching, mlir
 
 from zigzag_kernels.modes import Backend
 
+from .axes import spreading_axes
+
 _PLATFORM = {Backend.TRITON: "cuda", Backend.INTERPRET: "cpu"}
 _mark = Primitive("zigzag_placement")
 
@@ -23,13 +25,22 @@ def mark(x: jax.Array, backend: str, by_default: bool) -> jax.Array:
     return _mark.bind(x, backend=backend, by_default=by_default)
 
 
-def check_one_device(backend: str, **arrays) -> None:
-    """Raise `ValueError` for arrays of an eager call, outside `shard_map`, that are spread over several devices."""
-    if backend == Backend.REFERENCE:
-        return
+def check_one_device(backend: str, **arrays: jax.Array | None) -> None:
+    """Raise `ValueError` for arrays outside `shard_map` that are known to be spread over several devices.
+
+    That is known of all arrays in eager calls, and of traced ones where mesh axes are types. The dense reference takes
+    such arrays, unless types spread their rows, for which JAX has no product.
+    """
     for name, x in arrays.items():
-        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.sharding.device_set) > 1:
+        if x is None:
+            continue
+        if backend != Backend.REFERENCE and not isinstance(x, Tracer) and len(x.sharding.device_set) > 1:
             raise ValueError(_of_many(name, len(x.sharding.device_set)))
+        if spread := spreading_axes(x, 1):
+            raise ValueError(
+                f"{name}: expected rows that no mesh axis spreads, or a call inside shard_map, got rows spread over "
+                f"{spread}: make_zigzag_attention makes a function of arrays that are spread over a mesh"
+            )
 
 
 def _of_many(name: str, devices: int) -> str:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from zigzag_kernels.checks import MAX_ROWS, check_int
 
 from .arguments import Array, as_flag, check_array
+from .axes import gather_rows
 from .surroundings import under_own_promotion
 
 
@@ -36,14 +37,14 @@ def cu_seqlens_from_segment_ids(
     for name, x in given.items():
         _check_ids(name, x, "segment_ids", segment_ids)
     return_lengths = as_flag("return_lengths", return_lengths)
-    ids, width = jnp.asarray(segment_ids).reshape(-1), max(segment_ids.shape[-1], 1)
+    ids, width = _one_after_another(segment_ids), max(segment_ids.shape[-1], 1)
     rows = jnp.arange(len(ids), dtype=jnp.int32)
     end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)
     if return_lengths:
         end = jnp.maximum(end, max(len(ids) - width, 0))
     begins = (rows % width == 0) | (ids != jnp.roll(ids, 1))
     if positions is not None:
-        begins |= (ids != 0) & (jnp.asarray(positions).reshape(-1) == 0)
+        begins |= (ids != 0) & (_one_after_another(positions) == 0)
     cu_seqlens = _offsets(begins & (rows < end), end, max_sequences, None)
     if not return_lengths:
         return cu_seqlens
@@ -69,7 +70,7 @@ def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax
         rows do.
     """
     _check_ids("position_ids", position_ids, "position_ids", position_ids)
-    positions, width = jnp.asarray(position_ids).reshape(-1), max(position_ids.shape[-1], 1)
+    positions, width = _one_after_another(position_ids), max(position_ids.shape[-1], 1)
     rows = jnp.arange(len(positions), dtype=jnp.int32)
     begins = (rows % width == 0) | (positions == 0)
     fault = (~begins & (positions != jnp.roll(positions, 1) + 1)) | (positions < 0)
@@ -82,6 +83,11 @@ def _check_ids(name: str, x, model_name: str, model: Array) -> None:
     if x.ndim not in (1, 2) or x.shape != model.shape or not jnp.issubdtype(x.dtype, jnp.integer):
         expected = "[total] or [batch, tokens]" if name == model_name else f"{model.shape} as {model_name}"
         raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
+
+
+def _one_after_another(ids: Array) -> jax.Array:
+    """Return integers of a row or of a batch of rows as `[total]`, all of which every device has."""
+    return gather_rows(jnp.asarray(ids), ids.ndim).reshape(-1)
 
 
 def _offsets(begins: jax.Array, end: jax.Array, max_sequences: int, fault: jax.Array | None) -> jax.Array:

@@ -32,6 +32,7 @@ from zigzag_kernels.layout import (
 from zigzag_kernels.modes import Layout
 
 from .arguments import Array, as_rank, check_array, check_batch, on_host, readable
+from .axes import gather_rows
 from .surroundings import under_own_promotion
 
 
@@ -205,20 +206,23 @@ def _rows_of(x: Array, cu_seqlens: jax.Array, world_size: int) -> int:
 
 def _one_after_another(
     x: Array, layout: Layout, row_length: int | None, world_size: int, parts: int
-) -> tuple[Array, tuple[int, ...]]:
-    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`."""
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`.
+
+    Every device has all rows then, where the axes of a mesh are types.
+    """
     check_array("x", x)
-    if layout is Layout.DOCUMENT or row_length is None:
-        return x, ()
-    row_length = check_row_length(layout, row_length, world_size, None)
-    if row_length is None or not is_batch_of_rows("x", x.shape, row_length, parts):
-        return x, ()
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), x.shape[:2]
+    x = jnp.asarray(x)
+    if layout is Layout.ROW and row_length is not None:
+        row_length = check_row_length(layout, row_length, world_size, None)
+        if row_length is not None and is_batch_of_rows("x", x.shape, row_length, parts):
+            return gather_rows(x, 2).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), x.shape[:2]
+    return gather_rows(x), ()
 
 
-def _take(x: Array, rows: jax.Array, fault: jax.Array | None) -> jax.Array:
+def _take(x: jax.Array, rows: jax.Array, fault: jax.Array | None) -> jax.Array:
     """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
-    return _poisoned(jnp.asarray(x)[rows], fault)
+    return _poisoned(x[rows], fault)
 
 
 def _global_rows(
