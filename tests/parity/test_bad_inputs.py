@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zigzag_jax
 import zigzag_torch
@@ -341,6 +345,32 @@ def test_what_an_argument_is_not(framework, name, arguments):
             if outcome is not None:
                 wrong[argument, key] = outcome
     assert not wrong, "\n".join(f"{'/'.join(key)}: {text}" for key, text in wrong.items())
+
+
+@pytest.fixture
+def mesh_of_two():
+    """A mesh of two processes of which there is one."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+TENSORS = "array", "rows", "packed rows", "optional array", "offsets", "packed offsets", "real lengths", "int32"
+"""Kinds of arguments that are tensors."""
+
+
+@pytest.mark.parametrize(("name", "arguments"), [case[1:] for case in FUNCTIONS if case[0] is Torch])
+def test_tensors_of_other_kinds_are_told_what_to_call(name, arguments, mesh_of_two):
+    function, good = getattr(zigzag_torch, name), good_arguments(Torch, name, arguments)
+    for argument, (kind, _) in arguments.items():
+        if kind not in TENSORS:
+            continue
+        spread = DTensor.from_local(good[argument], mesh_of_two, [Replicate()])
+        with pytest.raises(ValueError, match=rf"^{argument}: .* got a DTensor: call \.to_local\(\)"):
+            function(**good | {argument: spread})
+        jagged = torch.nested.nested_tensor([good[argument]] * 2, layout=torch.jagged)
+        with pytest.raises(ValueError, match=rf"^{argument}: .* pass x\.values\(\), and x\.offsets\(\) as cu_seqlens"):
+            function(**good | {argument: jagged})
 
 
 def test_every_public_function_is_called():
