@@ -27,7 +27,7 @@ from .rows import (
 from .scores import cap_scores, score_scale_log2
 from .warps import opaque, specialize_warps
 
-# A score in units of the cap whose probability is 0, and the square of which is finite.
+# A score, in units of the cap, that gives probability 0 and has a finite square.
 HIDDEN_SCORE = gl.constexpr(-(2.0**50))
 
 
@@ -37,10 +37,10 @@ class _Dkdv:
 
     geometry: Geometry
     slot_rows: gl.tensor
-    head: gl.tensor  # the first of the window that the program serves
+    head: gl.tensor  # the first KV head of the window that the program serves
     tile: gl.tuple  # the `KeyTile`
     blocks: gl.tensor  # of one head
-    whole: gl.tensor  # so many blocks need no mask; they come first
+    whole: gl.tensor  # number of the blocks that need no mask; they come first
     k: Strided
     v: Strided
     k_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
@@ -57,22 +57,22 @@ class _HeadKeys:
 
     k: gl.shared_memory_descriptor  # [64, BLOCK_D]
     v: gl.shared_memory_descriptor
-    numbers: gl.tensor  # [64], of the keys in the sequence; in ranged masks their positions
+    numbers: gl.tensor  # [64], key numbers in the sequence; under a ranged mask their positions
     zero: gl.tensor  # [64, BLOCK_M]
-    begin: gl.tensor  # the first block of this head: blocks are numbered through all heads, as the producer brings them
+    begin: gl.tensor  # the first block of this head; the producer numbers blocks through all heads
     end: gl.tensor  # the last one is before this
     whole_end: gl.tensor  # blocks from this one on need a mask
 
 
 @gluon.jit
 def _block(program, head, scores, dk, dv, i):
-    """Add to dK and dV what block `i` gives, whose scores are under way: the products are under way too, dV first."""
+    """Issue the products that add block `i` to dV, then dK; the scores of the block are already under way."""
     geometry = program.geometry
     stream = program.stream
     # This consumer waits until the producer has brought dO of block i and its delta.
     dp = stream.dout.issue_scores(head.v, i, head.zero)
     lse2 = stream.numbers(stream.lse2, i)
-    # The scores are complete as soon as one product is left, dP: the exponentials run beside it.
+    # When only one product is left, dP, the scores are complete: the exponentials run beside it.
     scores = hopper.warpgroup_mma_wait(1, [scores])
     if program.SOFTCAP > 0:
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
@@ -94,7 +94,7 @@ def _block(program, head, scores, dk, dv, i):
 
 @gluon.jit
 def _sum_blocks(program, head, dk, dv):
-    """Add to dK and dV what all blocks of one head give.
+    """Add all blocks of one head to dK and dV.
 
     The scores of a block are queued behind dK of the block before: the tensor cores work while dK is collected.
     """
@@ -107,7 +107,7 @@ def _sum_blocks(program, head, dk, dv):
         for i in range(head.begin + 1 if HEADS_TOGETHER == 1 else opaque(head.begin + 1), head.end):
             # This consumer waits until the producer has brought Q of block i and its lse.
             scores = stream.q.issue_scores(head.k, i, head.zero)
-            # dK and dV of the block before are complete as soon as one product is left, the scores.
+            # When only one product is left, the scores, dK and dV of the block before are complete.
             dk, dv = hopper.warpgroup_mma_wait(1, [dk_token, dv_token])
             # The producer waits until all consumers have left Q, dO and the numbers of the block before.
             stream.empty.leave(i - 1)
@@ -151,9 +151,9 @@ def _consumer(warpgroup: gl.constexpr, program):
         if HEADS_TOGETHER > 1:
             k = k.from_head(1)
             v = v.from_head(1)
-            # The warps of this consumer wait for each other: none reads the keys any more that the next replace.
+            # The warps of this consumer wait for each other: none still reads keys that the next head replaces.
             thread_barrier()
-            if n < HEADS_TOGETHER - 1:  # the next keys come while these results leave
+            if n < HEADS_TOGETHER - 1:  # the next keys are loaded while these results are stored
                 own.copy(k, v, k_buffer, v_buffer)
         program.results.store(own, program.head, n, dk, dv)
 

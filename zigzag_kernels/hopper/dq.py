@@ -31,7 +31,7 @@ class _Dq:
     T: gl.tensor
     q: Strided
     dout: Strided
-    delta_ptr: gl.tensor  # of the first head that the program serves
+    delta_ptr: gl.tensor  # first head that the program serves
     lse2_ptr: gl.tensor
     dq_ptr: gl.tensor
     q_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
@@ -58,22 +58,22 @@ class _HeadRows:
 
 @gluon.jit
 def _block(program, head, scores, dq, i, ragged):
-    """Add to dQ what block `i` gives, whose scores are under way.
+    """Issue the product that adds block `i` to dQ; the scores of the block are already under way.
 
-    Return (dQ with this product under way, the next ragged block).
+    Return (dQ, with this product still under way, the next ragged block).
     """
     geometry = program.geometry
     stream = program.stream
     # This consumer waits until the producer has brought V of block i.
     dp = stream.v.issue_scores(head.dout, i, head.zero)
-    # The scores are complete as soon as one product is left, dP: the exponentials run beside it.
+    # When only one product is left, dP, the scores are complete: the exponentials run beside it.
     scores = hopper.warpgroup_mma_wait(1, [scores])
     if program.SOFTCAP > 0:
         capped = cap_scores(scores, program.SOFTMAX_SCALE, program.SOFTCAP)
         p = gl.exp2(capped * program.SCALE_LOG2 - head.lse2[:, None]) * (1.0 - capped * capped)
     else:
         p = gl.exp2(scores * program.SCALE_LOG2 - head.lse2[:, None])
-    # Already complete: a branch that keeps the assembler from hoisting the next wait above the exponentials.
+    # Already complete, but this branch keeps the assembler from hoisting the next wait above the exponentials.
     stream.v.wait(i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds = p * (dp - head.delta[:, None])
@@ -84,7 +84,7 @@ def _block(program, head, scores, dq, i, ragged):
 
 @gluon.jit
 def _sum_blocks(program, head, q, dq):
-    """Add to dQ what all blocks of one head give: the scores of a block are queued behind dQ of the block before."""
+    """Add all blocks of one head to dQ; the scores of a block are queued behind dQ of the block before."""
     stream = program.stream
     blocks = head.blocks
     begin, end = blocks.begin, blocks.end
@@ -96,7 +96,7 @@ def _sum_blocks(program, head, q, dq):
         for i in range(begin + 1 if HEADS_TOGETHER == 1 else opaque(begin + 1), end):
             # This consumer waits until the producer has brought K of block i.
             scores = stream.k.issue_scores(q, i, head.zero)
-            # dQ of the block before is complete as soon as one product is left, the scores.
+            # When only one product is left, the scores, dQ of the block before is complete.
             dq = hopper.warpgroup_mma_wait(1, [dq_token])
             # The producer waits until all consumers have left K and V of the block before.
             stream.empty.leave(i - 1)
@@ -133,7 +133,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     zero = gl.zeros([64, geometry.STREAMED], gl.float32, SCORES)
     count = stream.keys.count_blocks()
     counted = mask.count(stream.keys, count)
-    scale = gl.where(own.kv_len < 0, float("nan"), program.SOFTMAX_SCALE)  # invalid tables: all becomes NaN
+    scale = gl.where(own.kv_len < 0, float("nan"), program.SOFTMAX_SCALE)  # invalid tables: every result becomes NaN
     for n in range(HEADS_TOGETHER):
         kv_head = program.first_kv_head + n
         blocks = mask.number(stream, n, count, counted)
@@ -148,7 +148,7 @@ def _consumer(warpgroup: gl.constexpr, program):
         head = _HeadRows(dout=dout, lse2=lse2, delta=delta, zero=zero, blocks=blocks)
         dq = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
         dq = _sum_blocks(program, head, q, dq)
-        if HEADS_TOGETHER > 1:  # the next rows come while these results leave
+        if HEADS_TOGETHER > 1:  # the next rows are loaded while these results are stored
             last = gl.where(n < HEADS_TOGETHER - 1, end, 0)
             q_rows = own.load(program.q, kv_head + 1, last)
             dout_rows = own.load(program.dout, kv_head + 1, last)

@@ -20,7 +20,7 @@ ELEMENTS = 4096  # numbers that a program of the two kernels around the fused on
 
 
 class Hopper(Family):
-    """Warp-specialised kernels that load by the copy engine (TMA): see docs/hopper.md."""
+    """Warp-specialised kernels that load tiles by the copy engine (TMA): see docs/hopper.md."""
 
     name = "hopper"
     variable = "ZIGZAG_HOPPER"
@@ -47,8 +47,8 @@ class Hopper(Family):
     ) -> int:
         """Return an upper bound of the bytes of shared memory of one program.
 
-        Its own tiles stay, `num_stages` blocks of what it loops over pass by, and besides there are barriers, and room
-        where each warpgroup's results change their layout.
+        A program keeps its own tiles and has `num_stages` blocks of its loop in flight. It also needs barriers, and
+        room in which each warpgroup's results change their layout.
         """
         operation, size = kernel.operation, DTYPE_BYTES[dtype]
         row = block_d(head_dim) * size
@@ -74,7 +74,7 @@ class Hopper(Family):
         sizes = [64 * groups for groups in range(2, WARPGROUPS[operation] + 1)]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
-        if config.num_stages == 1:  # a block is waited for before the one before it is done with
+        if config.num_stages == 1:  # a consumer waits for a block while it still uses the block before
             return "2 or more as num_stages"
         return not_power_of_two(config, streamed)
 
@@ -91,7 +91,7 @@ class Hopper(Family):
 
 
 def _for_few_blocks(operation: Operation, head_dim: int, config: TileConfig) -> TileConfig:
-    """Return `config` for programs that walk through few blocks of keys: they take several heads, head by head."""
+    """Return `config` for programs with few blocks of keys, which serve several heads, one after the other."""
     small = head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FORWARD:
         return replace(config, tiles_together=0, heads_together=max(config.heads_together, 8 if small else 4))

@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper: a producer streams blocks of K and V, and consumers of 64 query rows multiply them.
+"""The forward kernel for Hopper: a producer streams K and V past consumers of 64 query rows each.
 
 FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the products of the one before.
 Rows, segments, windows and in-place results are those of `portable.forward`; `keys.py` has the order of blocks.
@@ -20,9 +20,9 @@ from .results import result_layout
 from .scores import cap_scores, score_scale_log2
 from .warps import specialize_warps
 
-# A score that no key has: finite, so that a row whose first blocks are all hidden gives no NaN; the first key it sees
-# wipes out what these added. A power of two, so that scaled it is exact: a fused multiplication and subtraction of the
-# maximum would leave a rounding error otherwise, and a huge one.
+# The score of hidden keys, below all real scores. It is finite, so that a row whose first blocks are all hidden gives
+# no NaN; the first key that the row sees scales their sums to zero. It is a power of two, so that it stays exact when
+# scaled: otherwise the fused multiplication and subtraction of the maximum would leave a huge rounding error.
 HIDDEN = gl.constexpr(-(2.0**100))
 
 
@@ -53,7 +53,7 @@ class _Forward:
 
 @struct
 class _RowResult:
-    """The log-sum-exp of each row, its largest score, and the factor that makes its output of its sum over V."""
+    """The log-sum-exp of each row, its largest score, and the factor that turns its sum over V into its output."""
 
     factor: gl.tensor  # [64]
     lse2: gl.tensor  # [64], base 2
@@ -62,7 +62,7 @@ class _RowResult:
 
 @struct
 class _Softmax:
-    """The online softmax (Milakov and Gimelshein, arXiv:1805.02867) of the rows, in base 2, over the blocks so far."""
+    """The online softmax (Milakov and Gimelshein, arXiv:1805.02867) of the rows, base 2, after the blocks so far."""
 
     maximum: gl.tensor  # [64], of the scaled scores
     total: gl.tensor  # [64], of the exponentials
@@ -79,16 +79,16 @@ class _Softmax:
 
     @gluon.jit
     def add_sinks(self, sinks):
-        """Return the `_Softmax` with one more logit in the total of each row: `sinks [64]`, base 2."""
+        """Return the `_Softmax` after adding `sinks [64]`, base 2, to the total of each row."""
         maximum = gl.maximum(self.maximum, sinks)
         total = self.total * gl.exp2(self.maximum - maximum) + gl.exp2(sinks - maximum)
         return _Softmax(maximum=maximum, total=total, SCALE_LOG2=self.SCALE_LOG2)
 
     @gluon.jit
     def blind(self):
-        """Return whether each row sees no key, if every block has been hidden from such rows."""
-        # The maximum of a row that sees no key is HIDDEN, scaled. So is that of a row whose scores are all NaN, but its
-        # total is NaN.
+        """Return which rows see no key, provided that every block was hidden from them."""
+        # The maximum of a row that sees no key is HIDDEN, scaled. A row of NaN scores has the same maximum, but a NaN
+        # total.
         return (self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5) & (self.total == self.total)
 
     @gluon.jit
@@ -120,7 +120,7 @@ def _first_softmax(scores, SCALE_LOG2: gl.constexpr):
 
 @gluon.jit
 def _cap(forward, scores):
-    """Return `scores`, or what the cap makes of them."""
+    """Return `scores`, capped if there is a cap."""
     if forward.SOFTCAP > 0:
         return cap_scores(scores, forward.SOFTMAX_SCALE, forward.SOFTCAP)
     else:
@@ -129,7 +129,7 @@ def _cap(forward, scores):
 
 @gluon.jit
 def _attend(forward, blocks, q_buffer, zero):
-    """Attend the `HeadBlocks` of one head: return (the sums over V of the rows in `q_buffer`, their `_Softmax`)."""
+    """Attend to the `HeadBlocks` of one head: return (sums over V of the rows in `q_buffer`, their `_Softmax`)."""
     geometry = forward.geometry
     stream = forward.stream
     SUM_ROWS: gl.constexpr = gl.SliceLayout(1, geometry.SUMS)
@@ -152,12 +152,12 @@ def _attend(forward, blocks, q_buffer, zero):
             s_token = stream.k.issue_scores(q_buffer, i, zero)
             stream.v.wait(i - 1)
             acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
-            # The scores are complete as soon as one product is left, that with V: the softmax runs beside it.
+            # When only one product is left, the one with V, the scores are complete: the softmax runs beside it.
             scores = hopper.warpgroup_mma_wait(1, [s_token])
             scores = _cap(forward, scores)
             scores, ragged = blocks.hide(scores, HIDDEN, i, ragged)
             p, rescale, softmax = softmax.add(scores)
-            # Already complete: a branch that keeps the assembler from hoisting the next wait above the softmax.
+            # Already complete, but this branch keeps the assembler from hoisting the next wait above the softmax.
             stream.v.wait(i - 1)
             acc = hopper.warpgroup_mma_wait(0, [acc_token])
             # The producer waits until all consumers have left K of block i and V of the block before.
@@ -173,9 +173,9 @@ def _attend(forward, blocks, q_buffer, zero):
 
 @gluon.jit
 def _fold(result, before):
-    """Fold `result` into rows that have the log-sum-exp `before`, base 2, from other keys.
+    """Merge `result` with earlier results of the same rows, whose log-sum-exp is `before`, base 2.
 
-    Return (the `_RowResult` of both, the factor for the output that the rows have).
+    Return (the merged `_RowResult`, the factor for the earlier output).
     """
     largest = gl.maximum(result.lse2, before)
     largest = gl.where(largest == float("-inf"), 0.0, largest)
@@ -189,7 +189,7 @@ def _fold(result, before):
 
 @gluon.jit
 def _store(forward, own, kv_head, acc, result):
-    """Write output and log-sum-exp of one head, or with ACCUMULATE fold them into those of earlier launches."""
+    """Write output and log-sum-exp of one head; ACCUMULATE merges them with those of earlier launches."""
     geometry = forward.geometry
     GROUP: gl.constexpr = geometry.GROUP
     SUMS: gl.constexpr = geometry.SUMS
@@ -216,7 +216,7 @@ def _store(forward, own, kv_head, acc, result):
         largest = result.largest2 * LN_2
         if forward.ACCUMULATE:
             largest = gl.maximum(largest, gl.load(max_ptr + statistics, mask=inside, other=0.0))
-        largest = gl.where(result.lse2 == result.lse2, largest, result.lse2)  # a maximum drops NaN, a sum does not
+        largest = gl.where(result.lse2 == result.lse2, largest, result.lse2)  # gl.maximum drops NaN; lse keeps it
         gl.store(max_ptr + statistics, largest, mask=inside)
     gl.store(forward.lse_ptr + statistics, result.lse2 * LN_2, mask=inside)
     gl.store(out_ptrs, gl.convert_layout(out.to(forward.out_ptr.dtype.element_ty), RESULT), mask=out_mask)
@@ -224,10 +224,10 @@ def _store(forward, own, kv_head, acc, result):
 
 @gluon.jit
 def _finish(forward, own, mask, softmax, sinks):
-    """Return the `_RowResult` of the rows `own`; `sinks [64]`, base 2, count if there are any."""
+    """Return the `_RowResult` of the rows `own`, with `sinks [64]`, base 2, if there are any."""
     if forward.MASK is None:
         blind = softmax.blind()
-    else:  # rows of padding are hidden from no block that all others see
+    else:  # no mask hides padding rows in blocks that all other rows see
         blind = mask.first >= mask.limit
     if forward.HAS_SINKS:
         with_sinks = softmax.add_sinks(sinks)
@@ -259,10 +259,10 @@ def _consumer(warpgroup: gl.constexpr, forward):
         blocks = mask.number(stream, n, count, mask.count(stream.keys, count))
         acc, softmax = _attend(forward, blocks, q_buffer, zero)
         sinks = softmax.maximum
-        if forward.HAS_SINKS:  # asked for before the blocks, they would take registers from the loop: 11 to 18 % slower
+        if forward.HAS_SINKS:  # loaded before the blocks, sinks would take registers from the loop: 11 to 18 % slower
             heads = kv_head * GROUP + own.numbers(geometry.SCORES) % GROUP
             sinks = gl.load(forward.sinks_ptr + heads) * LOG2_E
-        if HEADS_TOGETHER > 1:  # the next queries come while these results leave
+        if HEADS_TOGETHER > 1:  # the next queries are loaded while these results are stored
             q = own.load(forward.q, kv_head + 1, gl.where(n < HEADS_TOGETHER - 1, own.real_end(), 0))
         _store(forward, own, kv_head, acc, _finish(forward, own, mask, softmax, sinks))
 

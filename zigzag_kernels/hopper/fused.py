@@ -1,8 +1,8 @@
-"""The fused backward for Hopper: the dK/dV kernel also adds each block's dQ to a float32 array, in no fixed order.
+"""The fused backward kernel for Hopper also adds each block's dQ to a float32 array, in no fixed order.
 
 Scores are computed once instead of twice, but the same inputs do not give the same bits. dS goes through shared memory,
 where the keys of both consumers meet: each multiplies half of head_dim. A third partition lets the copy engine add both
-halves to `sums`. `clear_sums` makes that array zero before, and `finish_dq` makes dQ of it.
+halves to `sums`. `clear_sums` sets that array to zero before, and `finish_dq` turns it into dQ.
 """
 
 import triton
@@ -44,10 +44,10 @@ def _add_to_global(desc, place, buffer, _semantic=None):
 
 @struct
 class _SharedDs:
-    """dS of a block in shared memory: each of the two consumers leaves that of its keys there, for both.
+    """dS of a block in shared memory: each of the two consumers stores the rows of its own keys, and both read all.
 
-    A consumer uses two buffers in turn, and no barrier says that they are empty: the other consumer stores dS of block
-    `i - 1` after it has read that of block `i - 2`.
+    A consumer uses two buffers in turn and needs no barrier for empty ones: the other consumer stores dS of block
+    `i - 1` only after it has read dS of block `i - 2`.
     """
 
     buffers: gl.shared_memory_descriptor  # [4, 64, BLOCK_M]: two for even blocks, two for odd ones
@@ -55,7 +55,7 @@ class _SharedDs:
 
     @gluon.jit
     def put(self, warpgroup: gl.constexpr, ds, i):
-        """Leave dS of block `i` of the keys of consumer `warpgroup`."""
+        """Store dS of block `i` for the keys of consumer `warpgroup`."""
         self.buffers.index((i & 1) * 2 + warpgroup).store(ds)
         hopper.fence_async_shared()
         # Both consumers wait until both have stored dS.
@@ -68,13 +68,13 @@ class _SharedDs:
 
     @gluon.jit
     def transposed(self, i, consumer: gl.constexpr):
-        """Return dS of block `i` of the keys of `consumer`: `[BLOCK_M, 64]`."""
+        """Return dS of block `i` for the keys of `consumer`: `[BLOCK_M, 64]`."""
         return self.buffers.index((i & 1) * 2 + consumer).permute((1, 0))
 
 
 @struct
 class _DqOut:
-    """dQ of a block on its way to `_writer`: each of the two consumers has half of the columns."""
+    """The buffers that take dQ of a block to `_writer`; each of the two consumers fills half of the columns."""
 
     buffers: gl.shared_memory_descriptor  # [2, tokens, heads, BLOCK_D / 2] float32
     full: gl.shared_memory_descriptor  # both consumers arrive
@@ -82,7 +82,7 @@ class _DqOut:
 
     @gluon.jit
     def put(self, warpgroup: gl.constexpr, dq_token, i):
-        """Leave half of dQ of block `i` for the writer: `dq_token` is the last product but one that is under way."""
+        """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
         buffer = self.buffers.index(warpgroup)
         ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
         # This consumer waits until the writer has read dQ of block i - 1; before block 0 it waits for nobody.
@@ -101,7 +101,7 @@ class _DqOut:
         hopper.mbarrier.wait(self.full, i & 1)
         _add_to_global(descriptor, [row, head, 0], self.buffers.index(0))
         _add_to_global(descriptor, [row, head, HALF_D], self.buffers.index(1))
-        hopper.tma.store_wait(0)  # until the copy engine has read both
+        hopper.tma.store_wait(0)  # waits until the copy engine has read both buffers
         # Both consumers wait until the buffers are empty.
         hopper.mbarrier.arrive(self.empty, count=1)
 
@@ -115,7 +115,7 @@ class _Fused:
     head: gl.tensor  # of the window
     tile: gl.tuple  # the `KeyTile`
     blocks: gl.tensor
-    whole: gl.tensor  # so many blocks need no mask; they come first
+    whole: gl.tensor  # number of the blocks that need no mask; they come first
     k: Strided
     v: Strided
     k_buffers: gl.shared_memory_descriptor  # [2, 64, BLOCK_D]
@@ -133,14 +133,14 @@ class _Keys:
     """What a consumer keeps of its 64 keys."""
 
     v: gl.shared_memory_descriptor  # [64, BLOCK_D]
-    numbers: gl.tensor  # [64], in the sequence; in ranged masks their positions
+    numbers: gl.tensor  # [64], key numbers in the sequence; under a ranged mask their positions
     zero: gl.tensor  # [64, BLOCK_M]
     no_dq: gl.tensor  # [BLOCK_M, BLOCK_D / 2]
 
 
 @gluon.jit
 def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
-    """Add to dK and dV what block `i` gives, whose scores are there, and compute half of the columns of its dQ.
+    """Add block `i`, whose scores are complete, to dK and dV, and compute half of the columns of its dQ.
 
     The products are under way: dV, then dK, then two of dQ.
     """
@@ -161,7 +161,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     if i >= program.whole:
         seen = stream.sees(own.numbers, i)
         p = gl.where(seen, p, 0.0)
-        dp = gl.where(seen, dp, 0.0)  # zero times what is not finite would reach dQ of rows that do not see the key
+        dp = gl.where(seen, dp, 0.0)  # zero times an infinite or NaN key would reach dQ of rows that do not see the key
         if program.SOFTCAP > 0:
             p_operand = gl.where(seen, p_operand, 0.0)
     if program.SOFTCAP == 0:
@@ -212,13 +212,13 @@ def _consumer(warpgroup: gl.constexpr, program):
         for i in range(blocks):
             scores = hopper.warpgroup_mma_wait(0, [scores])
             dk, dv, dq_token = _block(warpgroup, program, keys, scores, dk, dv, i)
-            # dV and dK are complete as soon as two products are left, those of dQ.
+            # When only two products are left, those of dQ, dV and dK are complete.
             dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
             # The producer waits until both consumers have left Q, dO and the numbers of block i.
             stream.empty.leave(i)
             # This consumer waits until the producer has brought the next Q: its scores are queued behind dQ of this
-            # block and run while that is written out. Behind the last block this waits for nobody and multiplies
-            # whatever is there; nobody reads the product.
+            # block and run while dQ is written out. Behind the last block this waits for nobody and multiplies
+            # stale data; nobody reads the product.
             scores = stream.q.issue_scores(k, i + 1, zero, pred=i + 1 < blocks)
             program.dq.put(warpgroup, dq_token, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
@@ -246,7 +246,7 @@ def backward_fused_hopper(
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """As `backward_dkdv_hopper`, and adds dQ, not yet scaled, to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
+    """Do as `backward_dkdv_hopper`, and add unscaled dQ to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
     tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, slot_rows, SLOTS, BLOCK_N)
     if tile.first_key >= tile.n_keys:
@@ -310,7 +310,7 @@ def clear_sums(
     ROW: tl.constexpr,  # heads * head_dim
     BLOCK: tl.constexpr,
 ):
-    """Zero for `backward_fused_hopper` to add to. Grid: blocks of elements."""
+    """Set the sums that `backward_fused_hopper` adds to to zero. Grid: blocks of elements."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
 
@@ -326,7 +326,7 @@ def finish_dq(
     SOFTMAX_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dQ from the sums of `backward_fused_hopper`; NaN if the tables are impossible, as in `load_segment`."""
+    """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
     impossible = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < T.to(tl.int64) * ROW

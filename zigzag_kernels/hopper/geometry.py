@@ -1,4 +1,4 @@
-"""The constants of one kernel: the shape of its tiles, and the layouts and byte counts that follow from it."""
+"""The constants of one kernel: its tile shape, and the layouts and byte counts that follow from that shape."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -8,13 +8,13 @@ from .releases import aggregate
 
 @gluon.constexpr_function
 def product_layout(columns):
-    """Return the layout in which a warpgroup holds a product of `columns` columns: its four warps share the rows."""
+    """Return the layout of a product with `columns` columns in a warpgroup, whose four warps share the rows."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @aggregate
 class Geometry:
-    """The shape of one kernel: each consumer, a warpgroup, owns 64 rows, and blocks of other rows stream past them.
+    """The shape of one kernel: each consumer, a warpgroup, owns 64 rows, and blocks of other rows stream past.
 
     The forward and dQ own query rows and stream keys; dK/dV owns keys and streams query rows.
     """
@@ -31,7 +31,7 @@ class Geometry:
     WARPGROUPS: gl.constexpr  # consumers
     BLOCK_BYTES: gl.constexpr  # of one block
     SCORES: gl.constexpr  # layout [64, STREAMED] of scores, and of the gradient of the probabilities
-    SUMS: gl.constexpr  # layout [64, BLOCK_D] of what is summed over blocks
+    SUMS: gl.constexpr  # layout [64, BLOCK_D] of the sums over blocks
     OPERAND: gl.constexpr  # layout [64, STREAMED] of P or dS that a product with SUMS takes from registers
     LOADS: gl.constexpr  # layout [64, BLOCK_D] of rows that come by plain loads or copies, 16 bytes a thread
     OWNED_BUFFER: gl.constexpr  # layout [64, BLOCK_D] in shared memory of the rows that a consumer owns

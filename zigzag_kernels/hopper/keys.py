@@ -1,7 +1,7 @@
-"""The keys that stream past query rows: the order of their blocks, where those are, and the producer that brings them.
+"""The keys that stream past query rows: the order and places of their blocks, and the producer that loads them.
 
-Keys are walked downwards from the last one that a tile sees, and a block ends with its chunk: no block has keys of two
-chunks. Blocks are numbered through all heads that a program serves.
+A tile walks through its keys from the last one that it sees down to the first. A block ends with its chunk: no block
+has keys of two chunks. Blocks are numbered through all heads that a program serves.
 """
 
 from triton.experimental import gluon
@@ -17,13 +17,13 @@ from .stages import EmptyStages, Ring, make_empty_stages, make_ring
 
 @gluon.constexpr_function
 def box_shape(dimensions, BLOCK_N, BLOCK_D):
-    """Return the shape of the boxes that the copy engine brings: rows of one place in all other dimensions."""
+    """Return the shape of the boxes that the copy engine loads: rows at one place of all other dimensions."""
     return [1] * (dimensions - 2) + [BLOCK_N, BLOCK_D]
 
 
 @gluon.jit
 def count_keys(tile, geometry):
-    """Return the number of keys that the last row of a `QueryTile` sees: no other row sees more."""
+    """Return the number of keys that the last row of a `QueryTile` sees; no other row sees more."""
     last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
     last_token = last_row // geometry.GROUP
     return gl.maximum(gl.minimum(tile.diagonal + last_token + 1, tile.kv_len), 0)
@@ -31,7 +31,7 @@ def count_keys(tile, geometry):
 
 @gluon.jit
 def find_key_range(tile, position, geometry, MASK: gl.constexpr):
-    """Return (first key that a row of a ranged `QueryTile` sees, with which key those end that its rows see)."""
+    """Return (begin, end) of the keys that the rows of a ranged `QueryTile` see."""
     document = position.document
     last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
     first = position.first + tile.row // geometry.GROUP
@@ -47,7 +47,7 @@ class KeyBlock:
 
     chunk: gl.tensor
     start: gl.tensor  # the first key; the block has fewer than BLOCK_N keys if its chunk ends before
-    head: gl.tensor  # of those that the program serves
+    head: gl.tensor  # numbered among the heads that the program serves
     slot: gl.tensor
     row: gl.tensor  # in the slot
 
@@ -108,8 +108,9 @@ class Keys:
     def descriptor(self, array, slot_rows, geometry, TOP: gl.constexpr):
         """Make the copy engine's descriptor of the keys, [slot, row, head * head_dim], for boxes [1, BLOCK_N, BLOCK_D].
 
-        It serves the TOP block and all others. Rows end with the sequence in every slot, in one slot with the keys that
-        are seen. Rows of a box behind the end are zero: never those of another sequence, nor padding, which may be NaN.
+        The same descriptor serves the TOP block and all others. Its rows end with the sequence in every slot; with one
+        slot they end with the last key that is seen. Rows of a box behind the end are zero: they never hold another
+        sequence's keys, nor padding, which may be NaN.
         """
         BOX: gl.constexpr = box_shape(3, self.BLOCK_N, geometry.BLOCK_D)
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, geometry.dtype)
@@ -122,17 +123,17 @@ class Keys:
 
 @struct
 class RangedKeys:
-    """The blocks of the keys `[begin, seen)` of one document, for masks that are ranges of keys.
+    """The blocks of the keys `[begin, seen)` of one document, for ranged masks.
 
-    In gathered K/V the first chunk begins `place` keys before the document, or several chunks lie before it. Its
-    blocks begin with the document there, and elsewhere with their chunk. Blocks have numbers that rise with the keys.
+    In gathered K/V the first chunk may begin before the document, by `lead` keys. Blocks of that chunk are counted
+    from the document's first key, blocks of other chunks from the chunk's first key. Block numbers rise with the keys.
     """
 
     begin: gl.tensor
     seen: gl.tensor
     real: gl.tensor  # keys of the document that are not padding
     kv_row: gl.tensor  # of the document's first key in one slot; of the first chunk of all, in several
-    kv_chunk: gl.tensor  # keys of a chunk, 1 at least
+    kv_chunk: gl.tensor  # keys of a chunk, at least 1
     place: gl.tensor
     SLOTS: gl.constexpr  # in one slot there are no chunks: keys follow each other
     BLOCK_N: gl.constexpr
@@ -160,7 +161,7 @@ class RangedKeys:
 
     @gluon.jit
     def find(self, number):
-        """Return (first key, key with which the chunk ends) of a block."""
+        """Return (first key of a block, end of its chunk)."""
         if self.SLOTS == 1:
             return number * self.BLOCK_N, self.seen
         else:
@@ -168,7 +169,7 @@ class RangedKeys:
             chunk = number // per_chunk
             end = (chunk + 1) * self.kv_chunk - lead
             start = end - self.kv_chunk + (number - chunk * per_chunk) * self.BLOCK_N
-            # The blocks of the first chunk have the highest of its numbers.
+            # The first chunk has fewer blocks: they take the highest numbers of a chunk.
             first = (number - per_chunk + self.blocks_of(end)) * self.BLOCK_N
             return gl.where(chunk == 0, first, start), end
 
@@ -213,9 +214,9 @@ class RangedKeys:
     def descriptor(self, array, slot_rows, geometry, TOP: gl.constexpr):
         """Make the copy engine's descriptor of the keys. Rows of a box behind the end are zero.
 
-        In one slot it is [1, row, head * head_dim] and ends with the keys that are seen. In several it is
-        [slot, early or late chunk, row, head * head_dim] and ends with each chunk; for the block with the last key,
-        the TOP one, it ends with the keys that are not padding, if the chunk does not end before.
+        With one slot its dimensions are [1, row, head * head_dim], and rows end with the last key that is seen. With
+        several slots they are [slot, early or late chunk, row, head * head_dim], and rows end with each chunk. The TOP
+        block, which has the last key, has a descriptor of its own, whose rows also end where padding begins.
         """
         columns = geometry.HEADS_TOGETHER * geometry.HEAD_DIM
         slot_stride = slot_rows.to(gl.int64) * array.STRIDE_T
@@ -242,7 +243,7 @@ class RangedKeys:
 def next_block(keys, before, i, blocks, HEADS_TOGETHER: gl.constexpr):
     """Return the `KeyBlock` number `i`, which follows `before`.
 
-    It is the one below, or if `i` is a multiple of `blocks` the top block of the next head.
+    That is the block below, or the top block of the next head if `i` is a multiple of `blocks`.
     """
     chunk, start = keys.below(before.chunk, before.start)
     head = before.head
@@ -257,7 +258,7 @@ def next_block(keys, before, i, blocks, HEADS_TOGETHER: gl.constexpr):
 
 @struct
 class KeyStream:
-    """K and V of the keys that a tile sees, block by block, for all heads of the program."""
+    """The blocks of K and V that a tile sees, for all heads of the program."""
 
     geometry: Geometry
     keys: gl.base_value  # `Keys` or `RangedKeys`
@@ -265,11 +266,11 @@ class KeyStream:
     v: Ring
     numbers: gl.shared_memory_descriptor  # 0 to BLOCK_N - 1, for `HeadBlocks`
     empty: EmptyStages
-    CHUNKS: gl.constexpr  # whether boxes are places in a chunk: see `RangedKeys.descriptor`
+    CHUNKS: gl.constexpr  # whether the descriptor has a dimension for chunks: see `RangedKeys.descriptor`
 
     @gluon.jit
     def load(self, ring, descriptor, block, i):
-        """Bring `block` as block `i` into `ring`."""
+        """Load `block` into `ring` as block `i`."""
         column = block.head * self.geometry.HEAD_DIM
         if self.CHUNKS:
             late = gl.where(block.chunk < self.geometry.SLOTS, 0, 1)
@@ -310,18 +311,18 @@ def make_key_stream(tile, position, geometry, MASK: gl.constexpr):
 
 @gluon.jit
 def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
-    """Bring all blocks of K and V, in the order in which consumers use them.
+    """Load all blocks of K and V, in the order in which consumers use them.
 
-    With V_BEHIND they use V of a block together with K of the next. What they multiply by probabilities, then V, else
-    K, must not hold padding even where the mask hides it: it may be NaN.
+    With V_BEHIND consumers use V of a block together with K of the next block. The operand that probabilities multiply,
+    V with V_BEHIND and otherwise K, must hold no padding even where the mask hides it: padding may be NaN.
     """
     HEADS_TOGETHER: gl.constexpr = stream.geometry.HEADS_TOGETHER
     CHUNKS: gl.constexpr = stream.CHUNKS
     keys = stream.keys
     chunk, start, blocks = keys.top()
     if blocks > 0:
-        # Descriptors are made while the consumers load their rows, that of V while the first K is on its way. The first
-        # stage is empty: the producer waits for nobody.
+        # The producer makes descriptors while the consumers load their rows, and that of V while the first K is on its
+        # way. The first stage is empty: the producer waits for nobody.
         k_desc = keys.descriptor(k, slot_rows, stream.geometry, not V_BEHIND)
         block = keys.locate(chunk, start, gl.to_tensor(0))
         stream.load(stream.k, k_desc, block, 0)
@@ -337,7 +338,7 @@ def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
         for i in range(1, blocks * HEADS_TOGETHER):
             before = block
             block = next_block(keys, before, i, blocks, HEADS_TOGETHER)
-            # The producer waits until all consumers have left block i - STAGES of K and the V that came with it.
+            # The producer waits until all consumers have left K of block i - STAGES and the V that came with it.
             stream.empty.wait(i)
             if V_BEHIND:
                 stream.load(stream.k, k_desc, block, i)
@@ -353,7 +354,7 @@ def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
 
 @gluon.jit
 def _load_bounded(stream, ring, descriptor, top_descriptor, block, i, blocks):
-    """Bring `block` as block `i` into `ring`: by `top_descriptor` if it has the last key of a head."""
+    """Load `block` into `ring` as block `i`; `top_descriptor` serves a block with the last key of a head."""
     if stream.CHUNKS:
         if i == block.head * blocks:
             stream.load(ring, top_descriptor, block, i)

@@ -1,4 +1,4 @@
-"""The masks of the kernels that stream keys: which blocks have keys that a row does not see, and what replaces them."""
+"""The masks of kernels that stream keys: they find blocks with hidden keys, and replace those keys' scores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,10 +9,10 @@ from .releases import struct
 
 @gluon.jit
 def blocks_to_hide(keys, blocks, seen_by_all):
-    """Count the blocks, from the top on, with keys that not all rows see: return (their number, first ragged block).
+    """Return (number of blocks, from the top on, with keys that not all rows see; first ragged block).
 
-    Where chunks are not whole blocks, the last block of each runs over the end of its chunk: it is *ragged*. If none
-    is, the second is -1. The top block has number 0.
+    If chunks are not whole blocks, the last block of each chunk extends past the end of its chunk: it is *ragged*. The
+    second number is -1 if no block is ragged. The top block has number 0.
     """
     whole = gl.maximum(seen_by_all, 0)
     if keys.SLOTS == 1:
@@ -42,9 +42,9 @@ class HeadBlocks:
     def hide(self, x, INSTEAD: gl.constexpr, i, ragged):
         """Hide keys of block `i` that a row does not see, or that lie behind the end of the chunk.
 
-        Return (`x` with INSTEAD for those, the next ragged block). Whole blocks skip this, and only in here the
-        consumer computes where in the sequence the block is. The numbers of its keys are read in here too: in registers
-        they would take one for every four keys during the loop.
+        Return (`x` with INSTEAD in the place of hidden keys, the next ragged block). Whole blocks skip this branch, so
+        only here the consumer computes the place of the block in the sequence, and reads the numbers of its keys: kept
+        in registers, they would take one register for every four keys during the loop.
         """
         if (i < self.masked) | (i == ragged):
             limit = self.limit
@@ -74,7 +74,7 @@ def number_blocks(stream, n, count, hidden, ragged, limit):
 
 @struct
 class RangedHeadBlocks:
-    """As `HeadBlocks`, where masks are ranges of keys: each row sees the keys `[first, limit)`."""
+    """The same as `HeadBlocks` for ranged masks: each row sees the keys `[first, limit)`."""
 
     keys: RangedKeys
     numbers: gl.shared_memory_descriptor  # 0 to BLOCK_N - 1
@@ -85,14 +85,14 @@ class RangedHeadBlocks:
     end: gl.tensor  # the last one is before this
     mirror: gl.tensor  # block `i` has the number `mirror - i` in the document
     masked: gl.tensor  # blocks before this one have keys that not all rows see
-    low: gl.tensor  # and those from this one on
+    low: gl.tensor  # blocks from this one on have keys that not all rows see
     ragged: gl.tensor  # the first block that runs over the end of its chunk, or none of this head's
 
     @gluon.jit
     def hide(self, x, INSTEAD: gl.constexpr, i, ragged):
         """Hide keys of block `i`: see `HeadBlocks.hide`.
 
-        One branch for both ends: a window of 4,096 took 15 % longer with one for each, and short ones 4 % less.
+        One branch serves both ends: with two, a window of 4,096 took 15 % longer, and short windows 4 % less time.
         """
         if (i < self.masked) | (i >= self.low) | (i == ragged):
             start, chunk_end = self.keys.find(self.mirror - i)
@@ -126,19 +126,19 @@ class RowMask:
 
 @struct
 class RangedRowMask:
-    """As `RowMask`, where masks are ranges of keys."""
+    """The same as `RowMask` for ranged masks."""
 
-    first: gl.tensor  # [64] each row sees the keys from here on
-    limit: gl.tensor  # [64] to before this
-    whole_begin: gl.tensor  # all rows that are not padding see the keys from here on
+    first: gl.tensor  # [64] the first key that each row sees
+    limit: gl.tensor  # [64] keys up to this one, exclusive
+    whole_begin: gl.tensor  # the first key that all rows see, apart from padding rows
     whole_end: gl.tensor  # to before this
 
     @gluon.jit
     def count(self, keys, blocks):
-        """Return what `number` takes of the `blocks` of one head.
+        """Return the argument that `number` takes, from the `blocks` of one head.
 
-        It is (first whole block, first of those behind the whole ones, first ragged block, number of the top block in
-        the document). Where chunks are not whole blocks, the last block of each counts as ragged.
+        It is (first whole block, first block behind the whole ones, first ragged block, number of the top block in
+        the document). If chunks are not whole blocks, the last block of each chunk counts as ragged.
         """
         top = keys.number(gl.maximum(keys.seen - 1, 0))
         whole = top + 1 - keys.number(self.whole_end)
@@ -163,7 +163,7 @@ class RangedRowMask:
 
 @gluon.jit
 def mask_rows(own, LAYOUT: gl.constexpr):
-    """Return the `RowMask`, or `RangedRowMask`, of the `QueryRows` of a consumer, rows as in a tile in `LAYOUT`."""
+    """Return the `RowMask` or `RangedRowMask` of a consumer's `QueryRows`, for a tile in `LAYOUT`."""
     rows = own.numbers(LAYOUT)
     if own.MASK is None:
         return RowMask(limit=own.keys_seen(rows), seen_by_all=own.keys_seen(own.first))

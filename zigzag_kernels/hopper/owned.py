@@ -1,4 +1,4 @@
-"""The 64 rows that a consumer owns, of queries or of keys: where they are in arrays, and how they are loaded."""
+"""The 64 query rows or keys that a consumer owns: their places in arrays, and functions that load them."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Strided:
 
 
 class Position(NamedTuple):
-    """The position of a segment, for masks that are ranges of keys."""
+    """The position of a segment, for ranged masks."""
 
     first: gl.tensor  # position of its first token in the document
     document: gl.tuple  # the `Document`
@@ -46,11 +46,11 @@ def load_query_tile(segments_ptr, n_segments, tile, T, GROUP: gl.constexpr, BLOC
 
 @struct
 class QueryRows:
-    """The query rows of one consumer: those of one segment from row `first` on, before row `end`."""
+    """The query rows `[first, end)` of one segment, which one consumer owns."""
 
     geometry: Geometry
     first: gl.tensor
-    end: gl.tensor  # with which the segment ends
+    end: gl.tensor  # of the segment, exclusive
     q_row: gl.tensor
     diagonal: gl.tensor
     kv_len: gl.tensor
@@ -75,7 +75,7 @@ class QueryRows:
 
     @gluon.jit
     def real_end(self):
-        """Return the row with which those end that are not padding."""
+        """Return the end of the rows that are not padding."""
         if self.MASK is None:
             return self.end
         else:
@@ -98,7 +98,7 @@ class QueryRows:
 
     @gluon.jit
     def result_places(self, kv_head, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
-        """Return the numbers of the rows and where each begins in a result `[T, HEADS, HEAD_DIM]` (int64)."""
+        """Return (row numbers, int64 offset of each row in a result `[T, HEADS, HEAD_DIM]`)."""
         GROUP: gl.constexpr = self.geometry.GROUP
         rows = self.numbers(LAYOUT)
         tokens = (self.q_row + rows // GROUP).to(gl.int64)
@@ -122,13 +122,13 @@ def own_query_rows(warpgroup: gl.constexpr, tile, position, geometry, MASK: gl.c
 
 @struct
 class KeyRows:
-    """The keys of one consumer: those of one sequence from key `first` on, as far as it has keys."""
+    """The keys of one sequence from key `first` on, which one consumer owns; the sequence may end before the 64th."""
 
     geometry: Geometry
     first: gl.tensor
     tile: gl.tuple  # the `KeyTile` of the program
     slot_rows: gl.tensor
-    RANGED: gl.constexpr  # masks are ranges of keys; what they need is loaded anew wherever it is used
+    RANGED: gl.constexpr  # the mask is ranged; its numbers are loaded anew wherever they are used
 
     @gluon.jit
     def numbers(self, LAYOUT: gl.constexpr):
@@ -144,7 +144,7 @@ class KeyRows:
 
     @gluon.jit
     def buffer_rows(self, keys):
-        """Return the rows (int64) of the K/V buffer that `keys` of the sequence are in."""
+        """Return the rows (int64) of `keys` of the sequence in the K/V buffer."""
         if self.RANGED:
             keys += load_document(self.tile).place
         rows = self.tile.kv_row + keys
@@ -156,15 +156,15 @@ class KeyRows:
 
     @gluon.jit
     def copy(self, k, v, k_buffer, v_buffer):
-        """Begin to copy the keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; zero behind the last one.
+        """Begin to copy keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; other rows of a buffer are zero.
 
-        Each row is copied by itself, as a tile may cross borders of chunks.
+        Each row is copied by itself, because a tile may cross chunk borders.
         """
         geometry = self.geometry
         keys = self.numbers(geometry.LOADS)
         rows = self.buffer_rows(keys)
         end = self.tile.n_keys
-        if self.RANGED:  # keys of padding may hold anything
+        if self.RANGED:  # padding keys may hold any bits
             document = load_document(self.tile)
             end = key_index(document, document.real)
         dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))

@@ -21,7 +21,7 @@ aggregate = getattr(gluon, "aggregate", None) or core._aggregate  # public in la
 
 
 def struct(cls):
-    """Make `cls` a value of Gluon whose constructor takes its annotated fields, all of them and by name alone.
+    """Make `cls` a Gluon value whose constructor takes all annotated fields, by name only.
 
     Fields are tensors, buffers, tuples with names, other structs or constants; methods are `gluon.jit` functions. A
     struct may be an argument of a partition, and may change from trip to trip of a loop. The fields of a partition's

@@ -1,4 +1,4 @@
-"""The way of results out of a kernel: their layout in registers, and stores that may add to what is there."""
+"""The way of results out of a kernel: their layout in registers, and stores that may add to earlier results."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,8 +10,8 @@ from .releases import struct
 def result_layout(BLOCK_D, dtype):
     """Return the layout in which results `[64, BLOCK_D]` of `dtype` are stored.
 
-    A thread has 16 bytes of a row side by side, four threads 64. Rows are in the warps that have them of a product, so
-    that no number leaves its warp on the way from there.
+    A thread has 16 adjacent bytes of a row, and four threads 64 bytes. Each row is in the warp that has the row of a
+    product, so that no number leaves its warp when a product changes to this layout.
     """
     wide = 128 // dtype.primitive_bitwidth
     own, pair = wide.bit_length() - 1, wide.bit_length() + 1
@@ -23,7 +23,7 @@ def result_layout(BLOCK_D, dtype):
 
 @gluon.jit
 def store_tile(ptr, places, inside, x, HEAD_DIM: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Write, or with `ACCUMULATE` add, the rows of `x` that are `inside`, in the layout that `places` is a slice of."""
+    """Write the rows of `x` that are `inside`, or add them with `ACCUMULATE`; `places` is a slice of the layout."""
     LAYOUT: gl.constexpr = places.type.layout.parent
     dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
     ptrs = ptr + places[:, None] + dims[None, :]

@@ -1,9 +1,9 @@
-"""The query rows that stream past keys: the order of their blocks, where those are, and the producer that brings them.
+"""The query rows that stream past keys: the order and places of their blocks, and the producer that loads them.
 
-A block is a box, tokens by heads of one half of the sequence, that the copy engine brings: in shared memory it lies as
-packed rows, whatever the strides are. The blocks of a half end with its segment, so that only the first can be partial;
-where masks are ranges of keys they begin with the first row that sees the tile, and only the last can be partial.
-Boxes are clipped to the rows of the sequence: rows behind them are zero, never another sequence's, nor padding.
+A block is a box, tokens by heads of one half of the sequence, that the copy engine loads. In shared memory it lies as
+packed rows, whatever the strides are. The blocks of a half are counted back from the end of its segment, so only the
+first can be partial. Under a ranged mask they are counted from the first row that sees the tile, so only the last can
+be partial. Boxes are clipped to the rows of the sequence: rows outside are zero, never another sequence's, nor padding.
 """
 
 from triton.experimental import gluon
@@ -22,7 +22,7 @@ from .stages import EmptyStages, Ring, make_empty_stages, make_ring
 class Packing:
     """The shape of a box, tokens by query heads of one KV head, with the rows of one block.
 
-    It has as many heads as the largest power of two that divides the group; the others are in further boxes.
+    A box has as many heads as the largest power of two that divides the group; further boxes have the other heads.
     """
 
     HEADS: gl.constexpr  # of one box
@@ -63,28 +63,28 @@ class RowMask:
 
 @struct
 class HalfBlocks:
-    """The blocks of one half of a sequence whose rows see a key of a tile, or some of them do."""
+    """The blocks of one half of a sequence that have rows which see a key of a tile."""
 
     q_row: gl.tensor  # local row of token 0 of the half
-    diagonal: gl.tensor  # in ranged masks the position of token 0
-    kv_len: gl.tensor  # in ranged masks the number of tokens of the document that are not padding
+    diagonal: gl.tensor  # under a ranged mask the position of token 0
+    kv_len: gl.tensor  # under a ranged mask the number of real tokens of the document
     first: gl.tensor  # token with which the blocks begin: negative if the first is partial
-    end: gl.tensor  # tokens from here on are not theirs
+    end: gl.tensor  # tokens from here on belong to no block
     blocks: gl.tensor
-    masked: gl.tensor  # the first few: not all of their rows see all keys of the tile
-    whole_end: gl.tensor  # the same holds of blocks from this one on, in ranged masks alone
+    masked: gl.tensor  # number of the first blocks in which not all rows see all keys of the tile
+    whole_end: gl.tensor  # under a ranged mask, blocks from this one on have such rows too
 
     @gluon.jit
     def last(self):
-        """Return the number of masked blocks behind those that are whole."""
+        """Return the number of masked blocks behind the whole ones."""
         return self.blocks - self.whole_end
 
     @gluon.jit
     def tokens(self, block, mask):
-        """Return (begin, end) of the tokens of the half that block `block` is for.
+        """Return (begin, end) of the tokens of the half that belong to block `block`.
 
-        The box of a block begins with `begin`. From `end` on its rows are the next block's, or behind the segment, and
-        hidden.
+        The box of a block begins with `begin`. From `end` on its rows belong to the next block or lie behind the
+        segment, and are hidden.
         """
         begin, end = block_begin(self.first, block, mask.TOKENS), self.first + (block + 1) * mask.TOKENS
         if mask.RANGED:
@@ -93,7 +93,7 @@ class HalfBlocks:
 
     @gluon.jit
     def seen_by(self, tokens, mask):
-        """Return the `KeyRange` of these `tokens` of the half: of key numbers, in ranged masks of positions."""
+        """Return the `KeyRange` of `tokens` of the half, in key numbers, or in positions under a ranged mask."""
         if mask.RANGED:
             return positions_seen(self.diagonal + tokens, self.kv_len, mask)
         else:
@@ -103,7 +103,7 @@ class HalfBlocks:
 
 @gluon.jit
 def block_begin(first, block, TOKENS: gl.constexpr):
-    """Return the token with which the box of block `block` begins, where blocks begin with token `first` of their half.
+    """Return the first token of the box of block `block`; the blocks begin with token `first` of their half.
 
     It is never negative: the copy engine can add to a box that ends behind the last row, but not to one that begins
     before the first.
@@ -122,7 +122,7 @@ def find_half_blocks(tile, half, mask):
     """Find the `HalfBlocks` of a `KeyTile` in half 0, the late one, or 1, the early one."""
     TOKENS: gl.constexpr = mask.TOKENS
     if mask.RANGED:
-        # Blocks begin with the first row that sees a key; rows of padding are none of theirs.
+        # Blocks begin with the first row that sees a key, and have no padding rows.
         found, document = load_ranged_half(tile.halves_ptr, half), load_document(tile)
         end_key = gl.minimum(tile.first_key + mask.KEYS, tile.n_keys)
         seeing = seeing_positions(tile.first_key, end_key, document, mask)
@@ -157,11 +157,11 @@ def find_half_blocks(tile, half, mask):
 
 @struct
 class SequenceRows:
-    """The query rows of one sequence, which lie together: those of the early half, then those of the late one."""
+    """The query rows of one sequence, which are adjacent: the rows of the early half, then those of the late half."""
 
     first: gl.tensor  # local row
     count: gl.tensor
-    kv_head: gl.tensor  # the first that the program serves, int64
+    kv_head: gl.tensor  # the first head that the program serves, int64
 
     @gluon.jit
     def descriptor(self, array, geometry, BOX: gl.constexpr):
@@ -177,7 +177,7 @@ class SequenceRows:
 
 @gluon.jit
 def find_sequence_rows(tile, kv_head, mask):
-    """Find the `SequenceRows` of a `KeyTile`; in ranged masks without rows of padding, which may hold anything."""
+    """Find the `SequenceRows` of a `KeyTile`; a ranged mask leaves out padding rows, which may hold any bits."""
     if mask.RANGED:
         real = load_document(tile).real
         late, early = load_ranged_half(tile.halves_ptr, 0), load_ranged_half(tile.halves_ptr, 1)
@@ -192,7 +192,7 @@ def find_sequence_rows(tile, kv_head, mask):
 
 @struct
 class RowArrays:
-    """What a producer reads of query rows."""
+    """The arrays that a producer reads by query row."""
 
     q: Strided
     dout: Strided
@@ -203,7 +203,7 @@ class RowArrays:
 
 @struct
 class RowStream:
-    """The blocks of Q and dO whose rows see a tile of keys, with three numbers of each row beside them."""
+    """The blocks of Q and dO whose rows see a tile of keys, and three numbers for each row."""
 
     geometry: Geometry
     packing: Packing
@@ -211,8 +211,8 @@ class RowStream:
     dout: Ring
     lse2: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `q`
     delta: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `dout`
-    # [STAGES, BLOCK_M] int32, full with `q`: keys from this one on a row does not see. In ranged masks numbers are
-    # positions, and STAGES rows more say which key it sees first.
+    # [STAGES, BLOCK_M] int32, full with `q`: the row sees no key from this one on. Under a ranged mask they are
+    # positions, and STAGES more rows have the first key that the row sees.
     limits: gl.shared_memory_descriptor
     mask: RowMask
     empty: EmptyStages
@@ -241,7 +241,7 @@ def make_row_stream(geometry, packing, mask):
     NUMBERS: gl.constexpr = [geometry.STAGES, geometry.STREAMED]
     LIMITS: gl.constexpr = [geometry.STAGES * (2 if mask.RANGED else 1), geometry.STREAMED]
     NUMBERS_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # The producer arrives twice for each buffer: with the rows, that the copy engine brings, and with their numbers.
+    # The producer arrives twice for each buffer: for the rows, which the copy engine loads, and for their numbers.
     q = make_ring(BOX, geometry, 2)
     dout = make_ring(BOX, geometry, 2)
     empty = make_empty_stages(geometry)
@@ -260,11 +260,11 @@ def make_row_stream(geometry, packing, mask):
 
 @gluon.jit
 def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = False):
-    """Bring all blocks of rows that see a `KeyTile`, head after head.
+    """Load all blocks of rows that see a `KeyTile`, head after head.
 
-    First come the whole blocks of the late half and of the early one, then the masked ones of both: consumers compare
-    the number of a block with one count, and the producer alone knows tables, halves and heads. Each of these runs of
-    blocks begins with its first rows or, DESCENDING, with its last, which every tile of keys sees.
+    The whole blocks of the late half and of the early half come first, then the masked blocks of both. So consumers
+    compare the number of a block with one count, and only the producer knows tables, halves and heads. Each of these
+    runs of blocks begins with its first rows or, DESCENDING, with its last rows, which every tile of keys sees.
     """
     geometry = stream.geometry
     mask = stream.mask
@@ -309,31 +309,31 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
                 stream.limits.index(stage).store(limit)
                 if mask.RANGED:
                     stream.limits.index(geometry.STAGES + stage).store(seen.begin)
-                # The consumers wait for these numbers as they wait for Q.
+                # The consumers wait for these numbers and for Q by the same barrier.
                 stream.q.arrive(i)
                 stream.dout.load(dout_desc, place, i)
                 stream.delta.index(stage).store(delta)
-                # The consumers wait for this number as they wait for dO.
+                # The consumers wait for this number and for dO by the same barrier.
                 stream.dout.arrive(i)
                 i += 1
 
 
 @struct
 class BlockOrder:
-    """The order in which `produce_rows`, DESCENDING, brings the blocks of one head, for a partition that seeks them."""
+    """The order in which `produce_rows`, DESCENDING, loads the blocks of one head, for the writer of dQ."""
 
-    late_row: gl.tensor  # of the sequence, with which its late half begins; the early one begins with row 0
+    late_row: gl.tensor  # row of the sequence at which its late half begins; the early half begins at row 0
     late_first: gl.tensor  # of `HalfBlocks`
     late_whole: gl.tensor  # blocks of the late half that are not masked
     late_masked: gl.tensor
     early_first: gl.tensor
     early_whole: gl.tensor
     early_masked: gl.tensor
-    last: gl.tuple  # in ranged masks the masked blocks behind the whole ones, (late, early); otherwise nothing
+    last: gl.tuple  # under a ranged mask the masked blocks behind the whole ones, (late, early); otherwise nothing
 
     @gluon.jit
     def place(self, i, packing):
-        """Return (row of the sequence, head of the group) with which block `i` begins."""
+        """Return (row of the sequence, head of the group) of the beginning of block `i`."""
         number = i // packing.PARTS
         whole = self.late_whole + self.early_whole
         # Within a run of blocks their numbers rise as their places in the half fall: the sum is one less than these.

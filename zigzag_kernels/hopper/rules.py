@@ -1,4 +1,4 @@
-"""The problems that the kernels for Hopper can run, and those for which they are expected to beat the portable ones."""
+"""Rules that say which problems the Hopper kernels can run, and where they should beat the portable kernels."""
 
 import math
 
@@ -15,17 +15,17 @@ from ..modes import LengthClass, Operation
 from ..problem import Problem
 
 TARGET = "9.0"
-TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # Gluon changes from release to release: those that the kernels ran with
+TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # releases that the kernels ran with: Gluon changes from release to release
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 
-MAX_SOFTCAP = 2.0**20  # scores that the forward hides are finite, and capped ones have a relative error
+MAX_SOFTCAP = 2.0**20  # the forward hides keys by finite scores, and capped scores have a relative error
 
 
 def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
     """Return whether a kernel for Hopper computes `operation` of `problem`, on its GPU and with this Triton."""
     strides = *problem.k_strides, *problem.v_strides
-    if operation in (Operation.DKDV, Operation.FUSED_BACKWARD):  # they read Q and dO by the copy engine too
+    if operation in (Operation.DKDV, Operation.FUSED_BACKWARD):  # these kernels read Q and dO by the copy engine too
         strides += (*problem.q_strides, *(dout_strides or ()))
     return (
         problem.gluon
@@ -39,7 +39,7 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
 
 
 def _has_triton() -> bool:
-    import triton  # tiles can be looked up where there is none
+    import triton  # imported here, because tiles can be looked up without Triton
 
     return triton.__version__.startswith(TRITON)
 
@@ -47,7 +47,7 @@ def _has_triton() -> bool:
 def is_faster(problem: Problem, operation: Operation) -> bool:
     """Return whether a kernel for Hopper is expected to be faster than the portable one.
 
-    The fused backward kernel is compared with the two for Hopper.
+    For the fused backward kernel, return whether it should beat the two other Hopper kernels.
     """
     small = problem.head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FUSED_BACKWARD:
@@ -59,7 +59,7 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
 
 
 def wants_few_keys(problem: Problem) -> bool:
-    """Return whether a tile of dK/dV should have two consumers: few rows see one key, or scores take registers."""
+    """Return whether a dK/dV tile should have two consumers, as few rows see a key or the cap takes registers."""
     small = problem.head_dim <= SMALL_HEAD_DIM
     return small and (problem.call.softcap > 0 or _most_keys(problem) <= NARROW_KEYS)
 
@@ -81,9 +81,9 @@ def length_class(problem: Problem) -> LengthClass:
 
 
 def is_narrow(problem: Problem) -> bool:
-    """Return whether a window or chunks make tiles of query rows short: as those of a sequence with few rows.
+    """Return whether a window or chunks make tiles of query rows as short as those of a sequence with few rows.
 
-    Under a window they walk through as many keys as those of a causal sequence of twice its length.
+    On average, tiles under a window walk through as many keys as tiles of a causal sequence of twice its length.
     """
     return 2 * _most_keys(problem) < _few_tokens(problem)
 
@@ -94,9 +94,9 @@ def _few_tokens(problem: Problem) -> float:
 
 
 def has_short_chunks(problem: Problem, min_keys: int) -> bool:
-    """Return whether chunks average fewer than `min_keys` keys: a block of keys ends with its chunk.
+    """Return whether chunks average fewer than `min_keys` keys, which leaves blocks of keys partly empty.
 
-    The host knows mean lengths alone.
+    The host knows only the mean length.
     """
     runs = 2 * problem.slots if problem.slots > 1 else 1  # parts of a sequence whose keys lie next to each other
     return problem.kv_tokens < min_keys * runs * problem.sequences

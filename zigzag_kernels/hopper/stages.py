@@ -1,9 +1,9 @@
 """Rings of buffers between a producer and consumers, and the barriers by which they wait for each other.
 
 Blocks come by the copy engine (TMA) into *stages*, buffers that are used in turn: block `i` uses stage `i % STAGES`.
-Two kinds of block come side by side, K and V or Q and dO. Each kind has a barrier a stage that says that its buffer is
-full. One barrier a stage says that both buffers are empty: every arrival costs a consumer two barriers of its own
-warps, so that one for each would cost twice as much.
+Two kinds of block come side by side, K and V or Q and dO. Each kind has one barrier per stage that says that its buffer
+is full. One barrier per stage says that both buffers are empty: every arrival costs a consumer two barriers of its own
+warps, so that a barrier for each buffer would cost twice as much.
 
 A barrier completes a phase when as many have arrived as it was made for. Whoever waits names the parity of the phase,
 which is that of the round, `i // STAGES`.
@@ -54,11 +54,11 @@ class Ring:
     buffers: gl.shared_memory_descriptor  # [STAGES, box]
     full: gl.shared_memory_descriptor  # [STAGES, 1]
     STAGES: gl.constexpr
-    BLOCK_BYTES: gl.constexpr  # that the copy engine brings for each block
+    BLOCK_BYTES: gl.constexpr  # that the copy engine loads for each block
 
     @gluon.jit
     def load(self, descriptor, place, i):
-        """Bring the box of `descriptor` at `place` into the stage of block `i`, which has to be empty."""
+        """Load the box of `descriptor` at `place` into the stage of block `i`, which must be empty."""
         stage = i % self.STAGES
         # The producer arrives, and the copy engine completes the phase when so many bytes have come: the consumers wait
         # for both.
@@ -67,7 +67,7 @@ class Ring:
 
     @gluon.jit
     def arrive(self, i):
-        """Tell the consumers, who wait for block `i`, that the numbers are there which the producer itself stores."""
+        """Tell the consumers that wait for block `i` that the producer has stored its numbers."""
         hopper.mbarrier.arrive(self.full.index(i % self.STAGES), count=1)
 
     @gluon.jit
@@ -83,7 +83,7 @@ class Ring:
 
     @gluon.jit
     def issue_scores(self, rows, i, zero, pred=True):
-        """Wait as `wait` does, and issue the products of `rows` and the rows of block `i`, in the layout of `zero`."""
+        """Wait for block `i`, and issue the product of `rows` and the block's rows, in the layout of `zero`."""
         self.wait(i, pred)
         columns = self.block(i).permute((1, 0))
         return hopper.warpgroup_mma(rows, columns, zero, use_acc=False, is_async=True)
@@ -113,7 +113,7 @@ class EmptyStages:
     def wait(self, i):
         """Wait, as the producer, until all consumers have left block `i - STAGES`, whose stage block `i` takes.
 
-        In the first round nobody has to leave: the parity is that of the phase before the first, which is complete.
+        In the first round all stages are empty: the parity is that of the phase before the first, which is complete.
         """
         hopper.mbarrier.wait(self.barriers.index(i % self.STAGES), ((i // self.STAGES) & 1) ^ 1)
 
