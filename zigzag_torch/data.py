@@ -190,7 +190,7 @@ def _integers(name: str, documents) -> list[torch.Tensor]:
     result = []
     for i, document in enumerate(documents):
         try:
-            ids = torch.as_tensor(document)
+            ids = document if isinstance(document, torch.Tensor) else torch.tensor(document)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(f"{name}: expected integers [n], got {type(document).__name__} (document {i})") from None
         integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype in (torch.bool, torch.uint64))

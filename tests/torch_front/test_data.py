@@ -90,7 +90,13 @@ def test_lists_arrays_and_tensors_are_the_same_documents():
     lists = [[1, 2, 3], [4, 5], []]
     batches = [
         shard_documents([kind(x) for x in lists], 1, 2)
-        for kind in (list, lambda x: np.array(x, np.uint16), lambda x: torch.tensor(x, dtype=torch.int32))
+        for kind in (
+            list,
+            tuple,
+            lambda x: np.array(x, np.uint16),
+            lambda x: np.frombuffer(bytes(x), np.uint8),  # which nobody may write to
+            lambda x: torch.tensor(x, dtype=torch.int32),
+        )
     ]
     for other in batches[1:]:
         assert all(map(torch.equal, pytree.tree_leaves(batches[0])[:8], pytree.tree_leaves(other)[:8]))
