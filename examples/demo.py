@@ -22,14 +22,14 @@ import zigzag_jax
 import zigzag_torch
 from model import Sizes, initial_weights
 from tests.support import closeness, oracle
-from text import batches
+from text import Room, batches
 
 ROOT = Path(__file__).parents[1]
 
 # One packed batch of three sequences, dealt out to four ranks that this one device plays in turn.
 WORLD_SIZE, LENGTHS, HEADS, KV_HEADS, HEAD_DIM = 4, (120, 8, 64), 4, 2, 32
 RESULTS = ("out", "lse", "dq", "dk", "dv")
-STEPS, TOKENS, DOCUMENTS, CONTEXT, LEARNING_RATE = 100, 512, 8, 256, 3e-3
+STEPS, ROOM, CONTEXT, LEARNING_RATE = 100, Room(tokens=512, documents=8), 256, 3e-3
 # Nats a byte. Both compute in float32 and sum in another order, which makes 2e-6 in these steps. Attention on inputs
 # rounded to tf32 makes 2e-4, RoPE angles wrong by 1% make 7e-3, and a mask that ignores the documents 1e-1.
 TOLERANCE = 2e-5
@@ -188,17 +188,19 @@ def train(device: str, steps: int) -> dict[str, np.ndarray]:
     sizes = Sizes()
     weights = initial_weights(sizes)
     trainers = {
-        "PyTorch": model_torch.trainer(weights, sizes, LEARNING_RATE, device),
-        "JAX": model_jax.trainer(weights, sizes, LEARNING_RATE),
+        "PyTorch": model_torch.trainer(weights, sizes, LEARNING_RATE, ROOM, device),
+        "JAX": model_jax.trainer(weights, sizes, LEARNING_RATE, ROOM),
     }
     parameters = sum(x.size for x in jax.tree.leaves(weights))
-    print(f"\nTraining {parameters:,} parameters on Python's standard library, {TOKENS} bytes a step:\n", flush=True)
+    print(
+        f"\nTraining {parameters:,} parameters on Python's standard library, {ROOM.tokens} bytes a step:\n", flush=True
+    )
     losses = {name: np.zeros(steps) for name in trainers}
-    text = itertools.islice(batches(TOKENS, DOCUMENTS, CONTEXT), steps)
+    text = itertools.islice(batches(ROOM, CONTEXT), steps)
     with tqdm(text, total=steps, unit="step", disable=None) as progress:  # None: no bar where it would fill a log
-        for i, batch in enumerate(progress):
+        for i, documents in enumerate(progress):
             for name, trainer in trainers.items():
-                losses[name][i] = trainer(batch)
+                losses[name][i] = trainer(documents)
             progress.set_postfix({name: f"{values[i]:.3f}" for name, values in losses.items()})
     return losses
 

@@ -5,68 +5,69 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model import Sizes
-from text import NO_TARGET, TextBatch
-from zigzag_jax import Batch, pad_to_zigzag, position_ids, prepare_batch, shard, zigzag_attention
+from text import Room
+from zigzag_jax import Batch, host, prepare_batch, token_mean_loss, zigzag_attention
+
+SPECS = host.ShardedBatch(*[P("cp")] * 4, *[P()] * 4)  # each device has its rows, and all have the rest
 
 
 def trainer(
-    weights: dict, sizes: Sizes, learning_rate: float, mesh: Mesh | None = None, method: str = "allgather"
-) -> Callable[[TextBatch], float]:
-    """A function that takes one Adam step on a batch and returns the loss before it. `weights` are NumPy arrays.
+    weights: dict,
+    sizes: Sizes,
+    learning_rate: float,
+    room: Room,
+    mesh: Mesh | None = None,
+    method: str = "allgather",
+) -> Callable[[list], float]:
+    """A function that takes one Adam step on documents and returns the loss before it. `weights` are NumPy arrays.
 
-    With a `mesh`, each device of its axis "cp" computes its zigzag rows of the batch, which is given whole.
+    With a `mesh`, each device of its axis "cp" computes its zigzag rows of the documents, which are given whole.
     """
     weights = jax.device_put(weights, NamedSharding(mesh, P()) if mesh else None)
     means = squares = jax.tree.map(jnp.zeros_like, weights)
     steps = 0
 
-    def mean_loss(weights, *batch):
-        return loss(weights, sizes, *batch, axis_name="cp" if mesh else None, method=method)
+    world_size, axis_name = (mesh.shape["cp"], "cp") if mesh else (1, None)
+    size = {"tokens": room.rows(world_size), "max_documents": room.documents}  # the same for every batch
+
+    def mean_loss(weights, batch):
+        logits = forward(weights, sizes, batch, axis_name, method)
+        return token_mean_loss(logits, batch.labels, batch.num_targets, axis_name=axis_name)
 
     if mesh:
-        specs = P(), P("cp"), P("cp"), P()  # all have the same weights and cu_seqlens
-        mean_loss = jax.shard_map(mean_loss, mesh=mesh, in_specs=specs, out_specs=P())
+        mean_loss = jax.shard_map(mean_loss, mesh=mesh, in_specs=(P(), SPECS), out_specs=P())
 
     @jax.jit
     def update(weights, means, squares, batch, step_size, correction):
-        value, gradients = jax.value_and_grad(mean_loss)(weights, *batch)
+        value, gradients = jax.value_and_grad(mean_loss)(weights, batch)
         weights, means, squares = adam(weights, gradients, means, squares, step_size, correction)
         return value, weights, means, squares
 
-    def step(batch: TextBatch) -> float:
+    def step(documents: list) -> float:
         nonlocal weights, means, squares, steps
         steps += 1
         # 1 - 0.999 has four digits left in float32, so these are computed here, as torch.optim does.
         step_size, correction = learning_rate / (1 - 0.9**steps), (1 - 0.999**steps) ** 0.5
-        dealt_out = deal_out(batch, mesh) if mesh else batch
-        value, weights, means, squares = update(weights, means, squares, dealt_out, step_size, correction)
+        batch = host.shard_documents(documents, world_size, **size)
+        batch = put(batch, mesh) if mesh else batch
+        value, weights, means, squares = update(weights, means, squares, batch, step_size, correction)
         return float(value)
 
     return step
 
 
-def deal_out(batch: TextBatch, mesh: Mesh) -> TextBatch:
-    """The batch on the devices of `mesh`, each with its zigzag rows; documents are padded to a multiple of 2W bytes."""
-    world_size = mesh.shape["cp"]
-    room = len(batch.tokens) + (len(batch.cu_seqlens) - 1) * (2 * world_size - 1 if world_size > 1 else 0)
-    total = -(-room // world_size) * world_size  # the same for every batch
+def put(batch: host.ShardedBatch, mesh: Mesh) -> host.ShardedBatch:
+    """The batch on the devices of `mesh`. Each process puts what its devices need; JAX compares the fingerprints."""
 
-    def rows(x):
-        padded, cu_seqlens = pad_to_zigzag(x, batch.cu_seqlens, world_size, total)
-        ranks = [shard(padded, cu_seqlens, rank, world_size) for rank in range(world_size)]
-        return np.concatenate(ranks), np.asarray(cu_seqlens)
-
-    def put(x, spec):  # each process puts what its devices need
+    def put_part(x, spec):
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
-    tokens, cu_seqlens = rows(batch.tokens)
-    targets, _ = rows(batch.targets - NO_TARGET)  # pads with 0
-    return TextBatch(put(tokens, P("cp")), put(targets + NO_TARGET, P("cp")), put(cu_seqlens, P()))
+    fingerprint = jax.device_put(batch.fingerprint, NamedSharding(mesh, SPECS.fingerprint))
+    return jax.tree.map(put_part, batch, SPECS)._replace(fingerprint=fingerprint)
 
 
 def adam(weights, gradients, means, squares, step_size, correction):
@@ -79,39 +80,15 @@ def adam(weights, gradients, means, squares, step_size, correction):
     return weights, means, squares
 
 
-def loss(
-    weights: dict,
-    sizes: Sizes,
-    tokens: jax.Array,
-    targets: jax.Array,
-    cu_seqlens: jax.Array,
-    axis_name: str | None = None,
-    method: str = "allgather",
-) -> jax.Array:
-    """Mean cross entropy in nats a byte; `tokens, targets [T]`, `cu_seqlens [N + 1]`, all int32.
-
-    Inside `shard_map` each device has T of the rows, and the mean is over those of all devices of the axis.
-    """
-    log_p = jax.nn.log_softmax(forward(weights, sizes, tokens, cu_seqlens, axis_name, method))
-    known = targets != NO_TARGET
-    picked = jnp.take_along_axis(log_p, jnp.where(known, targets, 0)[:, None], axis=1)[:, 0]
-    total, count = -jnp.sum(picked, where=known), known.sum()
-    if axis_name is not None:
-        total, count = jax.lax.psum((total, count), axis_name)
-    return total / count
-
-
-def forward(
-    weights: dict, sizes: Sizes, tokens: jax.Array, cu_seqlens: jax.Array, axis_name: str | None, method: str
-) -> jax.Array:
-    """Logits `[T, 256]` of the byte that follows each of `tokens [T]`."""
-    batch = prepare_batch(cu_seqlens, axis_name=axis_name, method=method)  # once for all layers, forward and backward
-    attend = functools.partial(zigzag_attention, axis_name=axis_name, method=method)
-    positions = position_ids(cu_seqlens, batch.rank, batch.world_size, tokens=len(tokens))
-    angles = positions[:, None, None] * sizes.rope_frequencies  # [T, 1, head_dim/2]
-    x = weights["embedding"][tokens]  # [T, dim]
+def forward(weights: dict, sizes: Sizes, batch: host.ShardedBatch, axis_name: str | None, method: str) -> jax.Array:
+    """Logits `[T, 256]` of the byte that follows each of the T rows; inside `shard_map` those of one device."""
+    options = {"axis_name": axis_name, "method": method}
+    prepared = prepare_batch(batch.cu_seqlens, lengths=batch.lengths, **options)  # once for all layers, both ways
+    attend = functools.partial(zigzag_attention, **options)
+    angles = batch.position_ids[:, None, None] * sizes.rope_frequencies  # [T, 1, head_dim/2]
+    x = weights["embedding"][batch.input_ids]  # [T, dim]
     for layer in weights["layers"]:
-        x = x + attention(layer, sizes, rms_norm(x, layer["attention_norm"]), angles, batch, attend)
+        x = x + attention(layer, sizes, rms_norm(x, layer["attention_norm"]), angles, prepared, attend)
         x = x + swiglu(layer, rms_norm(x, layer["mlp_norm"]))
     return rms_norm(x, weights["norm"]) @ weights["logits"]
 

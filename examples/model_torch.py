@@ -7,21 +7,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model import Sizes
-from text import NO_TARGET, TextBatch
-from zigzag_torch import pad_to_zigzag, position_ids, prepare_batch, shard, zigzag_attention
+from text import Room
+from zigzag_torch import ShardedBatch, shard_documents, token_mean_loss, zigzag_attention
 
 
 def trainer(
     weights: dict,
     sizes: Sizes,
     learning_rate: float,
+    room: Room,
     device: str,
     group: dist.ProcessGroup | None = None,
     method: str = "allgather",
-) -> Callable[[TextBatch], float]:
-    """A function that takes one Adam step on a batch and returns the loss before it. `weights` are NumPy arrays.
+) -> Callable[[list], float]:
+    """A function that takes one Adam step on documents and returns the loss before it. `weights` are NumPy arrays.
 
-    With a `group`, each of its ranks computes its zigzag rows of the batch, which is given to all of them.
+    With a `group`, each of its ranks computes its zigzag rows of the documents, which are given to all of them.
     """
     parameters = []
 
@@ -37,64 +38,38 @@ def trainer(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     rank, world_size = (group.rank(), group.size()) if group else (0, 1)
 
-    def step(batch: TextBatch) -> float:
+    size = {"tokens": room.rows(world_size), "max_documents": room.documents}  # the same for every batch
+
+    def step(documents: list) -> float:
         optimizer.zero_grad()
-        known = int((batch.targets != NO_TARGET).sum())  # of all ranks
-        value = loss(weights, sizes, *deal_out(batch, rank, world_size, device), group, method) / known
+        batch = shard_documents(documents, rank, world_size, **size).to(device)
+        logits = forward(weights, sizes, batch, group, method)
+        value = token_mean_loss(logits, batch.labels, batch.num_targets, group, gradients="sum")
         value.backward()
-        if group:  # the loss is a sum over all rows, so its gradient is a sum over the ranks
-            value = value.detach()
-            for x in (value, *(parameter.grad for parameter in parameters)):
-                dist.all_reduce(x, group=group)
+        for parameter in parameters if group else ():
+            dist.all_reduce(parameter.grad, group=group)
         optimizer.step()
         return value.item()
 
     return step
 
 
-def deal_out(batch: TextBatch, rank: int, world_size: int, device: str) -> list[torch.Tensor]:
-    """Tokens and targets `[T]` of the rank, and global `cu_seqlens`; documents are padded to a multiple of 2W bytes."""
-    tokens, targets, cu_seqlens = map(torch.from_numpy, batch)
-    room = len(tokens) + (len(cu_seqlens) - 1) * (2 * world_size - 1 if world_size > 1 else 0)
-    total = -(-room // world_size) * world_size  # the same for every batch
-    tokens, padded_cu_seqlens = pad_to_zigzag(tokens, cu_seqlens, world_size, total)
-    targets, _ = pad_to_zigzag(targets - NO_TARGET, cu_seqlens, world_size, total)  # pads with 0
-    rows = (shard(x, padded_cu_seqlens, rank, world_size) for x in (tokens, targets + NO_TARGET))
-    return [x.to(device) for x in (*rows, padded_cu_seqlens)]
-
-
-def loss(
-    weights: dict,
-    sizes: Sizes,
-    tokens: torch.Tensor,
-    targets: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    group: dist.ProcessGroup | None = None,
-    method: str = "allgather",
-) -> torch.Tensor:
-    """Sum of the cross entropies of this rank's rows, in nats; `tokens, targets [T]`, `cu_seqlens [N + 1]`, int32."""
-    logits = forward(weights, sizes, tokens, cu_seqlens, group, method)
-    return F.cross_entropy(logits, targets.long(), ignore_index=NO_TARGET, reduction="sum")
-
-
 def forward(
     weights: dict,
     sizes: Sizes,
-    tokens: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    batch: ShardedBatch,
     group: dist.ProcessGroup | None = None,
     method: str = "allgather",
 ) -> torch.Tensor:
-    """Logits `[T, 256]` of the byte that follows each of `tokens [T]`."""
-    rank, world_size = (group.rank(), group.size()) if group else (0, 1)
-    positions = position_ids(cu_seqlens, rank, world_size, tokens=len(tokens))
-    angles = positions[:, None, None] * torch.tensor(sizes.rope_frequencies, device=tokens.device)  # [T, 1, head_dim/2]
-    batch = prepare_batch(cu_seqlens, method=method, group=group)  # once for all layers, forward and backward
+    """Logits `[T, 256]` of the byte that follows each of the `T` rows of this rank."""
+    frequencies = torch.tensor(sizes.rope_frequencies, device=batch.input_ids.device)
+    angles = batch.position_ids[:, None, None] * frequencies  # [T, 1, head_dim/2]
+    prepared = batch.prepare(group, method=method)  # once for all layers, forward and backward
 
     def attend(q, k, v):
-        return zigzag_attention(q, k, v, batch, method=method, group=group)
+        return zigzag_attention(q, k, v, prepared, method=method, group=group)
 
-    x = weights["embedding"][tokens]  # [T, dim]
+    x = weights["embedding"][batch.input_ids]  # [T, dim]
     for layer in weights["layers"]:
         x = x + attention(layer, sizes, rms_norm(x, layer["attention_norm"]), angles, attend)
         x = x + swiglu(layer, rms_norm(x, layer["mlp_norm"]))

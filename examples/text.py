@@ -1,4 +1,4 @@
-"""Real text to train on: the modules of Python's standard library, packed as documents of uneven lengths, in bytes."""
+"""Real text to train on: the modules of Python's standard library, as documents of uneven lengths, in bytes."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-NO_TARGET = -1
 
+class Room(NamedTuple):
+    """What a batch has at most."""
 
-class TextBatch(NamedTuple):
-    """A packed batch of fixed shapes: what is missing is 0 tokens without a target, and documents of length 0."""
+    tokens: int
+    documents: int
 
-    tokens: np.ndarray  # [tokens] int32, bytes
-    targets: np.ndarray  # [tokens] int32, the next byte of the same document, or NO_TARGET
-    cu_seqlens: np.ndarray  # [documents + 1] int32
+    def rows(self, world_size: int) -> int:
+        """Rows of each rank that hold any such batch, whose documents are padded to a multiple of 2W tokens."""
+        padding = 0 if world_size == 1 else 2 * world_size - 1
+        return -(-(self.tokens + self.documents * padding) // world_size)
 
 
 def documents(context: int) -> list[np.ndarray]:
@@ -32,21 +34,13 @@ def documents(context: int) -> list[np.ndarray]:
     return [np.frombuffer(text, np.uint8) for text in result if len(text) > 1]
 
 
-def batches(tokens: int, documents_per_batch: int, context: int, seed: int = 0) -> Iterator[TextBatch]:
+def batches(room: Room, context: int, seed: int = 0) -> Iterator[list[np.ndarray]]:
     """Endless batches of documents in random order, the last document of a batch cut to the room that is left."""
     pool = documents(context)
     rng = np.random.default_rng(seed)
     while True:
-        batch = TextBatch(
-            np.zeros(tokens, np.int32),
-            np.full(tokens, NO_TARGET, np.int32),
-            np.zeros(documents_per_batch + 1, np.int32),
-        )
-        start = 0
-        for i in range(documents_per_batch):
-            text = pool[rng.integers(len(pool))][: tokens - start]
-            end = start + len(text)
-            batch.tokens[start:end] = text
-            batch.targets[start : max(start, end - 1)] = text[1:]
-            batch.cu_seqlens[i + 1] = start = end
+        batch, left = [], room.tokens
+        for _ in range(room.documents):
+            batch.append(pool[rng.integers(len(pool))][:left])
+            left -= len(batch[-1])
         yield batch

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import model_jax
 from model import Sizes, initial_weights
-from text import batches
+from text import Room, batches
 
-TOKENS, DOCUMENTS, CONTEXT, LEARNING_RATE = 512, 8, 256, 3e-3
+ROOM, CONTEXT, LEARNING_RATE = Room(tokens=512, documents=8), 256, 3e-3
 
 
 def main() -> None:
@@ -71,13 +71,13 @@ def train(arguments: argparse.Namespace) -> list[float]:
     """The loss before each step, in nats a byte of the whole batch."""
     mesh = jax.make_mesh((jax.device_count(),), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
     weights = initial_weights(Sizes(), arguments.seed)  # all processes begin alike, and stay so
-    step = model_jax.trainer(weights, Sizes(), LEARNING_RATE, mesh, arguments.method)
-    text = itertools.islice(batches(TOKENS, DOCUMENTS, CONTEXT, arguments.seed), arguments.steps)
+    step = model_jax.trainer(weights, Sizes(), LEARNING_RATE, ROOM, mesh, arguments.method)
+    text = itertools.islice(batches(ROOM, CONTEXT, arguments.seed), arguments.steps)
     quiet = True if jax.process_index() > 0 else None  # None: no bar where it would fill a log
     losses = []
     with tqdm(text, total=arguments.steps, unit="step", disable=quiet) as progress:
-        for batch in progress:
-            losses.append(step(batch))
+        for documents in progress:
+            losses.append(step(documents))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
 
