@@ -141,6 +141,27 @@ def _is_readable(x: Array) -> bool:
     return all(device.platform == "cpu" for device in x.devices())
 
 
+def fingerprint(x: jax.Array) -> jax.Array:
+    """Return 64 bits, `[2]` int32, that other elements of `x` or another order would change."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack((x.real, x.imag))
+    bits = 8 * min(x.dtype.itemsize, 4)
+    elements = jax.lax.bitcast_convert_type(x, f"uint{bits}").ravel().astype(jnp.uint32)
+    places = jnp.arange(len(elements), dtype=jnp.uint32)
+    seeds = jnp.uint32(1), jnp.uint32(0x9E3779B9)
+    sums = [_scrambled(_scrambled(places + seed) ^ elements).sum(dtype=jnp.uint32) for seed in seeds]
+    return jax.lax.bitcast_convert_type(jnp.stack(sums), jnp.int32)
+
+
+def _scrambled(x: jax.Array) -> jax.Array:
+    """Return other 32-bit numbers, each bit of which depends on all bits of `x`."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
 def mark_padded(cu_seqlens: jax.Array) -> None:
     """Remember that some of the tokens that `cu_seqlens` counts are padding."""
     _padded[id(cu_seqlens)] = cu_seqlens

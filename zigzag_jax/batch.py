@@ -15,7 +15,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import autograd, launch, placement
-from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument
+from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_array, fingerprint
 from .axes import AxisName, axis_names, place_on, varying_axes
 from .parallel import Packing, Tables
 from .surroundings import under_own_promotion
@@ -88,6 +88,7 @@ def prepare_batch(
     axis_name: AxisName | None = None,
     method: str = "allgather",
     backend: str | None = None,
+    unsharded: Array | None = None,
     lengths: Array | None = None,
     layout: str = "document",
     row_length: int | None = None,
@@ -105,6 +106,8 @@ def prepare_batch(
             The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
         method: as in the attention calls.
         backend: as in the attention calls.
+        unsharded: the whole batch before `shard`, such as token ids; its spec is `P()`. With `axis_name`, the ranks
+            compare it as they compare `cu_seqlens`, since processes that read other data would attend to a mixture.
         lengths: `[N]` int32, the number m of real tokens of each sequence; may be traced. Its rows from m on are
             padding: out 0, lse -inf, no gradient, and no row attends to them. A length below 0 or above that of the
             sequence gives NaN everywhere, or an error if both `lengths` and `cu_seqlens` are lists, tuples or NumPy
@@ -131,8 +134,11 @@ def prepare_batch(
     if lengths is not None:
         batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
     check_varying(batch, axis_name)
+    if unsharded is not None:
+        check_array("unsharded", unsharded)
+        check_same_on_every_rank(axis_name, unsharded=jnp.asarray(unsharded))
     if axis_name is not None:
-        batch = compare(batch, axis_name)
+        batch = compare(batch, axis_name, unsharded)
     batch = marked(batch, backend, by_default)
     if backend == Backend.REFERENCE:
         return batch
@@ -212,18 +218,24 @@ def tables_of(batch: Batch, backend: str) -> Tables:
 
 def check_varying(batch: Batch, axis_name: AxisName | None, *arrays: jax.Array) -> None:
     """Raise `ValueError` if, by the types of `shard_map`, lengths differ between ranks or rank numbers do not."""
+    check_same_on_every_rank(axis_name, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
     for axis in axis_names(axis_name):
-        for name, x in {"cu_seqlens": batch.cu_seqlens, "lengths": batch.lengths}.items():
-            if x is not None and axis in varying_axes(x):
-                raise ValueError(
-                    f"{name}: expected the same on every rank of the mesh axis {axis!r}, got an array that varies "
-                    "along it; give the global one with P() in in_specs"
-                )
         if axis in varying_axes(*arrays) and axis not in varying_axes(batch.rank):
             raise ValueError(
                 f"rank: expected a batch prepared for the mesh axis {axis!r}, got the same rank everywhere along it; "
                 "prepare_batch takes the axis_name"
             )
+
+
+def check_same_on_every_rank(axis_name: AxisName | None, **arrays: jax.Array | None) -> None:
+    """Raise `ValueError` for an array that, by the types of `shard_map`, differs between the ranks of `axis_name`."""
+    for axis in axis_names(axis_name):
+        for name, x in arrays.items():
+            if x is not None and axis in varying_axes(x):
+                raise ValueError(
+                    f"{name}: expected the same on every rank of the mesh axis {axis!r}, got an array that varies "
+                    "along it; give the global one with P() in in_specs"
+                )
 
 
 def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays: jax.Array) -> None:
@@ -241,10 +253,10 @@ def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays:
                 )
 
 
-def compare(batch: Batch, axis_name: AxisName) -> Batch:
+def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -> Batch:
     """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then.
 
-    Ranks whose real lengths differ, or the form of their rows, are treated like that too.
+    So it is for ranks that differ in their real lengths, in the form of their rows or in their `unsharded` batch.
     """
     # The types of shard_map promise it within one process. Between processes, or without check_vma, nothing does.
     own = batch.cu_seqlens
@@ -253,6 +265,8 @@ def compare(batch: Batch, axis_name: AxisName) -> Batch:
         own = own.at[0].add(jnp.int32(batch.row_length))
     if batch.lengths is not None:
         own = jnp.concatenate((own, batch.lengths))
+    if unsharded is not None:
+        own = jnp.concatenate((own, fingerprint(jnp.asarray(unsharded))))
     largest, of_inverse = jax.lax.pmax(jnp.stack((own, ~own)), axis_name)  # the largest of ~x is ~ of the smallest x
     compared = jnp.where((largest == ~of_inverse).all(), batch.cu_seqlens, -1)
     return dataclasses.replace(batch, cu_seqlens=compared, compared_by=axis_name)

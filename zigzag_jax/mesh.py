@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -60,7 +61,8 @@ def make_zigzag_attention(
         A function that takes one of
 
         - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence, or the `Batch` that
-          `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1)` makes once for all layers;
+          `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1, unsharded=None)` makes once for
+          all layers;
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
@@ -114,7 +116,13 @@ def make_zigzag_attention(
         out_specs = out_specs if len(out_specs) > 1 else rows
         return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out_specs)(*arrays.values())
 
-    def prepare(cu_seqlens: Array, lengths: Array | None = None, row_length: int | None = None, rows: int = 1) -> Batch:
+    def prepare(
+        cu_seqlens: Array,
+        lengths: Array | None = None,
+        row_length: int | None = None,
+        rows: int = 1,
+        unsharded: Array | None = None,
+    ) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
         chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
         chosen |= {"row_length": row_length, "rows": rows}
@@ -122,12 +130,17 @@ def make_zigzag_attention(
         arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
+        if unsharded is not None:
+            check_array("unsharded", unsharded)
+            arrays["unsharded"] = jnp.asarray(unsharded)
         in_specs = dict.fromkeys(arrays, P())
         if AxisType.Explicit in mesh.axis_types:
             arrays = _reshard(arrays, in_specs, mesh)
 
-        def body(cu_seqlens, *given):
-            return prepare_batch(cu_seqlens, axis_name=axis, lengths=given[0] if given else None, **chosen)
+        names = tuple(arrays)
+
+        def body(*shared):
+            return prepare_batch(axis_name=axis, **dict(zip(names, shared, strict=True)), **chosen)
 
         form = batch_form(layout, row_length, rows, size)
         tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)

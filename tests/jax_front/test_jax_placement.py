@@ -53,6 +53,36 @@ def test_lengths_that_differ_where_there_are_no_types_give_nan():
     assert not np.isnan(out).any()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_that_read_other_data_of_the_same_lengths_get_nan(backend, dtype):
+    """The whole batch of each rank behind one another, as processes have one each: `P()` would promise one for all."""
+
+    def body(q, k, v, unsharded):
+        batch = zigzag_jax.prepare_batch(offsets(CASE), axis_name="cp", unsharded=unsharded, backend=backend)
+        return zigzag_jax.zigzag_attention(q, k, v, batch, axis_name="cp", backend=backend)
+
+    mapped = functools.partial(jax.shard_map, body, mesh=mesh_of(2), in_specs=P("cp"), out_specs=P("cp"))
+    arrays = global_arrays(CASE)[:3]
+    tokens = np.arange(len(arrays[0])) % (2 if dtype == "bool" else 256)
+    swapped = np.concatenate((tokens[1::-1], tokens[2:]))
+    call = jax.jit(mapped(check_vma=False))
+    for other, alike in ((tokens, True), (swapped, False), (np.roll(tokens, 1), False)):
+        out = call(*arrays, jnp.asarray(np.concatenate((tokens, other)), dtype))
+        assert np.isnan(out).any() == np.isnan(out).all() == (not alike)
+    with pytest.raises(ValueError, match=r"unsharded: expected the same on every rank .* with P\(\) in in_specs"):
+        mapped()(*arrays, jnp.asarray(np.concatenate((tokens, tokens)), dtype))
+
+
+def test_a_mesh_compares_the_whole_batch():
+    attend = zigzag_jax.make_zigzag_attention(mesh_of(2), backend="reference")
+    q, k, v, *_ = global_arrays(CASE)
+    batch = jax.jit(attend.prepare_batch)(offsets(CASE), unsharded=np.arange(len(q)))
+    assert_same([attend(q, k, v, batch)], [attend(q, k, v, offsets(CASE))])
+    with pytest.raises(ValueError, match="unsharded: expected an array of JAX or NumPy, got list"):
+        attend.prepare_batch(offsets(CASE), unsharded=[1])
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_arrays_of_several_devices_outside_shard_map_are_refused(compiled):
     arrays = [jax.device_put(x, NamedSharding(mesh_of(2), P("cp"))) for x in global_arrays(CASE)[:3]]
