@@ -42,8 +42,9 @@ def pad_to_zigzag(
     Returns:
         (padded `x`, its `cu_seqlens`). In the document layout attention treats the padding as tokens at the end of
         their document, so that with a causal mask no real token attends to them. Without one, every real token would:
-        attention refuses `causal=False` with the `cu_seqlens` of this function, unless they are traced. In the row
-        layout padding belongs to no document, and either mask is right.
+        attention refuses `causal=False` with the `cu_seqlens` of this function, unless they are traced or
+        `prepare_batch` gets the real `lengths` too. In the row layout padding belongs to no document, and either mask
+        is right.
     """
     check_array("x", x)
     layout = check_layout(layout)

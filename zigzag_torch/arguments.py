@@ -193,5 +193,5 @@ def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
     if not causal and not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens:
         raise ValueError(
             "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
-            "padding of its sequence; choose lengths that are multiples of 2 * world_size"
+            "padding of its sequence; give prepare_batch the real lengths"
         )

@@ -37,8 +37,9 @@ def pad_to_zigzag(
     `value` is 0 for tokens; labels want the index that the loss ignores, such as -100.
 
     Padded positions are keys like any other behind their document: under a causal mask no real token sees them.
-    Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function. In the
-    row layout padding belongs to no document, and either mask is right.
+    Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function, unless
+    `prepare_batch` gets the real `lengths` too. In the row layout padding belongs to no document, and either mask is
+    right.
     """
     check_tensor("x", x)
     layout = check_layout(layout)
