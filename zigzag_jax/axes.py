@@ -52,6 +52,16 @@ def gather_rows(x: jax.Array, dimensions: int = 1) -> jax.Array:
     return jax.reshard(x, NamedSharding(sharding.mesh, P(*(None,) * dimensions, *sharding.spec[dimensions:])))
 
 
+def spread_like(x: jax.Array, model: jax.Array, dimensions: tuple[int | None, ...]) -> jax.Array:
+    """Return `x`, each dimension spread as that of `model` with this number, or whole where there is None."""
+    spread = [array for array in (model, x) if spreading_axes(array, array.ndim)]
+    if not spread:
+        return x
+    of_model = jax.typeof(model).sharding.spec
+    spec = P(*(None if dimension is None else of_model[dimension] for dimension in dimensions))
+    return jax.reshard(x, NamedSharding(jax.typeof(spread[0]).sharding.mesh, spec))
+
+
 def largest_along(axis: int, x: jax.Array) -> jax.Array:
     """Return the largest elements of `x` along an array's axis, NaN where any is NaN, and -inf where there are none."""
     # Of two numbers, XLA on a CPU may take the one that is not NaN.

@@ -16,7 +16,7 @@ from zigzag_kernels.layout import impossible
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_array
-from .axes import gather_rows, largest_along, vary, varying_axes
+from .axes import gather_rows, largest_along, spread_like, vary, varying_axes
 from .derivatives import without_derivative
 from .parallel import AllGather, Inputs, Local, Packing, Ring, Transport
 from .shard import place_of_rows
@@ -94,7 +94,8 @@ def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array
         raise ValueError(
             f"lse: expected [n, heads, T] for out [n, T, heads, head_dim], got shapes {lse.shape} and {out.shape}"
         )
-    out, lse = gather_rows(jnp.asarray(out)), gather_rows(jnp.asarray(lse, jnp.float32))
+    out = gather_rows(jnp.asarray(out))
+    lse = spread_like(jnp.asarray(lse, jnp.float32), out, (None, 2, 1))
     maximum = jax.lax.stop_gradient(lse.max(0, initial=-jnp.inf))
     maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(lse - maximum[None])

@@ -89,6 +89,17 @@ def test_gradients_are_spread_as_the_arrays_are(name, spec):
     assert gradient.sharding.is_equivalent_to(given.sharding, gradient.ndim)
 
 
+@pytest.mark.parametrize("of_lse", [P(), P("cp"), P(None, "dp"), P(None, "cp", "dp")], ids=str)
+@pytest.mark.parametrize("of_out", [P(), P("cp"), P(None, "dp"), P(None, None, "cp"), P(None, "dp", "cp")], ids=str)
+def test_parts_are_merged_however_out_and_lse_are_spread(of_out, of_lse):
+    out, lse = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((2, 8, 4, 16), (2, 4, 8)))
+    wanted = zigzag_jax.merge_partials(jnp.asarray(out), jnp.asarray(lse))
+    with jax.set_mesh(typed_mesh()):
+        given = spread(out, of_out), spread(lse, of_lse)
+        for merge in (zigzag_jax.merge_partials, jax.jit(zigzag_jax.merge_partials)):
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), merge(*given), wanted)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attention_of_spread_rows_outside_shard_map_is_refused(compiled):
     q = np.ones((TOTAL, 2, 16), np.float32)
