@@ -119,8 +119,32 @@ def test_masks_and_caps_that_take_other_kernels_or_tiles(monkeypatch):
 
 
 @needs_triton
-def test_tiles_of_query_rows_under_narrow_windows():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_size": (127, -1)},
+        {"softcap": 30.0},
+        {"has_sinks": True},
+        {"return_max_logits": True},
+        {"has_lengths": True},
+    ],
+)
+def test_forward_and_dq_with_options_are_portable_unless_asked_for(options, monkeypatch):
+    monkeypatch.delenv(HOPPER.variable, raising=False)
+    plain = problem()
+    asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
+    for operation, name in ((Operation.FORWARD, "attention_forward"), (Operation.DQ, "backward_dq")):
+        assert launches_of(plain, operation)[0].kernel.fn.__name__ == f"{name}_hopper"
+        assert launches_of(asked, operation)[0].kernel.fn.__name__ == name
+        monkeypatch.setenv(HOPPER.variable, "1")
+        assert launches_of(asked, operation)[0].kernel.fn.__name__ == f"{name}_hopper"
+        monkeypatch.delenv(HOPPER.variable)
+
+
+@needs_triton
+def test_tiles_of_query_rows_under_narrow_windows(monkeypatch):
     """They walk through few blocks: tiles of short sequences, and several heads a program in the forward."""
+    monkeypatch.setenv(HOPPER.variable, "1")
 
     def served(head_dim, **options):
         plain = problem(head_dim=head_dim, tokens=32768, world_size=1)
