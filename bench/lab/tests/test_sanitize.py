@@ -19,7 +19,7 @@ def at(file, text, offset=0):
 STORE, STORE_LINE = at("rows.py", "stream.lse2.index(stage).store(lse2)")
 LOAD, LOAD_LINE = at("dkdv.py", "lse2 = stream.numbers(stream.lse2, i)")
 HEAD, _ = at("dkdv.py", "def backward_dkdv_hopper(")
-SPECIALIZE, _ = at("dkdv.py", "    specialize_warps(", 1)
+SPECIALIZE, _ = at("dkdv.py", "    specialize_warps(")
 RACECHECK = f"""\
 ========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at {STORE}
