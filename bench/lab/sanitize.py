@@ -28,8 +28,8 @@ TOOLS = "memcheck", "racecheck", "initcheck"
 KINDS = {"portable": "0", "hopper": "1"}  # and what ZIGZAG_HOPPER says
 CONTROL = "control"
 NAME = "compute-sanitizer"
-# Nobody declares the mbarriers of Triton's kernels, and the tools would guess how many there are: 3 for each stage of
-# `hopper/stages.py`, of which there are up to 4, and 3 more. Full paths, as two files are named forward.py.
+# Triton's kernels do not declare their mbarriers, so the tools would guess the number. A kernel has 3 for each of up to
+# 4 stages (`hopper/stages.py`), and 3 more. Paths are printed in full, because two files are named forward.py.
 OPTIONS = (
     "--error-exitcode", "1", "--num-cuda-barriers", "32", "--strip-paths", "no", "--show-backtrace", "no",
     "--print-limit", "100000",
