@@ -95,7 +95,7 @@ def segment_table_shapes(
     sequence more. With several ring `steps` there is one table each.
     """
     lead = () if steps == 1 else (steps,)
-    sequences += row_layout
+    sequences += int(row_layout)  # a bool is no number to PyTorch 2.11's symbolic sizes
     return (*lead, 2 * sequences + 1, SEGMENT_FIELDS), (*lead, sequences + 1, SEQUENCE_FIELDS)
 
 

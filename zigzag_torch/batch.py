@@ -268,7 +268,9 @@ def _for_rank(batch: Batch, rank: torch.Tensor) -> Batch:
     if batch.segments is None or batch.sequences is None:
         return batch
     of_no_rank = [torch.zeros_like(table) for table in (batch.segments, batch.sequences)]
-    of_no_rank[0][..., -1, [SegmentColumn.KV_LEN, SegmentColumn.KEYS]] = -1
+    # One column at a time: a list of columns would be copied to the device, for which the host waits.
+    for column in (SegmentColumn.KV_LEN, SegmentColumn.KEYS):
+        of_no_rank[0][..., -1, column] = -1
     of_no_rank[1][..., -1, SequenceColumn.KEYS] = -1
     segments, sequences = batch.segments, batch.sequences
     return dataclasses.replace(

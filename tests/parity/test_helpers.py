@@ -3,15 +3,15 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import zigzag_jax
 import zigzag_torch
+from tests.support.frameworks import jax_host_array
 
-PACKAGES = {"torch": (zigzag_torch, torch.tensor), "jax": (zigzag_jax, jnp.asarray)}
+PACKAGES = {"torch": (zigzag_torch, torch.tensor), "jax": (zigzag_jax, jax_host_array)}
 W = 2
 FAULTS = {
     "uneven": [0, 15, 48],

@@ -14,9 +14,10 @@ import zigzag_jax
 import zigzag_torch
 from tests.support import oracle
 from tests.support.cases import Case, make_inputs
+from tests.support.frameworks import jax_host_array
 from zigzag_kernels import layout
 
-PACKAGES = {"torch": (zigzag_torch, torch.tensor), "jax": (zigzag_jax, jnp.asarray)}
+PACKAGES = {"torch": (zigzag_torch, torch.tensor), "jax": (zigzag_jax, jax_host_array)}
 WORLD_SIZES = [1, 2, 3, 4, 8]
 RANDOM_PACKINGS = {zigzag_torch: 25, zigzag_jax: 2}  # JAX compiles each anew
 

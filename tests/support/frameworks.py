@@ -34,6 +34,11 @@ def attend_torch(case, q, k, v, dout, dlse, rank, backend, *, deterministic=True
     return {name: torch_numpy(x) for name, x in zip(case.results, results, strict=True)}
 
 
+def jax_host_array(x):
+    """Return `x` as an array of JAX in the memory of the host, whose values helpers read and check."""
+    return jax.device_put(x, jax.local_devices(backend="cpu")[0])
+
+
 def call_options(case):
     """Keyword arguments of the calls in both frameworks, sinks aside."""
     options = {"causal": case.causal, "softmax_scale": case.softmax_scale}

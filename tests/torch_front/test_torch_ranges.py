@@ -210,11 +210,15 @@ def small(**changes):
     """(q, k, v, sinks) that want gradients, and `cu_seqlens`."""
     case = replace(SMALL, **changes)
     inputs = make_inputs(case)
-    leaves = [torch.tensor(inputs[name], requires_grad=True) for name in ("q", "k", "v", "sinks")]
-    return leaves, torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    leaves = [torch.tensor(inputs[name], requires_grad=True, device=DEVICE) for name in ("q", "k", "v", "sinks")]
+    return leaves, int32(case.cu_seqlens)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_graphs_transforms_and_modes_compute_the_same(backend):
     warnings.simplefilter("ignore")  # dynamo's own
     leaves, cu_seqlens = small()
@@ -232,7 +236,7 @@ def test_graphs_transforms_and_modes_compute_the_same(backend):
     wanted = torch.autograd.grad(call(*leaves)[0].square().sum(), leaves)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         half, *_ = call(*leaves)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), out, atol=3e-2, rtol=3e-2)
@@ -243,7 +247,7 @@ def test_graphs_transforms_and_modes_compute_the_same(backend):
     assert torch.equal(only_maxima[1], max_logits)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_options_of_a_graph_may_change(backend):
     """A window and a cap that a model passes as numbers, which a graph then has as symbols."""
     warnings.simplefilter("ignore")  # dynamo's own
@@ -261,7 +265,7 @@ def test_options_of_a_graph_may_change(backend):
 def test_operators_are_what_torch_wants():
     leaves, cu_seqlens = small()
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    batch = prepare_batch(cu_seqlens, backend="interpret", lengths=torch.tensor([7, 5], dtype=torch.int32))
+    batch = prepare_batch(cu_seqlens, backend=KERNELS, lengths=int32([7, 5]))
     key = _call_key(return_max_logits=True)
     tables, ops = (batch.segments, batch.sequences), torch.ops.zigzag
     arguments = *leaves[:3], *tables, key, 1, "gathered", leaves[3]
@@ -270,16 +274,16 @@ def test_operators_are_what_torch_wants():
     out, statistics = ops.attention_forward(q, k, v, *tables, key, 1, "gathered", sinks)
     backward = q, k, v, out, statistics[0], out, None, *tables, key, 1, "gathered", sinks
     torch.library.opcheck(ops.attention_backward, backward, test_utils=tests)
-    rank, lengths = torch.tensor([0], dtype=torch.int32), torch.tensor([7, 5], dtype=torch.int32)
+    rank, lengths = int32([0]), int32([7, 5])
     for form in (lengths, "document", 0, 1), (None, "row", 16, 1):
-        table_arguments = cu_seqlens, rank, 2, "gathered", "interpret", *form
+        table_arguments = cu_seqlens, rank, 2, "gathered", KERNELS, *form
         torch.library.opcheck(ops.segment_tables, table_arguments, test_utils=tests)
 
 
 def _call_key(**options):
     from zigzag_kernels.callspec import make_call_spec
 
-    return make_call_spec(head_dim=16, backend="interpret", has_sinks=True, has_lengths=True, **ALL, **options).key
+    return make_call_spec(head_dim=16, backend=KERNELS, has_sinks=True, has_lengths=True, **ALL, **options).key
 
 
 def test_sinks_of_any_type_and_stride():
@@ -294,24 +298,24 @@ def test_sinks_of_any_type_and_stride():
         assert gradient.dtype == other.dtype
 
 
-@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_only_the_device_knows_becomes_nan(backend):
     leaves, cu_seqlens = small()
     for lengths in ([10, 5], [9, -1]):
-        batch = prepare_batch(cu_seqlens, lengths=torch.tensor(lengths, dtype=torch.int32), backend=backend)
+        batch = prepare_batch(cu_seqlens, lengths=int32(lengths), backend=backend)
         options = {"return_lse": True, "return_max_logits": True, "backend": backend}
         results = zigzag_attention(*leaves[:3], batch, sinks=leaves[3], **options)
         for x in (*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), leaves)):
             assert x.isnan().all()
     q, k, v, _ = leaves
-    straddling = torch.tensor([0, 10, 12], dtype=torch.int32)
+    straddling = int32([0, 10, 12])
     batch = prepare_batch(straddling, 1, 2, layout="row", row_length=8, rows=2, backend=backend)
     assert zigzag_attention_gathered(q[:8], k.new_ones(16, 2, 16), v.new_ones(16, 2, 16), batch, 1, 2, layout="row",
                                      backend=backend).isnan().all()  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy interprets
-@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.skipif(GPU, reason="CPU")) for x in BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"window_size": (3, -1)}, {"softcap": 2.0}])
 def test_a_foul_score_is_the_largest(options, backend):
     """Of the heads that see it, whatever a maximum makes of NaN."""
