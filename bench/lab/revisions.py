@@ -77,9 +77,9 @@ def launches(package: str, case, tensors, backend: str | None, deterministic: bo
     sizes = {"sequences": len(case.lengths), "world_size": case.world_size, "target": target}
     segments, sequences = plan.segment_tables(run, cu_seqlens, own, **sizes)
     out, lse = plan.forward(run, asked, q, k, v, segments)
-    strides = dout.stride()[:2]
     gradients = plan.backward(
-        run, asked, q, k, v, out, lse, dout, None, segments, sequences, dout_strides=strides
+        run, asked, q, k, v, out, lse, dout, dlse=None, segments=segments, sequences=sequences,
+        dout_strides=dout.stride()[:2],
     )  # fmt: skip
     return calls, (out, *gradients)
 

@@ -181,7 +181,7 @@ def which_read_by_the_copy_engine(asked, dout_strides):
         return (None,) * len(launch.outputs)
 
     plan.forward(run, asked, *[None] * 4)
-    plan.backward(run, asked, *[None] * 9, dout_strides=dout_strides)
+    plan.backward(run, asked, *[None] * 6, dlse=None, segments=None, sequences=None, dout_strides=dout_strides)
     return found
 
 

@@ -1,45 +1,59 @@
-"""What `zigzag_kernels.interpreter` leaves out of Triton's interpreter changes no result, and is back afterwards."""
+"""What `zigzag_kernels.fast_interpreter` shortens in Triton's interpreter changes no result, and is back afterwards."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
+from triton.language import core
 from triton.runtime import interpreter as triton_interpreter
 
-from tests.support.cases import CASES, make_inputs
+from tests.support.cases import CASES, RANGES, make_inputs
 from tests.support.frameworks import attend_torch
 from tests.support.machine import GPU
 from tests.support.rank import rank_arrays
-from zigzag_kernels import interpreter
+from zigzag_kernels import fast_interpreter, interpreter
 
 pytestmark = pytest.mark.skipif(GPU, reason="this process compiles")
 
 
 def state():
     """What a launch replaces."""
-    return triton_interpreter.interpreter_builder.options, triton_interpreter._patch_lang
+    constant = [getattr(owner, name) for owner, name, _ in fast_interpreter._constant()]
+    return triton_interpreter.interpreter_builder.options, triton_interpreter._patch_lang, constant, core.tensor.__add__
 
 
 def results(case):
-    inputs = rank_arrays(case, make_inputs(case), 1)
-    return {name: x.tobytes() for name, x in attend_torch(case, *inputs, 1, "interpret").items()}
+    inputs = make_inputs(case)
+    rank = case.world_size - 1
+    named = attend_torch(case, *rank_arrays(case, inputs, rank), rank, "interpret", sinks=inputs.get("sinks"))
+    return {name: x.tobytes() for name, x in named.items()}
 
 
-def test_the_results_are_those_of_the_whole_interpreter(monkeypatch):
-    (case,) = (case for case in CASES if case.name == "w2-uneven")
-    replaced, replace = [], triton_interpreter._patch_lang
-    monkeypatch.setattr(triton_interpreter, "_patch_lang", lambda called: replaced.append(called) or replace(called))
+SMALL = {
+    "w2-uneven": {"lengths": (12, 4)},
+    "w2-mha": {"lengths": (8,)},
+    "w2-all": {"lengths": (12, 0, 8), "lengths_real": (11, 0, 7)},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_results_are_those_of_the_whole_interpreter(name, monkeypatch):
+    case = replace(next(case for case in CASES + RANGES if case.name == name), **SMALL[name])
+    replaced, patch = [], triton_interpreter._patch_lang
+    monkeypatch.setattr(triton_interpreter, "_patch_lang", lambda called: replaced.append(called) or patch(called))
     before, ours = state(), results(case)
     assert state() == before
     few = len(replaced)
-    monkeypatch.setattr(interpreter, "_without_waste", contextlib.nullcontext)
+    monkeypatch.setattr(interpreter, "shortcuts", contextlib.nullcontext)
     assert results(case) == ours
     assert len(replaced) - few > 10 * few
 
 
 def test_a_launch_that_fails_leaves_the_interpreter_as_it_was():
     before = state()
-    with interpreter._without_waste():
+    with fast_interpreter.shortcuts():
         assert not triton_interpreter.interpreter_builder.options.sanitize_overflow
+        assert all(now is not then for now, then in zip(state()[2], before[2], strict=True))
     assert state() == before
 
     class Failing:

@@ -72,9 +72,8 @@ def test_equal_problems_are_planned_once():
     for _ in range(2):
         with plan.use_planner(planner):
             out, lse = plan.forward(run, problem(), "q", "k", "v", "segments")
-            plan.backward(
-                run, problem(), "q", "k", "v", out, lse, "dout", None, "segments", "sequences", dout_strides=(512, 64)
-            )
+            tables = {"segments": "segments", "sequences": "sequences"}
+            plan.backward(run, problem(), "q", "k", "v", out, lse, "dout", dlse=None, **tables, dout_strides=(512, 64))
     assert len(planner.launches) == 4
     assert launched == 2 * planner.launches
 

@@ -81,8 +81,8 @@ class Rank:
         problem, (segments, sequences) = self.problem(kv_layout, k), self.tables(kv_layout)
         out, lse = plan.forward(self.framework.run, problem, self.q, k, v, segments)
         gradients = plan.backward(
-            self.framework.run, problem, self.q, k, v, out, lse, self.dout, self.dlse, segments, sequences,
-            dout_strides=self.strides,
+            self.framework.run, problem, self.q, k, v, out, lse, self.dout, dlse=self.dlse, segments=segments,
+            sequences=sequences, dout_strides=self.strides,
         )  # fmt: skip
         return self.named(out, lse, *gradients)
 

@@ -33,6 +33,7 @@ class Local:
         (q, k, v, sinks), out, lse = residuals
         strides = {"dout_strides": self.problem.q_strides}  # XLA makes dout as dense as q
         dq, dk, dv, *dsinks = plan.backward(
-            launch.run, self.problem, q, k, v, out, lse, dout, dlse, *tables, sinks=sinks, **strides
-        )
+            launch.run, self.problem, q, k, v, out, lse, dout, dlse=dlse, segments=tables.segments,
+            sequences=tables.sequences, sinks=sinks, **strides,
+        )  # fmt: skip
         return Inputs(dq, dk, dv, dsinks[0] if dsinks else None)

@@ -37,7 +37,7 @@ class Geometry:
     OWNED_BUFFER: gl.constexpr  # layout [64, BLOCK_D] in shared memory of the rows that a consumer owns
 
     @gluon.constexpr_function
-    def __init__(self, dtype, SLOTS, GROUP, HEAD_DIM, BLOCK_D, OWNED, STREAMED, STAGES, HEADS_TOGETHER):
+    def __init__(self, dtype, SLOTS, GROUP, HEAD_DIM, BLOCK_D, *, OWNED, STREAMED, STAGES, HEADS_TOGETHER):
         self.dtype = gl.constexpr(dtype)
         self.SLOTS = gl.constexpr(SLOTS)
         self.GROUP = gl.constexpr(GROUP)

@@ -140,10 +140,10 @@ def backward(
     out,
     lse,
     dout,
+    *,
     dlse,
     segments,
     sequences,
-    *,
     dout_strides: tuple[int, int],
     sinks=None,
 ) -> tuple:

@@ -45,8 +45,8 @@ class Local:
         problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
         problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
         dlse = None if dlse is None else dlse.contiguous()
-        strides = {"dout_strides": row_strides(dout)}
         dq, dk, dv, *dsinks = plan.backward(
-            launch.run, problem, *residuals, dout, dlse, *tables, sinks=sinks, **strides
-        )
+            launch.run, problem, *residuals, dout, dlse=dlse, segments=tables.segments, sequences=tables.sequences,
+            dout_strides=row_strides(dout), sinks=sinks,
+        )  # fmt: skip
         return dq, (dk, dv), dsinks[0] if dsinks else None
