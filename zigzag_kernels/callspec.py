@@ -31,7 +31,8 @@ class CallSpec:
 
     `causal` and `window_size` say a mask in one way alone: a causal window has no right side, and a window that ends
     with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
-    their padding.
+    their padding. In a batch of two parts `whole_tokens` rows of each rank, the first ones, are for its
+    `whole_documents`, which no other rank has a part of; 0 rows: all documents are split.
     """
 
     causal: bool
@@ -48,6 +49,8 @@ class CallSpec:
     return_max_logits: bool = False
     layout: Layout = Layout.DOCUMENT
     has_lengths: bool = False
+    whole_tokens: int = 0
+    whole_documents: int = 0
 
     def __hash__(self):
         """Return a hash of a few fields that differ between calls; eager calls look transports up by it."""
@@ -98,6 +101,8 @@ def make_call_spec(
     return_max_logits: bool = False,
     layout: str = Layout.DOCUMENT,
     has_lengths: bool = False,
+    whole_tokens: int = 0,
+    whole_documents: int = 0,
 ) -> CallSpec:
     """Return the checked `CallSpec` of a call on arrays of `head_dim`.
 
@@ -131,4 +136,6 @@ def make_call_spec(
         return_max_logits=check_flag("return_max_logits", return_max_logits),
         layout=check_layout(layout),
         has_lengths=has_lengths,
+        whole_tokens=whole_tokens,
+        whole_documents=whole_documents,
     )

@@ -48,7 +48,7 @@ class Sizes(Protocol):
     """Sizes that the stride of an all-gather depends on: a `Problem` has them, and a `cost.Step`."""
 
     @property
-    def tokens(self) -> int: ...
+    def rows(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -68,9 +68,9 @@ def choose_heads_k_stride(stride: int | None, sizes: Sizes) -> int:
     """
     kv_heads = sizes.kv_heads
     if stride is None:
-        keys = sizes.world_size * sizes.tokens // max(sizes.sequences, 1)  # of the average sequence
+        keys = sizes.world_size * sizes.rows // max(sizes.sequences, 1)  # of the average sequence
         for divisor in (s for s in range(1, kv_heads) if kv_heads % s == 0):
-            rows = sizes.tokens * sizes.heads // kv_heads * divisor
+            rows = sizes.rows * sizes.heads // kv_heads * divisor
             if rows >= FILLING_ROWS and rows * keys >= LASTING_SCORES:
                 return divisor
         return kv_heads

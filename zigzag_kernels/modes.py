@@ -50,6 +50,10 @@ class Method(StrEnum):
         """Layout of the K/V buffers that the kernels read, and so of the tables that they need."""
         return KVLayout.PEER if self is Method.RING else KVLayout.GATHERED
 
+    def count_tables(self, world_size: int) -> int:
+        """Return how many tables a batch needs of each kind: one for each step of a ring."""
+        return world_size if self.kv_layout is KVLayout.PEER else 1
+
 
 class Operation(StrEnum):
     """Part of an attention step that one kernel of a family computes."""

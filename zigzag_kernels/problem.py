@@ -37,6 +37,9 @@ class Problem:
     `target` is the compute capability, say "9.0", or "interpret"; `gluon` says that the front end can launch Gluon
     kernels on these arrays, which then begin at multiples of 16 bytes. Unless `call.deterministic`, the backward pass
     may take a kernel that gives other bits each time.
+
+    A part of a batch has the rows of `q` and of all results from `first_row` to `end_row`, None for the last. A part
+    with an `end_row` has keys among the same rows of k and v, which have `tokens` rows as `q` has.
     """
 
     call: CallSpec
@@ -55,6 +58,8 @@ class Problem:
     slot_rows: int
     target: str
     gluon: bool
+    first_row: int = 0
+    end_row: int | None = None
 
     def __hash__(self):
         """Return a hash of the numbers that differ between problems; eager calls look plans up by it."""
@@ -64,6 +69,11 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows that launches cover."""
+        return (self.tokens if self.end_row is None else self.end_row) - self.first_row
 
     @property
     def slots(self) -> int:
@@ -82,8 +92,13 @@ class Problem:
 
     @property
     def kv_tokens(self) -> int:
-        """Rows of the K/V buffer."""
+        """Rows of the K/V buffer that launches cover."""
         return self.slots * self.slot_rows
+
+    @property
+    def kv_array_rows(self) -> int:
+        """Rows of the arrays k, v and their gradients."""
+        return self.kv_tokens if self.end_row is None else self.tokens
 
 
 def segment_table_shapes(

@@ -88,6 +88,8 @@ def zigzag_attention_gathered(
     q, k, v = cast_for_autocast(q, k, v)
     form = DOCUMENTS if layout == Layout.DOCUMENT else _rows_form(cu_seqlens, layout, 1, q, world_size)
     batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device, form)
+    if batch.whole_tokens:
+        raise ValueError("cu_seqlens: expected one part, got a batch of whole and split documents: zigzag_attention")
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
     return_lse = check_flag("return_lse", return_lse)
     ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
@@ -188,6 +190,8 @@ def zigzag_attention(
             check_unpadded(batch.cu_seqlens, call.causal)
         if batch.row_length:
             _check_rows(batch, q)
+        if batch.whole_tokens:
+            _check_parts(batch, q, place)
         q, k, v = _readable(q, k, v, backend)
         sequences = batch.cu_seqlens.shape[0] - 1
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
@@ -234,6 +238,14 @@ def _check_rows(batch: Batch, q: torch.Tensor) -> None:
             f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "
             f"rows of the prepared batch say, got {q.shape[0]}"
         )
+
+
+def _check_parts(batch: Batch, q: torch.Tensor, place: Place) -> None:
+    """Raise `ValueError` unless q has the rows of a batch of two parts, and its group has prepared it."""
+    if batch.compared_by != place.group_name:
+        raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this group")
+    if batch.tokens != q.shape[0]:
+        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {q.shape[0]}")
 
 
 def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method: str) -> Batch:
@@ -283,7 +295,7 @@ def _call_spec(
     reduce_name = None if grad_reduce_dtype is None else _dtype_name(grad_reduce_dtype)
     options = head_dim, backend, causal, softmax_scale, method, heads_k_stride, reduce_name, deterministic
     window_size = ranges[0]
-    options = *options, *ranges, batch.layout, batch.lengths is not None
+    options = *options, *ranges, batch.layout, batch.lengths is not None, batch.whole_tokens, batch.whole_documents
     # torch.compile would trace the cache too, and warn of it.
     if type(window_size) is tuple and not torch.compiler.is_compiling():
         try:
@@ -302,6 +314,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 _OPTIONS = (
     "head_dim", "backend", "causal", "softmax_scale", "method", "heads_k_stride", "grad_reduce_dtype", "deterministic",
     "window_size", "attention_chunk", "softcap", "has_sinks", "return_max_logits", "layout", "has_lengths",
+    "whole_tokens", "whole_documents",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ A call that only the kernels would notice goes around the operators (`dispatch`)
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,29 +33,60 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
     layout: str = "document",
     row_length: int = 0,
     rows: int = 1,
+    whole_cu_seqlens: torch.Tensor | None = None,
+    whole_tokens: int = 0,
+    tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`."""
+    """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`.
+
+    Of a batch of two parts they are those of its whole documents, then those of its split ones, if there are rows for
+    these. All entries then follow one another: a table has two dimensions.
+    """
     from zigzag_kernels import plan
 
-    return plan.segment_tables(
+    target = launch.target(backend, cu_seqlens.device)
+    parts = []
+    if whole_cu_seqlens is not None:
+        sizes: Any = {"sequences": whole_cu_seqlens.shape[0] - 1, "world_size": 1, "target": target}
+        whole = plan.segment_tables(launch.run, whole_cu_seqlens, rank.clamp(max=0), end_row=whole_tokens, **sizes)
+        if tokens == whole_tokens:
+            return whole
+        parts.append(whole)
+    split = plan.segment_tables(
         launch.run,
         cu_seqlens,
         rank,
         lengths,
         sequences=cu_seqlens.shape[0] - 1,
         world_size=world_size,
-        target=launch.target(backend, cu_seqlens.device),
+        target=target,
         kv_layout=kv_layout,
         layout=layout,
         row_length=row_length,
         rows=rows,
+        first_row=whole_tokens,
+        end_row=tokens,
     )
+    if not parts:
+        return split
+    parts.append([table.flatten(0, -2) for table in split])
+    segments, sequences = (torch.cat(tables) for tables in zip(*parts, strict=True))
+    return segments, sequences
 
 
 @segment_tables.register_fake
-def _(cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1):  # noqa: PLR0917  (schemas of operators are flat)
+def _(  # noqa: PLR0917  (schemas of operators are flat)
+    cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1,
+    whole_cu_seqlens=None, whole_tokens=0, tokens=0,
+):  # fmt: skip
     steps = world_size if kv_layout == KVLayout.PEER else 1
-    segments, sequences = segment_table_shapes(cu_seqlens.shape[0] - 1, steps, layout == Layout.ROW and world_size > 1)
+    shapes = segment_table_shapes(cu_seqlens.shape[0] - 1, steps, layout == Layout.ROW and world_size > 1)
+    if whole_cu_seqlens is not None:
+        whole = segment_table_shapes(whole_cu_seqlens.shape[0] - 1)
+        further = tokens > whole_tokens
+        both = zip(whole, shapes, strict=True)
+        shapes = tuple((entries + further * math.prod(shape[:-1]), fields) for (entries, fields), shape in both)
+    segments, sequences = shapes
     return cu_seqlens.new_empty(segments), cu_seqlens.new_empty(sequences)
 
 
@@ -170,7 +202,10 @@ def _transport_of(q, k, v, sequences, call: str, world_size: int, kv_layout: str
     """Return the transport of an operator, which knows the number of sequences from their table."""
     spec = CallSpec.from_key(call)
     further = 1 + (spec.layout == Layout.ROW and world_size > 1)  # entries, which are padding
-    return transport_of(q, k, v, spec, sequences.shape[-2] - further, world_size, KVLayout(kv_layout), group_name)
+    entries = sequences.shape[-2]
+    if spec.whole_tokens:
+        entries = (entries - spec.whole_documents - 1) // spec.method.count_tables(world_size) or further
+    return transport_of(q, k, v, spec, entries - further, world_size, KVLayout(kv_layout), group_name)
 
 
 @operator("zigzag::attention_forward")

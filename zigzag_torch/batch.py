@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
 
 from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
+from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
@@ -18,6 +19,7 @@ from .autograd import segment_tables
 from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
+from .parts import Parts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Batch:
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
+        whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
+            `lengths` are then those of the split documents. None: all documents are split.
+        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
     """
 
     cu_seqlens: torch.Tensor
@@ -51,12 +56,22 @@ class Batch:
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
     rows: int = 1
+    whole_cu_seqlens: torch.Tensor | None = None
+    whole_tokens: int = 0
+    tokens: int = 0
+
+    @property
+    def whole_documents(self) -> int:
+        """Entries for whole documents of a rank."""
+        return 0 if self.whole_cu_seqlens is None else self.whole_cu_seqlens.shape[0] - 1
 
     @property
     def packing(self) -> Packing:
         """Return how the batch is packed, which its tables and masks follow from."""
-        form = self.layout, self.row_length, self.rows
-        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form)
+        form, whole = (self.layout, self.row_length, self.rows), None
+        if self.whole_cu_seqlens is not None:
+            whole = Packing(self.whole_cu_seqlens, self.rank.clamp(max=0), None, 1, Layout.DOCUMENT.value, 0, 1)
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, whole)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -66,7 +81,7 @@ class Batch:
         )
 
 
-_TENSORS = ("cu_seqlens", "rank", "segments", "sequences", "lengths")
+_TENSORS = ("cu_seqlens", "rank", "segments", "sequences", "lengths", "whole_cu_seqlens")
 _CONSTANTS = tuple(field.name for field in dataclasses.fields(Batch) if field.name not in _TENSORS)
 
 
@@ -88,10 +103,14 @@ class Form(NamedTuple):
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
     rows: int = 1
+    whole_tokens: int = 0
+    tokens: int = 0
 
     @property
     def in_words(self) -> str:
         """The form as ranks compare it."""
+        if self.whole_tokens:
+            return f"{self.layout}, {self.tokens} rows, {self.whole_tokens} of them for whole documents"
         return f"{self.layout}, {self.rows} of {self.row_length} tokens" if self.row_length else self.layout
 
 
@@ -99,7 +118,7 @@ DOCUMENTS = Form()
 
 
 def prepare_batch(
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan | Parts,
     rank: int | torch.Tensor | None = None,
     world_size: int | None = None,
     *,
@@ -111,12 +130,15 @@ def prepare_batch(
     layout: str = "document",
     row_length: int | None = None,
     rows: int = 1,
+    device: torch.device | str | int | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Other integers are converted; a list,
-            tuple or NumPy array is checked, as `validate` does, and is then on the CPU.
+            tuple or NumPy array is checked, as `validate` does, and is then on the CPU. Or a plan of `plan_documents`,
+            or the `Parts` of this rank in it: the rows of each rank are then those of the plan, whole documents first.
+            Of a plan all tensors are on the `device` that is named, by default the CPU.
         rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
             of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.
         method: as in the attention calls.
@@ -137,14 +159,21 @@ def prepare_batch(
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in (cu_seqlens, rank, lengths)]
-            options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded}
-            options |= {"lengths": copies.pop(), "layout": layout, "row_length": row_length, "rows": rows}
-            return prepare_batch(*copies, world_size, **options)  # pyright: ignore
-    place = place_in(group)
+            if isinstance(cu_seqlens, Parts):
+                cu_seqlens = pytree.tree_map(_copied, cu_seqlens)
+            options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded, "device": device}
+            options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
+            return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
+    place, parts = place_in(group), None
     try:
         check_method(method)
         check_layout(layout)
+        if isinstance(cu_seqlens, DocumentPlan | Parts):
+            for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
+                if x != default:
+                    raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
+            parts = _as_parts(cu_seqlens, rank, world_size, place, device)
+            cu_seqlens, lengths, parts = _one_part(parts, place.world_size if world_size is None else world_size)
         given = cu_seqlens
         if place.group_name is None:
             world_size = check_world_size(1 if world_size is None else world_size)
@@ -156,6 +185,10 @@ def prepare_batch(
             cu_seqlens = _check_place(cu_seqlens, rank, world_size, place, Layout(layout))
             rank, world_size = place.rank, place.world_size
         form = _form_of(layout, row_length, rows, world_size)
+        if parts is not None:
+            if place.group_name is None:
+                raise ValueError("group: expected that of the ranks of a plan with whole and split documents, got None")
+            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
         if form.row_length:
             _check_host_rows(given, form, world_size)
         if lengths is not None:
@@ -169,13 +202,35 @@ def prepare_batch(
         raise
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
-        compared = place.group_name, "prepare_batch", lengths, form.in_words
+        compared = place.group_name, "prepare_batch", lengths, form.in_words, None if parts is None else parts.fault
         own_rank = common_rank(cu_seqlens, unsharded, own_rank, *compared)
-    known = {"compared_by": place.group_name, "host_rank": rank if isinstance(rank, int) else None}
+    known: dict[str, Any] = {} if parts is None else {"whole_cu_seqlens": parts.whole_cu_seqlens}
+    known |= {"compared_by": place.group_name, "host_rank": rank if isinstance(rank, int) else None}
     batch = Batch(cu_seqlens, own_rank, world_size, method, **known, lengths=lengths, **form._asdict())
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
+
+
+def _copied(x):
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def _as_parts(given: DocumentPlan | Parts, rank, world_size: int | None, place: Place, device) -> Parts:
+    """Return the parts of a rank that is an int; `ValueError` for a plan of another number of ranks."""
+    if isinstance(given, Parts):
+        return given.checked()
+    size = place.world_size if world_size is None else check_world_size(world_size)
+    if size != given.world_size:
+        raise ValueError(f"world_size: expected that of the plan, {given.world_size}, got {size}")
+    return Parts.of_plan(given, place.rank if rank is None else rank, device)
+
+
+def _one_part(parts: Parts, world_size: int) -> tuple[torch.Tensor, torch.Tensor | None, Parts | None]:
+    """Return (cu_seqlens, real lengths, `parts` unless these offsets are of all rows)."""
+    if world_size == 1:
+        return *parts.joined(), None
+    return parts.split_cu_seqlens, parts.split_lengths, parts if parts.whole_tokens else None
 
 
 def _check_place(
@@ -235,17 +290,7 @@ def as_batch(
         rank = as_rank_argument(rank, world_size, cu_seqlens.device)
         host_rank = rank if isinstance(rank, int) else None
         own_rank = as_rank(rank, cu_seqlens.device)
-        layout, row_length, rows = form
-        return Batch(
-            cu_seqlens,
-            own_rank,
-            world_size,
-            method,
-            host_rank=host_rank,
-            layout=layout,
-            row_length=row_length,
-            rows=rows,
-        )
+        return Batch(cu_seqlens, own_rank, world_size, method, host_rank=host_rank, **form._asdict())
     batch = cu_seqlens
     if batch.layout != form.layout:
         raise ValueError(f"layout: expected that of the prepared batch, {batch.layout!r}, got {str(form.layout)!r}")
@@ -286,6 +331,8 @@ def tables_of(batch: Batch, backend: str) -> Tables:
         return Tables(batch.segments, batch.sequences)
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()
     inputs = cu_seqlens, batch.rank, batch.world_size, layout, backend
-    if batch.lengths is not None or batch.row_length:
+    if batch.lengths is not None or batch.row_length or batch.whole_tokens:
         inputs = *inputs, batch.lengths, batch.layout, batch.row_length, batch.rows
+    if batch.whole_cu_seqlens is not None:
+        inputs = *inputs, batch.whole_cu_seqlens.contiguous(), batch.whole_tokens, batch.tokens
     return Tables(*segment_tables(*inputs))

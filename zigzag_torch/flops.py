@@ -38,7 +38,11 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segments: torch.Tensor, call: str,
     if type(segments) is not torch.Tensor or segments.is_meta:
         keys = max(k.shape[0], world_size * q.shape[0])
         return visible_scores(0, keys, keys, mask) // (keys // q.shape[0] if len(q) else 1)
-    columns = segments if segments.ndim == 2 else segments[0]  # all steps of a ring together see what one table says
+    # All steps of a ring together see what one table says.
+    columns = segments if segments.ndim == 2 else segments[0]
+    if spec.whole_tokens:
+        whole = 2 * spec.whole_documents + 1
+        columns = columns[: whole + (len(columns) - whole) // spec.method.count_tables(world_size)]
     rows = columns[:-1][:, _COLUMNS].tolist()  # the last entry is the padding
     return sum(visible_scores(position, tokens, length, mask) for position, tokens, length in rows)
 

@@ -16,7 +16,7 @@ from zigzag_kernels.problem import Problem
 
 from .arguments import check_device, check_tensor
 from .dispatch import operator
-from .parallel import Local, Packing, Ring, Transport
+from .parallel import Local, Packing, Ring, Transport, TwoPart
 from .parallel.collectives import all_gather, shift
 from .shard import place_of_rows, sequence_of_rows
 
@@ -49,6 +49,8 @@ def attention(
     Arguments are the kernels'. Between ranks K/V move as `transport` says, and autograd moves their gradients back.
     """
     problem = transport.problem
+    if isinstance(transport, TwoPart):
+        return _attend_parts(transport, q, k, v, packing, sinks)
     attend = functools.partial(_attend, problem, packing)
     ranks = torch.arange(problem.world_size, device=q.device)
     if isinstance(transport, Local):
@@ -77,6 +79,17 @@ def attention(
         windows.append(attend(q[:, heads], *kv.chunk(2, 1), sinks=of_window, ranks=ranks))
     outs, lses, maxima = zip(*windows, strict=True)
     return torch.cat(outs, 1), torch.cat(lses), torch.cat(maxima)
+
+
+def _attend_parts(transport: TwoPart, q, k, v, packing: Packing, sinks: torch.Tensor | None):
+    """Return `attention` of whole documents, then of split ones."""
+    assert packing.whole is not None
+    first = transport.whole.rows
+    parts = [attention(Local(transport.whole), q[:first], k[:first], v[:first], packing.whole, sinks)]
+    if transport.split is not None:
+        parts.append(attention(transport.split, q[first:], k[first:], v[first:], packing, sinks))
+    outs, lses, maxima = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, 1), torch.cat(maxima, 1)
 
 
 def _attend(

@@ -45,7 +45,7 @@ def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, to
 )
 def test_a_gather_brings_the_fewest_heads_that_fill_a_gpu_and_keep_it_busy(tokens, sequences, stride):
     """On 8 ranks: 2**16 query rows, and with the mean length of a sequence 2**30 scores."""
-    sizes = types.SimpleNamespace(tokens=tokens, heads=8, kv_heads=8, world_size=8, sequences=sequences)
+    sizes = types.SimpleNamespace(rows=tokens, heads=8, kv_heads=8, world_size=8, sequences=sequences)
     assert choose_heads_k_stride(None, sizes) == stride
     assert choose_heads_k_stride(2, sizes) == 2
 

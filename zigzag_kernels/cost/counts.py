@@ -143,6 +143,11 @@ class Step:
         return sum(self.lengths) // self.world_size + self.padding
 
     @property
+    def rows(self) -> int:
+        """Query rows that launches cover."""
+        return self.tokens
+
+    @property
     def sequences(self) -> int:
         return len(self.lengths)
 

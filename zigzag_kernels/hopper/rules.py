@@ -84,7 +84,7 @@ def length_class(problem: Problem) -> LengthClass:
     """Return which tiles of a kernel serve `problem`."""
     if has_short_chunks(problem, SHORT_CHUNK_KEYS):
         return LengthClass.SHORT
-    few_rows = problem.tokens < _few_tokens(problem) * problem.sequences
+    few_rows = problem.rows < _few_tokens(problem) * problem.sequences
     return LengthClass.FEW_ROWS if few_rows or is_narrow(problem) else LengthClass.LONG
 
 

@@ -14,7 +14,7 @@ def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> i
     (segments, _), (sequences, _) = segment_table_shapes(problem.sequences, 1, problem.row_layout)
     if operation.owns_keys:
         return problem.kv_tokens // config.BLOCK_N + sequences
-    return problem.tokens * problem.group // config.BLOCK_M + segments
+    return problem.rows * problem.group // config.BLOCK_M + segments
 
 
 def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:

@@ -69,7 +69,7 @@ def _inputs(operation: Operation) -> tuple[str, ...]:
 def _outputs(problem: Problem, operation: Operation, part: Part) -> tuple[Output, ...]:
     dtype = part.dtype or problem.dtype
     q_shape = problem.tokens, problem.heads, problem.head_dim
-    kv_shape = problem.kv_tokens, problem.window, problem.head_dim
+    kv_shape = problem.kv_array_rows, problem.window, problem.head_dim
     if operation is Operation.FORWARD:
         statistics = (2,) if problem.call.return_max_logits else ()
         return Output("out", q_shape, dtype), Output("lse", (*statistics, problem.heads, problem.tokens), "float32")

@@ -16,16 +16,22 @@ def make_rows(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, p
     """Return the launch of (delta, lse2): see `steps.backward_rows`."""
     check_target(problem.target)
     check_strides("dout", dout_strides, problem.group)
-    rows = problem.tokens * problem.group
+    rows = problem.rows * problem.group
+    all_rows = problem.tokens * problem.group
     launch = Launch(
         kernel=backward_delta,
         target=problem.target,
         grid=(max(1, -(-rows // BLOCK_M)), problem.window, 1),
         inputs=("out", "dout", "lse", "dlse"),
-        scalars={"T": problem.tokens, "first_kv_head": part.first_kv_head},
+        scalars={
+            "T": problem.tokens,
+            "first_row": problem.first_row,
+            "n_rows": problem.rows,
+            "first_kv_head": part.first_kv_head,
+        },
         outputs=(
-            Output("delta", (problem.window, rows), "float32"),
-            Output("lse2", (problem.window, rows), "float32"),
+            Output("delta", (problem.window, all_rows), "float32"),
+            Output("lse2", (problem.window, all_rows), "float32"),
         ),
         constexprs={
             "HEADS": problem.heads,

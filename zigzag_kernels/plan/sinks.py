@@ -16,13 +16,19 @@ def make_sinks(problem: Problem, part: Part) -> Planned:
     check_target(problem.target)
     heads = 1 << (problem.group - 1).bit_length()
     tokens = max(1, ROWS // heads)
-    parts = max(1, -(-problem.tokens // tokens))
+    parts = max(1, -(-problem.rows // tokens))
     first = Launch(
         kernel=sum_sink_rows,
         target=problem.target,
         grid=(parts, problem.window, 1),
         inputs=("delta", "lse2", "sinks"),
-        scalars={"T": problem.tokens, "first_kv_head": part.first_kv_head, "n_parts": parts},
+        scalars={
+            "T": problem.tokens,
+            "first_row": problem.first_row,
+            "n_rows": problem.rows,
+            "first_kv_head": part.first_kv_head,
+            "n_parts": parts,
+        },
         outputs=(Output("parts", (problem.window * problem.group, parts), "float32"),),
         constexprs={"GROUP": problem.group, "HEADS_PADDED": heads, "BLOCK_T": tokens},
     )

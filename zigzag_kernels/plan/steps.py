@@ -36,14 +36,19 @@ def segment_tables(
     layout: str = Layout.DOCUMENT,
     row_length: int = 0,
     rows: int = 1,
+    first_row: int = 0,
+    end_row: int = 0,
 ) -> tuple:
     """Return (segments, sequences), the device tables of one batch on one rank, for all its layers.
 
     `lengths [N]` int32 are the real tokens of each document, None for all. In the row layout each of `rows` packed rows
     has `row_length` tokens on all ranks. The "peer" layout of keys has one table a ring step: step `s` has the keys of
-    rank `(rank - s) % world_size`.
+    rank `(rank - s) % world_size`. A part of a batch has the local rows from `first_row` to `end_row`: 0 is the end of
+    the arrays. Lengths that need more rows are invalid.
     """
-    form = BatchForm(sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None)
+    form = BatchForm(
+        sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None, first_row, end_row
+    )
     planned = planner.current.plan(make_tables, form, target)
     return run(planned.launches[0], cu_seqlens, rank, cu_seqlens if lengths is None else lengths)
 

@@ -22,6 +22,8 @@ class BatchForm(NamedTuple):
     row_length: int = 0  # tokens of one packed row on all ranks, in the row layout
     rows: int = 1
     has_lengths: bool = False
+    first_row: int = 0  # of the local rows that the batch has
+    end_row: int = 0  # behind these rows; 0 is the end of the arrays
 
 
 def make_tables(form: BatchForm, target: str) -> Planned:
@@ -42,6 +44,8 @@ def make_tables(form: BatchForm, target: str) -> Planned:
             "n_sequences": form.sequences + row_layout,
             "row_length": form.row_length if row_layout else 0,
             "total": form.rows * form.row_length if row_layout else 0,
+            "first_row": form.first_row,
+            "end_row": form.end_row,
         },
         outputs=(
             Output("segments", segments_shape, "int32"),

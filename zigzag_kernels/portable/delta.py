@@ -10,13 +10,15 @@ from ..base2 import LOG2_E
 from .rows import load_rows
 
 
-@triton.jit(do_not_specialize=["T", "first_kv_head"])
+@triton.jit(do_not_specialize=["T", "first_row", "n_rows", "first_kv_head"])
 def backward_delta(
     out_ptr,  # [T, HEADS, HEAD_DIM]
     dout_ptr,
     lse_ptr,  # [HEADS, T] float32
     dlse_ptr,  # [HEADS, T] float32, read if HAS_DLSE
     T,
+    first_row,
+    n_rows,
     first_kv_head,
     delta_ptr,  # [window, T * GROUP] float32
     lse2_ptr,  # [window, T * GROUP] float32, base 2
@@ -31,13 +33,14 @@ def backward_delta(
 ):
     """Write `delta = sum(out * dout) - dlse`, and `lse` in base 2, for each row of the window's heads.
 
-    Both results are in the row order of the other kernels.
+    The rows are `n_rows` from `first_row` on. Both results are in the row order of the other kernels.
 
     With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
     """
     window_head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < T * GROUP
+    inside = rows < n_rows * GROUP
+    rows += first_row * GROUP
     tokens = (rows // GROUP).to(tl.int64)
     head = (first_kv_head + window_head) * GROUP + rows % GROUP
     out = load_rows(out_ptr, (tokens * HEADS + head) * HEAD_DIM, inside, True, HEAD_DIM, BLOCK_D)

@@ -10,12 +10,14 @@ import triton.language as tl
 from ..base2 import LOG2_E
 
 
-@triton.jit(do_not_specialize=["T", "first_kv_head", "n_parts"])
+@triton.jit(do_not_specialize=["T", "first_row", "n_rows", "first_kv_head", "n_parts"])
 def sum_sink_rows(
     delta_ptr,  # [window, T * GROUP] float32
     lse2_ptr,
     sinks_ptr,  # [HEADS] float32
     T,
+    first_row,
+    n_rows,
     first_kv_head,
     n_parts,
     parts_ptr,  # [window * GROUP, n_parts] float32
@@ -23,16 +25,17 @@ def sum_sink_rows(
     HEADS_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Write one partial sum for every `BLOCK_T` tokens; rows that see no key have no sink, and add nothing.
+    """Write one partial sum for every `BLOCK_T` of `n_rows` tokens from `first_row` on.
 
+    Rows that see no key have no sink, and add nothing.
     Grid: parts × KV heads of the window. `HEADS_PADDED` is GROUP rounded up to a power of two.
     """
     part = tl.program_id(0)
     window_head = tl.program_id(1).to(tl.int64)
     tokens = part * BLOCK_T + tl.arange(0, BLOCK_T)
     heads = tl.arange(0, HEADS_PADDED)
-    inside = (tokens < T)[:, None] & (heads < GROUP)[None, :]
-    rows = (window_head * T + tokens)[:, None] * GROUP + heads[None, :]
+    inside = (tokens < n_rows)[:, None] & (heads < GROUP)[None, :]
+    rows = (window_head * T + first_row + tokens)[:, None] * GROUP + heads[None, :]
     delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
     lse2 = tl.load(lse2_ptr + rows, mask=inside, other=float("inf"))
     sinks = tl.load(sinks_ptr + (first_kv_head + window_head) * GROUP + heads, mask=heads < GROUP, other=0.0)

@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     step: tl.tensor
     row_length: tl.tensor  # tokens of a packed row on all ranks; read if documents lie anywhere in rows
     total: tl.tensor  # tokens of all packed rows
+    first_row: tl.tensor  # local row with which the batch begins
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _make_segment(batch, index, FORM: tl.constexpr):
             seen_late = own | (late & (batch.step > batch.rank))
             kv_len = tl.where(seen_late, keys, tl.where(earlier, held.chunk_length, 0))
     return Segment(
-        q_row=q_row,
+        q_row=batch.first_row + q_row,
         q_len=q_len,
         position=position,
         kv_len=kv_len,
@@ -245,7 +246,7 @@ def _lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(faults) == 0
 
 
-@triton.jit(do_not_specialize=["n_sequences", "row_length", "total"])
+@triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row"])
 def build_segments(
     cu_seqlens_ptr,  # [N + 1] int32, global
     rank_ptr,  # [1] int32
@@ -253,6 +254,8 @@ def build_segments(
     n_sequences,  # N, and with ROW one more
     row_length,
     total,
+    first_row,  # of the local rows that the batch has
+    end_row,  # behind these rows; 0 is the end of the arrays
     segments_ptr,  # [steps, 2 * n_sequences + 1, SEGMENT_FIELDS] int32
     sequences_ptr,  # [steps, n_sequences + 1, SEQUENCE_FIELDS] int32
     WORLD_SIZE: tl.constexpr,
@@ -284,11 +287,14 @@ def build_segments(
     # jax-triton passes a scalar 1 as a constant, which a tuple cannot hold.
     n_all = tl.cast(n_sequences, tl.int32)
     row_length, total = tl.cast(row_length, tl.int32), tl.cast(total, tl.int32)
-    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_all, rank, step, row_length, total)
+    first_row, end_row = tl.cast(first_row, tl.int32), tl.cast(end_row, tl.int32)
+    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_all, rank, step, row_length, total, first_row)
     # With invalid lengths all entries stay empty, and all rows count as padding and become NaN.
     valid = _lengths_are_valid(batch, FORM, BLOCK) & (rank >= 0) & (rank < WORLD_SIZE)
+    used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
+    valid = valid & ((end_row == 0) | (used // WORLD_SIZE <= end_row - first_row))
     n_readable = tl.where(valid, n_all, 0)
-    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_readable, rank, step, row_length, total)
+    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_readable, rank, step, row_length, total, first_row)
 
     segment = _make_segment(batch, index, FORM)
     place = tl.zeros([BLOCK], tl.int32)
@@ -353,14 +359,14 @@ def build_segments(
         tl.store(half_ptrs + HALF_FIRST_POSITION, halved.first_position, mask=late)
 
     if tl.program_id(0) == 0:
-        used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
         used = tl.where(valid, used, 0)
         no_keys = tl.where(valid, 0, -1)
         padding_ptr = segments_ptr + 2 * n_sequences * SEGMENT_FIELDS
         tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used // WORLD_SIZE)
-        tl.store(padding_ptr + SEGMENT_Q_ROW, used // WORLD_SIZE)
+        tl.store(padding_ptr + SEGMENT_Q_ROW, first_row + used // WORLD_SIZE)
         for field in tl.static_range(SEGMENT_Q_LEN, SEGMENT_FIELDS):
             tl.store(padding_ptr + field, 0)
+        tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
         tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
         tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
         padding_ptr = sequences_ptr + n_sequences * SEQUENCE_FIELDS

@@ -12,7 +12,7 @@ class SegmentColumn(IntEnum):
 
     TOKENS_BEFORE = 0  # tokens of all entries before this one
     Q_ROW = 1  # first local row
-    Q_LEN = 2  # tokens
+    Q_LEN = 2  # tokens; of the padding the local row behind it, or 0 where arrays end with it
     POSITION = 3  # of the first token; the last key that it sees has the same position
     KV_LEN = 4
     KV_ROW = 5  # of the sequence's first key, in the first slot of the K/V buffer

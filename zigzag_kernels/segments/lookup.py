@@ -140,11 +140,15 @@ def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP
     Tiles of a segment are numbered from its end: under a causal mask the last tile is the heaviest and starts first,
     so that light tiles fill the last gaps.
 
-    The last entry is the padding behind the last sequence. Its length is computed here, as `T` is not in the table. Its
-    `kv_len` is negative if `build_segments` found the lengths or the rank invalid. In that case, or if the sequences
-    need more than `T` rows, all rows belong to this entry and become NaN.
+    The last entry is the padding behind the last sequence. Its length is computed here: it ends with the arrays, which
+    have `T` rows, unless the table has another end. Its `kv_len` is negative if `build_segments` found the lengths or
+    the rank invalid. In that case, or if the sequences need more than `T` rows, all rows belong to this entry and
+    become NaN.
     """
-    used = tl.load(segments_ptr + (n_segments - 1) * SEGMENT_FIELDS + SEGMENT_Q_ROW)
+    padding_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
+    used = tl.load(padding_ptr + SEGMENT_Q_ROW)
+    end = tl.load(padding_ptr + SEGMENT_Q_LEN)
+    end = tl.where(end > 0, end, T)
     segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
     overfull = used > T
     segment = tl.where(overfull, n_segments - 1, segment)
@@ -152,7 +156,7 @@ def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP
     padding = segment == n_segments - 1
     entry_ptr = segments_ptr + segment * SEGMENT_FIELDS
     q_row = tl.where(overfull, 0, tl.load(entry_ptr + SEGMENT_Q_ROW))
-    q_len = tl.where(padding, T - q_row, tl.load(entry_ptr + SEGMENT_Q_LEN))
+    q_len = tl.where(padding, end - q_row, tl.load(entry_ptr + SEGMENT_Q_LEN))
     kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (SEGMENT_KV_LEN if CAUSAL else SEGMENT_KEYS)))
     diagonal = tl.load(entry_ptr + SEGMENT_POSITION) if CAUSAL else kv_len
     last_block = (q_len * GROUP - 1) // BLOCK_M

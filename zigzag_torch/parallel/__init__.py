@@ -20,6 +20,7 @@ from .allgather import AllGather
 from .local import Local
 from .ring import Ring
 from .transport import Packing, Residuals, Tables
+from .two_part import TwoPart
 
 __all__ = [
     "AllGather",
@@ -30,11 +31,12 @@ __all__ = [
     "Ring",
     "Tables",
     "Transport",
+    "TwoPart",
     "choose_transport",
     "transport_of",
 ]
 
-Moving = AllGather | Ring
+Moving = AllGather | Ring | TwoPart
 Transport = Local | Moving
 
 
@@ -90,9 +92,34 @@ def choose_transport(problem: Problem, group_name: str | None) -> Transport:
     `problem` describes this rank's own q, k and v. `group_name` is the name of the group of the ranks that hold the
     other keys, or None if all keys are in k and v.
     """
-    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     if group_name is None or problem.world_size == 1:
+        choose_heads_k_stride(problem.call.heads_k_stride, problem)
         return Local(problem)
+    if not problem.call.whole_tokens:
+        return _choose_moving(problem, group_name)
+    whole, split = _parts_of(problem)
+    return TwoPart(problem, whole, _choose_moving(split, group_name) if split.rows else None, group_name)
+
+
+def _parts_of(problem: Problem) -> tuple[Problem, Problem]:
+    """Return the problems of the whole documents and of the split ones; `problem` is that of all rows."""
+    call, rows = problem.call, problem.call.whole_tokens
+    if rows > problem.tokens:
+        raise ValueError(f"q: expected at least the {rows} rows of whole documents, got {problem.tokens}")
+    whole = dataclasses.replace(
+        problem,
+        call=dataclasses.replace(call, has_lengths=False),
+        sequences=call.whole_documents,
+        world_size=1,
+        kv_layout=KVLayout.GATHERED,
+        slot_rows=rows,
+        end_row=rows,
+    )
+    return whole, dataclasses.replace(problem, first_row=rows, slot_rows=problem.tokens - rows)
+
+
+def _choose_moving(problem: Problem, group_name: str) -> AllGather | Ring:
+    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     is_ring = problem.call.method == Method.RING
     window = problem.kv_heads if is_ring else stride
     strides = 2 * window * problem.head_dim, problem.head_dim  # of k and v in one buffer, head by head

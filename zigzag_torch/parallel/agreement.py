@@ -168,6 +168,7 @@ def _facts_of_call(problem: Problem, others: Facts) -> tuple[Facts, int]:
         "backend": call.backend,
         "layout": call.layout.value,
         "lengths": call.has_lengths,
+        "whole_tokens": call.whole_tokens,
     }
     facts = tuple((facts | dict(others)).items())
     return facts, _digest(facts)

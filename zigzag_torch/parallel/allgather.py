@@ -1,6 +1,6 @@
 """Attention to K/V that an all-gather brings from all ranks, a window of KV heads at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import gather_into, reduce_into
 from .streams import Streams, on, streams_of
-from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,38 @@ class AllGather:
     group_name: str
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
         streams = streams_of(k.device)
         results: Any = (None, None)
-        readers = (streams.current,), (streams.side,)
-        gathered = windows(k, v, self.problem.window, group, streams, readers)
+        readers: Any = ((streams.current,), (streams.side,))
+        if beside is not None:  # its launches are on the caller's stream, and the first window starts before their end
+            readers = readers[::-1]
+
+        def start() -> None:
+            nonlocal results
+            if beside is not None:
+                results = beside(None)
+
+        gathered = windows(k, v, self.problem.window, group, streams, readers, start)
         for index, (first_head, k_window, v_window) in enumerate(gathered):
             part = part_of(first_head)
-            # The first window allocates the results: on the stream that they are returned to.
+            # The first window, or what runs beside, allocates the results: on the stream that they are returned to.
             with on(*readers[index % 2]):
                 arguments = launch.run, self.problem, q, k_window, v_window, tables.segments
                 results = plan.forward(*arguments, sinks=sinks, part=part, into=results)
@@ -55,10 +73,14 @@ class AllGather:
         dlse: torch.Tensor | None,
         tables: Tables,
         sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
+        into: torch.Tensor | None = None,
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one.
+        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` dq is the array that it
+        returns, and k and v are the rows of this part alone, as are dk and dv, which are then written to `into`.
         """
         agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
         # All heads are put together when the buffers are free again: with delta and lse of two windows, the buffers are
@@ -67,8 +89,8 @@ class AllGather:
         dsinks = None if sinks is None else sinks.new_empty(sinks.shape)
         of_sinks = None if sinks is None or dsinks is None else (sinks, dsinks)
         dout = launch.last_dim_contiguous(dout)
-        dq, of_windows = self._window_gradients(residuals, dout, dlse, tables, of_sinks)
-        dkv = residuals.k.new_empty((2, *residuals.k.shape))
+        dq, of_windows = self._window_gradients(residuals, dout, dlse, tables, of_sinks, beside)
+        dkv = residuals.k.new_empty((2, *residuals.k.shape)) if into is None else into
         for x, window in zip(dkv.split(self.problem.window, 2), of_windows, strict=True):
             x.copy_(window)
         return dq, dkv, dsinks
@@ -80,6 +102,7 @@ class AllGather:
         dlse: torch.Tensor | None,
         tables: Tables,
         of_sinks: tuple[torch.Tensor, torch.Tensor] | None,
+        beside: Beside | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window, the last in the dtype of the sums]).
 
@@ -95,10 +118,17 @@ class AllGather:
         dlse = None if dlse is None else dlse.contiguous()
         contribution = k.new_empty((2, problem.kv_tokens, window, problem.head_dim), dtype=getattr(torch, reduce_dtype))
         sums = contribution.chunk(group.size(), 1)[group.rank()]  # take the place of this rank's part of them
-        into, dq, dkv = contribution.unbind(), None, []
+        into, dkv = contribution.unbind(), []
+        dq: Any = None
+
+        def start() -> None:
+            nonlocal dq
+            if beside is not None:
+                dq = beside(None)
+
         rows = []  # of this window and the one before
         current, side, transfers = streams = streams_of(k.device)
-        for first_head, k_window, v_window in windows(k, v, window, group, streams):
+        for first_head, k_window, v_window in windows(k, v, window, group, streams, start=start):
             part, summed = part_of(first_head), part_of(first_head, False, reduce_dtype)
             # A launch on `side` may use the memory that is freed here: `side` has waited for dQ of the window before
             # the last, but not for dQ of the last one.
@@ -126,13 +156,19 @@ class AllGather:
 
 
 def windows(
-    k, v, heads_k_stride, group, streams: Streams, readers: tuple[tuple, tuple] | None = None
+    k,
+    v,
+    heads_k_stride,
+    group,
+    streams: Streams,
+    readers: tuple[tuple, tuple] | None = None,
+    start: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks while the next window travels.
 
     This rank sends from its own slot of the buffer that it receives into. `readers` are the streams that read the even
     and the odd windows, `current` and `side` both if None. Before a window is yielded, its readers have waited for all
-    operations on `transfers`, and not for each other.
+    operations on `transfers`, and not for each other. `start` is called when the first transfer is under way.
     """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
@@ -154,6 +190,7 @@ def windows(
     side.wait_stream(current)  # before any waits for it: while a graph is captured, it is a part of that only then
     try:
         gather(0)
+        start()
         for index, first_head in enumerate(first_heads):
             for stream in readers[index % 2]:
                 stream.wait_stream(transfers)

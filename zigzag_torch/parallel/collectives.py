@@ -15,6 +15,7 @@ _gather_into = getattr(dist, "all_gather_single" if _IS_RENAMED else "all_gather
 _reduce_into = getattr(dist, "reduce_scatter_single" if _IS_RENAMED else "reduce_scatter_tensor")
 _GATHER_METHOD = "all_gather_single" if _IS_RENAMED else "_allgather_base"
 _REDUCE_METHOD = "reduce_scatter_single" if _IS_RENAMED else "_reduce_scatter_base"
+_LARGEST = torch.iinfo(torch.int64).max
 # Odd multipliers, as of splitmix64, in the range of int64.
 _STEP, _FIRST_FACTOR, _SECOND_FACTOR = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -90,8 +91,9 @@ def common_rank(
     call: str,
     lengths: torch.Tensor | None = None,
     layout: str = "document",
+    fault: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `rank`, or -1 on every rank if one of the other tensors is not the same on all of them.
+    """Return `rank`, or -1 on every rank if a tensor is not the same on all of them, or one of them has a `fault`.
 
     The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere. Ranks compare
     fingerprints, so that the message has one size, however many sequences there are. They agree on the `layout`, in
@@ -107,6 +109,8 @@ def common_rank(
         if x is not None:
             own = own * _STEP + fingerprint(x)
     extremes = torch.stack((own, ~own))  # the largest of ~x is ~ of the smallest x
+    if fault is not None:
+        extremes = extremes.masked_fill(fault, _LARGEST)  # not ~ of each other
     maximum_in_place(extremes, group)
     largest, largest_inverse = extremes
     return torch.where(largest == ~largest_inverse, rank, -1)
@@ -124,7 +128,7 @@ def fingerprint(x: torch.Tensor) -> torch.Tensor:
 
 
 @common_rank.register_fake
-def _(cu_seqlens, unsharded, rank, group_name, call, lengths=None, layout="document"):
+def _(cu_seqlens, unsharded, rank, group_name, call, lengths=None, layout="document", fault=None):
     return rank.new_empty(rank.shape)
 
 

@@ -1,6 +1,6 @@
 """Attention to K/V that travel around a ring of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange, wait
-from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,32 @@ class Ring:
     group_name: str
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
         results: Any = (None, None)
-        for step, (keys, segments) in enumerate(zip(_around(k, v, group), tables.segments.unbind(), strict=True)):
+
+        def start() -> None:
+            nonlocal results
+            if beside is not None:
+                results = beside("float32")
+
+        steps = zip(_around(k, v, group, start), tables.segments.unbind(), strict=True)
+        for step, (keys, segments) in enumerate(steps):
             part = part_of(0, step > 0, "float32")
             results = plan.forward(launch.run, self.problem, q, *keys, segments, sinks=sinks, part=part, into=results)
         out, statistics = results
@@ -49,10 +66,14 @@ class Ring:
         dlse: torch.Tensor | None,
         tables: Tables,
         sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
+        into: torch.Tensor | None = None,
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one.
+        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as those
+        of `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -68,8 +89,15 @@ class Ring:
         pairs = [x.unbind() for x in sums]
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
         dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
-        dq, works = None, []
-        steps = zip(_around(k, v, group), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
+        dq: Any = None
+        works = []
+
+        def start() -> None:
+            nonlocal dq
+            if beside is not None:
+                dq = beside("float32")
+
+        steps = zip(_around(k, v, group, start), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
         for step, (keys, segments, sequences) in enumerate(steps):
             here, there = step % 2, (step + 1) % 2
             wait(works, group)
@@ -81,16 +109,24 @@ class Ring:
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         wait(works, group)
         assert dq is not None
-        return dq.to(q.dtype), sums[problem.world_size % 2].to(k.dtype), dsinks
+        dkv = sums[problem.world_size % 2]
+        return dq.to(q.dtype), dkv.to(k.dtype) if into is None else into.copy_(dkv), dsinks
 
 
-def _around(k: torch.Tensor, v: torch.Tensor, group) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (k, v) `[T, kv_heads, head_dim]` of rank `(rank - step) % W` at each step, while the next ones travel."""
+def _around(
+    k: torch.Tensor, v: torch.Tensor, group, start: Callable[[], None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (k, v) `[T, kv_heads, head_dim]` of rank `(rank - step) % W` at each step, while the next ones travel.
+
+    `start` is called when the first transfer is under way.
+    """
     own, heads, steps = torch.cat((k, v), 1), k.shape[1], group.size()
     buffers = own, torch.empty_like(own)
     keys = [(x[:, :heads], x[:, heads:]) for x in buffers]
     for step in range(steps):
         here, there = step % 2, (step + 1) % 2
         works = exchange(buffers[here], buffers[there], group) if step + 1 < steps else []
+        if step == 0:
+            start()
         yield keys[here]
         wait(works, group)

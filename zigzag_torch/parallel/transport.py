@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ class Packing(NamedTuple):
 
     The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
+    `whole`, or None, packs the first `whole_tokens` rows of each rank, whose documents no other rank has a part of.
     """
 
     cu_seqlens: torch.Tensor
@@ -30,6 +31,7 @@ class Packing(NamedTuple):
     layout: str
     row_length: int
     rows: int
+    whole: "Packing | None" = None
 
     @property
     def is_in_rows(self) -> bool:
@@ -56,6 +58,12 @@ class Residuals(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
 
+
+Beside = Callable[[str | None], Any]
+"""Launches another part of a batch, and returns the arrays in which the results of this part have their rows too.
+
+A transport calls it once, with the dtype of these results (None: that of q), when its first transfer is under way.
+"""
 
 Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor, torch.Tensor | None]
 """(dq, dk and dv, dsinks): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`; no sinks: None."""

@@ -1,0 +1,102 @@
+"""Attention to batches of two parts: whole documents, whose keys are all on this rank, and documents that are split."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zigzag_kernels.problem import Problem, segment_table_shapes
+
+from .. import launch
+from .agreement import BACKWARD, agree_on_call, resolve
+from .allgather import AllGather
+from .ring import Ring
+from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+
+if TYPE_CHECKING:
+    from zigzag_kernels.plan import Part
+
+
+@dataclass(frozen=True)
+class TwoPart:
+    """Attends to whole documents while the first keys of the split documents are under way.
+
+    The first `problem.call.whole_tokens` rows of each rank are for whole documents: `whole` is their problem. The rows
+    behind them belong to `split`, None if there are none. Both write their rows of the same results.
+    """
+
+    problem: Problem
+    whole: Problem
+    split: AllGather | Ring | None
+    group_name: str
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        of_whole, of_split = self._parts_of(tables)
+        problem = launch.without_gluon_if_misaligned(self.whole, k, v)
+
+        def attend(dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+            return plan.forward(launch.run, problem, q, k, v, of_whole.segments, sinks=sinks, part=_part(dtype))
+
+        if self.split is None:
+            agree_on_call(resolve(self.group_name), self.problem)
+            return attend(None)
+        first = self.whole.rows
+        return self.split.forward(q, k[first:], v[first:], of_split, sinks, beside=attend)
+
+    def backward(
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Return gradients as `AllGather.backward`."""
+        from zigzag_kernels import plan
+
+        of_whole, of_split = self._parts_of(tables)
+        residuals = readable(residuals)
+        q, k, v, out, lse = residuals
+        dout = launch.last_dim_contiguous(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        problem = with_strides(self.whole, row_strides(q), row_strides(k), row_strides(v))
+        problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
+        strides: Any = {"dout_strides": row_strides(dout)}
+        dkv, first = k.new_empty((2, *k.shape)), self.whole.rows
+        dsinks = None
+
+        def attend(dtype: str | None) -> torch.Tensor:
+            nonlocal dsinks
+            rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
+            if sinks is not None:
+                dsinks = plan.backward_sinks(launch.run, problem, rows, sinks)
+            arguments = launch.run, problem, q, k, v, dout, rows
+            plan.backward_keys(*arguments, of_whole.sequences, into=dkv.unbind(), **strides)
+            return plan.backward_queries(*arguments, of_whole.segments, part=_part(dtype), **strides)
+
+        if self.split is None:
+            agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
+            return attend(None), dkv, dsinks
+        own = Residuals(q, k[first:], v[first:], out, lse)
+        dq, _, more = self.split.backward(own, dout, dlse, of_split, sinks, beside=attend, into=dkv[:, first:])
+        return dq, dkv, None if dsinks is None else dsinks.add_(more)
+
+    def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
+        """Return views of the tables of both parts, which `tables` has one after the other."""
+        call, sequences = self.problem.call, self.problem.sequences
+        (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
+        whole = Tables(tables.segments[:segments], tables.sequences[:keys])
+        if self.split is None:
+            return whole, whole
+        of_segments, of_sequences = segment_table_shapes(sequences, call.method.count_tables(self.problem.world_size))
+        rest = tables.segments[segments:].view(of_segments), tables.sequences[keys:].view(of_sequences)
+        return whole, Tables(*rest)
+
+
+def _part(dtype: str | None) -> "Part":
+    return part_of(0, False, dtype)
