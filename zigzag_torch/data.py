@@ -84,6 +84,31 @@ class ShardedBatch:
             row_length=self.row_length,
         )
 
+    def model_kwargs(
+        self, group=None, *, method: str = "allgather", backend: str | None = None, gradients: str | None = None
+    ) -> dict:
+        """Return what a transformers model takes by `model(**...)`, once `zigzag_torch.hf.use_mesh` has seen it.
+
+        Rows are `[1, T]`, and `zigzag_batch` is the result of `prepare`. The empty `attention_mask` stands for it, so
+        that any other attention implementation raises an error. With `gradients` labels come along, and the model's
+        `loss` is the share of this rank: the mean loss is the sum of all shares, or their mean, as for
+        `token_mean_loss`. Without, call that with the logits.
+        """
+        if gradients not in (None, "sum", "mean"):
+            raise ValueError(f"gradients: expected None, 'sum' or 'mean', got {gradients!r}")
+        result = {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "attention_mask": self.loss_mask.new_empty((0, 0, 0, 0)),
+            "zigzag_batch": self.prepare(group, method=method, backend=backend),
+            "use_cache": False,
+        }
+        if gradients is not None:
+            result |= {"labels": self.labels[None], "shift_labels": self.labels[None]}
+            shares = self.world_size if gradients == "mean" else 1
+            result["num_items_in_batch"] = self.num_targets.clamp(min=1) / shares
+        return result
+
     def validate(self, group=None) -> None:
         """Raise `ValueError` if the ranks of `group` hold rows of different batches; the host waits for the device."""
         validate(

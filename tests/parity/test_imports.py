@@ -10,7 +10,8 @@ MISSING = {
     "zigzag_kernels": ("torch", "jax", "jax_triton", "numpy", "triton"),
     "zigzag_kernels.doctor": ("torch", "jax", "jax_triton", "numpy", "triton", "zigzag_torch", "zigzag_jax"),
     "zigzag_kernels.documents": ("torch", "jax", "jax_triton", "numpy", "triton", "zigzag_torch", "zigzag_jax"),
-    "zigzag_torch": ("jax", "jax_triton", "triton", "zigzag_torch.fast_launch"),
+    "zigzag_torch": ("jax", "jax_triton", "triton", "transformers", "accelerate", "zigzag_torch.fast_launch"),
+    "zigzag_torch.hf": ("jax", "jax_triton", "triton", "accelerate"),
     "zigzag_jax": ("torch", "jax_triton", "triton"),
     "zigzag_kernels.plan": ("torch", "jax", "jax_triton", "zigzag_torch", "zigzag_jax"),
 }
