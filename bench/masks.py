@@ -5,6 +5,7 @@
 The shapes are those of models: gpt-oss (window 128, sinks), Mistral (window 4,096), Gemma 2 (softcap) and Gemma 3
 (window 1,024, head_dim 256). Each result is compared with that of the other library, or with the reference of a short
 batch of the same shape, before it is timed. All gradients are deterministic. TFLOP/s count visible scores alone.
+Of a rank that is played alone, the other library gets K/V already copied into the order in which it reads them.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,7 +27,9 @@ from tqdm import tqdm
 import zigzag_torch
 from bench import timing
 from bench.run import chosen
+from tests.support.cases import DOCUMENTS
 from zigzag_kernels import cost
+from zigzag_kernels.cost.counts import Mask, visible_scores
 
 OURS, THEIRS = "zigzag_torch", "FlashAttention-4"
 CHECKED_TOKENS = 1024
@@ -44,10 +49,35 @@ class MaskCase:
     sinks: bool = False
     max_logits: bool = False
     world_size: int = 1
+    layout: str = "document"
 
     @property
     def rank(self) -> int:
         return 3 * self.world_size // 8
+
+    @property
+    def form(self) -> dict:
+        """What a prepared batch is told of the layout."""
+        return {"layout": self.layout} | ({"row_length": sum(self.lengths)} if self.layout == "row" else {})
+
+    def tokens_of(self, rank: int) -> torch.Tensor:
+        """Return which tokens of the whole batch the rows of `rank` are."""
+        bounds = torch.tensor([0, *self.lengths]).cumsum(0)
+        return zigzag_torch.shard(torch.arange(sum(self.lengths)), bounds, rank, self.world_size, **self.form)
+
+    @cached_property
+    def pieces(self) -> list["Piece"]:
+        """The runs of successive tokens of one document in the rank's rows, in their order."""
+        own, starts = self.tokens_of(self.rank), [*accumulate(self.lengths, initial=0)][:-1]
+        breaks = (own.diff() != 1) | torch.isin(own[1:], torch.tensor(starts))
+        ends = [*(breaks.nonzero().flatten() + 1).tolist(), len(own)]
+        pieces, begin = [], 0
+        for end in ends:
+            first = int(own[begin])
+            start, length = max(x for x in zip(starts, self.lengths, strict=True) if x[0] <= first and x[1])
+            pieces.append(Piece(end - begin, first - start, start, length))
+            begin = end
+        return pieces
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -56,7 +86,22 @@ class MaskCase:
     @property
     def scores(self) -> int:
         """Scores of one query head that the mask leaves to the rank."""
-        return cost.unmasked_scores(self.lengths, self.rank, self.world_size, window_size=self.window_size)
+        mask = Mask(window_size=self.window_size)
+        return sum(visible_scores(piece.position, piece.rows, piece.length, mask) for piece in self.pieces)
+
+
+class Piece(NamedTuple):
+    """Some successive rows of one document."""
+
+    rows: int
+    position: int  # of the first row in its document
+    start: int  # of the document in the whole batch
+    length: int  # of the document
+
+    @property
+    def keys(self) -> int:
+        """Keys that the last row sees under a causal mask."""
+        return self.position + self.rows
 
 
 CASES = (
@@ -74,6 +119,8 @@ CASES = (
     MaskCase(name="softcap-d256", heads=16, head_dim=256, softcap=50.0),
     MaskCase(name="eighth-full-d128", lengths=(65536,), world_size=8),
     MaskCase(name="eighth-window1024-d128", lengths=(65536,), world_size=8, window=1024),
+    MaskCase(name="eighth-documents-d128", lengths=DOCUMENTS, world_size=8),
+    MaskCase(name="eighth-documents-row-d128", lengths=DOCUMENTS, world_size=8, layout="row"),
 )
 
 
@@ -95,37 +142,47 @@ def inputs(case: MaskCase, device: str) -> tuple[list[torch.Tensor], torch.Tenso
 
 def ours(case: MaskCase, cu_seqlens: torch.Tensor, backend: str | None = None):
     """Return an attention by this library: `attend(q, k, v, sinks=None) -> out`."""
-    batch = zigzag_torch.prepare_batch(cu_seqlens, case.rank, case.world_size, backend=backend)
+    batch = zigzag_torch.prepare_batch(cu_seqlens, case.rank, case.world_size, backend=backend, **case.form)
 
     def attend(q, k, v, sinks=None):
         results = zigzag_torch.zigzag_attention_gathered(
             q, k, v, batch, case.rank, case.world_size, window_size=case.window_size, softcap=case.softcap,
-            sinks=sinks, return_max_logits=case.max_logits, backend=backend,
+            sinks=sinks, return_max_logits=case.max_logits, backend=backend, layout=case.layout,
         )  # fmt: skip
         return results[0] if case.max_logits else results
 
     return attend
 
 
-def theirs(case: MaskCase, cu_seqlens: torch.Tensor):
-    """Return the same by FlashAttention-4, or None where it is not installed or has no such attention."""
+def theirs(case: MaskCase):
+    """Return the same by FlashAttention-4, of the K/V of `keys_of_pieces`; None where it has no such attention."""
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:
         return None
-    if case.world_size > 1 or case.max_logits:
+    if case.max_logits:
         return None
     window = (None, None) if case.window is None else case.window_size
+    rows, keys = [piece.rows for piece in case.pieces], [piece.keys for piece in case.pieces]
+    bounds = [torch.tensor([0, *x], device="cuda").cumsum(0).int() for x in (rows, keys)]
 
     def attend(q, k, v, sinks=None):
         out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max(case.lengths),
-            max_seqlen_k=max(case.lengths), causal=True, window_size=window, softcap=case.softcap,
-            learnable_sink=sinks, deterministic=True,
+            q, k, v, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], max_seqlen_q=max(rows), max_seqlen_k=max(keys),
+            causal=True, window_size=window, softcap=case.softcap, learnable_sink=sinks, deterministic=True,
         )  # fmt: skip
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+def keys_of_pieces(case: MaskCase, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `leaves` with the K/V that each piece of the rank's rows sees, copied behind one another."""
+    q, k, v, *sinks = leaves
+    tokens = torch.cat([case.tokens_of(rank) for rank in range(case.world_size)])
+    places = torch.cat([torch.arange(piece.start, piece.start + piece.keys) for piece in case.pieces])
+    index = torch.argsort(tokens)[places].to(k.device)
+    return [q, *(x.detach()[index].requires_grad_() for x in (k, v)), *sinks]
 
 
 def gradients(out, leaves, dout):
@@ -150,14 +207,15 @@ def measure(case: MaskCase, device: str = "cuda") -> list[dict]:
     """Return a row `{case, implementation, direction, ms, tflops}` for each implementation and direction."""
     check(case, device)
     leaves, dout, cu_seqlens = inputs(case, device)
-    samplers, reasons = {}, {}
-    for name, attend in ((OURS, ours(case, cu_seqlens)), (THEIRS, theirs(case, cu_seqlens))):
+    samplers, reasons, outs = {}, {}, {}
+    for name, attend in ((OURS, ours(case, cu_seqlens)), (THEIRS, theirs(case))):
         if attend is None:
             continue
-        calls = {"forward": _graphed(partial(attend, *(x.detach() for x in leaves)))}
+        given = leaves if name == OURS else keys_of_pieces(case, leaves)
+        calls = {"forward": _graphed(partial(attend, *(x.detach() for x in given)))}
         try:
-            out = attend(*leaves)
-            calls["backward"] = partial(gradients, out, leaves, dout)
+            out = outs[name] = attend(*given)
+            calls["backward"] = partial(gradients, out, given, dout)
             calls["backward"]()
         except Exception as error:  # whatever another library raises is a row, not the end of the run
             if name == OURS:
@@ -167,6 +225,8 @@ def measure(case: MaskCase, device: str = "cuda") -> list[dict]:
         for direction, call in calls.items():
             count = timing.calls_per_round(timing.cuda_sample([call], 2))
             samplers[name, direction] = partial(timing.cuda_sample, [call], count)
+    if len(outs) == 2:
+        timing.check_close(f"{case.name}: {OURS} beside {THEIRS}", outs[OURS].detach(), outs[THEIRS].detach())
     rows = []
     for (name, direction), times in timing.in_turns(samplers).items():
         ms = statistics.median(times)

@@ -130,7 +130,7 @@ _EDGES_W2 = tuple(4 * chunk for chunk in (127, 1, 128, 129, 0, 63, 64, 65))
 
 # Sizes of the standard library's modules in tokens of four bytes, drawn at random, cut at 8192 and rounded down to 16:
 # `examples/text.py` has the texts.
-_DOCUMENTS = (5824, 7328, 1728, 6576, 8176, 1536, 8096, 656, 2960, 8128, 2848, 8176, 3504)
+DOCUMENTS = (5824, 7328, 1728, 6576, 8176, 1536, 8096, 656, 2960, 8128, 2848, 8176, 3504)
 
 
 def _bench(name, lengths=(65536,), tags=BENCH, **changes):
@@ -147,7 +147,7 @@ _BENCH_CASES = (
     _bench("short-d128", (16384,), tags=BENCH | QUICK),
     _bench("packed16-d128", (4096,) * 16, tags=BENCH | QUICK),
     _bench("packed64-d128", (1024,) * 64, tags=BENCH | QUICK),
-    _bench("documents-d128", _DOCUMENTS, tags=BENCH | QUICK),
+    _bench("documents-d128", DOCUMENTS, tags=BENCH | QUICK),
     _bench("short-d64", (16384,), head_dim=64),
     _bench("packed16-d64", (4096,) * 16, head_dim=64),
     _bench("packed64-d64", (1024,) * 64, head_dim=64),
