@@ -14,11 +14,14 @@ from .mesh import make_zigzag_attention
 from .padding import pad_to_zigzag, unpad
 from .reference import merge_partials
 from .segment_ids import cu_seqlens_from_position_ids, cu_seqlens_from_segment_ids
+from .segmented import segmented_attention
+from .segmented_batch import SegmentedBatch, prepare_segments
 from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
 
 __all__ = [
     "Batch",
     "DocumentPlan",
+    "SegmentedBatch",
     "__version__",
     "cu_seqlens_from_position_ids",
     "cu_seqlens_from_segment_ids",
@@ -30,6 +33,8 @@ __all__ = [
     "plan_documents",
     "position_ids",
     "prepare_batch",
+    "prepare_segments",
+    "segmented_attention",
     "shard",
     "token_mean_loss",
     "unpad",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zigzag_kernels.checks import check_int, check_layout, check_world_size
+from zigzag_kernels.checks import check_int, check_layout, check_packed_rows, check_world_size
 from zigzag_kernels.documents import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
 from zigzag_kernels.layout import MAX_OFFSET, packed_row, row_position
 
@@ -126,6 +126,23 @@ def unshard_rows(x: np.ndarray, batch: ShardedBatch, world_size: int, *, layout:
     order = np.empty(sum(lengths), np.int64)
     order[held[held >= 0]] = np.flatnonzero(held >= 0)
     return x[order]
+
+
+def reorder_rows(x: np.ndarray, world_size: int, *, to_contiguous: bool = False) -> np.ndarray:
+    """Return packed rows `x [B, S, ...]` with the tokens of each in the order of the ranks, as the row layout has them.
+
+    Rank 0's tokens come first, then those of rank 1, and so on, so that `P("data", "context")` gives each device its
+    own. MaxText's load-balanced reordering is the same. `to_contiguous` undoes it.
+
+    Raises `ValueError` unless S is a multiple of `2 * world_size`; one rank takes any S.
+    """
+    world_size, x = check_world_size(world_size), np.asarray(x)
+    if x.ndim < 2:
+        raise ValueError(f"x: expected rows [B, S, ...], got shape {x.shape}")
+    length, _ = check_packed_rows(x.shape[1], 1, world_size)
+    ranks, local = np.arange(world_size)[:, None], np.arange(length // world_size)[None, :]
+    order = packed_row(local, length, ranks, world_size).reshape(-1)
+    return x[:, np.argsort(order) if to_contiguous else order]
 
 
 def _places(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

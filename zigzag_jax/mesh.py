@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.checks import check_layout, check_sinks
@@ -18,9 +16,10 @@ from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
-from .axes import AxisName, axis_names, largest_along, largest_on
+from .axes import AxisName, largest_along, largest_on
 from .batch import Batch, batch_form, prepare_batch
 from .launch import choose_backend
+from .specs import check_divided, check_mesh, check_spread, reshard, size_on
 
 _OPTIONS = tuple(
     name
@@ -78,7 +77,7 @@ def make_zigzag_attention(
         TypeError: an option that `zigzag_attention` does not take.
     """
     axes = _Axes(axis, head_axis, batch_axis)
-    _check_mesh(mesh, axes)
+    check_mesh(mesh, axes._asdict())
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"{name}: expected one of the options {', '.join(_OPTIONS)}")
@@ -105,7 +104,7 @@ def make_zigzag_attention(
             check_sinks(sinks.shape, str(sinks.dtype), q.shape[-2])
             arrays["sinks"], specs["sinks"] = sinks, P(head_axis)
         if AxisType.Explicit in mesh.axis_types:
-            arrays = _reshard(arrays, specs, mesh)
+            arrays = reshard(arrays, specs, mesh)
         names = tuple(arrays)
 
         def body(*shards):
@@ -126,7 +125,7 @@ def make_zigzag_attention(
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
         chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
         chosen |= {"row_length": row_length, "rows": rows}
-        size = _size(mesh, axis)
+        size = size_on(mesh, axis)
         arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
@@ -135,7 +134,7 @@ def make_zigzag_attention(
             arrays["unsharded"] = jnp.asarray(unsharded)
         in_specs = dict.fromkeys(arrays, P())
         if AxisType.Explicit in mesh.axis_types:
-            arrays = _reshard(arrays, in_specs, mesh)
+            arrays = reshard(arrays, in_specs, mesh)
 
         names = tuple(arrays)
 
@@ -168,15 +167,6 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
     return *others, largest if batch_axis is None else largest_on(batch_axis, largest)
 
 
-def _reshard(arrays: dict[str, Any], specs: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Return `arrays`, which may be batches, spread over `mesh` by `specs` of the same names."""
-    placed = {}
-    for name, x in arrays.items():
-        spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[name], is_leaf=lambda x: isinstance(x, P))
-        placed[name] = jax.tree.map(jax.reshard, x, spread)
-    return placed
-
-
 def _cut(world_size: int, layout: Layout) -> int:
     """Return the number of ranks to which each sequence by itself is dealt out."""
     return 1 if layout == Layout.ROW else world_size
@@ -187,29 +177,6 @@ def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
     tables = {name: None if getattr(batch, name) is None else P(axis) for name in ("segments", "sequences")}
     lengths = None if batch.lengths is None else P()
     return dataclasses.replace(batch, cu_seqlens=P(), rank=P(axis), lengths=lengths, **tables)  # pyright: ignore
-
-
-def _size(mesh: Mesh, axes: AxisName | None) -> int:
-    return math.prod(mesh.shape[name] for name in axis_names(axes))
-
-
-def _check_mesh(mesh: Mesh, axes: _Axes) -> None:
-    """Raise `ValueError` unless `mesh` has all of the axes, and none has two meanings."""
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
-    seen = {}
-    for argument, given in axes._asdict().items():
-        names = (given,) if isinstance(given, str) else given
-        if argument == "axis" and (names is None or (isinstance(names, tuple) and not names)):
-            raise ValueError(f"axis: expected a mesh axis, or several, got {given!r}")
-        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"{argument}: expected the name of a mesh axis, or a tuple of names, got {given!r}")
-        for name in names or ():
-            if name not in mesh.axis_names:
-                raise ValueError(f"mesh: expected an axis {name!r}, got the axes {mesh.axis_names}")
-            if name in seen:
-                raise ValueError(f"{argument}: expected an axis other than {name!r}, which {seen[name]} is already")
-            seen[name] = argument
 
 
 def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
@@ -226,27 +193,8 @@ def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
         spread = {"head_axis": (-2, "heads"), "axis": (-3, "tokens"), "batch_axis": (-4, "batch")}
         for argument, (dimension, what) in spread.items():
             given = getattr(axes, argument)
-            if given is not None and x.shape[dimension] % (size := _size(mesh, given)):
-                raise ValueError(
-                    f"{name}: expected {what} that the {size} devices of {argument} {given!r} divide, "
-                    f"got {x.shape[dimension]} in shape {x.shape}"
-                )
-        _check_sharding(name, x, axes)
-
-
-def _check_sharding(name: str, x: Array, axes: _Axes) -> None:
-    """Raise `ValueError` for an array that is known to be spread over an axis which no argument names."""
-    sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    spec = getattr(sharding, "spec", None) or ()
-    named = {name for given in axes for name in axis_names(given)}
-    for dimension, given in enumerate(spec):
-        for axis in axis_names(given if isinstance(given, str | tuple) else None):
-            if axis not in named:
-                raise ValueError(
-                    f"{name}: expected an array that is spread over {sorted(named)}, got one whose dimension "
-                    f"{dimension} is spread over {axis!r} too, and would be gathered: name it as axis, head_axis or "
-                    "batch_axis"
-                )
+            check_divided(name, x, dimension, what, (argument, given, size_on(mesh, given)))
+        check_spread(name, x, axes._asdict())
 
 
 def _spread_lengths(
@@ -262,7 +210,7 @@ def _spread_lengths(
             )
         return cu_seqlens, _batch_specs(cu_seqlens, axes.axis)
     if not batch:
-        return as_cu_seqlens(cu_seqlens, _cut(_size(mesh, axes.axis), layout)), P()
+        return as_cu_seqlens(cu_seqlens, _cut(size_on(mesh, axes.axis), layout)), P()
     check_array("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
         raise ValueError(f"cu_seqlens: expected [batch, N + 1] with batch {batch[0]} as in q, got {cu_seqlens.shape}")

@@ -42,9 +42,7 @@ def cu_seqlens_from_segment_ids(
     end = jnp.max(jnp.where(ids != 0, rows + 1, 0), initial=0)
     if return_lengths:
         end = jnp.maximum(end, max(len(ids) - width, 0))
-    begins = (rows % width == 0) | (ids != jnp.roll(ids, 1))
-    if positions is not None:
-        begins |= (ids != 0) & (_one_after_another(positions) == 0)
+    begins = _begins(ids, None if positions is None else _one_after_another(positions), width)
     cu_seqlens = _offsets(begins & (rows < end), end, max_sequences, None)
     if not return_lengths:
         return cu_seqlens
@@ -75,6 +73,34 @@ def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax
     begins = (rows % width == 0) | (positions == 0)
     fault = (~begins & (positions != jnp.roll(positions, 1) + 1)) | (positions < 0)
     return _offsets(begins, jnp.int32(len(positions)), max_sequences, fault.any())
+
+
+def offsets_of_rows(
+    segment_ids: jax.Array, positions: jax.Array | None, max_segments: int, in_order: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return (cu_seqlens `[rows * (max_segments + 1) + 1]`, real lengths) of packed rows `[rows, tokens]`, int32.
+
+    There is room for `max_segments` documents in each row and for the padding behind them. The offsets end with -1 if a
+    row has more documents, if padding between documents needs more room, or, with `in_order`, if the positions of a
+    document do not count its tokens.
+    """
+    rows, width = segment_ids.shape
+    room = rows * (check_int("max_segments", max_segments, 1, MAX_ROWS, "a positive int") + 1)
+    cu_seqlens, lengths = cu_seqlens_from_segment_ids(segment_ids, room, positions, return_lengths=True)
+    ids = segment_ids.reshape(-1)
+    begins = _begins(ids, None if positions is None else positions.reshape(-1), max(width, 1))
+    fault = ((begins & (ids != 0)).reshape(rows, width).sum(1) > max_segments).any()
+    if in_order and positions is not None:
+        given = positions.reshape(-1)
+        fault |= (~begins & (ids != 0) & (given != jnp.roll(given, 1) + 1)).any()
+    fault |= cu_seqlens[-1] < 0
+    return cu_seqlens.at[-1].set(jnp.where(fault, -1, cu_seqlens[-1])), jnp.where(fault, 0, lengths)
+
+
+def _begins(ids: jax.Array, positions: jax.Array | None, width: int) -> jax.Array:
+    """Return the tokens `[total]` of packed rows of `width` tokens where a document, or padding, begins."""
+    begins = (jnp.arange(len(ids), dtype=jnp.int32) % width == 0) | (ids != jnp.roll(ids, 1))
+    return begins if positions is None else begins | ((ids != 0) & (positions == 0))
 
 
 def _check_ids(name: str, x, model_name: str, model: Array) -> None:

@@ -1,0 +1,190 @@
+"""`SegmentedBatch`: packed rows that segment ids describe, prepared once for all layers of a training step."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from zigzag_kernels.checks import check_layout, check_method
+from zigzag_kernels.layout import gathered_packed_row
+from zigzag_kernels.modes import Backend, Layout, Method
+
+from .arguments import Array, check_array
+from .axes import AxisName, axis_names
+from .batch import Batch, batch_form, prepare_batch
+from .launch import choose_backend
+from .segment_ids import offsets_of_rows
+from .specs import Surroundings, check_divided, check_spread, surroundings_of
+from .surroundings import under_own_promotion
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("batch",),
+    meta_fields=("row_length", "axis", "batch_axis"),
+)
+@dataclass(frozen=True)
+class SegmentedBatch:
+    """A segmented batch holds the lengths and device tables of packed rows, for all layers of a training step.
+
+    `prepare_segments` makes it, and `segmented_attention` takes it in place of segment ids. It is a pytree, and `specs`
+    are its specs for a `shard_map` around a layer.
+
+    Attributes:
+        batch: the packed batch that the rows of a device make: in the whole arrays those of all devices.
+        row_length: tokens of a row on all devices of `axis`.
+        axis: mesh axis, or axes, over which tokens are spread; None: one device has them all.
+        batch_axis: mesh axis, or axes, over which rows are spread.
+    """
+
+    batch: Batch
+    row_length: int
+    axis: AxisName | None
+    batch_axis: AxisName | None
+
+    @property
+    def specs(self) -> "SegmentedBatch":
+        """Return the specs of the arrays on the mesh, as `in_specs` of `shard_map` take them."""
+        rows, ranks = P(self.batch_axis), P((*axis_names(self.batch_axis), *axis_names(self.axis)))
+        specs = {"cu_seqlens": rows, "lengths": rows, "rank": ranks, "segments": ranks, "sequences": ranks}
+        specs = {name: spec for name, spec in specs.items() if getattr(self.batch, name) is not None}
+        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, **specs))  # pyright: ignore
+
+
+@under_own_promotion
+def prepare_segments(
+    segment_ids: Array | None,
+    positions: Array | None = None,
+    *,
+    max_segments: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: AxisName = "context",
+    batch_axis: AxisName | None = None,
+    layout: str = "row",
+    method: str | None = None,
+    backend: str | None = None,
+) -> SegmentedBatch:
+    """Build the device tables of packed rows once, for all layers and for both passes.
+
+    Args:
+        segment_ids: `[B, S]` integers, in the order of q; may be traced. A document is a run of tokens with the same
+            id, and id 0 is padding. None: `positions` say where documents begin, and there is no padding.
+        positions: `[B, S]` integers. With them a document also begins where the position is 0. In the row layout they
+            must count the tokens of each document.
+        max_segments: the most documents of a row. There is room for one run of padding besides, so that each run
+            between documents takes the place of one.
+        mesh, axis, batch_axis, layout, method, backend: as in `segmented_attention`; pass the same ones there.
+
+    Returns:
+        A `SegmentedBatch`. Attention to it is NaN, on the devices that share a row, if a row has more than
+        `max_segments` documents; if positions skip or repeat one inside a document, as they do in arrays of another
+        order; or if documents do not fit the document layout.
+
+    Raises:
+        ValueError: arrays, axes or options that do not fit.
+    """
+    given = {"segment_ids": segment_ids, "positions": positions}
+    given = {name: x for name, x in given.items() if x is not None}
+    if not given:
+        raise ValueError("segment_ids: expected integers [B, S], or positions, got None")
+    for name, x in given.items():
+        check_array(name, x)
+        if x.ndim != 2 or x.shape != (model := next(iter(given.values()))).shape or not _is_integer(x):
+            expected = "[B, S]" if x is model else f"{model.shape} as segment_ids"
+            raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
+    layout = check_layout(layout)
+    method = Method.ALLGATHER.value if method is None else method
+    check_method(method)
+    axes = {"axis": axis, "batch_axis": batch_axis}
+    around = surroundings_of(mesh, axes)
+    for name, x in given.items():
+        check_rows(name, x, around, axes)
+    axis_name = None if around.mesh is None else axis
+    size = around.size(axis)
+
+    def prepare(**shards) -> Batch:
+        return _prepare_shard(
+            shards.get("segment_ids"),
+            shards.get("positions"),
+            max_segments=max_segments,
+            axis_name=axis_name,
+            world_size=size,
+            options={"layout": layout.value, "method": method, "backend": backend},
+        )
+
+    rows = model.shape[0] // around.parts(batch_axis)
+    row_length = model.shape[1] * size // around.parts(axis)
+    form = batch_form(layout, row_length if layout is Layout.ROW else None, rows if layout is Layout.ROW else 1, size)
+    # Of the shape and with the static fields of what `prepare` returns; the arrays are made below.
+    batch = Batch(P(), P(), size, method, compared_by=axis_name, lengths=P(), **form._asdict())  # pyright: ignore
+    if choose_backend(backend) != Backend.REFERENCE:
+        batch = dataclasses.replace(batch, segments=P(), sequences=P())  # pyright: ignore
+    segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis)
+    arrays = {name: jnp.asarray(x) for name, x in given.items()}
+    batch = around.call(prepare, arrays, dict.fromkeys(arrays, P(batch_axis, axis)), segmented.specs.batch)
+    return dataclasses.replace(segmented, batch=batch)
+
+
+def check_rows(name: str, x: Array, around: Surroundings, axes: dict[str, AxisName | None]) -> None:
+    """Raise `ValueError` unless the devices of `axis` and `batch_axis` divide tokens and rows of `x [B, S, ...]`."""
+    if around.mesh is not None:
+        check_spread(name, x, axes)
+    for argument, dimension, what in (("batch_axis", 0, "rows"), ("axis", 1, "tokens")):
+        check_divided(name, x, dimension, what, (argument, axes[argument], around.parts(axes[argument])))
+    size, step = around.size(axes["axis"]), 2 * around.parts(axes["axis"])
+    if size > 1 and x.shape[1] % step:
+        raise ValueError(
+            f"{name}: expected tokens that can be cut into {2 * size} chunks, 2 for each device of axis "
+            f"{axes['axis']!r}: a multiple of {step}, got {x.shape[1]} in shape {x.shape}"
+        )
+
+
+def _prepare_shard(
+    segment_ids: jax.Array | None,
+    positions: jax.Array | None,
+    *,
+    max_segments: int,
+    axis_name: AxisName | None,
+    world_size: int,
+    options: dict,
+) -> Batch:
+    """Return the batch of one device's `segment_ids` and `positions [rows, T]`."""
+    given = [x for x in (segment_ids, positions) if x is not None]
+    whole = [_whole_rows(x, axis_name, world_size) for x in given]
+    rows, width = whole[0].shape[0], world_size * whole[0].shape[2]
+    in_rows = options["layout"] == Layout.ROW
+    fault = jnp.bool_(False)
+    if in_rows or world_size == 1:
+        order = gathered_packed_row(jnp.arange(width), width, width // world_size, world_size)
+        in_order = [x.reshape(rows, width)[:, order] for x in whole]
+    else:
+        # Every device has a part of the same length of each document.
+        in_order = [x[:, 0] for x in whole]
+        if segment_ids is not None:
+            fault = (whole[0] != whole[0][:, :1]).any()
+    ids = jnp.ones_like(in_order[0]) if segment_ids is None else in_order[0]
+    places = None if positions is None else in_order[-1]
+    cu_seqlens, lengths = offsets_of_rows(ids, places, max_segments, in_order=in_rows or world_size == 1)
+    cu_seqlens = cu_seqlens.at[-1].set(jnp.where(fault, -1, cu_seqlens[-1]))
+    if not in_rows:
+        cu_seqlens, lengths = jnp.where(cu_seqlens < 0, -1, cu_seqlens * world_size), lengths * world_size
+    of_rows = {"row_length": width, "rows": rows} if in_rows else {}
+    return prepare_batch(cu_seqlens, axis_name=axis_name, lengths=lengths, **of_rows, **options)
+
+
+def _whole_rows(x: jax.Array, axis_name: AxisName | None, world_size: int) -> jax.Array:
+    """Return integers `[rows, T]` of all devices, as `[rows, world_size, T]` which is the same on each."""
+    if axis_name is None:
+        return x[:, None]
+    parts = jnp.zeros((x.shape[0], world_size, x.shape[1]), x.dtype)
+    # A sum, since an all-gather is typed as varying along the axis.
+    parts = jax.lax.dynamic_update_slice_in_dim(parts, x[:, None], jax.lax.axis_index(axis_name), 1)
+    return jax.lax.psum(parts, axis_name)
+
+
+def _is_integer(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)

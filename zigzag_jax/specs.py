@@ -1,0 +1,143 @@
+"""Mesh axes that a caller names: the mesh that has them, whether arrays fit them, and calls of one device's shards."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .arguments import Array
+from .axes import AxisName, axis_names
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The mesh of a call, and whether a `shard_map` around the call maps over it already.
+
+    Attributes:
+        mesh: None outside of any mesh, where one device holds everything.
+        inside: whether the arrays of the call are shards of one device, inside a `shard_map`.
+        given: whether the caller passed `mesh`; otherwise it is that of `jax.set_mesh` or of the `shard_map`.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    inside: bool = False
+    given: bool = False
+
+    def size(self, axes: AxisName | None) -> int:
+        """Return the number of devices along `axes`."""
+        return 1 if self.mesh is None else size_on(self.mesh, axes)
+
+    def parts(self, axes: AxisName | None) -> int:
+        """Return into how many parts `call` cuts a dimension that is spread over `axes`."""
+        return 1 if self.inside else self.size(axes)
+
+    def call(self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any) -> Any:
+        """Return `function(**arrays)` of each device's shards, by `specs` of the same names."""
+        if self.mesh is None or self.inside:
+            return function(**arrays)
+        if AxisType.Explicit in self.mesh.axis_types:
+            arrays = reshard(arrays, specs, self.mesh)
+        order = tuple(arrays)
+
+        def of_shards(*shards):
+            return function(**dict(zip(order, shards, strict=True)))
+
+        in_specs = tuple(specs[name] for name in order)
+        mesh = self.mesh if self.given else None
+        return jax.shard_map(of_shards, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays.values())
+
+
+def surroundings_of(mesh: Mesh | AbstractMesh | None, axes: Mapping[str, AxisName | None]) -> Surroundings:
+    """Return the mesh of a call: `mesh`, or None for that of `jax.set_mesh` or of the `shard_map` around.
+
+    `axes` are the axes that the caller named, by argument; the first is needed, and the others may be None. Raises
+    `ValueError` unless the mesh has all of them, each once, and in a `shard_map` over only some axes of its mesh.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    inside = bool(around.manual_axes)
+    if inside and mesh is not None and dict(mesh.shape) != dict(around.shape):
+        raise ValueError(
+            f"mesh: expected None or the mesh of the shard_map around this call, {dict(around.shape)}, "
+            f"got {dict(mesh.shape)}"
+        )
+    if inside and len(around.manual_axes) < len(around.axis_names):
+        raise ValueError(
+            "axis_names: expected a shard_map over all axes of its mesh around this call, or none, got one over "
+            f"{around.manual_axes} of {around.axis_names}: JAX cannot differentiate one shard_map inside another"
+        )
+    given = mesh is not None and not inside
+    if not given:
+        mesh = None if around.empty else around
+    if mesh is not None:
+        check_mesh(mesh, axes)
+    for argument, names in list(axes.items())[1:] if mesh is None else ():
+        if names:
+            raise ValueError(f"mesh: expected one with the {argument} {names!r}, or jax.set_mesh around, got None")
+    return Surroundings(mesh, inside, given)
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, axes: Mapping[str, AxisName | None]) -> None:
+    """Raise `ValueError` unless `mesh` has all of the axes, by argument, and none has two meanings."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
+    seen = {}
+    for argument, given in axes.items():
+        names = (given,) if isinstance(given, str) else given
+        if argument == "axis" and (names is None or (isinstance(names, tuple) and not names)):
+            raise ValueError(f"axis: expected a mesh axis, or several, got {given!r}")
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{argument}: expected the name of a mesh axis, or a tuple of names, got {given!r}")
+        for name in names or ():
+            if name not in mesh.axis_names:
+                raise ValueError(f"mesh: expected an axis {name!r}, got the axes {mesh.axis_names}")
+            if name in seen:
+                raise ValueError(f"{argument}: expected an axis other than {name!r}, which {seen[name]} is already")
+            seen[name] = argument
+
+
+def size_on(mesh: Mesh | AbstractMesh, axes: AxisName | None) -> int:
+    """Return the number of devices of `mesh` along `axes`."""
+    return math.prod(mesh.shape[name] for name in axis_names(axes))
+
+
+def check_divided(name: str, x: Array, dimension: int, what: str, over: tuple[str, AxisName | None, int]) -> None:
+    """Raise `ValueError` for an array with a `dimension`, of `what`, that the devices it is spread `over` don't divide.
+
+    `over` is (argument that names the axes, the axes, number of devices along them).
+    """
+    argument, axes, size = over
+    if axes is not None and x.shape[dimension] % size:
+        raise ValueError(
+            f"{name}: expected {what} that the {size} devices of {argument} {axes!r} divide, "
+            f"got {x.shape[dimension]} in shape {x.shape}"
+        )
+
+
+def check_spread(name: str, x: Array, axes: Mapping[str, AxisName | None]) -> None:
+    """Raise `ValueError` for an array that is known to be spread over an axis which no argument of `axes` names."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    spec = getattr(sharding, "spec", None) or ()
+    named = {axis for given in axes.values() for axis in axis_names(given)}
+    for dimension, given in enumerate(spec):
+        for axis in axis_names(given if isinstance(given, str | tuple) else None):
+            if axis not in named:
+                *first, last = axes
+                raise ValueError(
+                    f"{name}: expected an array that is spread over {sorted(named)}, got one whose dimension "
+                    f"{dimension} is spread over {axis!r} too, and would be gathered: name it as {', '.join(first)} or "
+                    f"{last}"
+                )
+
+
+def reshard(arrays: dict[str, Any], specs: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Return `arrays`, which may be pytrees, spread over `mesh` by `specs` of the same names."""
+    placed = {}
+    for name, x in arrays.items():
+        spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[name], is_leaf=lambda x: isinstance(x, P))
+        placed[name] = jax.tree.map(jax.reshard, x, spread)
+    return placed
