@@ -1,5 +1,6 @@
 """Attention of Hugging Face transformers models, on one device or over the ranks of a context-parallel group."""
 
+from .checkpointing import keep_attention
 from .registry import register, use_mesh
 
-__all__ = ["register", "use_mesh"]
+__all__ = ["keep_attention", "register", "use_mesh"]

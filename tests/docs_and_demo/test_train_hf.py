@@ -1,0 +1,47 @@
+"""The example that trains a model of transformers has the losses of the stock attention, on any number of ranks."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support.commands import finish, start
+from tests.support.machine import GPUS
+
+SCRIPT = "examples/train_hf.py", "--tokens", "256", "--context", "128", "--dtype", "float32"
+# Float32 summed in another order; Adam makes more of it with every step.
+TOLERANCE = 5e-5
+
+
+def losses(tmp_path, *arguments, ranks=1):
+    """(number of the first step, losses) of a run on so many ranks."""
+    file = tmp_path / "results.json"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    [ended] = finish(start(*torchrun, *SCRIPT, *arguments, "--json", str(file), **environment))
+    assert ended.code == 0, ended.errors
+    results = json.loads(file.read_text())
+    assert sum("loss" in line for line in ended.lines) == len(results["losses"])
+    return results["first"], results["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(tmp_path):
+    first, alone = losses(tmp_path, "--steps", "5", "--checkpointing", "none")
+    assert (first, len(alone)) == (0, 5)
+    save = "--save", str(tmp_path / "checkpoints")
+    _, begun = losses(tmp_path, "--steps", "3", *save, "--method", "ring", ranks=2)
+    first, resumed = losses(tmp_path, "--steps", "5", *save)
+    assert (first, len(resumed)) == (3, 2)
+    np.testing.assert_allclose(begun + resumed, alone, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+@pytest.mark.skipif(0 < len(GPUS) < 4, reason="needs four GPUs, or none")
+def test_replicas_of_groups_have_the_losses_of_stock_attention_in_replicas(tmp_path):
+    model = "--model", "tiny-llama", "--layers", "1", "--steps", "3"
+    _, ours = losses(tmp_path, *model, "--replicas", "2", "--checkpointing", "full", ranks=4)
+    _, stock = losses(tmp_path, *model, "--attention", "sdpa", ranks=2)
+    np.testing.assert_allclose(ours, stock, rtol=0, atol=TOLERANCE)
