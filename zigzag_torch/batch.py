@@ -19,7 +19,7 @@ from .autograd import segment_tables
 from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
-from .parts import Parts
+from .plans import Parts, check_plan
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,7 @@ def _as_parts(given: DocumentPlan | Parts, rank, world_size: int | None, place: 
     """Return the parts of a rank that is an int; `ValueError` for a plan of another number of ranks."""
     if isinstance(given, Parts):
         return given.checked()
-    size = place.world_size if world_size is None else check_world_size(world_size)
-    if size != given.world_size:
-        raise ValueError(f"world_size: expected that of the plan, {given.world_size}, got {size}")
+    check_plan(given, place.world_size if world_size is None else world_size)
     return Parts.of_plan(given, place.rank if rank is None else rank, device)
 
 

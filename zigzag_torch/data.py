@@ -10,12 +10,13 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 
 from zigzag_kernels.checks import MAX_TOTAL, check_int, check_layout, check_rank, check_world_size, dtype_name
-from zigzag_kernels.documents import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
+from zigzag_kernels.documents import DocumentPlan, check_labels, check_not_shifted, deal_documents, fingerprint
 
 from .arguments import check_device, check_tensor, readable
 from .batch import Batch, prepare_batch
 from .parallel.agreement import agree, place_in, resolve
 from .parallel.collectives import all_gather
+from .plans import Parts, order_of_tokens
 from .shard import validate
 
 INT64 = torch.iinfo(torch.int64)
@@ -25,25 +26,32 @@ INT64 = torch.iinfo(torch.int64)
 class ShardedBatch:
     """A sharded batch is what one rank needs of a batch of documents for a training step.
 
-    `shard_documents` and `ZigzagCollator` make it. Batches of equal `tokens` and `max_documents` have equal shapes.
+    `shard_documents` and `ZigzagCollator` make it. Its rows are those of a plan of documents: whole documents of this
+    rank and their padding, then this rank's chunks of the split documents and their padding. Batches of equal `tokens`,
+    `whole_tokens`, `max_documents` and `max_split` have equal shapes.
 
     Attributes:
         input_ids: `[T]` int64, the tokens of this rank; padding is `pad_token_id`.
         labels: `[T]` int64, the next token of the same document; `ignore_index` at its end and for padding.
         position_ids: `[T]` int32, the position of every row in its document.
         loss_mask: `[T]` bool, the rows that have a label.
-        cu_seqlens: `[N + 1]` int32, offsets over all ranks, as `prepare_batch` takes them.
-        lengths: `[N]` int32, real tokens of each document.
+        rows: `[T]` int64, the token of the concatenated documents that each row is; -1 for padding.
+        whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows.
+        cu_seqlens: `[M + 1]` int32, offsets of the split documents over all ranks, as `prepare_batch` takes them.
+        lengths: `[M]` int32, real tokens of each split document.
         num_targets: one int64, the labels of all ranks together.
-        fingerprint: `[1]` int64, which differs if any token or label of the whole batch does.
+        fingerprint: `[1]` int64, which differs if any token or label of the whole batch does, or the plan.
         rank, world_size: the place that the rows are for.
-        layout: "document" or "row".
+        layout: "document" or "row". In the row layout all documents count as split.
+        whole_tokens: rows for whole documents, the first ones of each rank.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     loss_mask: torch.Tensor
+    rows: torch.Tensor
+    whole_cu_seqlens: torch.Tensor
     cu_seqlens: torch.Tensor
     lengths: torch.Tensor
     num_targets: torch.Tensor
@@ -51,11 +59,18 @@ class ShardedBatch:
     rank: int
     world_size: int
     layout: str
+    whole_tokens: int
 
     @property
     def row_length(self) -> int | None:
         """Tokens of the packed row over all ranks, which attention in the row layout takes; else None."""
         return self.world_size * len(self.input_ids) if self.layout == "row" and self.world_size > 1 else None
+
+    @property
+    def parts(self) -> Parts:
+        """The offsets of whole and split documents, for `prepare_batch`, unless the layout is "row"."""
+        offsets = self.whole_cu_seqlens, self.cu_seqlens, self.lengths
+        return Parts(*offsets, self.whole_tokens, len(self.input_ids))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ShardedBatch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -72,14 +87,13 @@ class ShardedBatch:
         batches; `validate` says so in words. Raises `ValueError` if the rows are not those of this rank of the group.
         """
         return prepare_batch(
-            self.cu_seqlens,
+            self.cu_seqlens if self.layout == "row" else self.parts,
             self.rank,
             self.world_size,
             method=method,
             group=group,
             backend=backend,
             unsharded=None if group is None else self.fingerprint,
-            lengths=self.lengths if self.layout == "document" else None,
             layout=self.layout,
             row_length=self.row_length,
         )
@@ -111,22 +125,18 @@ class ShardedBatch:
 
     def validate(self, group=None) -> None:
         """Raise `ValueError` if the ranks of `group` hold rows of different batches; the host waits for the device."""
-        validate(
-            self.cu_seqlens,
-            self.world_size,
-            self.world_size * len(self.input_ids),
-            layout=self.layout,
-            row_length=self.row_length,
-            lengths=self.lengths,
-            group=group,
-            unsharded=self.fingerprint,
-        )
+        common = {"group": group, "unsharded": self.fingerprint}
+        if self.layout == "document":
+            validate(self.parts, self.world_size, **common)
+            return
+        total, form = self.world_size * len(self.input_ids), {"layout": "row", "row_length": self.row_length}
+        validate(self.cu_seqlens, self.world_size, total, lengths=self.lengths, **form, **common)
 
     def _map(self, function) -> "ShardedBatch":
         return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
 
 
-_CONSTANTS = "rank", "world_size", "layout"
+_CONSTANTS = "rank", "world_size", "layout", "whole_tokens"
 _TENSORS = tuple(field.name for field in dataclasses.fields(ShardedBatch) if field.name not in _CONSTANTS)
 
 
@@ -151,7 +161,13 @@ def shard_documents(
     ignore_index: int = -100,
     tokens: int | None = None,
     max_documents: int | None = None,
+    max_split: int | None = None,
     layout: str = "document",
+    split_above: int | None = None,
+    split_tokens: int | None = None,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    causal: bool = True,
 ) -> ShardedBatch:
     """Return the rows of `rank` of a batch of documents, with labels, positions and what attention needs, on the CPU.
 
@@ -164,8 +180,15 @@ def shard_documents(
         pad_token_id: token of padding rows.
         ignore_index: label of rows that have none.
         tokens: T, rows of each rank, padding included; None is as few as this batch needs.
-        max_documents: N, entries of the offsets; None is as many as there are documents.
-        layout: "document", which splits every document over all ranks, or "row", which splits all as one row.
+        max_documents: N, entries of the offsets, and the most documents of a batch; None is as many as are needed.
+        max_split: M, entries for split documents; None is as many as `max_documents`.
+        layout: "document", whose documents are whole or split as `plan_documents` says, or "row", which splits all
+            documents as one row.
+        split_above: split the documents longer than this, and others only if they do not fit; 0 splits all. None is as
+            few as make work equal.
+        split_tokens: rows of each rank for split documents, padding included. A fixed number gives all steps one shape;
+            None takes the fewest eighths of `tokens` that serve this batch, or what it needs if `tokens` is None.
+        window_size, attention_chunk, causal: the mask by which work is made equal, as attention takes it.
 
     Raises `ValueError` for documents that do not fit, with the number of tokens that are too many.
     """
@@ -175,7 +198,9 @@ def shard_documents(
     ignore_index = check_int("ignore_index", ignore_index, INT64.min, INT64.max, "an integer")
     parts = _integers("documents", documents)
     lengths = [len(part) for part in parts]
-    packed = pack_documents(lengths, world_size, tokens=tokens, max_documents=max_documents, layout=layout)
+    sizes = {"tokens": tokens, "max_documents": max_documents, "max_split": max_split, "split_tokens": split_tokens}
+    mask = {"window_size": window_size, "attention_chunk": attention_chunk, "causal": causal}
+    packed = deal_documents(lengths, world_size, layout=layout, split_above=split_above, **sizes, **mask)
     ids = _joined(parts)
     targets = ids
     if labels is not None:
@@ -190,21 +215,28 @@ def shard_documents(
         following = ~first[1:] & known[:-1]
         shifted = bool(following.any()) and torch.equal(targets[:-1][following], ids[1:][following])
         check_not_shifted(torch.equal(targets[known], ids[known]), shifted)
-    rows, label_rows = packed.rows(rank), packed.label_rows(rank)
+    rows, label_rows = _int64(packed.rows(rank)), _int64(packed.label_rows(rank))
     local_labels = _taken(targets, label_rows, ignore_index)
+    is_plan = isinstance(packed, DocumentPlan)
+    whole = packed.whole_cu_seqlens(rank) if is_plan else [0]
+    split = (packed.split_cu_seqlens, packed.split_lengths) if is_plan else (packed.cu_seqlens, packed.real_lengths)
+    whole_cu_seqlens, cu_seqlens, real_lengths = (torch.tensor(x, dtype=torch.int32) for x in (whole, *split))
     arrays = [x.numpy().tobytes() for x in ((ids,) if targets is ids else (ids, targets))]
     return ShardedBatch(
         input_ids=_taken(ids, rows, pad_token_id),
         labels=local_labels,
         position_ids=torch.tensor(packed.positions(rank), dtype=torch.int32),
         loss_mask=local_labels != ignore_index,
-        cu_seqlens=torch.tensor(packed.cu_seqlens, dtype=torch.int32),
-        lengths=torch.tensor(packed.real_lengths, dtype=torch.int32),
+        rows=rows,
+        whole_cu_seqlens=whole_cu_seqlens,
+        cu_seqlens=cu_seqlens,
+        lengths=real_lengths,
         num_targets=((targets != ignore_index) & ~first).sum(),
-        fingerprint=torch.tensor([fingerprint(lengths, arrays)]),
+        fingerprint=torch.tensor([fingerprint(lengths, [*arrays, packed.key])]),
         rank=rank,
         world_size=world_size,
         layout=layout.value,
+        whole_tokens=packed.whole_tokens if is_plan else 0,
     )
 
 
@@ -231,9 +263,13 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _taken(values: torch.Tensor, rows: list[int], fill: int) -> torch.Tensor:
+def _int64(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _taken(values: torch.Tensor, rows: torch.Tensor, fill: int) -> torch.Tensor:
     """Return `values[rows]`, and `fill` where a row is -1."""
-    return torch.cat((values, values.new_tensor([fill])))[torch.tensor(rows, dtype=torch.int64)]
+    return torch.cat((values, values.new_tensor([fill])))[rows]
 
 
 class ZigzagCollator:
@@ -254,10 +290,12 @@ class ZigzagCollator:
         pad_token_id: int = 0,
         ignore_index: int = -100,
         layout: str = "document",
+        **options,
     ):
         """Take the rank and the size of `group`, a process group or a 1-D DeviceMesh, or `rank` and `world_size`.
 
-        The other arguments are those of `shard_documents`; shapes are fixed, so that a step compiles once.
+        The other arguments, `options` among them, are those of `shard_documents`. With `split_tokens` shapes are fixed,
+        so that a step compiles once; without, there are nine shapes at most, one for each share of split documents.
         """
         place = place_in(group)
         if group is not None and not (rank is None and world_size is None):
@@ -266,7 +304,7 @@ class ZigzagCollator:
         if rank is None and group is None and self.world_size > 1:
             raise ValueError(f"rank: expected the rank to make batches for, as world_size is {world_size}, got None")
         self.rank = place.rank if rank is None else check_rank(rank, self.world_size, False)
-        self.options = {"pad_token_id": pad_token_id, "ignore_index": ignore_index, "layout": layout}
+        self.options = options | {"pad_token_id": pad_token_id, "ignore_index": ignore_index, "layout": layout}
         self.options |= {
             "tokens": check_int("tokens", tokens, 1),
             "max_documents": check_int("max_documents", max_documents, 1),
@@ -350,8 +388,9 @@ def token_mean_loss(
 def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Tensor:
     """Return what all ranks of `group` have in `x [T, ...]` in the order of the documents, one after another.
 
-    The result `[tokens of all documents, ...]` has no padding and no gradient; the host reads the lengths. Every rank
-    of the group makes this call. Raises `ValueError` for rows that are not those of `batch`.
+    The result `[tokens of all documents, ...]` has no padding; the host waits for `batch.rows` of all ranks. It is
+    differentiable: a row of x gets the sum of the gradients that its copies have on all ranks. Every rank of the group
+    makes this call. Raises `ValueError` for rows that are not those of `batch`.
     """
     check_tensor("x", x)
     place = place_in(group)
@@ -360,14 +399,9 @@ def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Ten
     tokens = len(batch.input_ids)
     if not x.ndim or x.shape[0] != tokens:
         raise ValueError(f"x: expected [T, ...] with the {tokens} rows of the batch, got shape {tuple(x.shape)}")
-    gathered = x.detach()
+    gathered, rows = x, batch.rows.to(x.device)
     if place.group_name is not None and place.world_size > 1:
         facts = ("call", "unshard_group"), ("x", (tuple(x.shape), dtype_name(x)))
         agree(resolve(place.group_name), facts)
-        gathered = all_gather(gathered, place.world_size, place.group_name)
-    lengths = tuple(batch.lengths.tolist())
-    packed = PackedBatch(lengths, batch.world_size, tokens, len(lengths), check_layout(batch.layout))
-    held = torch.tensor([packed.rows(rank) for rank in range(batch.world_size)], dtype=torch.int64).flatten()
-    order = torch.empty(sum(lengths), dtype=torch.int64)
-    order[held[held >= 0]] = (held >= 0).nonzero().flatten()
-    return gathered[order.to(x.device)]
+        gathered, rows = (all_gather(x, place.world_size, place.group_name) for x in (gathered, rows))
+    return gathered[order_of_tokens(rows)]

@@ -20,6 +20,7 @@ from zigzag_kernels.checks import (
     check_rows,
     check_world_size,
 )
+from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.layout import (
     gathered_packed_row,
     gathered_row,
@@ -33,6 +34,7 @@ from zigzag_kernels.modes import Layout
 from .arguments import as_cu_seqlens, as_lengths, as_rank, check_batch, check_device, check_tensor, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
 from .parallel.collectives import fingerprint
+from .plans import Parts, check_plan, positions_of_plan, shard_by_plan, unshard_by_plan
 
 
 def sequence_of_rows(
@@ -118,7 +120,7 @@ def local_cu_seqlens(
 
 
 def position_ids(
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan,
     rank: int | torch.Tensor,
     world_size: int,
     tokens: int | None = None,
@@ -131,8 +133,11 @@ def position_ids(
     `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and padding is not counted but for that
     which fills the last row of `row_length`. In the row layout `row_length` None is one row of all tokens. Raises
     `ValueError` for offsets that `validate` refuses, for a rank that is none, and for fewer `tokens` than the documents
-    have; if the values are on a GPU, all positions are -1 instead.
+    have; if the values are on a GPU, all positions are -1 instead. In place of `cu_seqlens` it takes a plan of
+    `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return positions_of_plan(cu_seqlens, _host_rank(rank), world_size, tokens)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, check_layout(layout))
     if tokens is None:
         offsets = cu_seqlens.tolist()
@@ -219,9 +224,15 @@ def _global_rows(
     return torch.where(sequence >= 0, cu_seqlens[sequence.clamp(min=0)] + position, padding)
 
 
+def _host_rank(rank: int | torch.Tensor) -> int:
+    if isinstance(rank, torch.Tensor):
+        raise ValueError("rank: expected an int with a plan, whose rows the host knows, got a tensor")
+    return rank
+
+
 def shard(
     x: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan,
     rank: int | torch.Tensor,
     world_size: int,
     *,
@@ -238,7 +249,11 @@ def shard(
     Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` refuses, and for a rank that is
     none; if those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
     if it has unsigned ones.
+
+    With a plan of documents `x` has the tokens of all documents, and padding rows of the result are 0.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return shard_by_plan(x, cu_seqlens, _host_rank(rank), world_size)
     layout = check_layout(layout)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, 1)
@@ -251,7 +266,7 @@ def shard(
 
 def unshard(
     x: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan,
     world_size: int,
     *,
     layout: str = "document",
@@ -260,8 +275,11 @@ def unshard(
     """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks.
 
     In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind those of another; the
-    result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does.
+    result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does. With a plan of
+    documents the result has the tokens of all documents and no padding.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return unshard_by_plan(x, cu_seqlens, world_size)
     layout = check_layout(layout)
     cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
@@ -296,7 +314,7 @@ def position_order(
 
 
 def validate(
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan | Parts,
     world_size: int,
     total: int | None = None,
     *,
@@ -312,7 +330,8 @@ def validate(
     packed row. `lengths` are the real lengths of padded documents. Attention itself produces NaN for invalid values,
     because checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of
     it makes this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
-    `unsharded` is the whole batch before `shard`, which ranks of a group compare as well.
+    `unsharded` is the whole batch before `shard`, which ranks of a group compare as well. Of a plan of documents ranks
+    compare everything.
     """
     check = functools.partial(_check_values, cu_seqlens, world_size, total, layout, row_length, lengths)
     if group is None:
@@ -332,6 +351,10 @@ def validate(
     except ValueError as error:
         refuse(group, error)
     report = {"call": "validate", "total": total, "layout": str(layout), "row_length": row_length}
+    if isinstance(cu_seqlens, DocumentPlan):
+        report["plan"] = f"{cu_seqlens.tokens} rows, whole documents {cu_seqlens.whole}"
+    elif isinstance(cu_seqlens, Parts):
+        report["parts"] = f"{cu_seqlens.tokens} rows, {cu_seqlens.whole_tokens} of them for whole documents"
     report |= {"sequences": len(offsets) - 1, "lengths": None if real is None else len(real)}
     if unsharded is not None:
         report["unsharded"] = f"fingerprint {int(fingerprint(unsharded)):#x}"
@@ -340,7 +363,7 @@ def validate(
 
 
 def _check_values(
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentPlan | Parts,
     world_size: int,
     total: int | None,
     layout: str,
@@ -349,6 +372,12 @@ def _check_values(
 ) -> tuple[list[int], list[int] | None]:
     """Return the values of `cu_seqlens` and of `lengths`; `ValueError` if they cannot be dealt out."""
     layout, world_size = check_layout(layout), check_world_size(world_size)
+    if isinstance(cu_seqlens, DocumentPlan):
+        plan = check_plan(cu_seqlens, world_size)
+        values = [Parts.of_plan(plan, rank).values(world_size) for rank in range(world_size)]
+        return values[0]
+    if isinstance(cu_seqlens, Parts):
+        return cu_seqlens.checked().values(world_size)
     offsets = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1).tolist()
     check_whole_batch(offsets, world_size, total, layout, row_length)
     if lengths is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,11 +44,17 @@ def next_tokens(documents, labels=None):
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_rows_are_those_of_the_padded_batch(lengths, world_size, spare, layout, masked):
+    if layout == "document":
+        lengths = [max(length, 1) for length in lengths]  # a plan has no entries for empty documents
     documents = made_documents(lengths)
     labels = [np.where(np.arange(len(x)) < 3, IGNORE, x) for x in documents] if masked else None
     room = sum(lengths) + 2 * world_size * (len(lengths) + spare)
     tokens = 2 * -(-room // (2 * world_size))
     options = {"labels": labels, "pad_token_id": 7, "tokens": tokens, "max_documents": len(lengths) + 2}
+    if layout == "document":
+        options["split_above"] = 0
+        if world_size == 1:
+            return  # nothing is split: the next test
     batches = [shard_documents(documents, rank, world_size, layout=layout, **options) for rank in range(world_size)]
     ids, offsets = torch.tensor(np.concatenate(documents)), torch.tensor(np.cumsum([0, *lengths]))
     total, pads = world_size * tokens, {"layout": layout}
@@ -72,6 +79,57 @@ def test_rows_are_those_of_the_padded_batch(lengths, world_size, spare, layout, 
     assert len({int(batch.fingerprint) for batch in batches}) == 1
 
 
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    world_size=st.integers(1, 4),
+    spare=st.integers(0, 9),
+    split=st.sampled_from([{}, {"split_above": 20}, {"split_tokens": 30}, {"window_size": (5, 0)}]),
+    fixed=st.booleans(),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_rows_of_all_ranks_are_the_documents_whole_or_in_zigzag_chunks(lengths, world_size, spare, split, fixed):
+    documents = made_documents(lengths)
+    tokens = 30 + spare + -(-(sum(lengths) + 2 * world_size * len(lengths)) // world_size)
+    options = split | ({"tokens": tokens + max(lengths), "max_documents": len(lengths)} if fixed else {})
+    batches = [shard_documents(documents, rank, world_size, pad_token_id=60, **options) for rank in range(world_size)]
+    ids = torch.tensor(np.concatenate(documents))
+    wanted, places = next_tokens(documents), torch.cat([torch.arange(length) for length in lengths])
+    rows = torch.cat([batch.rows for batch in batches])
+    assert torch.equal(rows[rows >= 0].sort()[0], torch.arange(len(ids)))
+    for rank, batch in enumerate(batches):
+        real = batch.rows >= 0
+        for ours, theirs, fill in (
+            (batch.input_ids, ids, 60),
+            (batch.labels, wanted, IGNORE),
+            (batch.position_ids, places, 0),
+        ):
+            assert torch.equal(ours[real].long(), theirs[batch.rows[real]])
+            assert (ours[~real] == fill).all()
+        whole = batch.rows[: batch.whole_tokens]
+        for start, end in pairwise(batch.whole_cu_seqlens.tolist()):
+            assert torch.equal(whole[start:end], whole[start : start + 1] + torch.arange(end - start))
+            assert start == end or places[whole[start]] == 0
+        assert (whole[batch.whole_cu_seqlens[-1] :] == -1).all()
+        position = zigzag_torch.position_ids(batch.cu_seqlens, rank, world_size, len(real) - batch.whole_tokens)
+        split_part = slice(batch.whole_tokens, None)
+        assert torch.equal(batch.position_ids[split_part], torch.where(real[split_part], position, 0))
+        batch.validate()
+    assert len({int(batch.fingerprint) for batch in batches}) == 1
+    assert len({tuple(x.shape for x in pytree.tree_leaves(batch)[:11]) for batch in batches}) == 1
+    assert len({batch.whole_tokens for batch in batches}) == 1
+
+
+def test_split_rows_are_eighths_unless_the_caller_says_how_many():
+    documents = made_documents([30, 41, 7, 22, 9, 16, 3])
+    for options, whole in (({}, 32), ({"split_tokens": 30}, 34), ({"split_above": 0}, 0), ({"split_above": 64}, 64)):
+        batch = shard_documents(documents, 0, 3, tokens=64, max_documents=7, **options)
+        assert batch.whole_tokens == whole, options
+    with pytest.raises(
+        ValueError, match=r"tokens: expected rows for 128 tokens.* split_tokens = 2 .*, 2 tokens too many"
+    ):
+        shard_documents(documents, 0, 3, tokens=44, split_tokens=2)
+
+
 def test_another_token_or_label_or_length_has_another_fingerprint():
     documents = [[1, 2, 3], [4, 5]]
     others = [
@@ -80,6 +138,8 @@ def test_another_token_or_label_or_length_has_another_fingerprint():
         {"documents": [[2, 1, 3], [4, 5]]},
         {"documents": documents, "labels": [[IGNORE, 2, 3], [4, 5]]},
         {"documents": documents, "labels": documents},
+        {"documents": documents, "split_above": 0},
+        {"documents": documents, "tokens": 9},
     ]
     known = {int(shard_documents(documents, 0, 2).fingerprint)}
     known |= {int(shard_documents(rank=1, world_size=2, **other).fingerprint) for other in others}
@@ -125,10 +185,14 @@ def test_batches_of_a_size_have_one_shape_and_compile_once():
 
 def test_a_prepared_batch_knows_real_lengths_and_the_layout():
     for layout, lengths in (("document", [3, 2, 0]), ("row", None)):
-        batch = shard_documents([[1, 2, 3], [4, 5]], 1, 2, max_documents=3, tokens=6, layout=layout)
+        split = {"split_above": 0} if layout == "document" else {}
+        batch = shard_documents([[1, 2, 3], [4, 5]], 1, 2, max_documents=3, tokens=6, layout=layout, **split)
         prepared = batch.prepare(backend="reference")
         assert (prepared.lengths if lengths is None else prepared.lengths.tolist()) == lengths
         assert (prepared.layout, prepared.row_length) == (layout, 12 if layout == "row" else 0)
+    mixed = shard_documents([[1, 2, 3], [4, 5]], 1, 2, tokens=6, split_tokens=2)
+    with pytest.raises(ValueError, match="group: expected that of the ranks of a plan with whole and split documents"):
+        mixed.prepare()
 
 
 def test_a_batch_moves_is_pinned_and_is_a_pytree(monkeypatch):
@@ -184,6 +248,34 @@ def test_both_parts_of_a_plan_make_the_attention_of_the_whole_batch(options):
     torch.testing.assert_close(out, wanted)
 
 
+def test_a_plan_deals_out_rows_positions_and_puts_them_together():
+    lengths, world_size = [61, 9, 14, 3, 20, 7, 11], 3
+    plan = zigzag_torch.plan_documents(lengths, world_size, tokens=56, split_tokens=30)
+    x = torch.randn(sum(lengths), 2, requires_grad=True)
+    rows = [zigzag_torch.shard(x, plan, rank, world_size) for rank in range(world_size)]
+    for rank, own in enumerate(rows):
+        real = torch.tensor(plan.rows(rank)) >= 0
+        assert own.shape == (56, 2)
+        assert (own[~real] == 0).all()
+        assert zigzag_torch.position_ids(plan, rank, world_size).tolist() == plan.positions(rank)
+    together = zigzag_torch.unshard(torch.cat(rows), plan, world_size)
+    assert torch.equal(together, x)
+    together.sum().backward()
+    assert (x.grad == 1).all()
+    zigzag_torch.validate(plan, world_size)
+    overfull = dataclasses.replace(plan, lengths=(61, 99, *plan.lengths[2:]))
+    for call, message in (
+        (lambda: zigzag_torch.validate(overfull, 3), "whole_cu_seqlens: expected to end at or before the 26 rows"),
+        (lambda: zigzag_torch.validate(plan, 2), "world_size: expected that of the plan, 3, got 2"),
+        (lambda: zigzag_torch.shard(x[1:], plan, 0, 3), "x: expected the 125 tokens of the plan, got shape"),
+        (lambda: zigzag_torch.shard(x, plan, torch.tensor(0), 3), "rank: expected an int with a plan"),
+        (lambda: zigzag_torch.unshard(x, plan, 3), "x: expected the 168 rows of all ranks in the plan, got shape"),
+        (lambda: zigzag_torch.position_ids(plan, 0, 3, 9), "tokens: expected None or those of the plan, 56, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_loss_and_gradients_are_those_of_the_whole_batch(world_size, layout, tmp_path):
@@ -229,6 +321,11 @@ def check_training_step(rank, world_size, layout):
     ids = torch.tensor(np.concatenate(documents))
     assert torch.equal(unshard_group(batch.input_ids, batch, group), ids)
     torch.testing.assert_close(unshard_group(logits, batch, group), forward(weights, whole))
+    leaf, factors = torch.ones(tokens, requires_grad=True), torch.arange(len(ids)) + 1.0
+    (unshard_group(leaf, batch, group) * factors * (rank + 1)).sum().backward()
+    assert leaf.grad is not None
+    of_all = factors.new_tensor([*factors, 0])[batch.rows] * sum(range(1, world_size + 1))
+    assert torch.equal(leaf.grad, of_all)
     check_mistakes(rank, world_size, group, batch, logits, documents)
 
 
@@ -280,7 +377,9 @@ ALREADY = [np.array([2, 3, 4, IGNORE]), np.array([6, 7, IGNORE])]
         ({"documents": "text"}, "documents: expected a list of documents, got str"),
         ({"documents": [1, 2]}, r"documents: expected integers \[n\], got shape \(\) int64 \(document 0\)"),
         ({"documents": [["a"]]}, r"documents: expected integers \[n\], got list \(document 0\)"),
-        ({"tokens": 3}, "got 3 rows a rank, 2 tokens too many"),
+        ({"tokens": 3, "split_above": 0}, "got 3 rows a rank, 1 tokens too many"),
+        ({"split_tokens": 2, "layout": "row"}, "split_tokens: expected None with layout 'row', got 2"),
+        ({"split_tokens": 9, "tokens": 8}, "split_tokens: expected at most tokens = 8, got 9"),
         ({"tokens": 4, "world_size": 1, "rank": 0}, "7 tokens on 1 ranks, got 4 rows a rank, 3 tokens too many"),
         ({"tokens": 5, "layout": "row"}, "tokens: expected an even number of rows with layout 'row', got 5"),
         ({"max_documents": 1}, "max_documents: expected at least the 2 documents of the batch, got 1"),

@@ -15,7 +15,7 @@ from tests.support.machine import GPU
 from tests.support.plan_cases import CASES, assert_rank_is_right
 from tests.support.processes import run_ranks, torch_numpy
 from zigzag_torch.parallel import collectives
-from zigzag_torch.parts import Parts
+from zigzag_torch.plans import Parts
 
 DEVICE, KERNELS = ("cuda", "triton") if GPU else ("cpu", "interpret")
 NAMES = "out", "lse", "max_logits", "dq", "dk", "dv", "dsinks"

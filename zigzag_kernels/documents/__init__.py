@@ -1,5 +1,6 @@
 """Plans of batches of documents: which rank holds which rows, made on the host from the lengths alone."""
 
+from .dealing import deal_documents
 from .packed import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
 from .plan import DocumentPlan, Undivided
 from .planner import plan_documents
@@ -10,6 +11,7 @@ __all__ = [
     "Undivided",
     "check_labels",
     "check_not_shifted",
+    "deal_documents",
     "fingerprint",
     "pack_documents",
     "plan_documents",

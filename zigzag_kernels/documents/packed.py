@@ -42,6 +42,10 @@ class PackedBatch(Places):
             return [*accumulate(self.real_lengths, initial=0)]
         return [*accumulate((padded_length(length, self.world_size) for length in self.real_lengths), initial=0)]
 
+    @property
+    def key(self) -> bytes:
+        return repr((self.layout.value, self.tokens)).encode()
+
     def pieces(self, rank: int) -> Iterator[Piece]:
         rank = check_rank(rank, self.world_size, False)
         if self.layout is Layout.DOCUMENT:
@@ -78,7 +82,9 @@ def pack_documents(
     step = padded_length(1, world_size)
     padded = [padded_length(length, world_size) for length in lengths]
     needed = sum(padded) if layout is Layout.DOCUMENT else padded_length(sum(lengths), world_size)
-    tokens = _room("tokens", tokens, needed // world_size, MAX_ROWS)
+    if tokens is None:
+        tokens = needed // world_size
+    tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"an int from 0 to {MAX_ROWS}")
     if layout is Layout.ROW and world_size > 1 and tokens % 2:
         raise ValueError(f"tokens: expected an even number of rows with layout 'row', got {tokens}")
     if world_size * tokens > MAX_OFFSET:
@@ -89,14 +95,16 @@ def pack_documents(
             f"tokens: expected rows for documents of {sum(lengths)} tokens{what} on {world_size} ranks, got {tokens} "
             f"rows a rank, {needed - world_size * tokens} tokens too many"
         )
-    entries = _room("max_documents", max_documents, len(lengths), MAX_ROWS)
-    if len(lengths) > entries:
-        raise ValueError(f"max_documents: expected at least the {len(lengths)} documents of the batch, got {entries}")
+    entries = len(lengths) if max_documents is None else check_entries(max_documents, len(lengths))
     return PackedBatch(lengths, world_size, tokens, entries, layout)
 
 
-def _room(name: str, given: int | None, needed: int, most: int) -> int:
-    return needed if given is None else check_int(name, given, 0, most, f"an int from 0 to {most}")
+def check_entries(max_documents: int, documents: int) -> int:
+    """Return `max_documents`; `ValueError` if it is no number of entries, or less than the `documents` of a batch."""
+    entries = check_int("max_documents", max_documents, 0, MAX_ROWS, f"an int from 0 to {MAX_ROWS}")
+    if documents > entries:
+        raise ValueError(f"max_documents: expected at least the {documents} documents of the batch, got {entries}")
+    return entries
 
 
 def check_labels(lengths: Sequence[int], label_lengths: Sequence[int]) -> None:

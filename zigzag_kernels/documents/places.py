@@ -65,6 +65,11 @@ class Places(ABC):
             result[row : row + tokens] = range(position, position + tokens)
         return result
 
+    @property
+    @abstractmethod
+    def key(self) -> bytes:
+        """Bytes that another plan for the same documents does not have."""
+
     @cached_property
     def _starts(self) -> list[int]:
         return [*accumulate(self.lengths, initial=0)]

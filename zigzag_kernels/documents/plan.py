@@ -50,6 +50,10 @@ class DocumentPlan(Places):
         """Rows of each rank that belong to whole documents and their padding."""
         return self.tokens - self.split_tokens
 
+    @property
+    def key(self) -> bytes:
+        return repr((self.tokens, self.split_tokens, self.whole, self.split)).encode()
+
     def pieces(self, rank: int) -> Iterator[Piece]:
         rank, row = check_rank(rank, self.world_size, False), 0
         for document in self.whole[rank]:

@@ -83,13 +83,26 @@ class Batch:
                     candidate.placement(float("inf"), by_sum).tokens_too_many
                     for _excess, candidate, by_sum in self._closest(tokens, 0, float("inf"), Effort(STEPS))
                 ),
-                default=real,
+                default=self._least_excess(tokens),
             )
             inside = f", padded to multiples of {padded_length(1, self.world_size)} where split,{inside}"
         return (
             f"tokens: expected rows for {real} tokens{inside} on {self.world_size} ranks, got {tokens} rows a rank, "
             f"{over} tokens too many"
         )
+
+    def _least_excess(self, tokens: int) -> int:
+        """Return how many tokens have no row, at least, whichever documents are split."""
+        least, most = self._counts
+        padded = (padded_length(document.tokens, self.world_size) for document in self.documents)
+        taken = [*accumulate(padded, initial=0)]
+        left = [*accumulate((-document.tokens for document in self.documents), initial=sum(self.lengths))]
+        excess = []
+        for count in range(least, max(most, least) + 1):
+            room = taken[count] if self.split_tokens is None else self.world_size * self.split_tokens
+            rows = self.world_size * tokens - room
+            excess.append(max(taken[count] - room, 0) + max(left[count] - rows, 0))
+        return min(excess)
 
     def search(self, tokens: int, hard: bool = True) -> tuple[list[Document], Placement] | None:
         """Return (split documents, placement of the others) in `tokens` rows of each rank, or None if none was found.

@@ -1,0 +1,119 @@
+"""Plans of documents as tensors: the offsets, rows and positions that a rank has in a plan."""
+
+from typing import NamedTuple
+
+import torch
+
+from zigzag_kernels.checks import check_int, check_lengths, check_real_lengths, check_world_size
+from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.layout import MAX_OFFSET, impossible
+
+from .arguments import check_device, check_int32, check_tensor
+
+
+class Parts(NamedTuple):
+    """The two parts of a rank's rows: whole documents and their padding, then chunks of split documents.
+
+    `prepare_batch` takes it in place of `cu_seqlens`. The tensors are int32 and on one device.
+
+    Attributes:
+        whole_cu_seqlens: `[N + 1]`, offsets of this rank's whole documents in its rows.
+        split_cu_seqlens: `[M + 1]`, offsets of the split documents over all ranks, with the padding of each.
+        split_lengths: `[M]`, real tokens of the split documents.
+        whole_tokens: rows of each rank for whole documents, padding included.
+        tokens: rows of each rank.
+    """
+
+    whole_cu_seqlens: torch.Tensor
+    split_cu_seqlens: torch.Tensor
+    split_lengths: torch.Tensor
+    whole_tokens: int
+    tokens: int
+
+    @staticmethod
+    def of_plan(plan: DocumentPlan, rank: int, device: torch.device | str | int | None = None) -> "Parts":
+        """Return the parts of `rank` in a plan, on `device`, by default the CPU."""
+        offsets = plan.whole_cu_seqlens(rank), plan.split_cu_seqlens, plan.split_lengths
+        whole, split, lengths = (torch.tensor(x, dtype=torch.int32, device=device or "cpu") for x in offsets)
+        return Parts(whole, split, lengths, plan.whole_tokens, plan.tokens)
+
+    def checked(self) -> "Parts":
+        """Return these parts; `ValueError` for types, shapes or sizes that no plan has."""
+        whole, split, _, whole_tokens, tokens = self
+        tokens = check_int("tokens", tokens, 0, MAX_OFFSET, "a number of rows")
+        check_int("whole_tokens", whole_tokens, 0, tokens, f"a number of the {tokens} rows")
+        for name, x in (("whole_cu_seqlens", whole), ("split_cu_seqlens", split)):
+            check_int32(name, x)
+        check_device("whole_cu_seqlens", whole, "split_cu_seqlens", split)
+        return self
+
+    def values(self, world_size: int) -> tuple[list[int], list[int]]:
+        """Return the values of `split_cu_seqlens` and of `split_lengths`; `ValueError` for those that no plan has.
+
+        The host reads them.
+        """
+        whole, offsets, real = (x.tolist() for x in self[:3])
+        check_lengths(whole, 1, self.whole_tokens, "whole_cu_seqlens")
+        check_lengths(offsets, world_size, world_size * (self.tokens - self.whole_tokens), "split_cu_seqlens")
+        check_real_lengths(real, offsets)
+        return offsets, real
+
+    @property
+    def fault(self) -> torch.Tensor:
+        """Whether the whole documents do not fit into their rows: a tensor that nobody has read."""
+        whole = self.whole_cu_seqlens
+        return impossible(whole, whole.new_zeros(1), 1, self.whole_tokens)
+
+    def joined(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (cu_seqlens, real lengths or None) of both parts as one, for a single rank.
+
+        The padding between the parts is one more document, without real tokens.
+        """
+        if self.whole_tokens == self.tokens:
+            return self.whole_cu_seqlens, None
+        nothing = self.split_lengths.new_zeros(1)
+        offsets = torch.cat((self.whole_cu_seqlens, self.split_cu_seqlens + self.whole_tokens))
+        return offsets, torch.cat((self.whole_cu_seqlens.diff(), nothing, self.split_lengths))
+
+
+def check_plan(plan: DocumentPlan, world_size: int) -> DocumentPlan:
+    """Return `plan`; `ValueError` unless it is for `world_size` ranks."""
+    if check_world_size(world_size) != plan.world_size:
+        raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
+    return plan
+
+
+def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int, world_size: int) -> torch.Tensor:
+    """Return the rows of `rank` from the concatenated documents `x [tokens of all documents, ...]`; padding is 0."""
+    check_tensor("x", x)
+    rows = torch.tensor(check_plan(plan, world_size).rows(rank), dtype=torch.int64)
+    if not x.ndim or x.shape[0] != sum(plan.lengths):
+        raise ValueError(f"x: expected the {sum(plan.lengths)} tokens of the plan, got shape {tuple(x.shape)}")
+    padding = (rows < 0).to(x.device)
+    taken = x[rows.clamp(min=0).to(x.device)] if len(x) else x.new_zeros((len(rows), *x.shape[1:]))
+    return taken.masked_fill(padding.view(-1, *(1,) * (x.ndim - 1)), 0)
+
+
+def unshard_by_plan(x: torch.Tensor, plan: DocumentPlan, world_size: int) -> torch.Tensor:
+    """Return `x [W * T, ...]`, rank-major rows, in the order of the documents, without padding."""
+    check_tensor("x", x)
+    total = check_plan(plan, world_size).world_size * plan.tokens
+    if not x.ndim or x.shape[0] != total:
+        raise ValueError(f"x: expected the {total} rows of all ranks in the plan, got shape {tuple(x.shape)}")
+    rows = [plan.rows(rank) for rank in range(world_size)]
+    return x[order_of_tokens(torch.tensor(rows, dtype=torch.int64, device=x.device).flatten())]
+
+
+def positions_of_plan(plan: DocumentPlan, rank: int, world_size: int, tokens: int | None) -> torch.Tensor:
+    """Return `[T]` int32, the position of every row of `rank` in its document, on the CPU; 0 for padding."""
+    if tokens not in (None, check_plan(plan, world_size).tokens):
+        raise ValueError(f"tokens: expected None or those of the plan, {plan.tokens}, got {tokens}")
+    return torch.tensor(plan.positions(rank), dtype=torch.int32)
+
+
+def order_of_tokens(rows: torch.Tensor) -> torch.Tensor:
+    """Return the row of each token, given the token of each of `rows`, where -1 is padding; the host waits for it."""
+    held = (rows >= 0).nonzero().flatten()
+    order = torch.empty_like(held)
+    order[rows[held]] = held
+    return order
