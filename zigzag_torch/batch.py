@@ -311,10 +311,12 @@ def _for_rank(batch: Batch, rank: torch.Tensor) -> Batch:
     if batch.segments is None or batch.sequences is None:
         return batch
     of_no_rank = [torch.zeros_like(table) for table in (batch.segments, batch.sequences)]
-    # One column at a time: a list of columns would be copied to the device, for which the host waits.
-    for column in (SegmentColumn.KV_LEN, SegmentColumn.KEYS):
-        of_no_rank[0][..., -1, column] = -1
-    of_no_rank[1][..., -1, SequenceColumn.KEYS] = -1
+    # By `fill_`, for which the host does not wait, as it does for the tensor that an assignment makes of -1.
+    for table, columns in zip(
+        of_no_rank, ((SegmentColumn.KV_LEN, SegmentColumn.KEYS), (SequenceColumn.KEYS,)), strict=True
+    ):
+        for column in columns:
+            table.select(-1, column).select(-1, -1).fill_(-1)
     segments, sequences = batch.segments, batch.sequences
     return dataclasses.replace(
         batch,

@@ -129,15 +129,15 @@ def test_masks_and_caps_that_take_other_kernels_or_tiles(monkeypatch):
         {"has_lengths": True},
     ],
 )
-def test_forward_and_dq_with_options_are_portable_unless_asked_for(options, monkeypatch):
+def test_forward_and_dq_serve_all_options(options, monkeypatch):
     monkeypatch.delenv(HOPPER.variable, raising=False)
     plain = problem()
     asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
     for operation, name in ((Operation.FORWARD, "attention_forward"), (Operation.DQ, "backward_dq")):
         assert launches_of(plain, operation)[0].kernel.fn.__name__ == f"{name}_hopper"
-        assert launches_of(asked, operation)[0].kernel.fn.__name__ == name
-        monkeypatch.setenv(HOPPER.variable, "1")
         assert launches_of(asked, operation)[0].kernel.fn.__name__ == f"{name}_hopper"
+        monkeypatch.setenv(HOPPER.variable, "0")
+        assert launches_of(asked, operation)[0].kernel.fn.__name__ == name
         monkeypatch.delenv(HOPPER.variable)
 
 

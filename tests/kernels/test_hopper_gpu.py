@@ -35,7 +35,23 @@ UNEVEN = Case(
     padding=70,
 )  # fmt: skip
 PLAIN = replace(UNEVEN, name="hopper-w1", world_size=1, lengths=(503, 1, 600, 0), head_dim=64, dtype="float16")
+# Documents that begin anywhere in a packed row, one of them in the middle of a chunk.
+ROW = replace(UNEVEN, name="hopper-row", lengths=(503, 1, 0, 1300, 267), padding=81, layout="row")
+# Every option, with blocks that rows see wholly, on an edge, and not at all.
+RANGED = [
+    replace(UNEVEN, name="hopper-w2-window", window_size=(250, -1), sinks=True),
+    replace(UNEVEN, name="hopper-w2-chunk", attention_chunk=300, lengths_real=(1001, 0, 1130, 0), softcap=2.0),
+    replace(UNEVEN, name="hopper-w2-full", window_size=(200, 330), causal=False, head_dim=64, softcap=3.0, sinks=True),
+    replace(PLAIN, name="hopper-w1-window", window_size=(127, -1), sinks=True),
+    replace(
+        PLAIN, name="hopper-w1-full", window_size=(100, 140), causal=False, head_dim=128, lengths_real=(470, 1, 600, 0)
+    ),
+    ROW,
+    replace(ROW, name="hopper-row-window", window_size=(150, -1), head_dim=96, lengths_real=(503, 0, 0, 1250, 267)),
+    replace(ROW, name="hopper-row-full", causal=False, head_dim=64, sinks=True, dtype="float16"),
+]
 PAIR = {"attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"}
+OF_SINKS = {"sum_sink_rows", "sum_sink_parts"}
 FUSED = {"attention_forward_hopper", "clear_sums", "backward_fused_hopper", "finish_dq"}
 
 
@@ -49,32 +65,42 @@ def forced(monkeypatch):
     frameworks._jax_attention.cache_clear()
 
 
-@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN], ids=str)
+@pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN, *RANGED], ids=str)
 def test_they_match_the_oracle_in_both_frameworks(case, forced):
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = rank_arrays(case, inputs, rank)
-        results = frameworks.attend_torch(case, *arrays, rank, "triton")
-        theirs = frameworks.attend_jax(case, *arrays, rank, "triton")
+        arrays = *rank_arrays(case, inputs, rank), rank, "triton"
+        results, theirs = (
+            attend(case, *arrays, sinks=inputs.get("sinks"))
+            for attend in (frameworks.attend_torch, frameworks.attend_jax)
+        )
         assert_rank_is_right(case, inputs, rank, {"torch": results})
-        for name in RESULTS:
+        for name in case.results:
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
-    assert forced.functions == PAIR
+    assert forced.functions - OF_SINKS == PAIR
 
 
-@pytest.mark.parametrize("case", [replace(UNEVEN, heads=16, kv_heads=8), replace(PLAIN, heads=12, kv_heads=4)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(UNEVEN, heads=16, kv_heads=8),
+        replace(PLAIN, heads=12, kv_heads=4),
+        *(replace(case, heads=8, kv_heads=4) for case in RANGED),
+    ],
+    ids=str,
+)
 def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypatch):
     """Each head's rows and keys come while those of the head before are at work, through the same buffers."""
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = *rank_arrays(case, inputs, rank), rank, "triton"
-        alone = frameworks.attend_torch(case, *arrays)
-        assert forced.functions == PAIR
-        for heads in (2, 4, case.kv_heads):
+        arrays, sinks = (*rank_arrays(case, inputs, rank), rank, "triton"), inputs.get("sinks")
+        alone = frameworks.attend_torch(case, *arrays, sinks=sinks)
+        assert forced.functions - OF_SINKS == PAIR
+        for heads in {2, 4, case.kv_heads}:
             with monkeypatch.context() as patch, plan.use_planner(RememberingPlanner()):
                 patch.setattr(operation, "count_heads_together", lambda *_, heads=heads: heads)
-                together = frameworks.attend_torch(case, *arrays)
-            for name in RESULTS:
+                together = frameworks.attend_torch(case, *arrays, sinks=sinks)
+            for name in case.results:
                 assert together[name].tobytes() == alone[name].tobytes(), f"rank {rank}, {heads} heads: {name}"
 
 

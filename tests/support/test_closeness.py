@@ -1,5 +1,6 @@
 """The tolerance rule accepts another sound computation and rejects each kind of wrong one."""
 
+import contextlib
 from functools import cache
 
 import numpy as np
@@ -43,6 +44,15 @@ def test_accepts_noise_of_a_float32_rounding(quantity, dtype):
     x, _ = sound(quantity, dtype)
     noise = np.random.default_rng(1).uniform(-1, 1, x.shape) * np.finfo(np.float32).eps
     check(quantity, dtype, x * (1 + noise))
+
+
+@pytest.mark.parametrize(("error", "accepted"), [(1e-6, True), (5e-6, False)])
+def test_terms_that_cancel_may_leave_a_few_roundings_of_the_largest_row(error, accepted):
+    """Even where the straightforward computation cancels exactly, as it may with one key."""
+    exact = np.array([0.01, 1.0]).reshape(2, 1, 1)
+    result = exact + np.array([error, 0.0]).reshape(2, 1, 1)
+    with contextlib.nullcontext() if accepted else pytest.raises(AssertionError, match="dq: error"):
+        assert_close("dq", result, exact, exact + 1e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

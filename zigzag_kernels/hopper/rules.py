@@ -49,8 +49,6 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
 
     For the fused backward kernel, return whether it should beat the two other Hopper kernels.
     """
-    if operation in (Operation.FORWARD, Operation.DQ) and _has_options(problem):
-        return False  # no whole set of tests has run on these two with options: ZIGZAG_HOPPER=1 asks for them
     small = problem.head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FUSED_BACKWARD:
         return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
@@ -58,12 +56,6 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
     return not small or not has_short_chunks(problem, min_keys)
-
-
-def _has_options(problem: Problem) -> bool:
-    """Return whether the kernels need more than the plain masks: ranges, caps, sinks or largest scores."""
-    call = problem.call
-    return problem.ranged or call.softcap > 0 or call.has_sinks or call.return_max_logits
 
 
 def wants_few_keys(problem: Problem) -> bool:
