@@ -30,6 +30,15 @@ def triton_cache(tmp_path_factory) -> dict[str, str]:
     return {"TRITON_CACHE_DIR": str(shared / "triton")}
 
 
+@pytest.fixture
+def each_launch_once():
+    """Launches that are repeated in this test are interpreted once; see `tests/support/remembered.py`."""
+    from tests.support.remembered import each_launch_once
+
+    with each_launch_once():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch):
     """Every output of a launch from torch begins as NaN (integers as -1), so that a row left unwritten is found out."""

@@ -98,6 +98,7 @@ def test_all_ranks_give_the_results_of_the_whole_batch(case, backend, method):
     assert_batch_is_right(case, results)
 
 
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.multigpu
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", [ALL, IN_ROWS], ids=str)

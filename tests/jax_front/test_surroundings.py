@@ -151,6 +151,7 @@ def check(name, calls, apart_too=()):
             assert_same_bits(f"{call_name}, compiled: {compiled}", ours, expected)
 
 
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in SURROUNDINGS])
 def test_no_bit_changes(name, kernel_backend):
     apart_too = "attention reference", f"gathered {kernel_backend}", "merge_partials"

@@ -23,6 +23,7 @@ SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BEN
 IN_CI = [case for case in CASES if "interpret" in case.tags]
 
 
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("case", SELECTED, ids=str)
 def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
     inputs = make_inputs(case)

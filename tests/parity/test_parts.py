@@ -15,6 +15,7 @@ COMPILED = ("w2-edges", "w2-edges-full", "w3-d96", "w4-d256", "w5-d40", "w8-64-u
 SELECTED = [case for case in CASES if case.name in INTERPRETED + (COMPILED if GPU else ())]
 
 
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("case", SELECTED, ids=str)
 def test_parts_make_the_whole(case):
     """Every rank: windows of heads give the same bits as one launch, the ring and other layouts the same numbers.

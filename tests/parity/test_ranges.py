@@ -26,6 +26,7 @@ def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)
 
 
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("case", RANGES, ids=str)
 def test_kernels_match_the_oracle_and_each_other(case, kernel_backend):
     inputs = make_inputs(case)

@@ -175,6 +175,7 @@ def around(name):
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_no_bit_changes(name, kernel_backend):
     tensors = inputs(torch.bfloat16 if name == "autocast" else torch.float32)
