@@ -238,8 +238,8 @@ def test_what_ids_and_positions_cannot_be_is_nan():
     assert np.isnan(out[:2]).all()
     assert np.isfinite(out[2:]).all()
     # Positions in the order of the tokens, where q is in that of the ranks.
-    in_order = make_rows([[(1, 8), (2, 8)]] * 4, 16)
-    assert np.isnan(attend(*rows[:3], rows.segment_ids, in_order.positions)).all()
+    in_order = make_rows([[(1, 16)]] * 4, 16)
+    assert np.isnan(attend(*rows[:3], in_order.segment_ids, in_order.positions)).all()
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name():

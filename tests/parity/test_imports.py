@@ -12,7 +12,8 @@ MISSING = {
     "zigzag_kernels.documents": ("torch", "jax", "jax_triton", "numpy", "triton", "zigzag_torch", "zigzag_jax"),
     "zigzag_torch": ("jax", "jax_triton", "triton", "transformers", "accelerate", "zigzag_torch.fast_launch"),
     "zigzag_torch.hf": ("jax", "jax_triton", "triton", "accelerate"),
-    "zigzag_jax": ("torch", "jax_triton", "triton"),
+    "zigzag_jax": ("torch", "jax_triton", "triton", "flax"),
+    "zigzag_jax.flax": ("torch", "jax_triton", "triton", "flax"),
     "zigzag_kernels.plan": ("torch", "jax", "jax_triton", "zigzag_torch", "zigzag_jax"),
 }
 
