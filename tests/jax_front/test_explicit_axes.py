@@ -61,7 +61,9 @@ def spread(x, spec):
     return jax.device_put(x, NamedSharding(typed_mesh(), P(*axes)))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("first", "second"))) for x in SPECS]
+)  # both axes spread either dimension too
 @pytest.mark.parametrize("name", HELPERS)
 def test_helpers_of_spread_arrays_give_the_values_of_whole_ones(name, spec):
     helper, *arrays = HELPERS[name]

@@ -1,7 +1,7 @@
 """What JAX switches on around a call changes no bit of its results, in the forward pass or in the backward pass."""
 
 import contextlib
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -138,24 +138,38 @@ def assert_same_bits(where, ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{where}: {i}"
 
 
-def check(name, calls, apart_too=()):
-    """Compare results of `calls` inside and outside; `apart_too` are run operation by operation as well."""
+def ways(calls, apart):
+    """(name, call, whether to compile it): all compiled, those in `apart` operation by operation as well."""
+    return [
+        (name, call, compiled)
+        for name, call in calls.items()
+        for compiled in (True, False)
+        if compiled or name in apart
+    ]
+
+
+@functools.cache
+def without_surroundings(make_calls, kernel_backend, dtype, apart):
+    calls, arrays = make_calls(kernel_backend), inputs(dtype)
+    return {(name, compiled): results(call, arrays, compiled) for name, call, compiled in ways(calls, apart)}
+
+
+def check(name, make_calls, kernel_backend, apart=()):
+    """Compare results of calls inside and outside."""
     there, nothing = SURROUNDINGS[name], contextlib.nullcontext
-    arrays = inputs("float32" if name == "matmul precision" else "bfloat16")
-    for (call_name, call), compiled in itertools.product(calls.items(), (False, True)):
-        if not compiled and call_name not in apart_too:
-            continue
-        expected = results(call, arrays, compiled)
+    dtype = "float32" if name == "matmul precision" else "bfloat16"
+    expected = without_surroundings(make_calls, kernel_backend, dtype, apart)
+    for call_name, call, compiled in ways(make_calls(kernel_backend), apart):
         for forward, backward in ((there, nothing), (nothing, there)):
-            ours = results(call, arrays, compiled, forward, backward)
-            assert_same_bits(f"{call_name}, compiled: {compiled}", ours, expected)
+            ours = results(call, inputs(dtype), compiled, forward, backward)
+            assert_same_bits(f"{call_name}, compiled: {compiled}", ours, expected[call_name, compiled])
 
 
 @pytest.mark.usefixtures("each_launch_once")
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in SURROUNDINGS])
 def test_no_bit_changes(name, kernel_backend):
-    apart_too = "attention reference", f"gathered {kernel_backend}", "merge_partials"
-    check(name, calls_on_one_device(kernel_backend), apart_too)
+    apart = "attention reference", f"gathered {kernel_backend}", "merge_partials"
+    check(name, calls_on_one_device, kernel_backend, apart)
     expected = integers()
     with SURROUNDINGS[name]():
         ours = integers()
@@ -166,4 +180,4 @@ def test_no_bit_changes(name, kernel_backend):
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_no_bit_changes_between_devices(name, kernel_backend):
-    check(name, calls_on_a_mesh(kernel_backend))
+    check(name, calls_on_a_mesh, kernel_backend)

@@ -196,7 +196,7 @@ def jax_close(ours, theirs, where):
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["allgather", pytest.param("ring", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kernels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["reference", "kernels"])
 def test_jax_between_ranks(method, kernels, kernel_backend):
     backend = kernel_backend if kernels else "reference"
@@ -210,18 +210,22 @@ def test_jax_between_ranks(method, kernels, kernel_backend):
     check(f"{method}, {backend}", (right, refused), whole_gradient()[order], jax_close)
 
 
-def check_group(rank, world_size, expected):
+def check_group(rank, world_size, expected, calls):
     cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32)
     q, k, v = (zigzag_torch.shard(torch.tensor(x), cu_seqlens, rank, world_size) for x in arrays())
     expected = zigzag_torch.shard(torch.tensor(expected), cu_seqlens, rank, world_size).numpy()
     options = {"group": torch.distributed.group.WORLD}
-    for method in METHODS:
-        for backend in ("reference", "interpret"):
-            batch = zigzag_torch.prepare_batch(cu_seqlens, **options, method=method, backend=backend)
-            loss = torch_loss(backend, k, v, batch, **options, method=method)
-            check(f"{method}, {backend}", torch_transforms(loss, q), expected, torch_close)
+    for method, backend in calls:
+        batch = zigzag_torch.prepare_batch(cu_seqlens, **options, method=method, backend=backend)
+        loss = torch_loss(backend, k, v, batch, **options, method=method)
+        check(f"{method}, {backend}", torch_transforms(loss, q), expected, torch_close)
+
+
+QUICK = ("allgather", "interpret"), ("ring", "reference")
+OTHERS = ("allgather", "reference"), ("ring", "interpret")
 
 
 @pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
-def test_torch_between_ranks(tmp_path):
-    run_ranks(2, tmp_path, check_group, whole_gradient())
+@pytest.mark.parametrize("calls", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
+def test_torch_between_ranks(calls, tmp_path):
+    run_ranks(2, tmp_path, check_group, whole_gradient(), calls)

@@ -332,7 +332,7 @@ def check_compiled(rank, world_size, backend):
 
 
 @pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
-@pytest.mark.parametrize("backend", ["reference", "interpret"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "interpret"])
 def test_published_names_compile_into_one_graph(backend, tmp_path):
     run_ranks(2, tmp_path, check_compiled, backend)
 
