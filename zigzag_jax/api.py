@@ -19,6 +19,7 @@ from .batch import (
     Form,
     as_batch,
     check_rows_vary,
+    check_supported,
     check_varying,
     compare_if_untyped,
     marked,
@@ -181,6 +182,7 @@ def zigzag_attention(
         check_array(name, x)
     return_lse = as_flag("return_lse", return_lse)
     check_method(method)
+    check_supported(method)
     check_layout(layout)
     by_default, backend = backend is None, launch.choose_backend(backend)
     rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)

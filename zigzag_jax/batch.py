@@ -119,6 +119,7 @@ def prepare_batch(
     Raises the errors of `zigzag_attention_gathered`.
     """
     check_method(method)
+    check_supported(method)
     check_layout(layout)
     if axis_name is not None:
         for name, x in {"rank": rank, "world_size": world_size}.items():
@@ -143,6 +144,12 @@ def prepare_batch(
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
+
+
+def check_supported(method: str) -> None:
+    """Raise `NotImplementedError` for a method that this package does not have."""
+    if method == Method.HALO:
+        raise NotImplementedError("method: expected 'allgather' or 'ring' in zigzag_jax, got 'halo'")
 
 
 def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:

@@ -10,7 +10,7 @@ from .checks import (
     check_unsaid_rows,
     python_value,
 )
-from .layout import MAX_OFFSET, padded_length
+from .layout import MAX_OFFSET, chunk_length, padded_length
 from .modes import Layout
 
 
@@ -78,6 +78,27 @@ def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | Non
         raise ValueError(f"tokens: expected at least the {least} local rows of cu_seqlens, got {tokens}")
     if row_length is not None:
         check_documents_in_rows(cu_seqlens, world_size, row_length, None if tokens is None else tokens * world_size)
+
+
+def check_halo(
+    cu_seqlens: list[int], lengths: list[int] | None, world_size: int, row_length: int | None, halo: tuple[int, int]
+) -> None:
+    """Raise `ValueError` unless halos serve documents of these offsets and real lengths, on the host.
+
+    `halo` is (rows before a chunk that alone move to its rank, promised most real tokens of a document), 0: no limit.
+    """
+    rows, longest = halo
+    padded = [end - start for start, end in pairwise(cu_seqlens)]
+    for i, (size, real) in enumerate(zip(padded, padded if lengths is None else lengths, strict=True)):
+        chunk = chunk_length(size if row_length is None else row_length, world_size)
+        if longest and real > longest:
+            raise ValueError(f"max_seqlen: expected at least the {real} tokens of document {i}, got {longest}")
+        if world_size > 1 and chunk < rows and (real > 2 * chunk or row_length is not None):
+            what = "a packed row" if row_length is not None else "the document"
+            raise ValueError(
+                f"cu_seqlens: expected chunks of at least the {rows} rows of a halo, got {chunk} tokens in a chunk of "
+                f"{what} (document {i} has {real}); method 'allgather' has no such limit"
+            )
 
 
 def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:

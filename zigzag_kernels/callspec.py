@@ -32,7 +32,9 @@ class CallSpec:
     `causal` and `window_size` say a mask in one way alone: a causal window has no right side, and a window that ends
     with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
     their padding. In a batch of two parts `whole_tokens` rows of each rank, the first ones, are for its
-    `whole_documents`, which no other rank has a part of; 0 rows: all documents are split.
+    `whole_documents`, which no other rank has a part of; 0 rows: all documents are split. `halo` and `halo_rows` are 0
+    unless K/V of halos alone move: the rows before a chunk that its rows may see, and the rows that a message to a
+    neighbour has (`halo.with_halo`).
     """
 
     causal: bool
@@ -51,6 +53,8 @@ class CallSpec:
     has_lengths: bool = False
     whole_tokens: int = 0
     whole_documents: int = 0
+    halo: int = 0
+    halo_rows: int = 0
 
     def __hash__(self):
         """Return a hash of a few fields that differ between calls; eager calls look transports up by it."""

@@ -227,7 +227,7 @@ def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tup
 def check_method(method: str) -> None:
     """Raise `ValueError` unless `method` is a way of moving K/V between ranks: see `modes.Method`."""
     if method not in METHODS:
-        raise ValueError(f"method: expected {' or '.join(map(repr, METHODS))}, got {method!r}")
+        raise ValueError(f"method: expected {', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}, got {method!r}")
 
 
 def check_target(target: str) -> None:

@@ -83,11 +83,20 @@ def padded_length(length: int, world_size: int) -> int:
     return -(-length // step) * step
 
 
-def impossible(cu_seqlens, rank, world_size: int, tokens: int | None, row_length: int | None = None, lengths=None):
+def impossible(
+    cu_seqlens,
+    rank,
+    world_size: int,
+    tokens: int | None,
+    row_length: int | None = None,
+    lengths=None,
+    halo: tuple[int, int] = (0, 0),
+):
     """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread.
 
     `tokens` None is any number of rows. `row_length` is None in the document layout, and in the row layout the tokens
     of a packed row, which no document leaves. `lengths [N]` are the real lengths of documents, None if all is real.
+    `halo` is (rows before a chunk that alone move to its rank, promised most real tokens of a document); 0 is no limit.
     """
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     padded = ends - starts  # of offsets below 0 the difference may wrap around to a possible one
@@ -97,6 +106,8 @@ def impossible(cu_seqlens, rank, world_size: int, tokens: int | None, row_length
         fault = fault | (cu_seqlens[-1] > min(world_size * tokens, MAX_OFFSET))
     if lengths is not None:
         wrong = wrong | (lengths < 0) | (lengths > padded)
+    if world_size > 1:
+        wrong = wrong | _exceeds_halo(padded, padded if lengths is None else lengths, world_size, row_length, halo)
     if row_length is None or world_size == 1:
         step = 1 if world_size == 1 else 2 * world_size
         return fault | (wrong | (padded % step != 0)).any()
@@ -107,3 +118,13 @@ def impossible(cu_seqlens, rank, world_size: int, tokens: int | None, row_length
         padding = cu_seqlens[-1] < min(total - row_length, MAX_OFFSET)  # only the last row has any
         fault = fault | padding | (uneven and total > 0)
     return fault | (wrong | ((padded > 0) & (starts // row_length != (ends - 1) // row_length))).any()
+
+
+def _exceeds_halo(padded, real, world_size: int, row_length: int | None, halo: tuple[int, int]):
+    """Whether documents need more than the chunk before a chunk, or are longer than promised."""
+    rows, longest = halo
+    too_long = (real > longest) & (longest > 0)
+    if row_length is not None:  # where chunks have one length, which the host knows
+        return too_long
+    chunk = chunk_length(padded, world_size)
+    return too_long | ((chunk < rows) & (real > 2 * chunk))

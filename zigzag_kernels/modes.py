@@ -26,6 +26,8 @@ class KVLayout(StrEnum):
     """The early and the late chunks of one rank alone, as they travel around a ring."""
     CONTIGUOUS = "contiguous"
     """Every sequence in position order."""
+    HALO = "halo"
+    """For each chunk of a rank the halo before it, which a neighbour sends, and the rank's own rows behind that."""
 
 
 class Layout(StrEnum):
@@ -44,15 +46,14 @@ class Method(StrEnum):
     """Gathers K/V of a few heads from all ranks while the heads before them are attended."""
     RING = "ring"
     """Passes K/V of all heads from rank to rank: memory does not grow with the number of ranks."""
+    HALO = "halo"
+    """Sends the last rows of each chunk to the rank of the next: for windows that reach no further than one chunk."""
 
     @property
     def kv_layout(self) -> KVLayout:
         """Layout of the K/V buffers that the kernels read, and so of the tables that they need."""
-        return KVLayout.PEER if self is Method.RING else KVLayout.GATHERED
-
-    def count_tables(self, world_size: int) -> int:
-        """Return how many tables a batch needs of each kind: one for each step of a ring."""
-        return world_size if self.kv_layout is KVLayout.PEER else 1
+        layouts = {Method.ALLGATHER: KVLayout.GATHERED, Method.RING: KVLayout.PEER, Method.HALO: KVLayout.HALO}
+        return layouts[self]
 
 
 class Operation(StrEnum):

@@ -3,6 +3,7 @@
 Everything here is known on the host before a launch. The rank and `cu_seqlens` are device data and never appear.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .checks import (
     check_strides,
     check_world_size,
 )
+from .halo import KEY_SLOTS
 from .modes import KVLayout, Layout
 from .segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 
@@ -78,6 +80,8 @@ class Problem:
     @property
     def slots(self) -> int:
         """Parts of the K/V buffer in which a sequence's keys follow each other by chunk, not by position."""
+        if self.kv_layout == KVLayout.HALO:
+            return KEY_SLOTS
         return self.world_size if self.kv_layout == KVLayout.GATHERED else 1
 
     @property
@@ -88,7 +92,18 @@ class Problem:
     @property
     def ranged(self) -> bool:
         """Whether kernels read from the tables which keys a row sees first and last, and which rows are padding."""
-        return self.call.has_range or self.call.has_lengths or self.row_layout
+        return self.call.has_range or self.call.has_lengths or self.row_layout or self.call.halo > 0
+
+    @property
+    def table_entries(self) -> tuple[int, int]:
+        """Entries of the segment table and of the sequence table that the kernels of this problem read."""
+        (segments, _), (sequences, _) = segment_table_shapes(self.sequences, 1, self.row_layout)
+        return segments, segments if self.kv_layout == KVLayout.HALO else sequences
+
+    @property
+    def most_query_rows(self) -> int:
+        """Query rows that the tables can name, of one head."""
+        return min(self.rows, 2 * self.slot_rows) if self.kv_layout == KVLayout.HALO else self.rows
 
     @property
     def kv_tokens(self) -> int:
@@ -107,11 +122,44 @@ def segment_table_shapes(
     """Return the shapes of the segment table and of the sequence table.
 
     The segment table has two chunks a sequence, and the padding. In the row layout the padding of the last row is one
-    sequence more. With several ring `steps` there is one table each.
+    sequence more. With several ring `steps` there is one table each. `halo_table_shapes` has those of halos.
     """
     lead = () if steps == 1 else (steps,)
     sequences += int(row_layout)  # a bool is no number to PyTorch 2.11's symbolic sizes
     return (*lead, 2 * sequences + 1, SEGMENT_FIELDS), (*lead, sequences + 1, SEQUENCE_FIELDS)
+
+
+def halo_table_shapes(sequences: int, row_layout: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the segment tables and of the sequence tables with halos.
+
+    There is a segment table for own keys, one for the rows that need a halo, and one of the rows that are sent. The
+    first sequence table, for own keys, has half as many entries as the second one, and lies at the end of its place.
+    """
+    (segments, _), _ = segment_table_shapes(sequences, 1, row_layout)
+    return (3, segments, SEGMENT_FIELDS), (2, segments, SEQUENCE_FIELDS)
+
+
+def table_shapes(
+    kv_layout: KVLayout, sequences: int, world_size: int, row_layout: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the tables of a batch with K/V in this layout: see `segment_table_shapes`."""
+    if kv_layout is KVLayout.HALO and world_size > 1:
+        return halo_table_shapes(sequences, row_layout)
+    return segment_table_shapes(sequences, world_size if kv_layout is KVLayout.PEER else 1, row_layout)
+
+
+def count_sequences(call: CallSpec, entries: int, world_size: int) -> int:
+    """Return the number of sequences whose tables of keys, of one call, have so many entries: rows of each table.
+
+    Of two parts, whose tables are one behind the other, it is the number of those that are split.
+    """
+    further = 1 + int(call.layout == Layout.ROW and world_size > 1)  # entries, which are padding
+    if call.whole_tokens:
+        _, shape = table_shapes(call.method.kv_layout, 0, world_size)
+        entries = (entries - call.whole_documents - 1) // math.prod(shape[:-2]) or further
+    if call.halo:  # whose tables have both chunks of each sequence
+        entries = entries // 2 + 1
+    return max(entries - further, 0)
 
 
 def make_problem(

@@ -7,6 +7,7 @@ import torch
 
 from zigzag_kernels.callspec import NO_WINDOW, CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_flag, check_layout, check_method, check_world_size
+from zigzag_kernels.halo import check_halo_in_chunk, with_halo
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 
 from . import launch, reference
@@ -143,7 +144,9 @@ def zigzag_attention(
             `zigzag_attention_gathered`; every rank passes the same sinks.
         method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
-            with the number of ranks. The backward pass moves K/V again, and dK/dV the other way.
+            with the number of ranks. "halo" passes the last rows of each chunk to the rank of the next one, for causal
+            windows, `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say
+            when it serves. The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
@@ -194,6 +197,9 @@ def zigzag_attention(
             _check_parts(batch, q, place)
         q, k, v = _readable(q, k, v, backend)
         sequences = batch.cu_seqlens.shape[0] - 1
+        if method == Method.HALO and place.world_size > 1:
+            length = q.shape[0] // max(sequences, 1) * place.world_size if equal_lengths else 0
+            call, batch = _with_halo(call, batch, q, length)
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
         transport = transport_of(q, k, v, call, sequences, place.world_size, kv_layout, place.group_name)
         sinks = None if sinks is None else as_sinks(sinks, q)
@@ -216,6 +222,14 @@ def _results(
     if max_logits is None:
         return out if lse is None else (out, lse)
     return (out, max_logits) if lse is None else (out, lse, max_logits)
+
+
+def _with_halo(call: CallSpec, batch: Batch, q: torch.Tensor, length: int) -> tuple[CallSpec, Batch]:
+    """Return `call` and `batch` with the halo that they need; `length` is that of all documents, 0 if unknown."""
+    sizes = {"tokens": q.shape[0] - batch.whole_tokens if q.ndim else 0, "sequences": batch.cu_seqlens.shape[0] - 1}
+    call = with_halo(call, batch.halo, batch.max_seqlen, **sizes, packed_rows=batch.rows, world_size=batch.world_size)
+    check_halo_in_chunk(call.halo, length, batch.world_size)
+    return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)
 
 
 def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: int) -> Form:

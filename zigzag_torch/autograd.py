@@ -14,7 +14,7 @@ import torch
 
 from zigzag_kernels.callspec import CallSpec
 from zigzag_kernels.modes import KVLayout, Layout
-from zigzag_kernels.problem import segment_table_shapes
+from zigzag_kernels.problem import count_sequences, segment_table_shapes, table_shapes
 
 from . import launch
 from .dispatch import goes_straight, operator, records
@@ -36,6 +36,8 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
     whole_cu_seqlens: torch.Tensor | None = None,
     whole_tokens: int = 0,
     tokens: int = 0,
+    halo: int = 0,
+    longest: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`.
 
@@ -66,6 +68,8 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
         rows=rows,
         first_row=whole_tokens,
         end_row=tokens,
+        halo=halo,
+        longest=longest,
     )
     if not parts:
         return split
@@ -77,10 +81,10 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
 @segment_tables.register_fake
 def _(  # noqa: PLR0917  (schemas of operators are flat)
     cu_seqlens, rank, world_size, kv_layout, backend, lengths=None, layout="document", row_length=0, rows=1,
-    whole_cu_seqlens=None, whole_tokens=0, tokens=0,
+    whole_cu_seqlens=None, whole_tokens=0, tokens=0, *limits,
 ):  # fmt: skip
-    steps = world_size if kv_layout == KVLayout.PEER else 1
-    shapes = segment_table_shapes(cu_seqlens.shape[0] - 1, steps, layout == Layout.ROW and world_size > 1)
+    in_rows = layout == Layout.ROW and world_size > 1
+    shapes = table_shapes(KVLayout(kv_layout), cu_seqlens.shape[0] - 1, world_size, in_rows)
     if whole_cu_seqlens is not None:
         whole = segment_table_shapes(whole_cu_seqlens.shape[0] - 1)
         further = tokens > whole_tokens
@@ -201,11 +205,8 @@ _key_of_values._dynamo_marked_constant = True  # pyright: ignore[reportFunctionM
 def _transport_of(q, k, v, sequences, call: str, world_size: int, kv_layout: str, group_name: str | None) -> Transport:
     """Return the transport of an operator, which knows the number of sequences from their table."""
     spec = CallSpec.from_key(call)
-    further = 1 + (spec.layout == Layout.ROW and world_size > 1)  # entries, which are padding
-    entries = sequences.shape[-2]
-    if spec.whole_tokens:
-        entries = (entries - spec.whole_documents - 1) // spec.method.count_tables(world_size) or further
-    return transport_of(q, k, v, spec, entries - further, world_size, KVLayout(kv_layout), group_name)
+    number = count_sequences(spec, sequences.shape[-2], world_size)
+    return transport_of(q, k, v, spec, number, world_size, KVLayout(kv_layout), group_name)
 
 
 @operator("zigzag::attention_forward")

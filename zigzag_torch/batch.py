@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from zigzag_kernels.batch_checks import check_documents_in_rows
+from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
@@ -42,6 +44,8 @@ class Batch:
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
             `lengths` are then those of the split documents. None: all documents are split.
         whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
+        halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
+        max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
     """
 
     cu_seqlens: torch.Tensor
@@ -59,6 +63,8 @@ class Batch:
     whole_cu_seqlens: torch.Tensor | None = None
     whole_tokens: int = 0
     tokens: int = 0
+    halo: int = 0
+    max_seqlen: int = 0
 
     @property
     def whole_documents(self) -> int:
@@ -71,7 +77,12 @@ class Batch:
         form, whole = (self.layout, self.row_length, self.rows), None
         if self.whole_cu_seqlens is not None:
             whole = Packing(self.whole_cu_seqlens, self.rank.clamp(max=0), None, 1, Layout.DOCUMENT.value, 0, 1)
-        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, whole)
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, whole, self.limits_of_halo)
+
+    @property
+    def limits_of_halo(self) -> tuple[int, int]:
+        """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
+        return (self.halo, self.max_seqlen) if self.halo else (0, 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -131,6 +142,9 @@ def prepare_batch(
     row_length: int | None = None,
     rows: int = 1,
     device: torch.device | str | int | None = None,
+    window_size: tuple[int, int] = NO_WINDOW,
+    attention_chunk: int = 0,
+    max_seqlen: int | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
@@ -153,6 +167,10 @@ def prepare_batch(
         layout: as in the attention calls; pass the same one there.
         row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
             packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
+        window_size, attention_chunk: for method "halo", the farthest reach of all layers that will attend to the batch:
+            its tables bring so many rows before each chunk, and layers with smaller windows take as many.
+        max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
+            batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
 
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can be trained on all the same.
@@ -163,6 +181,7 @@ def prepare_batch(
                 cu_seqlens = pytree.tree_map(_copied, cu_seqlens)
             options = {"method": method, "group": group, "backend": backend, "unsharded": unsharded, "device": device}
             options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
+            options |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
             return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
     place, parts = place_in(group), None
     try:
@@ -191,6 +210,10 @@ def prepare_batch(
             form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
         if form.row_length:
             _check_host_rows(given, form, world_size)
+        halo, promised = halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
+        check_halo_in_chunk(halo, form.row_length, world_size)
+        if halo:
+            _check_host_halo(given, lengths, form, world_size, (halo, promised))
         if lengths is not None:
             lengths = as_lengths(lengths, given, cu_seqlens.device)
         backend = launch.choose_backend(backend, cu_seqlens.device)
@@ -202,10 +225,12 @@ def prepare_batch(
         raise
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
-        compared = place.group_name, "prepare_batch", lengths, form.in_words, None if parts is None else parts.fault
+        in_words = f"{form.in_words}, halo {halo}, documents of {promised}" if halo else form.in_words
+        compared = place.group_name, "prepare_batch", lengths, in_words, None if parts is None else parts.fault
         own_rank = common_rank(cu_seqlens, unsharded, own_rank, *compared)
     known: dict[str, Any] = {} if parts is None else {"whole_cu_seqlens": parts.whole_cu_seqlens}
     known |= {"compared_by": place.group_name, "host_rank": rank if isinstance(rank, int) else None}
+    known |= {"halo": halo, "max_seqlen": promised}
     batch = Batch(cu_seqlens, own_rank, world_size, method, **known, lengths=lengths, **form._asdict())
     if backend == Backend.REFERENCE:
         return batch
@@ -265,6 +290,15 @@ def _check_host_rows(cu_seqlens, form: Form, world_size: int) -> None:
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist()
         check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
+
+
+def _check_host_halo(cu_seqlens, lengths, form: Form, world_size: int, halo: tuple[int, int]) -> None:
+    """Raise `ValueError` for documents that halos do not serve, if the host has their offsets and real lengths."""
+    if isinstance(cu_seqlens, torch.Tensor) or isinstance(lengths, torch.Tensor):
+        return
+    offsets, cpu = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist(), torch.device("cpu")
+    real = None if lengths is None else as_lengths(lengths, cu_seqlens, cpu).tolist()
+    check_halo(offsets, real, world_size, form.row_length or None, halo)
 
 
 def as_batch(
@@ -331,8 +365,10 @@ def tables_of(batch: Batch, backend: str) -> Tables:
         return Tables(batch.segments, batch.sequences)
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()
     inputs = cu_seqlens, batch.rank, batch.world_size, layout, backend
-    if batch.lengths is not None or batch.row_length or batch.whole_tokens:
+    has_parts = batch.whole_cu_seqlens is not None
+    if batch.lengths is not None or batch.row_length or batch.halo or has_parts:
         inputs = *inputs, batch.lengths, batch.layout, batch.row_length, batch.rows
-    if batch.whole_cu_seqlens is not None:
-        inputs = *inputs, batch.whole_cu_seqlens.contiguous(), batch.whole_tokens, batch.tokens
+    if has_parts or batch.halo:
+        whole = None if batch.whole_cu_seqlens is None else batch.whole_cu_seqlens.contiguous()
+        inputs = *inputs, whole, batch.whole_tokens, batch.tokens, *batch.limits_of_halo
     return Tables(*segment_tables(*inputs))

@@ -6,6 +6,7 @@ somebody else has imported the module.
 
 import importlib.abc
 import importlib.util
+import math
 import sys
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import torch
 
 from zigzag_kernels.callspec import CallSpec
 from zigzag_kernels.cost.counts import Mask, backward_flops, forward_flops, visible_scores
+from zigzag_kernels.problem import table_shapes
 from zigzag_kernels.segments.columns import SegmentColumn
 
 from . import autograd as autograd  # defines the operators
@@ -38,13 +40,20 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segments: torch.Tensor, call: str,
     if type(segments) is not torch.Tensor or segments.is_meta:
         keys = max(k.shape[0], world_size * q.shape[0])
         return visible_scores(0, keys, keys, mask) // (keys // q.shape[0] if len(q) else 1)
-    # All steps of a ring together see what one table says.
-    columns = segments if segments.ndim == 2 else segments[0]
-    if spec.whole_tokens:
-        whole = 2 * spec.whole_documents + 1
-        columns = columns[: whole + (len(columns) - whole) // spec.method.count_tables(world_size)]
-    rows = columns[:-1][:, _COLUMNS].tolist()  # the last entry is the padding
+    rows = _tables_of_rows(spec, segments, world_size)[:, _COLUMNS].tolist()
     return sum(visible_scores(position, tokens, length, mask) for position, tokens, length in rows)
+
+
+def _tables_of_rows(spec: CallSpec, segments: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Return the entries of tables that together have every row once; some are padding, which sees nothing.
+
+    All steps of a ring together see what one table says. With halos two tables have different rows.
+    """
+    whole = 2 * spec.whole_documents + 1 if spec.whole_tokens else 0
+    shape, _ = table_shapes(spec.method.kv_layout, 0, world_size)
+    tables = math.prod(shape[:-2]) if whole or segments.ndim == 3 else 1
+    entries = segments.flatten(0, -2)
+    return entries[: whole + (len(entries) - whole) // tables * (2 if spec.halo else 1)]
 
 
 _COLUMNS = [SegmentColumn.FIRST_POSITION, SegmentColumn.Q_LEN, SegmentColumn.REAL]

@@ -46,7 +46,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (out `[T, heads, head_dim]`, lse and the largest score of each row `[heads, T]` float32) of one rank.
 
-    Arguments are the kernels'. Between ranks K/V move as `transport` says, and autograd moves their gradients back.
+    Arguments are the kernels'. Between ranks K/V move as `transport` says, and autograd moves their gradients back; in
+    place of halos, all K/V are gathered.
     """
     problem = transport.problem
     if isinstance(transport, TwoPart):
@@ -113,7 +114,7 @@ def _attend(
     # A factor of the results, and of the inputs for the sake of the gradients.
     row_length = packing.row_length if packing.is_in_rows else None
     fault = impossible(
-        packing.cu_seqlens, packing.rank, packing.world_size, tokens, row_length=row_length, lengths=packing.lengths
+        packing.cu_seqlens, packing.rank, packing.world_size, tokens, row_length, packing.lengths, packing.halo
     )
     poison = torch.where(fault, float("nan"), 1.0)
     q32, k32, v32 = (x.float() * poison for x in (q, k, v))

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from zigzag_kernels.batch_checks import (
+    check_halo,
     check_host_offsets,
     check_row_length,
     check_whole_batch,
@@ -21,6 +22,7 @@ from zigzag_kernels.checks import (
     check_world_size,
 )
 from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
     gathered_row,
@@ -323,6 +325,8 @@ def validate(
     lengths: torch.Tensor | None = None,
     group=None,
     unsharded: torch.Tensor | None = None,
+    halo: int = 0,
+    max_seqlen: int | None = None,
 ) -> None:
     """Raise `ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; the host reads it: call it once.
 
@@ -331,9 +335,11 @@ def validate(
     because checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of
     it makes this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
     `unsharded` is the whole batch before `shard`, which ranks of a group compare as well. Of a plan of documents ranks
-    compare everything.
+    compare everything. For method "halo" give the `halo` of the prepared batch, rows before a chunk that its rows may
+    see, and the `max_seqlen` that was promised.
     """
-    check = functools.partial(_check_values, cu_seqlens, world_size, total, layout, row_length, lengths)
+    limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
+    check = functools.partial(_check_values, cu_seqlens, world_size, total, layout, row_length, lengths, limits)
     if group is None:
         check()
         if unsharded is not None:
@@ -369,20 +375,24 @@ def _check_values(
     layout: str,
     row_length: int | None,
     lengths: torch.Tensor | None,
+    limits: tuple[int, int],
 ) -> tuple[list[int], list[int] | None]:
     """Return the values of `cu_seqlens` and of `lengths`; `ValueError` if they cannot be dealt out."""
     layout, world_size = check_layout(layout), check_world_size(world_size)
     if isinstance(cu_seqlens, DocumentPlan):
         plan = check_plan(cu_seqlens, world_size)
+        check_halo([*plan.split_cu_seqlens], [*plan.split_lengths], world_size, None, limits)
         values = [Parts.of_plan(plan, rank).values(world_size) for rank in range(world_size)]
         return values[0]
     if isinstance(cu_seqlens, Parts):
         return cu_seqlens.checked().values(world_size)
     offsets = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1).tolist()
     check_whole_batch(offsets, world_size, total, layout, row_length)
-    if lengths is None:
-        return offsets, None
-    device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
-    real = as_lengths(lengths, offsets, device).tolist()
-    check_real_lengths(real, offsets)
+    real = None
+    if lengths is not None:
+        device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
+        real = as_lengths(lengths, offsets, device).tolist()
+        check_real_lengths(real, offsets)
+    in_rows = (row_length or total) if layout is Layout.ROW else None
+    check_halo(offsets, real, world_size, in_rows, limits)
     return offsets, real

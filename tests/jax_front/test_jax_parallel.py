@@ -294,7 +294,7 @@ def test_a_ring_of_any_size_is_a_program_of_the_same_size(world_size):
 
 
 REFUSED = {
-    "method": ({"method": "tree"}, "method: expected 'allgather' or 'ring', got 'tree'"),
+    "method": ({"method": "tree"}, "method: expected 'allgather', 'ring' or 'halo', got 'tree'"),
     "stride": ({"heads_k_stride": 3}, "heads_k_stride: expected a divisor of the 4 KV heads, got 3"),
     "reduce": (
         {"grad_reduce_dtype": "float16"},

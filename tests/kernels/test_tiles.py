@@ -45,9 +45,9 @@ def _rows_of_tiles(segments_ptr, n_segments, T, found_ptr, GROUP: tl.constexpr, 
 
 
 @triton.jit
-def _keys_of_tiles(sequences_ptr, n_sequences, slot_rows, found_ptr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _keys_of_tiles(sequences_ptr, n_sequences, T, found_ptr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
     tile = tl.program_id(0)
-    keys = load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS, BLOCK_N)
+    keys = load_sequence(sequences_ptr, n_sequences, tile, T, T, SLOTS, BLOCK_N)
     first = keys.kv_row * SLOTS + keys.first_key  # the sequences before this one have so many keys in all slots
     tl.store(found_ptr + 2 * tile, first)
     tl.store(found_ptr + 2 * tile + 1, tl.minimum(first + BLOCK_N, keys.kv_row * SLOTS + keys.n_keys))

@@ -198,7 +198,7 @@ def test_batched_input_wants_no_cu_seqlens_and_equal_shapes(framework):
 def test_options_between_ranks_are_checked_on_one_device_too():
     q = Torch.array((8, 2, 16))
     for option, message in {
-        "method": "method: expected 'allgather' or 'ring', got 'x'",
+        "method": "method: expected 'allgather', 'ring' or 'halo', got 'x'",
         "heads_k_stride": "heads_k_stride: expected an int or None, got 'x'",
         "grad_reduce_dtype": "grad_reduce_dtype: expected None, float32 or the dtype of q, .* got 'x'",
         "group": "group: expected a torch.distributed process group that this process is in, .* got str 'x'",

@@ -49,6 +49,11 @@ class PlanCase:
         return DocumentPlan(lengths, self.world_size, *sizes, Mask())
 
     @property
+    def reach(self):
+        """Keyword arguments of `prepare_batch` that say how far rows see, for halos."""
+        return {name: self.mask[name] for name in ("window_size", "attention_chunk") if name in self.mask}
+
+    @property
     def options(self):
         """Keyword arguments of attention, besides sinks."""
         return self.mask | {"softcap": self.softcap}
@@ -59,10 +64,11 @@ THREE = {"whole": ((9, 2), (), (12,)), "split": (40, 7), "whole_tokens": 13, "sp
 ONE = {"methods": ("allgather",)}
 CASES = [
     PlanCase("w2", **BOTH),
-    PlanCase("w2-window", **BOTH, mask={"window_size": (3, 0)}, sinks=True),  # chunks have nine tokens
+    PlanCase("w2-window", **BOTH, mask={"window_size": (3, 0)}, sinks=True, methods=("halo", "allgather", "ring")),
     PlanCase("w2-wide-window", **BOTH, mask={"window_size": (15, 4), "causal": False}, softcap=3.0, **ONE),
-    PlanCase("w2-chunks", **BOTH, mask={"attention_chunk": 7}, **ONE),
+    PlanCase("w2-chunks", **BOTH, mask={"attention_chunk": 7}, methods=("allgather", "halo")),
     PlanCase("w2-whole-only", ((9, 14), (20,)), (), 26, 0, sinks=True),
+    PlanCase("w2-whole-halo", ((9, 14), (20,)), (), 26, 0, mask={"window_size": (3, 0)}, methods=("halo",)),
     PlanCase("w2-split-only", ((), ()), (33, 5), 0, 22, **ONE),
     PlanCase("w2-empty-rank", ((9, 14), ()), (), 23, 0, **ONE),
     PlanCase("w2-one-split-token", ((9,), (20,)), (1,), 20, 3),  # other ranks hold its padding alone

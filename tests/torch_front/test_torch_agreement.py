@@ -138,12 +138,13 @@ def check_absence(rank):
 
 
 def test_ranks_agree_on_every_option(monkeypatch):
-    """But not on how each of them repeats its own kernels: only deterministic ones serve between ranks."""
+    """But not on how each of them repeats its own kernels, as only deterministic ones serve between ranks, nor on the
+    number of documents that a rank has whole, which no message depends on."""
     facts = {}
     monkeypatch.setattr(agreement, "agree", lambda _, pairs, _digest: facts.update(pairs))
     agreement.agree_on_call(None, small_problem())
     names = {field.name.removeprefix("has_") for field in dataclasses.fields(CallSpec)}
-    assert names - facts.keys() == {"deterministic"}
+    assert names - facts.keys() == {"deterministic", "whole_documents"}
 
 
 def test_ranks_agree_before_data_moves(tmp_path):

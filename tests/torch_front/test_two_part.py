@@ -46,7 +46,7 @@ def check_cases(rank, world_size, cases):
         for method in case.methods:
             for backend in (KERNELS, "reference") if method == case.methods[0] else (KERNELS,):
                 common = {"group": group, "method": method, "backend": backend}
-                batch = zigzag_torch.prepare_batch(case.plan, device=DEVICE, **common)
+                batch = zigzag_torch.prepare_batch(case.plan, device=DEVICE, **common, **case.reach)
                 stride = {"heads_k_stride": 1} if method == "allgather" else {}
                 results = {name: torch_numpy(x) for name, x in attend(case, rank, batch, **common, **stride).items()}
                 assert_rank_is_right(f"{case}, {method}, {backend}, rank {rank}", case, rank, results)

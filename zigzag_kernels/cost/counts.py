@@ -122,6 +122,8 @@ class Step:
     def __post_init__(self):
         check_world_size(self.world_size)
         check_method(self.method)
+        if self.method == Method.HALO:
+            raise ValueError("method: expected 'allgather' or 'ring', got 'halo', which has no costs yet")
         check_window_size(self.window_size)
         check_attention_chunk(self.attention_chunk)
         check_lengths([*accumulate(self.lengths, initial=0)], self.world_size)

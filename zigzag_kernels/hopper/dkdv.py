@@ -172,7 +172,7 @@ def backward_dkdv_hopper(
     """Arguments and results: `portable.dkdv.backward_dkdv`. BLOCK_N is 64 keys for each consumer."""
     tile_number, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
-    tile = load_sequence(sequences_ptr, n_sequences, tile_number, slot_rows, SLOTS, BLOCK_N)
+    tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
     if tile.first_key >= tile.n_keys:
         return
 

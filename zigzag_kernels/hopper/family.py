@@ -7,7 +7,7 @@ from ..family import Draft, Family
 from ..heuristics import SMALL_HEAD_DIM
 from ..launch import Launch, Output
 from ..modes import LengthClass, Operation
-from ..problem import Problem, segment_table_shapes
+from ..problem import Problem
 from ..tiles.config import Architecture, KernelId, TileConfig, block_d, not_power_of_two
 from ..tiles.sm_90 import SM_90
 from . import rules
@@ -117,7 +117,7 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     from .fused import backward_fused_hopper, clear_sums, finish_dq
 
     problem = draft.problem
-    (segments, _), _ = segment_table_shapes(problem.sequences, 1, problem.row_layout)
+    segments, _ = problem.table_entries
     shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
     elements = {
         "target": problem.target,

@@ -248,7 +248,7 @@ def backward_fused_hopper(
 ):  # fmt: skip
     """Do as `backward_dkdv_hopper`, and add unscaled dQ to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
     tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    tile = load_sequence(sequences_ptr, n_sequences, tile_number, slot_rows, SLOTS, BLOCK_N)
+    tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
     if tile.first_key >= tile.n_keys:
         return
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 from ..heuristics import FEW_PROGRAMS, MANY_PROGRAMS, MULTIPROCESSORS
 from ..modes import KVLayout, Operation
-from ..problem import Problem, segment_table_shapes
+from ..problem import Problem
 from ..tiles.config import TileConfig, block_d
 
 
 def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> int:
     """Return the tiles of one KV head: an upper bound from static shapes alone, see `segments.lookup.locate`."""
-    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences, 1, problem.row_layout)
+    segments, sequences = problem.table_entries
     if operation.owns_keys:
         return problem.kv_tokens // config.BLOCK_N + sequences
-    return problem.rows * problem.group // config.BLOCK_M + segments
+    return problem.most_query_rows * problem.group // config.BLOCK_M + segments
 
 
 def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:

@@ -7,7 +7,7 @@ from ..families import choose_family, choose_tiles
 from ..family import Draft
 from ..launch import Output
 from ..modes import Operation
-from ..problem import Problem, segment_table_shapes
+from ..problem import Problem
 from ..tiles.config import TileConfig, block_d
 from .grid import count_heads_together, count_tiles, make_grid, order_tiles
 from .planner import NOTHING, Planned
@@ -43,7 +43,7 @@ def make_operation(
     heads_together = count_heads_together(problem, config, tiles)
     outputs = _outputs(problem, operation, part)
     in_place = {output.name: f"into_{output.name}" for output in outputs}
-    (segments, _), (sequences, _) = segment_table_shapes(problem.sequences, 1, problem.row_layout)
+    segments, sequences = problem.table_entries
     entries = {"n_sequences": sequences} if operation.owns_keys else {"n_segments": segments}
     draft = Draft(
         problem=problem,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..modes import KVLayout, Layout, Operation
 from ..problem import Problem
 from . import planner
+from .halo import make_addition, make_copy
 from .operation import WHOLE, Part, make_operation
 from .planner import NOTHING, Planned
 from .rows import make_rows
@@ -38,19 +39,49 @@ def segment_tables(
     rows: int = 1,
     first_row: int = 0,
     end_row: int = 0,
+    halo: int = 0,
+    longest: int = 0,
 ) -> tuple:
     """Return (segments, sequences), the device tables of one batch on one rank, for all its layers.
 
     `lengths [N]` int32 are the real tokens of each document, None for all. In the row layout each of `rows` packed rows
     has `row_length` tokens on all ranks. The "peer" layout of keys has one table a ring step: step `s` has the keys of
     rank `(rank - s) % world_size`. A part of a batch has the local rows from `first_row` to `end_row`: 0 is the end of
-    the arrays. Lengths that need more rows are invalid.
+    the arrays. Lengths that need more rows are invalid. The layout "halo" has the tables of
+    `problem.halo_table_shapes`, for halos of `halo` rows and documents of at most `longest` real tokens, 0: any number.
     """
     form = BatchForm(
-        sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None, first_row, end_row
-    )
-    planned = planner.current.plan(make_tables, form, target)
-    return run(planned.launches[0], cu_seqlens, rank, cu_seqlens if lengths is None else lengths)
+        sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None, first_row, end_row, halo,
+        longest,
+    )  # fmt: skip
+    own, *of_halos = planner.current.plan(make_tables, form, target).launches
+    inputs = cu_seqlens, rank, cu_seqlens if lengths is None else lengths
+    tables = run(own, *inputs)
+    for launch in of_halos:
+        tables = run(launch, *inputs, *tables)
+    return tables
+
+
+def halo_rows(run: Run, problem: Problem, k, v, segments):
+    """Return `[6 * halo_rows, 2 * kv_heads, head_dim]`, V behind K in the slots of `halo.HaloSlot`.
+
+    `problem` is that of the rank's own keys, `segments` are tables 1 and 2. The two halos are for neighbours to fill.
+    Elements that no chunk has are not set.
+    """
+    planned = planner.current.plan(make_copy, problem)
+    (rows,) = run(planned.launches[0], k, v, segments)
+    return rows
+
+
+def add_halo_rows(
+    run: Run, problem: Problem, gradients: tuple, segments, into: tuple, *, slots: tuple[int, int]
+) -> tuple:
+    """Return `into`, (dk, dv) of all rows, with the `gradients` in two slots: of early chunks, and of late ones.
+
+    `segments` is the table that names these rows: 1 for the first rows of chunks, 2 for those that were sent.
+    """
+    planned = planner.current.plan(make_addition, problem, slots)
+    return run(planned.launches[0], *gradients, segments, *into)
 
 
 def forward(

@@ -1,12 +1,13 @@
-"""The launch of the kernel that builds the segment and sequence tables of a batch."""
+"""The launches of the kernels that build the segment and sequence tables of a batch."""
 
 from typing import NamedTuple
 
 from ..checks import check_target
 from ..launch import Launch, Output
 from ..modes import KVLayout, Layout
-from ..problem import segment_table_shapes
+from ..problem import table_shapes
 from ..segments.build import build_segments
+from ..segments.halo import build_halos
 from .planner import Planned
 
 ENTRIES = 64  # of a table that one program writes
@@ -24,40 +25,52 @@ class BatchForm(NamedTuple):
     has_lengths: bool = False
     first_row: int = 0  # of the local rows that the batch has
     end_row: int = 0  # behind these rows; 0 is the end of the arrays
+    halo: int = 0  # rows before a chunk that its rows may see, with K/V of halos
+    longest: int = 0  # real tokens that no document exceeds, 0 for any number, with K/V of halos
 
 
 def make_tables(form: BatchForm, target: str) -> Planned:
-    """Return the launch of the tables: see `steps.segment_tables`."""
+    """Return the launches of the tables: see `steps.segment_tables`."""
     check_target(target)
-    peer, world_size = form.kv_layout == KVLayout.PEER, form.world_size
+    world_size = form.world_size
+    halos = form.kv_layout == KVLayout.HALO and world_size > 1
+    peer = form.kv_layout in (KVLayout.PEER, KVLayout.HALO)
     row_layout = form.layout == Layout.ROW and world_size > 1
     if row_layout and form.kv_layout == KVLayout.CONTIGUOUS:
         raise ValueError("layout: expected 'document' with K/V in position order, got 'row'")
-    steps = world_size if peer else 1
-    segments_shape, sequences_shape = segment_table_shapes(form.sequences, steps, row_layout)
-    launch = Launch(
+    steps = world_size if peer and not halos else 1
+    shapes = table_shapes(KVLayout(form.kv_layout), form.sequences, world_size, row_layout)
+    outputs = Output("segments", shapes[0], "int32"), Output("sequences", shapes[1], "int32")
+    grid = -(-shapes[0][-2] // ENTRIES)
+    scalars = {
+        "n_sequences": form.sequences + row_layout,
+        "row_length": form.row_length if row_layout else 0,
+        "total": form.rows * form.row_length if row_layout else 0,
+        "first_row": form.first_row,
+        "end_row": form.end_row,
+        "halo": form.halo,
+        "longest": form.longest,
+    }
+    constexprs = {"WORLD_SIZE": world_size, "ROW": row_layout, "HAS_LENGTHS": form.has_lengths, "BLOCK": ENTRIES}
+    own = Launch(
         kernel=build_segments,
         target=target,
-        grid=(-(-segments_shape[-2] // ENTRIES), steps, 1),
+        grid=(grid, steps, 1),
         inputs=("cu_seqlens", "rank", "lengths"),
-        scalars={
-            "n_sequences": form.sequences + row_layout,
-            "row_length": form.row_length if row_layout else 0,
-            "total": form.rows * form.row_length if row_layout else 0,
-            "first_row": form.first_row,
-            "end_row": form.end_row,
-        },
-        outputs=(
-            Output("segments", segments_shape, "int32"),
-            Output("sequences", sequences_shape, "int32"),
-        ),
-        constexprs={
-            "WORLD_SIZE": world_size,
-            "PEER": peer,
-            "CONTIGUOUS": form.kv_layout == KVLayout.CONTIGUOUS,
-            "ROW": row_layout,
-            "HAS_LENGTHS": form.has_lengths,
-            "BLOCK": ENTRIES,
-        },
+        scalars=scalars,
+        outputs=outputs,
+        constexprs=constexprs | {"PEER": peer, "CONTIGUOUS": form.kv_layout == KVLayout.CONTIGUOUS, "HALO": halos},
     )
-    return Planned(None, (launch,))
+    if not halos:
+        return Planned(None, (own,))
+    of_halos = Launch(
+        kernel=build_halos,
+        target=target,
+        grid=(grid, 1, 1),
+        inputs=("cu_seqlens", "rank", "lengths", "into_segments", "into_sequences"),
+        scalars=scalars,
+        outputs=outputs,
+        constexprs=constexprs,
+        in_place={"segments": "into_segments", "sequences": "into_sequences"},
+    )
+    return Planned(None, (own, of_halos))

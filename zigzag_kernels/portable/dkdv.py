@@ -167,7 +167,7 @@ def backward_dkdv(
         INTERPRET=INTERPRET,
     )
     number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
-    found = load_sequence(sequences_ptr, n_sequences, number, slot_rows, SLOTS, BLOCK_N)
+    found = load_sequence(sequences_ptr, n_sequences, number, T, slot_rows, SLOTS, BLOCK_N)
     if found.first_key >= found.n_keys:
         return
 

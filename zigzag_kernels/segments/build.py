@@ -4,12 +4,12 @@ Only this kernel knows the K/V layout (`modes.KVLayout`): the tables say where k
 read the tables are the same for all layouts.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from .dealt import keys_of_halo, load_held, local_row, make_form, part_in_chunk, read_batch
 from .fields import (
     HALF_FIELDS,
     HALF_FIRST_POSITION,
@@ -46,48 +46,6 @@ from .fields import (
 )
 
 
-class Batch(NamedTuple):
-    """The sequences that a rank holds, and the ring step whose keys the tables describe."""
-
-    cu_seqlens_ptr: tl.tensor  # [N + 1] int32
-    lengths_ptr: tl.tensor  # [N] int32
-    n_sequences: tl.tensor
-    n_readable: tl.tensor  # sequences from here on count as empty
-    rank: tl.tensor
-    step: tl.tensor
-    row_length: tl.tensor  # tokens of a packed row on all ranks; read if documents lie anywhere in rows
-    total: tl.tensor  # tokens of all packed rows
-    first_row: tl.tensor  # local row with which the batch begins
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form of a batch and of its K/V buffer."""
-
-    WORLD_SIZE: Any
-    PEER: Any
-    CONTIGUOUS: Any
-    ROW: Any  # packed rows are cut into chunks, not documents; the last sequence is the padding of the last row
-    HAS_LENGTHS: Any
-
-
-@triton.constexpr_function
-def make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS):
-    """Return the `Form` of these constants."""
-    return Form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS)
-
-
-class Sequence(NamedTuple):
-    """Sequences `[BLOCK]` of a batch: their places in `cu_seqlens`, and the places of their rows on each rank."""
-
-    start: tl.tensor
-    length: tl.tensor
-    real: tl.tensor  # tokens that are not padding
-    place: tl.tensor  # tokens of what is cut into chunks that lie before the sequence
-    chunk_length: tl.tensor
-    first_row: tl.tensor  # local row with which a rank's two chunks begin
-
-
 class HeldKeys(NamedTuple):
     """The keys of sequences `[BLOCK]` in the K/V buffer: their columns of both tables."""
 
@@ -111,49 +69,6 @@ class Segment(NamedTuple):
 
 
 @triton.jit
-def _load_sequence(batch, sequence, mask, FORM: tl.constexpr):
-    """Load the sequences numbered `sequence`; those not in `mask` are empty.
-
-    With one rank a sequence is a single chunk.
-    """
-    start = tl.load(batch.cu_seqlens_ptr + sequence, mask=mask, other=0)
-    if FORM.ROW:
-        listed = mask & (sequence < batch.n_sequences - 1)
-        end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
-        length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
-        row = start // tl.maximum(batch.row_length, 1)  # row_length is 0 if there are no tokens
-        place = start - row * batch.row_length
-        chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
-        first_row = row * (2 * chunk_length)
-    else:
-        listed = mask
-        length = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=mask, other=0) - start
-        place = tl.zeros_like(start)
-        chunk_length = length if FORM.WORLD_SIZE == 1 else length // (2 * FORM.WORLD_SIZE)
-        first_row = start // FORM.WORLD_SIZE
-    if FORM.HAS_LENGTHS:
-        real = tl.load(batch.lengths_ptr + sequence, mask=listed, other=0)
-    else:
-        real = tl.where(listed, length, 0)
-    return Sequence(start, length, real, place, chunk_length, first_row)
-
-
-@triton.jit
-def _part(held, chunk):
-    """Return (position of the first token, tokens) of the part of each sequence that lies in chunk number `chunk`."""
-    begin = chunk * held.chunk_length - held.place
-    end = tl.minimum(tl.maximum(begin + held.chunk_length, 0), held.length)
-    begin = tl.minimum(tl.maximum(begin, 0), held.length)
-    return begin, end - begin
-
-
-@triton.jit
-def _local_row(held, chunk, late, position):
-    """Return the local row of the token at `position`, which lies in chunk `chunk`: a late chunk if `late`."""
-    return held.first_row + tl.where(late, held.chunk_length, 0) + held.place + position - chunk * held.chunk_length
-
-
-@triton.jit
 def _hold_keys(batch, held, FORM: tl.constexpr):
     """Return the `HeldKeys` of the sequences `held`.
 
@@ -164,13 +79,13 @@ def _hold_keys(batch, held, FORM: tl.constexpr):
     nothing = tl.zeros_like(held.length)
     if FORM.PEER and WORLD_SIZE > 1:
         peer = (batch.rank - batch.step + WORLD_SIZE) % WORLD_SIZE
-        early_position, early_keys = _part(held, peer)
-        late_position, late_keys = _part(held, 2 * WORLD_SIZE - 1 - peer)
+        early_position, early_keys = part_in_chunk(held, peer)
+        late_position, late_keys = part_in_chunk(held, 2 * WORLD_SIZE - 1 - peer)
         keys = early_keys + late_keys
         kv_row = held.first_row
         if FORM.ROW:
-            early_row = _local_row(held, peer, False, early_position)
-            late_row = _local_row(held, 2 * WORLD_SIZE - 1 - peer, True, late_position)
+            early_row = local_row(held, peer, False, early_position)
+            late_row = local_row(held, 2 * WORLD_SIZE - 1 - peer, True, late_position)
             kv_row = tl.where(early_keys > 0, early_row, tl.where(late_keys > 0, late_row, 0))
         return HeldKeys(kv_row, keys, early_position, early_keys, late_position)
     else:
@@ -191,7 +106,7 @@ def _make_segment(batch, index, FORM: tl.constexpr):
     late = index < batch.n_sequences
     sequence = tl.where(late, index, index - batch.n_sequences)
     mask = (sequence < batch.n_readable) & (index < 2 * batch.n_sequences)
-    held = _load_sequence(batch, sequence, mask, FORM)
+    held = load_held(batch, sequence, mask, FORM)
     keys = _hold_keys(batch, held, FORM).keys
     kv_len = keys
     if WORLD_SIZE == 1:
@@ -201,8 +116,8 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         position = first_position
     else:
         chunk = tl.where(late, 2 * WORLD_SIZE - 1 - batch.rank, batch.rank)
-        first_position, q_len = _part(held, chunk)
-        q_row = _local_row(held, chunk, late, first_position)
+        first_position, q_len = part_in_chunk(held, chunk)
+        q_row = local_row(held, chunk, late, first_position)
         position = first_position
         if FORM.ROW:
             q_row = tl.where(q_len > 0, q_row, 0)
@@ -212,41 +127,23 @@ def _make_segment(batch, index, FORM: tl.constexpr):
             position = tl.where(own, tl.where(late, held.chunk_length, 0), keys)
             seen_late = own | (late & (batch.step > batch.rank))
             kv_len = tl.where(seen_late, keys, tl.where(earlier, held.chunk_length, 0))
+        if FORM.HALO:
+            # Rows that may see keys of another rank are computed apart, together with those keys.
+            chunk_before = tl.where(late & (batch.rank == WORLD_SIZE - 1), 0, chunk)  # chunk 0 needs no keys
+            apart = tl.where(keys_of_halo(batch, held, chunk_before) > 0, tl.minimum(q_len, batch.halo), 0)
+            q_row, q_len, first_position = q_row + apart, q_len - apart, first_position + apart
     return Segment(
         q_row=batch.first_row + q_row,
         q_len=q_len,
         position=position,
         kv_len=kv_len,
         first_position=first_position,
-        weight=first_position + q_len if FORM.ROW else tl.minimum(position + q_len, kv_len),
+        weight=first_position + q_len if FORM.ROW or FORM.HALO else tl.minimum(position + q_len, kv_len),
         keys=keys,
     )
 
 
-@triton.jit
-def _lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return whether every sequence can be dealt out to the ranks."""
-    WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
-    offsets = tl.arange(0, BLOCK)
-    faults = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, batch.n_sequences, BLOCK):
-        sequence = first + offsets
-        held = _load_sequence(batch, sequence, sequence < batch.n_sequences, FORM)
-        uneven = (held.length < 0) | ((held.start != 0) & (sequence == 0))
-        # The difference of a negative offset and a positive one may wrap around to a valid length.
-        uneven = uneven | (held.start < 0) | (held.start + held.length < 0)
-        if FORM.ROW:
-            crosses = (held.length > 0) & (held.place + held.length > batch.row_length)
-            uneven = uneven | crosses
-        elif WORLD_SIZE > 1:
-            uneven = uneven | (held.chunk_length * (2 * WORLD_SIZE) != held.length)
-        if FORM.HAS_LENGTHS:
-            uneven = uneven | (held.real < 0) | (held.real > held.length)
-        faults += uneven.to(tl.int32)
-    return tl.sum(faults) == 0
-
-
-@triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row"])
+@triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row", "halo", "longest"])
 def build_segments(
     cu_seqlens_ptr,  # [N + 1] int32, global
     rank_ptr,  # [1] int32
@@ -256,6 +153,8 @@ def build_segments(
     total,
     first_row,  # of the local rows that the batch has
     end_row,  # behind these rows; 0 is the end of the arrays
+    halo,
+    longest,
     segments_ptr,  # [steps, 2 * n_sequences + 1, SEGMENT_FIELDS] int32
     sequences_ptr,  # [steps, n_sequences + 1, SEQUENCE_FIELDS] int32
     WORLD_SIZE: tl.constexpr,
@@ -263,6 +162,7 @@ def build_segments(
     CONTIGUOUS: tl.constexpr,
     ROW: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HALO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write both tables, heaviest entry first; the last entry of each is the padding behind the last sequence.
@@ -272,29 +172,23 @@ def build_segments(
     With `ROW`, `total // row_length` packed rows are cut into chunks. The padding behind the last sequence
     may lie in both chunks of a rank, and counts as one more sequence, without real tokens.
 
+    With `HALO` there is one step, for the rank's own keys and the rows that need no others: `halo.py` has the rest. The
+    sequence table is then the second half of its place, `2 * n_sequences + 1` entries.
+
     An entry's place is the number of entries heavier than it, and its first column counts their tokens: both are sums
     over all entries, so no sort is needed. The weight of an entry is the cost of its heaviest tile: for a
     segment the number of keys that its last row sees, for a sequence its length.
     """
-    FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS)
+    FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS, HALO)
     offsets = tl.arange(0, BLOCK)
     index = tl.program_id(0) * BLOCK + offsets
     step = tl.program_id(1)
     segments_ptr += step * (2 * n_sequences + 1) * SEGMENT_FIELDS
-    sequences_ptr += step * (n_sequences + 1) * SEQUENCE_FIELDS
+    sequences_ptr += (n_sequences if HALO else step * (n_sequences + 1)) * SEQUENCE_FIELDS
     rank = tl.load(rank_ptr)
-
-    # jax-triton passes a scalar 1 as a constant, which a tuple cannot hold.
-    n_all = tl.cast(n_sequences, tl.int32)
-    row_length, total = tl.cast(row_length, tl.int32), tl.cast(total, tl.int32)
-    first_row, end_row = tl.cast(first_row, tl.int32), tl.cast(end_row, tl.int32)
-    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_all, rank, step, row_length, total, first_row)
-    # With invalid lengths all entries stay empty, and all rows count as padding and become NaN.
-    valid = _lengths_are_valid(batch, FORM, BLOCK) & (rank >= 0) & (rank < WORLD_SIZE)
-    used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
-    valid = valid & ((end_row == 0) | (used // WORLD_SIZE <= end_row - first_row))
-    n_readable = tl.where(valid, n_all, 0)
-    batch = Batch(cu_seqlens_ptr, lengths_ptr, n_all, n_readable, rank, step, row_length, total, first_row)
+    pointers, rows = (cu_seqlens_ptr, lengths_ptr), (row_length, total, first_row, end_row)
+    batch, valid = read_batch(pointers, n_sequences, rank, step, rows, (halo, longest), FORM, BLOCK)
+    n_readable = batch.n_readable
 
     segment = _make_segment(batch, index, FORM)
     place = tl.zeros([BLOCK], tl.int32)
@@ -318,7 +212,7 @@ def build_segments(
 
     late = index < n_sequences
     number = tl.where(late, index, index - n_sequences)
-    held = _load_sequence(batch, number, number < n_readable, FORM)
+    held = load_held(batch, number, number < n_readable, FORM)
     held_keys = _hold_keys(batch, held, FORM)
     # With one slot a sequence's keys follow each other from its first key on, wherever the row is cut.
     slot_place = tl.zeros_like(held.place) if PEER else held.place
@@ -359,6 +253,7 @@ def build_segments(
         tl.store(half_ptrs + HALF_FIRST_POSITION, halved.first_position, mask=late)
 
     if tl.program_id(0) == 0:
+        used = batch.total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
         used = tl.where(valid, used, 0)
         no_keys = tl.where(valid, 0, -1)
         padding_ptr = segments_ptr + 2 * n_sequences * SEGMENT_FIELDS
@@ -375,3 +270,4 @@ def build_segments(
         for field in tl.static_range(SEQUENCE_KV_CHUNK, SEQUENCE_FIELDS):
             tl.store(padding_ptr + field, 0)
         tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
+        tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, first_row + used // WORLD_SIZE)

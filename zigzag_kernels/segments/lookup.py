@@ -208,14 +208,15 @@ def tables_are_invalid(segments_ptr, n_segments, T):
 
 
 @triton.jit
-def load_sequence(sequences_ptr, n_sequences, tile, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_sequence(sequences_ptr, n_sequences, tile, T, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Load the `KeyTile` number `tile` from the sequence table.
 
     It treats the padding entry and invalid tables as `load_segment` does.
     """
-    used = tl.load(sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS + SEQUENCE_KV_ROW)
+    padding_ptr = sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS
+    used, used_rows = tl.load(padding_ptr + SEQUENCE_KV_ROW), tl.load(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW)
     sequence, block = locate(sequences_ptr, n_sequences, tile, SEQUENCE_FIELDS, 1, BLOCK_N)
-    overfull = used > slot_rows
+    overfull = (used > slot_rows) | (used_rows > T)
     sequence = tl.where(overfull, n_sequences - 1, sequence)
     block = tl.where(overfull, tile, block)
     entry_ptr = sequences_ptr + sequence * SEQUENCE_FIELDS

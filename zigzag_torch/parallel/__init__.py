@@ -17,6 +17,7 @@ from zigzag_kernels.problem import Problem, make_problem
 
 from .. import launch
 from .allgather import AllGather
+from .halo import Halo
 from .local import Local
 from .ring import Ring
 from .transport import Packing, Residuals, Tables
@@ -24,6 +25,7 @@ from .two_part import TwoPart
 
 __all__ = [
     "AllGather",
+    "Halo",
     "Local",
     "Moving",
     "Packing",
@@ -36,7 +38,7 @@ __all__ = [
     "transport_of",
 ]
 
-Moving = AllGather | Ring | TwoPart
+Moving = AllGather | Halo | Ring | TwoPart
 Transport = Local | Moving
 
 
@@ -108,7 +110,7 @@ def _parts_of(problem: Problem) -> tuple[Problem, Problem]:
         raise ValueError(f"q: expected at least the {rows} rows of whole documents, got {problem.tokens}")
     whole = dataclasses.replace(
         problem,
-        call=dataclasses.replace(call, has_lengths=False),
+        call=dataclasses.replace(call, has_lengths=False, halo=0, halo_rows=0),
         sequences=call.whole_documents,
         world_size=1,
         kv_layout=KVLayout.GATHERED,
@@ -118,7 +120,9 @@ def _parts_of(problem: Problem) -> tuple[Problem, Problem]:
     return whole, dataclasses.replace(problem, first_row=rows, slot_rows=problem.tokens - rows)
 
 
-def _choose_moving(problem: Problem, group_name: str) -> AllGather | Ring:
+def _choose_moving(problem: Problem, group_name: str) -> AllGather | Halo | Ring:
+    if problem.call.method == Method.HALO:
+        return _make_halo(problem, group_name)
     stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     is_ring = problem.call.method == Method.RING
     window = problem.kv_heads if is_ring else stride
@@ -133,3 +137,14 @@ def _choose_moving(problem: Problem, group_name: str) -> AllGather | Ring:
             f"q: expected at most {MAX_ROWS} rows of keys and of queries, got {problem.kv_tokens} and {problem.tokens}"
         )
     return AllGather(problem, group_name)
+
+
+def _make_halo(problem: Problem, group_name: str) -> Halo:
+    """Return the transport of halos; the rows that are sent hold K and V head by head, as those of a ring do."""
+    strides = 2 * problem.kv_heads * problem.head_dim, problem.head_dim
+    check_strides("k", strides, 1)
+    buffer = {"kv_layout": KVLayout.HALO, "slot_rows": problem.call.halo_rows}
+    of_halo = dataclasses.replace(problem, **buffer, k_strides=strides, v_strides=strides)
+    if of_halo.kv_tokens > MAX_ROWS:
+        raise ValueError(f"q: expected at most {MAX_ROWS} rows of keys in halos, got {of_halo.kv_tokens}")
+    return Halo(problem, of_halo, group_name)

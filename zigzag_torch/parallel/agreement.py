@@ -169,6 +169,8 @@ def _facts_of_call(problem: Problem, others: Facts) -> tuple[Facts, int]:
         "layout": call.layout.value,
         "lengths": call.has_lengths,
         "whole_tokens": call.whole_tokens,
+        "halo": call.halo,
+        "halo_rows": call.halo_rows,
     }
     facts = tuple((facts | dict(others)).items())
     return facts, _digest(facts)

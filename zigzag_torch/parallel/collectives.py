@@ -1,5 +1,6 @@
 """Collectives: operators that `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -16,6 +17,8 @@ _reduce_into = getattr(dist, "reduce_scatter_single" if _IS_RENAMED else "reduce
 _GATHER_METHOD = "all_gather_single" if _IS_RENAMED else "_allgather_base"
 _REDUCE_METHOD = "reduce_scatter_single" if _IS_RENAMED else "_reduce_scatter_base"
 _LARGEST = torch.iinfo(torch.int64).max
+Neighbours = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Tensors for or from the rank before this one, and tensors for or from the next one."""
 # Odd multipliers, as of splitmix64, in the range of int64.
 _STEP, _FIRST_FACTOR, _SECOND_FACTOR = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -70,6 +73,23 @@ def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup
             dist.P2POp(dist.irecv, receive, group=group, group_peer=(rank - hops) % size, tag=tag),
         ]
     )
+
+
+def exchange_with_neighbours(sends: Neighbours, receives: Neighbours, group: dist.ProcessGroup) -> list:
+    """Start to send tensors to the rank before this one and to the next, and to receive others from them.
+
+    The first rank has none before it, the last no next one. Returns the transfers to `wait` for, as `exchange`.
+    """
+    rank, size = group.rank(), group.size()
+    operations = []
+    for peer, sent, received in zip((rank - 1, rank + 1), sends, receives, strict=True):
+        if 0 <= peer < size:
+            for tag, (x, place) in enumerate(zip(sent, received, strict=True)):
+                operations += [
+                    dist.P2POp(dist.isend, x, group=group, group_peer=peer, tag=tag),
+                    dist.P2POp(dist.irecv, place, group=group, group_peer=peer, tag=tag),
+                ]
+    return dist.batch_isend_irecv(operations)
 
 
 def wait(works: list, group: dist.ProcessGroup) -> None:

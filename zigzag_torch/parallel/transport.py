@@ -22,6 +22,7 @@ class Packing(NamedTuple):
     The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
     `whole`, or None, packs the first `whole_tokens` rows of each rank, whose documents no other rank has a part of.
+    `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
     """
 
     cu_seqlens: torch.Tensor
@@ -32,6 +33,7 @@ class Packing(NamedTuple):
     row_length: int
     rows: int
     whole: "Packing | None" = None
+    halo: tuple[int, int] = (0, 0)
 
     @property
     def is_in_rows(self) -> bool:
@@ -42,7 +44,8 @@ class Packing(NamedTuple):
 class Tables(NamedTuple):
     """Device tables of a batch: the runs of rows that tiles of queries and tiles of keys belong to.
 
-    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front.
+    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front; for halos
+    `zigzag_kernels.problem.halo_table_shapes` says which there are.
     """
 
     segments: torch.Tensor

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zigzag_kernels.problem import Problem, segment_table_shapes
+from zigzag_kernels.problem import Problem, segment_table_shapes, table_shapes
 
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .allgather import AllGather
+from .halo import Halo
 from .ring import Ring
 from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
 
@@ -27,7 +28,7 @@ class TwoPart:
 
     problem: Problem
     whole: Problem
-    split: AllGather | Ring | None
+    split: AllGather | Halo | Ring | None
     group_name: str
 
     def forward(
@@ -93,7 +94,7 @@ class TwoPart:
         whole = Tables(tables.segments[:segments], tables.sequences[:keys])
         if self.split is None:
             return whole, whole
-        of_segments, of_sequences = segment_table_shapes(sequences, call.method.count_tables(self.problem.world_size))
+        of_segments, of_sequences = table_shapes(call.method.kv_layout, sequences, self.problem.world_size)
         rest = tables.segments[segments:].view(of_segments), tables.sequences[keys:].view(of_sequences)
         return whole, Tables(*rest)
 

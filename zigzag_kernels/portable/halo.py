@@ -1,0 +1,109 @@
+"""The kernels that copy the rows of halos into one buffer, and add the gradients of these rows to those of all rows.
+
+Grid: tiles of rows × KV heads.
+"""
+
+import triton
+import triton.language as tl
+
+from ..segments.fields import (
+    SEGMENT_FIELDS,
+    SEGMENT_KV_CHUNK,
+    SEGMENT_KV_ROW,
+    SEGMENT_PLACE,
+    SEGMENT_Q_LEN,
+    SEGMENT_Q_ROW,
+)
+from ..segments.lookup import locate, tables_are_invalid
+from .rows import load_rows, store_rows
+
+
+@triton.jit
+def _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK: tl.constexpr):
+    """Return (rows of K/V, rows of a slot, whether the slot is a late chunk's, whether there is such a row) `[BLOCK]`.
+
+    With invalid tables there are none.
+    """
+    entry, block = locate(segments_ptr, n_segments, tl.program_id(0), SEGMENT_FIELDS, 1, BLOCK)
+    entry_ptr = segments_ptr + entry * SEGMENT_FIELDS
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    no_run = (entry == n_segments - 1) | tables_are_invalid(segments_ptr, n_segments, T)
+    inside = rows < tl.where(no_run, 0, tl.load(entry_ptr + SEGMENT_Q_LEN))
+    late = tl.load(entry_ptr + SEGMENT_PLACE) >= 2 * tl.load(entry_ptr + SEGMENT_KV_CHUNK)
+    kv_rows = (tl.load(entry_ptr + SEGMENT_Q_ROW) - first_row + rows).to(tl.int64)
+    return kv_rows, tl.load(entry_ptr + SEGMENT_KV_ROW) + rows, late, inside
+
+
+@triton.jit(do_not_specialize=["n_segments", "T", "first_row", "slot_rows"])
+def copy_halo_rows(
+    k_ptr,  # [rows, KV_HEADS, HEAD_DIM]
+    v_ptr,
+    segments_ptr,  # tables 1 and 2 of `segments.halo`
+    n_segments,
+    T,
+    first_row,  # local row of the first row of k, v, and of dk and dv
+    slot_rows,
+    rows_ptr,  # [6 * slot_rows, 2 * KV_HEADS, HEAD_DIM]: K, then V
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STRIDE_KT: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VT: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY_ROWS: tl.constexpr,
+    LATE_ROWS: tl.constexpr,
+    EARLY_SENT: tl.constexpr,
+    LATE_SENT: tl.constexpr,
+):
+    """Copy the first rows of chunks, which need a halo, and the last ones, which neighbours need, to their slots.
+
+    The third dimension of the grid says which: `halo.HaloSlot` names the slots.
+    """
+    head, sent = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    segments_ptr += sent * n_segments * SEGMENT_FIELDS
+    kv_rows, rows, late, inside = _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK)
+    slot = tl.where(sent == 0, tl.where(late, LATE_ROWS, EARLY_ROWS), tl.where(late, LATE_SENT, EARLY_SENT))
+    k = load_rows(k_ptr + head * STRIDE_KH, kv_rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + head * STRIDE_VH, kv_rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    places = ((slot * slot_rows + rows).to(tl.int64) * 2 * KV_HEADS + head) * HEAD_DIM
+    places = rows_ptr + places[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    mask = inside[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    tl.store(places, k, mask=mask)
+    tl.store(places + KV_HEADS * HEAD_DIM, v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_segments", "T", "first_row", "slot_rows"])
+def add_halo_rows(
+    dk_rows_ptr,  # [slots * slot_rows, KV_HEADS, HEAD_DIM]
+    dv_rows_ptr,
+    segments_ptr,  # table 1 or 2 of `segments.halo`
+    into_dk_ptr,  # the same memory as dk and dv, or unused
+    into_dv_ptr,
+    n_segments,
+    T,
+    first_row,  # local row of the first row of k, v, and of dk and dv
+    slot_rows,
+    dk_ptr,  # [rows, KV_HEADS, HEAD_DIM]
+    dv_ptr,
+    EARLY_SLOT: tl.constexpr,
+    LATE_SLOT: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add the gradients in two slots to those of the rows that the table names, each of which is in one place."""
+    head = tl.program_id(1).to(tl.int64)
+    kv_rows, rows, late, inside = _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK)
+    slot = tl.where(late, LATE_SLOT, EARLY_SLOT)
+    sources = ((slot * slot_rows + rows).to(tl.int64) * KV_HEADS + head) * HEAD_DIM
+    places = (kv_rows * KV_HEADS + head) * HEAD_DIM
+    dk = load_rows(dk_ptr, places, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dk += load_rows(dk_rows_ptr, sources, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    store_rows(dk_ptr, places, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)
+    dv = load_rows(dv_ptr, places, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dv += load_rows(dv_rows_ptr, sources, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    store_rows(dv_ptr, places, dv, inside, HEAD_DIM, BLOCK_D, INTERPRET)

@@ -1,0 +1,201 @@
+"""The kernel that writes the tables of halos: rows whose keys lie partly on a neighbour, and rows that are sent."""
+
+import triton
+import triton.language as tl
+
+from .dealt import keys_of_halo, load_held, local_row, make_form, part_in_chunk, read_batch
+from .fields import (
+    HALF_FIELDS,
+    HALF_FIRST_POSITION,
+    HALF_KV_LEN,
+    HALF_POSITION,
+    HALF_Q_LEN,
+    HALF_Q_ROW,
+    SEGMENT_EARLY_KEYS,
+    SEGMENT_EARLY_POSITION,
+    SEGMENT_FIELDS,
+    SEGMENT_FIRST_POSITION,
+    SEGMENT_KEYS,
+    SEGMENT_KV_CHUNK,
+    SEGMENT_KV_LEN,
+    SEGMENT_KV_ROW,
+    SEGMENT_LATE_POSITION,
+    SEGMENT_PLACE,
+    SEGMENT_POSITION,
+    SEGMENT_Q_LEN,
+    SEGMENT_Q_ROW,
+    SEGMENT_REAL,
+    SEGMENT_TOKENS_BEFORE,
+    SEQUENCE_EARLY_KEYS,
+    SEQUENCE_EARLY_POSITION,
+    SEQUENCE_FIELDS,
+    SEQUENCE_HALVES,
+    SEQUENCE_KEYS,
+    SEQUENCE_KEYS_BEFORE,
+    SEQUENCE_KV_CHUNK,
+    SEQUENCE_KV_ROW,
+    SEQUENCE_LATE_POSITION,
+    SEQUENCE_PLACE,
+    SEQUENCE_REAL,
+)
+
+
+@triton.jit
+def _slot_keys(batch, held, FORM: tl.constexpr):
+    """Return how many rows of a slot of the K/V buffer each sequence has; in the row layout, its packed row has them.
+
+    The slots of a late and of an early chunk are laid out alike, on every rank.
+    """
+    return tl.zeros_like(held.start) + batch.halo if FORM.ROW else tl.minimum(held.chunk_length, batch.halo)
+
+
+@triton.jit
+def _halo(batch, index, FORM: tl.constexpr):
+    """Return (late, held, chunk, own keys needed, other keys needed, rows sent) of the segments numbered `index`.
+
+    The first half of the numbers are late chunks. The early chunk of the last rank precedes its late one, which
+    therefore needs nothing from others.
+    """
+    WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
+    late = index < batch.n_sequences
+    sequence = tl.where(late, index, index - batch.n_sequences)
+    mask = (sequence < batch.n_readable) & (index < 2 * batch.n_sequences)
+    held = load_held(batch, sequence, mask, FORM)
+    chunk = tl.where(late, 2 * WORLD_SIZE - 1 - batch.rank, batch.rank)
+    is_last = batch.rank == WORLD_SIZE - 1
+    _, q_len = part_in_chunk(held, chunk)
+    others = tl.where(late & is_last, 0, keys_of_halo(batch, held, chunk))
+    own = tl.where(others > 0, tl.minimum(q_len, batch.halo), 0)
+    sent = tl.where((index >= batch.n_sequences) & is_last, 0, keys_of_halo(batch, held, chunk + 1))
+    return late, held, chunk, own, others, sent
+
+
+@triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row", "halo", "longest"])
+def build_halos(
+    cu_seqlens_ptr,  # [N + 1] int32, global
+    rank_ptr,  # [1] int32
+    lengths_ptr,  # [N] int32, read if HAS_LENGTHS
+    into_segments_ptr,  # the same memory as segments and sequences, or unused
+    into_sequences_ptr,
+    n_sequences,  # N, and with ROW one more
+    row_length,
+    total,
+    first_row,
+    end_row,
+    halo,
+    longest,
+    segments_ptr,  # [3, 2 * n_sequences + 1, SEGMENT_FIELDS] int32
+    sequences_ptr,  # [2, 2 * n_sequences + 1, SEQUENCE_FIELDS] int32
+    WORLD_SIZE: tl.constexpr,
+    ROW: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the tables of halos behind those of a rank's own keys, in the order of the segments.
+
+    Grid: blocks of entries. Table 1 has the first rows of each chunk, up to `halo`, if they need keys of a neighbour.
+    Their keys are one run in a K/V buffer of four slots: the halo of the early chunk, the first rows of the early
+    chunk, the halo of the late chunk, the first rows of the late chunk. A halo ends with its slot, so that the chunk's
+    first rows follow it. For the sequence table each chunk is a sequence with one segment. Table 2 of the segments has
+    the last rows of each chunk, which a neighbour needs, and KV_ROW is where they lie in the message.
+    """
+    FORM: tl.constexpr = make_form(WORLD_SIZE, True, False, ROW, HAS_LENGTHS, True)
+    offsets = tl.arange(0, BLOCK)
+    index = tl.program_id(0) * BLOCK + offsets
+    rank = tl.load(rank_ptr)
+    pointers, rows = (cu_seqlens_ptr, lengths_ptr), (row_length, total, first_row, end_row)
+    batch, valid = read_batch(pointers, n_sequences, rank, 1, rows, (halo, longest), FORM, BLOCK)
+    late, held, chunk, own, others, sent = _halo(batch, index, FORM)
+    number = tl.where(late, index, index - n_sequences)
+    rows_before = tl.zeros([BLOCK], tl.int32)
+    keys_before = tl.zeros([BLOCK], tl.int32)
+    sent_before = tl.zeros([BLOCK], tl.int32)
+    slot_row = tl.zeros([BLOCK], tl.int32)
+    all_keys = tl.zeros([BLOCK], tl.int32)
+    slot_keys_used = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, 2 * n_sequences, BLOCK):
+        other = first + offsets
+        _, other_held, _, other_own, other_others, other_sent = _halo(batch, other, FORM)
+        slot_keys = tl.where(other < n_sequences, _slot_keys(batch, other_held, FORM), 0)
+        before = other[None, :] < index[:, None]
+        rows_before += tl.sum(tl.where(before, other_own[None, :], 0), 1)
+        keys_before += tl.sum(tl.where(before, (other_own + other_others)[None, :], 0), 1)
+        sent_before += tl.sum(tl.where(before, other_sent[None, :], 0), 1)
+        slot_row += tl.sum(tl.where(other[None, :] < number[:, None], slot_keys[None, :], 0), 1)
+        all_keys += other_own + other_others
+        slot_keys_used += slot_keys
+    slot_keys = _slot_keys(batch, held, FORM)
+    if ROW:
+        slot_row = held.start // tl.maximum(batch.row_length, 1) * batch.halo
+
+    first_position, q_len = part_in_chunk(held, chunk)
+    q_row = batch.first_row + local_row(held, chunk, late, first_position)
+    keys = own + others
+    place = tl.where(late, 2 * slot_keys, 0) + slot_keys - others
+    is_segment = index < 2 * n_sequences
+    entries = 2 * n_sequences + 1
+    segment_ptrs = segments_ptr + (entries + index) * SEGMENT_FIELDS
+    tl.store(segment_ptrs + SEGMENT_TOKENS_BEFORE, rows_before, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_Q_ROW, q_row, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_Q_LEN, own, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_POSITION, others, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_KV_LEN, keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_KV_ROW, slot_row, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_KV_CHUNK, slot_keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_KEYS, keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_FIRST_POSITION, first_position, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_REAL, held.real, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_EARLY_POSITION, first_position - others, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_EARLY_KEYS, keys, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_LATE_POSITION, first_position + own, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_PLACE, place, mask=is_segment)
+
+    sequence_ptrs = sequences_ptr + (entries + index) * SEQUENCE_FIELDS
+    tl.store(sequence_ptrs + SEQUENCE_KEYS_BEFORE, keys_before, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_KV_ROW, slot_row, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_KV_CHUNK, slot_keys, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_KEYS, keys, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_REAL, held.real, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_EARLY_POSITION, first_position - others, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, keys, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, first_position + own, mask=is_segment)
+    tl.store(sequence_ptrs + SEQUENCE_PLACE, place, mask=is_segment)
+    for half in tl.static_range(2):  # the second has no rows
+        half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half
+        tl.store(half_ptrs + HALF_Q_ROW, q_row, mask=is_segment)
+        tl.store(half_ptrs + HALF_Q_LEN, own * (1 - half), mask=is_segment)
+        tl.store(half_ptrs + HALF_POSITION, others, mask=is_segment)
+        tl.store(half_ptrs + HALF_KV_LEN, keys, mask=is_segment)
+        tl.store(half_ptrs + HALF_FIRST_POSITION, first_position, mask=is_segment)
+
+    sent_ptrs = segments_ptr + (2 * entries + index) * SEGMENT_FIELDS
+    for field in tl.static_range(SEGMENT_FIELDS):
+        tl.store(sent_ptrs + field, tl.zeros([BLOCK], tl.int32), mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_TOKENS_BEFORE, sent_before, mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_Q_ROW, q_row + q_len - sent, mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_Q_LEN, sent, mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_KV_ROW, slot_row + slot_keys - sent, mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_KV_CHUNK, slot_keys, mask=is_segment)
+    tl.store(sent_ptrs + SEGMENT_PLACE, tl.where(late, 2 * slot_keys, 0), mask=is_segment)
+
+    if tl.program_id(0) == 0:
+        used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
+        used = tl.where(valid, used, 0) // WORLD_SIZE
+        no_keys = tl.where(valid, 0, -1)
+        for table in tl.static_range(1, 3):
+            padding_ptr = segments_ptr + (table * entries + 2 * n_sequences) * SEGMENT_FIELDS
+            for field in tl.static_range(SEGMENT_FIELDS):
+                tl.store(padding_ptr + field, 0)
+            tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used)
+            tl.store(padding_ptr + SEGMENT_Q_ROW, first_row + used)
+            tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
+            tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
+            tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
+        padding_ptr = sequences_ptr + (entries + 2 * n_sequences) * SEQUENCE_FIELDS
+        for field in tl.static_range(SEQUENCE_FIELDS):
+            tl.store(padding_ptr + field, 0)
+        slots_end = batch.total // tl.maximum(batch.row_length, 1) * batch.halo if ROW else tl.sum(slot_keys_used)
+        tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, tl.sum(all_keys))
+        tl.store(padding_ptr + SEQUENCE_KV_ROW, tl.where(valid, slots_end, 0))
+        tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
+        tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, first_row + used)

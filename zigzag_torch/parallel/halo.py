@@ -1,0 +1,130 @@
+"""Attention to the rank's own K/V and to the halos of its chunks, which its neighbours send."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zigzag_kernels.halo import KEY_SLOTS, HaloSlot
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from .agreement import BACKWARD, agree_on_call, resolve
+from .collectives import exchange_with_neighbours, wait
+from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Sends the last rows of each chunk to the rank of the next one, in flight while other rows are attended to.
+
+    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
+    behind it a copy of their own K/V, so that no row is computed in two parts. The backward pass moves halos again, as
+    keeping them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There
+    they are added behind those of the copies, in this order.
+
+    `problem` is that of the rank's own K/V, and `of_halo` that of the buffer.
+    """
+
+    problem: Problem
+    of_halo: Problem
+    group_name: str
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
+        from zigzag_kernels import plan
+
+        group = resolve(self.group_name)
+        agree_on_call(group, self.problem)
+        problem = launch.without_gluon_if_misaligned(self.problem, k, v)
+        keys, works = self._exchange(problem, k, v, tables, group)
+        apart = launch.run, self.of_halo, q, *keys, tables.segments[1]
+        results: Any = (None, None) if beside is None else beside(None)
+        results = plan.forward(launch.run, problem, q, k, v, tables.segments[0], sinks=sinks, into=results)
+        wait(works, group)
+        return plan.forward(*apart, sinks=sinks, into=results)
+
+    def backward(
+        self,
+        residuals: Residuals,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: Tables,
+        sinks: torch.Tensor | None = None,
+        *,
+        beside: Beside | None = None,
+        into: torch.Tensor | None = None,
+    ) -> Gradients:
+        """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
+
+        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as those
+        of `AllGather.backward`.
+        """
+        from zigzag_kernels import plan
+
+        q, k, v, out, lse = readable(residuals)
+        group, reduce_dtype = resolve(self.group_name), self.problem.call.grad_reduce_dtype
+        agree_on_call(group, self.problem, call=BACKWARD)
+        dout = launch.last_dim_contiguous(dout)
+        strides: Any = {"dout_strides": row_strides(dout)}
+        problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
+        problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
+        of_halo = with_strides(self.of_halo, row_strides(q), self.of_halo.k_strides, self.of_halo.v_strides)
+        of_halo = launch.without_gluon_if_misaligned(of_halo, q, dout)  # the buffer is ours, and aligned
+        dlse = None if dlse is None else dlse.contiguous()
+        keys, works = self._exchange(problem, k, v, tables, group)
+        dq: Any = None if beside is None else beside(None)
+        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
+        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
+        of_slots = sums.new_empty((2, KEY_SLOTS, problem.call.halo_rows, *k.shape[1:]))
+        received = torch.empty_like(of_slots[:, : HaloSlot.LATE_HALO])
+        of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
+        own = (launch.run, problem, q, k, v, dout, rows)
+        apart = (launch.run, of_halo, q, *keys, dout, rows)
+        part = part_of(0, False, reduce_dtype)
+        plan.backward_keys(*own, of_own, part=part, into=sums.unbind(), **strides)
+        wait(works, group)
+        in_slots: Any = of_slots.flatten(1, 2).unbind()
+        plan.backward_keys(*apart, of_halos, part=part, into=in_slots, **strides)
+        works = exchange_with_neighbours(
+            (of_slots[:, HaloSlot.EARLY_HALO].unbind(), of_slots[:, HaloSlot.LATE_HALO].unbind()),
+            (received[:, 1].unbind(), received[:, 0].unbind()),
+            group,
+        )
+        dq = plan.backward_queries(*own, tables.segments[0], into=dq, **strides)
+        dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
+        plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums.unbind(), slots=slots)
+        wait(works, group)
+        sent = received.flatten(1, 2).unbind()
+        plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums.unbind(), slots=(0, 1))
+        return dq, sums.to(k.dtype) if into is None else into.copy_(sums), dsinks
+
+    def _exchange(
+        self, problem: Problem, k: torch.Tensor, v: torch.Tensor, tables: Tables, group
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], list]:
+        """Return ((k, v) `[4 * halo_rows, kv_heads, head_dim]` of the buffer, transfers that fill its halos)."""
+        from zigzag_kernels import plan
+
+        rows = plan.halo_rows(launch.run, problem, k, v, tables.segments[1:])
+        slots = rows.unflatten(0, (len(HaloSlot), problem.call.halo_rows))
+        works = exchange_with_neighbours(
+            ((slots[HaloSlot.LATE_SENT],), (slots[HaloSlot.EARLY_SENT],)),
+            ((slots[HaloSlot.EARLY_HALO],), (slots[HaloSlot.LATE_HALO],)),
+            group,
+        )
+        k_near, v_near = slots[:KEY_SLOTS].flatten(0, 1).split(k.shape[1], 1)
+        return (k_near, v_near), works
