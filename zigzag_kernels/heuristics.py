@@ -43,6 +43,12 @@ NARROW_KEYS = 1024
 FEW_ROWS = 2**17
 """Packed query rows of a sequence, all heads of the window, below which it has few tiles: 1024 tiles of 128 rows."""
 
+# When programs of long sequences take several heads, on H200: docs/hopper.md, "Several heads of long sequences".
+MODERATE_KEYS = 2**14
+"""Keys of a sequence, or of a window, up to which the start and the end of a program count beside its blocks."""
+MANY_ROWS = 2**19
+"""Packed query rows of a launch, all heads of the window: programs of four heads and 128 rows number 1024 then."""
+
 
 class Sizes(Protocol):
     """Sizes that the stride of an all-gather depends on: a `Problem` has them, and a `cost.Step`."""

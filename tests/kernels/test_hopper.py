@@ -155,10 +155,33 @@ def test_tiles_of_query_rows_under_narrow_windows(monkeypatch):
     assert served(64, window_size=(127, -1)) == [(256, 64, 8), (192, 64, 4)]
     assert served(128, window_size=(1023, -1)) == [(128, 128, 4), (128, 128, 1)]
     assert served(128, attention_chunk=1024) == [(128, 128, 4), (128, 128, 1)]
-    assert served(128, window_size=(4095, -1)) == served(128, softcap=30.0) == served(128)
+    assert served(128, window_size=(4095, -1)) == [(128, 128, 4), (128, 128, 1)]
+    assert served(128, window_size=(32767, -1)) == served(128, softcap=30.0) == served(128)
     assert served(64, has_sinks=True, return_max_logits=True) == served(64)
     wide = {"window_size": (127, -1), "causal": False}  # no limit on the other side
     assert served(128, **wide) == served(128)
+
+
+@needs_triton
+def test_programs_of_moderate_walks_take_several_heads(monkeypatch):
+    """Forward at head_dim 128, dQ at 64; neither where keys are many, nor where few programs would be left."""
+    monkeypatch.setenv(HOPPER.variable, "1")
+
+    def heads(head_dim, tokens, world_size=1, **options):
+        plain = problem(head_dim=head_dim, tokens=tokens, world_size=world_size)
+        asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
+        return [
+            launches_of(asked, operation)[0].constexprs["HEADS_TOGETHER"]
+            for operation in (Operation.FORWARD, Operation.DQ)
+        ]
+
+    assert heads(128, 16384) == [4, 1]
+    assert heads(128, 32768) == [1, 1]
+    assert heads(128, 32768, window_size=(4095, -1)) == [4, 1]
+    assert heads(128, 8192, world_size=8) == [1, 1]
+    assert heads(128, 8192) == [1, 1]
+    assert heads(64, 16384) == [1, 4]
+    assert heads(64, 8192, world_size=8) == [1, 1]
 
 
 @needs_triton

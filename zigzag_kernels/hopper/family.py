@@ -38,8 +38,12 @@ class Hopper(Family):
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
         if operation is Operation.DKDV and rules.wants_few_keys(problem):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
-        if not operation.owns_keys and rules.is_narrow(problem):
+        if operation.owns_keys:
+            return config
+        if rules.is_narrow(problem):
             return _for_few_blocks(operation, problem.head_dim, config)
+        if rules.length_class(problem) is LengthClass.LONG and rules.has_moderate_walks(problem):
+            return _for_moderate_walks(operation, problem.head_dim, config)
         return config
 
     def shared_memory(
@@ -96,6 +100,13 @@ def _for_few_blocks(operation: Operation, head_dim: int, config: TileConfig) -> 
     if operation is Operation.FORWARD:
         return replace(config, tiles_together=0, heads_together=max(config.heads_together, 8 if small else 4))
     return config if small else replace(config, tiles_together=0)
+
+
+def _for_moderate_walks(operation: Operation, head_dim: int, config: TileConfig) -> TileConfig:
+    """Return `config` for long sequences whose programs gain by serving several heads, one after the other."""
+    if operation is Operation.FORWARD:
+        return config if head_dim <= SMALL_HEAD_DIM else replace(config, heads_together=max(config.heads_together, 4))
+    return replace(config, tiles_together=1, heads_together=4) if head_dim <= SMALL_HEAD_DIM else config
 
 
 def _load_kernel(operation: Operation):

@@ -5,6 +5,8 @@ import math
 from ..checks import DTYPE_BYTES
 from ..heuristics import (
     FEW_ROWS,
+    MANY_ROWS,
+    MODERATE_KEYS,
     NARROW_KEYS,
     SHORT_CHUNK_KEYS,
     SHORT_CHUNK_KEYS_DKDV,
@@ -86,6 +88,12 @@ def is_narrow(problem: Problem) -> bool:
     On average, tiles under a window walk through as many keys as tiles of a causal sequence of twice its length.
     """
     return 2 * _most_keys(problem) < _few_tokens(problem)
+
+
+def has_moderate_walks(problem: Problem) -> bool:
+    """Return whether tiles of query rows see so few keys, and are so many, that programs take several heads."""
+    keys = min(problem.kv_tokens / problem.sequences, _most_keys(problem))
+    return keys <= MODERATE_KEYS and problem.tokens * problem.group * problem.window >= MANY_ROWS
 
 
 def _few_tokens(problem: Problem) -> float:
