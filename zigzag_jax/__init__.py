@@ -17,6 +17,7 @@ from .segment_ids import cu_seqlens_from_position_ids, cu_seqlens_from_segment_i
 from .segmented import segmented_attention
 from .segmented_batch import SegmentedBatch, prepare_segments
 from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
+from .target import lower_for
 
 __all__ = [
     "Batch",
@@ -27,6 +28,7 @@ __all__ = [
     "cu_seqlens_from_segment_ids",
     "export_disabled_checks",
     "local_cu_seqlens",
+    "lower_for",
     "make_zigzag_attention",
     "merge_partials",
     "pad_to_zigzag",

@@ -3,6 +3,7 @@
 import inspect
 import os
 import warnings
+from importlib.metadata import version
 
 import jax
 import jax.export
@@ -15,13 +16,17 @@ from zigzag_kernels.problem import ArraySpec
 
 from .arguments import Array
 from .axes import vary, varying_axes
+from .target import chosen_target
 
 GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `launch_gluon` uses
 
 
 def choose_backend(backend: str | None) -> str:
-    """Return the backend that `backend` means on JAX's default platform: see `zigzag_kernels.backends`."""
-    platform = "rocm" if _is_rocm() else jax.default_backend()
+    """Return the backend that `backend` means on JAX's default platform: see `zigzag_kernels.backends`.
+
+    In a block of `lower_for` the platform is a GPU.
+    """
+    platform = "gpu" if chosen_target() else "rocm" if _is_rocm() else jax.default_backend()
     return backends.choose_backend(backend, platform, ("triton", "jax_triton"))
 
 
@@ -31,10 +36,10 @@ def _is_rocm() -> bool:
 
 
 def target(backend: str) -> str:
-    """Return `Problem.target` of the default device under `backend`."""
+    """Return `Problem.target` under `backend`: that of the default device, or of the `lower_for` around this call."""
     if backend != "triton":
         return backend
-    return jax.devices()[0].compute_capability
+    return chosen_target() or jax.devices()[0].compute_capability
 
 
 def can_launch_gluon(backend: str) -> bool:
@@ -112,6 +117,7 @@ def _call_jax_triton(launch: Launch, outputs: tuple, arrays: tuple, aliases: dic
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             input_output_aliases=aliases,
+            **({"compute_capability": int(launch.target.replace(".", ""))} if chosen_target() else {}),
             **{"out_type" if since_04 else "out_shape": outputs},
             **launch.constexprs,
         )
@@ -120,12 +126,18 @@ def _call_jax_triton(launch: Launch, outputs: tuple, arrays: tuple, aliases: dic
 def import_jax_triton():
     """Import jax-triton and keep `TRITON_CACHE_DIR`, which its import clears.
 
-    Only called where the backend is "triton": without a GPU plugin of JAX the import fails.
+    Only called where the backend is "triton": without a GPU plugin of JAX the import fails, and so raises
+    `RuntimeError`.
     """
     name = "TRITON_CACHE_DIR"
     cache_dir = os.environ.get(name)
     try:
         import jax_triton
+    except ImportError as error:
+        raise RuntimeError(
+            "backend: 'triton' needs JAX's plugin for CUDA, with a GPU or without: jax-cuda13-plugin "
+            f"{version('jaxlib')}, by pip install --no-deps where there is no GPU; {error}"
+        ) from error
     finally:
         os.environ.pop(name, None)
         if cache_dir is not None:

@@ -62,8 +62,8 @@ def _check_platforms(platforms: tuple[str, ...], backend: str, by_default: bool)
     for platform in platforms:
         if backend == Backend.REFERENCE and by_default and platform == "cuda":
             raise RuntimeError(
-                "backend: expected a machine with a GPU to lower the kernels for cuda on, as None is 'reference' on "
-                "this one; name backend='reference' to lower dense attention"
+                "backend: expected lower_for(target) around this, or a machine with a GPU, to lower the kernels for "
+                "cuda, as None is 'reference' on this one; name backend='reference' to lower dense attention"
             )
         if platform != _PLATFORM.get(Backend(backend), platform):
             raise RuntimeError(

@@ -105,10 +105,26 @@ def test_automatic_axes_inside_shard_map_are_refused():
 def test_no_dense_attention_is_lowered_for_a_gpu_that_is_not_here():
     q = jnp.ones((8, 1, 16))
     attend = jax.jit(zigzag_jax.zigzag_attention)
-    with pytest.raises(RuntimeError, match="backend: expected a machine with a GPU to lower the kernels for cuda on"):
+    with pytest.raises(
+        RuntimeError, match=r"backend: expected lower_for\(target\) around this, or a machine with a GPU"
+    ):
         attend.trace(q, q, q).lower(lowering_platforms=("cuda",))
     named = jax.jit(functools.partial(zigzag_jax.zigzag_attention, backend="reference"))
     assert named.trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(GPU, reason="here kernels can be compiled")
+def test_kernels_are_not_lowered_by_a_process_that_interprets_them():
+    q = jnp.ones((8, 1, 16))
+    attend = jax.jit(zigzag_jax.zigzag_attention)
+    attend.trace(q, q, q)
+    for _ in range(2):  # nor does JAX keep what it traced outside
+        with zigzag_jax.lower_for("9.0"), pytest.raises(RuntimeError, match="backend: 'triton' cannot compile"):
+            attend.trace(q, q, q)
+    assert "dot_general" in str(attend.trace(q, q, q).jaxpr)
+    for target in ("H100", 9.0, "90", "sm_90"):
+        with pytest.raises(ValueError, match=r"target: expected a compute capability such as '9.0', got"):
+            zigzag_jax.lower_for(target)
 
 
 def test_an_axis_that_nobody_named_is_refused():

@@ -11,8 +11,13 @@ PLUGIN = importlib.util.find_spec("jax_cuda13_plugin")
 
 
 @pytest.mark.skipif(PLUGIN is None, reason="needs JAX's CUDA plugin, not a GPU")
-@pytest.mark.parametrize("part", ["gathered", "ranges", "methods", "hopper"])
+@pytest.mark.parametrize("part", ["gathered", "ranges", "methods", "segmented", "outside", "hopper"])
 def test_all_kernels_compile_from_jax(triton_cache, part):
     if part == "hopper" and not COMPILES:
         pytest.skip("needs a Triton that these kernels run with")
     assert lines_of("lowering", part, **triton_cache) == [part]
+
+
+@pytest.mark.skipif(PLUGIN is not None, reason="JAX's CUDA plugin is installed")
+def test_the_plugin_that_is_missing_is_named():
+    assert lines_of("lowering", "unplugged") == ["unplugged"]

@@ -1,11 +1,12 @@
 """Lowers attention from JAX for an H100, which compiles every kernel, where there is neither a GPU nor PyTorch.
 
-    python -m tests.programs.lowering gathered ranges methods hopper
+    python -m tests.programs.lowering gathered ranges methods segmented outside hopper
 
 In a process of its own: it compiles, where tests may interpret. "hopper" needs a Triton that those kernels run with.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 
@@ -17,7 +18,14 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax import launch, prepare_batch, zigzag_attention, zigzag_attention_gathered
+from zigzag_jax import (
+    launch,
+    lower_for,
+    prepare_batch,
+    segmented_attention,
+    zigzag_attention,
+    zigzag_attention_gathered,
+)
 from zigzag_kernels.hopper.family import HOPPER
 
 CALL = "custom_call @triton_kernel_call"
@@ -45,7 +53,9 @@ def lower_gathered(head_dim, sequences, packing=None, **options):
     numbers += (struct(4),) * ("return_max_logits" in options)
     checks = launch.export_disabled_checks()
     exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)(*arrays, *numbers)
-    return str(exported.mlir_module())
+    text = str(exported.mlir_module())
+    assert "dot_general" not in text
+    return text
 
 
 def gathered():
@@ -95,7 +105,58 @@ def hopper():
         assert sum(made.scratch > 0 for made in launched) == 3
 
 
-PARTS = {part.__name__: part for part in (gathered, ranges, methods, hopper)}
+def segmented():
+    """On a mesh of GPUs that are not here, for two kinds of GPUs in turn."""
+    step, arrays = segmented_step()
+    texts = []
+    for target in ("8.0", "9.0"):
+        with lower_for(target):
+            texts.append(step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text())
+        assert texts[-1].count(CALL) == 5
+        assert "dot_general" not in texts[-1]
+    assert texts[0] != texts[1]
+
+
+def outside():
+    """Behind a block of `lower_for` dense attention is not lowered for a GPU, unless its backend is named."""
+    step, arrays = segmented_step()
+    with lower_for("9.0"):
+        step.trace(*arrays)
+    refusal = ""
+    try:
+        step.trace(*arrays).lower(lowering_platforms=("cuda",))
+    except RuntimeError as error:
+        refusal = str(error)
+    assert "backend: expected lower_for(target) around this" in refusal, refusal
+    step, arrays = segmented_step(backend="reference")
+    with lower_for("9.0"):
+        assert "dot_general" in step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def unplugged():
+    """Without JAX's plugin for CUDA the error says what to install."""
+    step, arrays = segmented_step()
+    refusal = ""
+    try:
+        step.trace(*arrays)
+    except RuntimeError as error:
+        refusal = str(error)
+    assert "backend: 'triton' needs JAX's plugin for CUDA" in refusal, refusal
+
+
+def segmented_step(**options):
+    """A step with gradients on two by two devices, and the shapes of its arguments."""
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def loss(q, k, v, segment_ids):
+        options_of_rows = {"mesh": mesh, "batch_axis": "data", "max_segments": 3}
+        return segmented_attention(q, k, v, segment_ids, **options_of_rows, **options).sum()
+
+    arrays = [struct(4, 256, heads, 64) for heads in (4, 2, 2)]
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (*arrays, struct(4, 256, dtype="int32"))
+
+
+PARTS = {part.__name__: part for part in (gathered, ranges, methods, segmented, outside, unplugged, hopper)}
 
 
 def main():
@@ -103,13 +164,12 @@ def main():
     parser.add_argument("parts", nargs="+", choices=PARTS)
     options = parser.parse_args()
     cache_dir = os.environ.get("TRITON_CACHE_DIR")
-    jax_triton = launch.import_jax_triton()
+    if "unplugged" not in options.parts:
+        launch.import_jax_triton()
     assert os.environ.get("TRITON_CACHE_DIR") == cache_dir
-    # There is no GPU here to ask.
-    jax_triton.triton_call = functools.partial(jax_triton.triton_call, compute_capability=90)
-    launch.choose_backend, launch.target = lambda backend: "triton", lambda backend: "9.0"
     for name in options.parts:
-        PARTS[name]()
+        with contextlib.nullcontext() if name == "outside" else lower_for("9.0"):
+            PARTS[name]()
         print(name)
 
 

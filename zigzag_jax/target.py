@@ -1,0 +1,32 @@
+"""The GPU that kernels are lowered for, where that is not the GPU of this process."""
+
+import re
+from contextlib import AbstractContextManager
+
+import jax
+
+# Part of the key of JAX's caches: a function that was traced outside is traced again inside.
+_target = jax.make_user_context(None)
+
+
+def lower_for(target: str) -> AbstractContextManager[None]:
+    """Lower and export for another GPU than that of this process, which may have none.
+
+    In the block attention takes the backend "triton" by default, and kernels are compiled for `target`. Lower there, as
+    by `jax.jit(step).trace(...).lower(lowering_platforms=("cuda",))` or `jax.export.export(..., platforms=["cuda"])`;
+    nothing can be executed. It needs JAX's CUDA plugin, which needs no GPU, and Triton without its interpreter.
+
+    Args:
+        target: compute capability of the GPU, such as "9.0" for an H100 or H200 and "8.0" for an A100.
+
+    Raises:
+        ValueError: a `target` that is no compute capability.
+    """
+    if not isinstance(target, str) or not re.fullmatch(r"[1-9]\d*\.\d", target):
+        raise ValueError(f"target: expected a compute capability such as '9.0', got {target!r}")
+    return _target(target)
+
+
+def chosen_target() -> str | None:
+    """Return the `target` of the `lower_for` around this call, or None outside."""
+    return _target.value
