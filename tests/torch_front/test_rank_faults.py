@@ -26,9 +26,9 @@ from tests.support.steps import (
     HEADS,
     KV_HEADS,
     LENGTHS,
-    MARGIN,
     TIMEOUT,
     TOKENS,
+    TOO_LATE,
     Program,
     at_once,
     error_of,
@@ -37,7 +37,7 @@ from tests.support.steps import (
 from zigzag_torch.parallel import agreement, allgather, collectives, ring
 
 METHODS = "ring", "allgather"
-AT_ONCE = 12  # programs that wait
+AT_ONCE = 18  # programs that wait
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 WHEN = ("first call", "first step", "third step", "backward", "after an error")
 
@@ -172,20 +172,20 @@ def check_late(program, when, odd):
 
 def did_not_come(odd):
     """The error of other ranks. Ranks that begin to wait a second later than others may be missed as well."""
-    return rf"^ranks? ([0-9], )*{odd}(, [0-9])* did not make this call within 3 s"
+    return rf"^ranks? ([0-9], )*{odd}(, [0-9])* did not make this call within {TIMEOUT:g} s"
 
 
 def check_too_late(program, when, odd):
     """The others give up; the odd rank finds nobody when it comes."""
     call = bring_to(program, when)
     if program.rank == odd:
-        time.sleep(TIMEOUT + MARGIN / 2)
+        time.sleep(TOO_LATE)
     error = error_of(call)
     if program.rank != odd:
         expect(error, RuntimeError, did_not_come(odd))
     if when == "first call":  # they meet again, whoever comes first
         if program.rank == odd:
-            expect(error, RuntimeError, "did not make this call within 3 s") if error else None
+            expect(error, RuntimeError, f"did not make this call within {TIMEOUT:g} s") if error else None
         return
     if program.rank == odd:
         expect(error, RuntimeError, "this call is over on rank|ranks made this call, or one before, more than")
@@ -214,7 +214,7 @@ def check_failure_inside(program, when):
     failing.discard(threading.get_ident())
     if program.rank == 1:
         expect(error, RuntimeError, "^out of memory")
-        time.sleep(TIMEOUT + MARGIN / 2)
+        time.sleep(TOO_LATE)
     else:
         expect(error, RuntimeError, did_not_come(1) + "|^this call is over on rank")
 
@@ -262,7 +262,8 @@ def check_by_store(program, fault, odd):
             expect(error, ValueError, "^causal: expected True or False, got 'yes'$")
             assert "The other ranks could not be told" in error.__notes__[0]
         else:
-            expect(error, RuntimeError, "did not make this call within 3 s .* or made another call, one that all ranks")
+            words = f"did not make this call within {TIMEOUT:g} s .* or made another call, one that all ranks"
+            expect(error, RuntimeError, words)
     assert error_of(call) is None
     program.step()
 
@@ -273,9 +274,8 @@ def programs(world_size, backend="reference"):
         yield Program(dist.new_group(list(range(world_size))), method, backend)
 
 
-def check_all(rank, world_size):
+def check_other_calls(rank, world_size):
     os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(TIMEOUT)
-    fail_inside()
     new = programs(world_size)
     for when in WHEN:
         for fault in DIFFERENCES:
@@ -285,7 +285,12 @@ def check_all(rank, world_size):
         check_no_backward(next(new), when)
         check_values(next(new), when)
         dist.barrier()
-    waiting = []
+
+
+def check_waiting(rank, world_size):
+    os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(TIMEOUT)
+    fail_inside()
+    new, waiting = programs(world_size), []
     for when in WHEN:
         for check in (check_late, check_too_late, check_absent):
             waiting += [functools.partial(check, next(new), when, odd) for odd in (0, 1)]
@@ -331,5 +336,11 @@ def test_faults_in_other_transfers(check, tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_faults_of_one_rank(world_size, tmp_path):
-    run_ranks(world_size, tmp_path, check_all)
+def test_another_call_of_one_rank(world_size, tmp_path):
+    run_ranks(world_size, tmp_path, check_other_calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_rank_that_comes_late_or_never(world_size, tmp_path):
+    run_ranks(world_size, tmp_path, check_waiting)

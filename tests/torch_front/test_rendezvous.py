@@ -50,6 +50,12 @@ def together(*calls):
     return results
 
 
+def behind(seat, reports=1):
+    """Return when the rank of `seat` has left that many reports."""
+    while seat.store.operations["set"] < reports:
+        time.sleep(0.001)
+
+
 @pytest.fixture(params=["hash", "tcp", "file"])
 def store(request, tmp_path):
     if request.param == "hash":
@@ -77,7 +83,7 @@ def test_all_hear_the_same(store):
 
 def test_a_rank_that_is_too_late_finds_a_new_round(store):
     three = seats(store, 3)
-    verdicts = together(lambda: meet(three[0], timeout=0.3), lambda: meet(three[1]))
+    verdicts = together(lambda: (behind(three[1]), meet(three[0], timeout=0.3))[1], lambda: meet(three[1]))
     assert {(verdict.kind, verdict.message) for verdict in verdicts} == {(ABSENCE, "rank 2 did not come")}
     late = meet(three[2], timeout=0.2)  # of the round before it hears nothing
     assert (late.kind, late.message) == (ABSENCE, "ranks 0, 1 did not come")
@@ -117,10 +123,11 @@ def test_a_refusal_waits_for_those_who_come_later(store):
     assert {verdict.message for verdict in heard} == {"rank 1: k: bad"}
     # It has not been heard when the rank goes on: that ends the round for those who are there.
     meet(three[1], {"error": "k: worse"}, patience=0.1)
+    before = [seat.store.operations["set"] for seat in three]
     first, second, third = together(
         lambda: [meet(three[0]), meet(three[0])],
-        lambda: (time.sleep(0.3), meet(three[1]))[1],
-        lambda: (time.sleep(0.6), meet(three[2]))[1],
+        lambda: (behind(three[0], before[0] + 1), meet(three[1]))[1],
+        lambda: (behind(three[1], before[1] + 1), meet(three[2]))[1],
     )
     assert [verdict.message for verdict in first] == ["rank 1: k: worse", ""]
     assert second.kind == third.kind == AGREED
