@@ -1,5 +1,7 @@
 """The public calls: `zigzag_attention` and `zigzag_attention_gathered`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.callspec import CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_layout, check_method, check_world_size
+from zigzag_kernels.halo import check_halo_in_chunk, with_halo
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
@@ -19,7 +22,6 @@ from .batch import (
     Form,
     as_batch,
     check_rows_vary,
-    check_supported,
     check_varying,
     compare_if_untyped,
     marked,
@@ -160,7 +162,9 @@ def zigzag_attention(
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
             in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
         method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
-            to rank. With one rank both are the same.
+            to rank; "halo" passes the last rows of each chunk to the rank of the next one, for causal windows,
+            `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say when it
+            serves. With one rank all are the same.
         heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
@@ -182,7 +186,6 @@ def zigzag_attention(
         check_array(name, x)
     return_lse = as_flag("return_lse", return_lse)
     check_method(method)
-    check_supported(method)
     check_layout(layout)
     by_default, backend = backend is None, launch.choose_backend(backend)
     rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)
@@ -221,6 +224,8 @@ def zigzag_attention(
     )
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
+    if method == Method.HALO and world_size > 1:
+        call, batch = _with_halo(call, batch, q, 0 if given else world_size * length)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
@@ -242,6 +247,14 @@ def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[j
     """Return `out`, or a tuple of `out` and the other results that are not None."""
     results = out, *(x for x in others if x is not None)
     return results if len(results) > 1 else out
+
+
+def _with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int) -> tuple[CallSpec, Batch]:
+    """Return `call` and `batch` with the halo that they need; `length` is that of all documents, 0 if unknown."""
+    sizes = {"tokens": q.shape[0], "sequences": batch.cu_seqlens.shape[0] - 1, "packed_rows": batch.rows}
+    call = with_halo(call, batch.halo, batch.max_seqlen, **sizes, world_size=batch.world_size)
+    check_halo_in_chunk(call.halo, length, batch.world_size)
+    return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)
 
 
 def _form(call: CallSpec, cu_seqlens: Array | Batch, world_size: int, shape: tuple[int, int]) -> Form:

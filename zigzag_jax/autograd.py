@@ -30,6 +30,8 @@ def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
         layout=packing.layout,
         row_length=packing.row_length,
         rows=packing.rows,
+        halo=packing.halo[0],
+        longest=packing.halo[1],
     )
     return Tables(segments, sequences)
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.batch_checks import check_documents_in_rows
+from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
+from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
@@ -24,7 +26,7 @@ from .surroundings import under_own_promotion
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("cu_seqlens", "rank", "segments", "sequences", "lengths"),
-    meta_fields=("world_size", "method", "compared_by", "layout", "row_length", "rows"),
+    meta_fields=("world_size", "method", "compared_by", "layout", "row_length", "rows", "halo", "max_seqlen"),
     drop_fields=("host_rank",),
 )
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Batch:
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
+        halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
+        max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
     """
 
     cu_seqlens: jax.Array
@@ -60,12 +64,19 @@ class Batch:
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
     rows: int = 1
+    halo: int = 0
+    max_seqlen: int = 0
+
+    @property
+    def limits_of_halo(self) -> tuple[int, int]:
+        """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
+        return (self.halo, self.max_seqlen) if self.halo else (0, 0)
 
     @property
     def packing(self) -> Packing:
         """Return how the batch is packed, which its tables and masks follow from."""
         form = self.layout, self.row_length, self.rows
-        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form)
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, self.limits_of_halo)
 
 
 class Form(NamedTuple):
@@ -93,6 +104,9 @@ def prepare_batch(
     layout: str = "document",
     row_length: int | None = None,
     rows: int = 1,
+    window_size: tuple[int | None, int | None] = NO_WINDOW,
+    attention_chunk: int = 0,
+    max_seqlen: int | None = None,
 ) -> Batch:
     """Build the device tables of a batch once, for all layers and for both passes.
 
@@ -115,11 +129,14 @@ def prepare_batch(
         layout: as in the attention calls; pass the same one there.
         row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
             packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
+        window_size, attention_chunk: for method "halo", the farthest reach of all layers that will attend to the batch:
+            its tables bring so many rows before each chunk, and layers with smaller windows take as many.
+        max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
+            batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
     check_method(method)
-    check_supported(method)
     check_layout(layout)
     if axis_name is not None:
         for name, x in {"rank": rank, "world_size": world_size}.items():
@@ -132,8 +149,13 @@ def prepare_batch(
     rank = 0 if rank is None else rank
     by_default, backend = backend is None, launch.choose_backend(backend)
     batch = as_batch(cu_seqlens, rank, world_size, method, batch_form(layout, row_length, rows, world_size))
+    halo, promised = halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
+    check_halo_in_chunk(halo, batch.row_length, world_size)
+    if halo:
+        check_host_halo(cu_seqlens, lengths, world_size, batch.row_length or None, (halo, promised))
     if lengths is not None:
         batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
+    batch = dataclasses.replace(batch, halo=halo, max_seqlen=promised)
     check_varying(batch, axis_name)
     if unsharded is not None:
         check_array("unsharded", unsharded)
@@ -146,10 +168,11 @@ def prepare_batch(
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
 
 
-def check_supported(method: str) -> None:
-    """Raise `NotImplementedError` for a method that this package does not have."""
-    if method == Method.HALO:
-        raise NotImplementedError("method: expected 'allgather' or 'ring' in zigzag_jax, got 'halo'")
+def check_host_halo(cu_seqlens, lengths, world_size: int, row_length: int | None, halo: tuple[int, int]) -> None:
+    """Raise `ValueError` for documents that halos do not serve, if the host has their offsets and real lengths."""
+    if not any(isinstance(x, jax.Array) for x in (cu_seqlens, lengths)):
+        real = None if lengths is None else np.asarray(lengths).tolist()
+        check_halo(np.asarray(cu_seqlens).tolist(), real, world_size, row_length, halo)
 
 
 def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
@@ -263,7 +286,7 @@ def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays:
 def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -> Batch:
     """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then.
 
-    So it is for ranks that differ in their real lengths, in the form of their rows or in their `unsharded` batch.
+    So it is for ranks that differ in their real lengths, their rows, their halos or their `unsharded` batch.
     """
     # The types of shard_map promise it within one process. Between processes, or without check_vma, nothing does.
     own = batch.cu_seqlens
@@ -272,6 +295,8 @@ def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -
         own = own.at[0].add(jnp.int32(batch.row_length))
     if batch.lengths is not None:
         own = jnp.concatenate((own, batch.lengths))
+    if batch.halo:
+        own = jnp.concatenate((own, jnp.array(batch.limits_of_halo, own.dtype)))
     if unsharded is not None:
         own = jnp.concatenate((own, fingerprint(jnp.asarray(unsharded))))
     largest, of_inverse = jax.lax.pmax(jnp.stack((own, ~own)), axis_name)  # the largest of ~x is ~ of the smallest x

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_sinks
+from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
 from .axes import AxisName, largest_along, largest_on
-from .batch import Batch, batch_form, prepare_batch
+from .batch import Batch, batch_form, check_host_halo, prepare_batch
 from .launch import choose_backend
 from .specs import check_divided, check_mesh, check_spread, reshard, size_on
 
@@ -121,10 +123,12 @@ def make_zigzag_attention(
         row_length: int | None = None,
         rows: int = 1,
         unsharded: Array | None = None,
+        max_seqlen: int | None = None,
     ) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
         chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
-        chosen |= {"row_length": row_length, "rows": rows}
+        reach = {name: options[name] for name in ("window_size", "attention_chunk") if name in options}
+        chosen |= {"row_length": row_length, "rows": rows, "max_seqlen": max_seqlen, **reach}
         size = size_on(mesh, axis)
         arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
         if lengths is not None:
@@ -144,7 +148,11 @@ def make_zigzag_attention(
         form = batch_form(layout, row_length, rows, size)
         tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
         method = options.get("method", Method.ALLGATHER.value)
-        shared = {"lengths": in_specs.get("lengths"), **form._asdict()}
+        limits = chosen.get("window_size", NO_WINDOW), chosen.get("attention_chunk", 0), max_seqlen
+        halo, promised = halo_of_batch(method, *limits, size)
+        if halo:
+            check_host_halo(cu_seqlens, lengths, size, row_length, (halo, promised))
+        shared = {"lengths": in_specs.get("lengths"), **form._asdict(), "halo": halo, "max_seqlen": promised}
         specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore
         mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(in_specs.values()), out_specs=specs)
         return mapped(*arrays.values())

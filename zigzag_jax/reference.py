@@ -18,7 +18,7 @@ from zigzag_kernels.problem import Problem
 from .arguments import check_array
 from .axes import gather_rows, largest_along, spread_like, vary, varying_axes
 from .derivatives import without_derivative
-from .parallel import AllGather, Inputs, Local, Packing, Ring, Transport
+from .parallel import AllGather, Halo, Inputs, Local, Packing, Ring, Transport
 from .shard import place_of_rows
 from .surroundings import under_own_promotion
 
@@ -42,6 +42,8 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
         # Autodiff sums dK/dV over the ranks in the dtype in which the collectives carry K/V.
         k, v = (x.astype(problem.call.grad_reduce_dtype) for x in (k, v))
     parts = []
+    if isinstance(transport, Halo):  # gathers all, and its rows see no more than halos
+        transport = AllGather(problem, transport.axis_name)
     if isinstance(transport, AllGather):
         for head in transport.first_heads:
             queries = slice(head * problem.group, (head + problem.window) * problem.group)
@@ -119,7 +121,7 @@ def _attend(
 
     # A factor of the results, and of the inputs so that gradients are NaN, too.
     batch = packing.cu_seqlens, packing.rank, packing.world_size, len(q)
-    fault = impossible(*batch, packing.in_rows, packing.lengths)
+    fault = impossible(*batch, packing.in_rows, packing.lengths, packing.halo)
     poison = jnp.where(fault, jnp.nan, 1.0).astype(jnp.float32)
     arrays = *(x.astype(jnp.float32) * poison for x in (q, k, v)), visible
     axes = varying_axes(*arrays)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zigzag_kernels.batch_checks import (
+    check_halo,
     check_host_offsets,
     check_row_length,
     check_whole_batch,
@@ -21,6 +22,7 @@ from zigzag_kernels.checks import (
     check_rows,
     check_world_size,
 )
+from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
     gathered_row,
@@ -331,6 +333,8 @@ def validate(
     layout: str = "document",
     row_length: int | None = None,
     lengths: Array | None = None,
+    halo: int = 0,
+    max_seqlen: int | None = None,
 ) -> None:
     """Raise `ValueError` unless the documents can be dealt out to `world_size` ranks.
 
@@ -344,11 +348,16 @@ def validate(
         layout: "document" or "row", which needs `total` or `row_length`.
         row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
         lengths: `[N]`, the real lengths of padded documents; `ValueError` if traced.
+        halo, max_seqlen: for method "halo", the `halo` of the prepared batch, rows before a chunk that its rows may
+            see, and the most real tokens of a document, as promised.
     """
     layout, world_size = check_layout(layout), check_world_size(world_size)
+    limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
     offsets = on_host(cu_seqlens)
     check_whole_batch(offsets, world_size, total, layout, row_length)
+    in_rows = (row_length or total) if layout is Layout.ROW else None
     if lengths is None:
+        check_halo(offsets, None, world_size, in_rows, limits)
         return
     if not isinstance(lengths, list | tuple):
         check_array("lengths", lengths)
@@ -356,3 +365,4 @@ def validate(
     real = on_host(lengths, name="lengths") if len(lengths) else []
     check_real_lengths_array((len(real),), "int32", len(offsets) - 1)
     check_real_lengths(real, offsets)
+    check_halo(offsets, real, world_size, in_rows, limits)

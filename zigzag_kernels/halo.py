@@ -52,7 +52,11 @@ def check_reach(left: int, chunk: int, max_seqlen: int) -> int:
 
 
 def halo_of_batch(
-    method: str, window_size: tuple[int, int], attention_chunk: int, max_seqlen: int | None, world_size: int
+    method: str,
+    window_size: tuple[int | None, int | None],
+    attention_chunk: int,
+    max_seqlen: int | None,
+    world_size: int,
 ) -> tuple[int, int]:
     """Return (rows before a chunk that its rows may see, promised most real tokens of a document) of a prepared batch.
 

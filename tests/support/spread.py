@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+import zigzag_jax
 from tests.support import oracle
 from tests.support.cases import make_inputs
 from tests.support.closeness import assert_close
+from tests.support.frameworks import call_options, jax_packing
+from tests.support.halos import reach_options
 from tests.support.machine import GPU
 from tests.support.rank import batch_results, gathered_rows, rows_of_results
 
@@ -66,3 +70,33 @@ def mesh_of(*shape, names=("cp",)):
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices")
     return Mesh(np.array(jax.devices()[:count]).reshape(shape), names)
+
+
+def spread_halos(case, backend, check_vma=True):
+    """`(q, k, v, dout, dlse, cu_seqlens, *sinks)` by halos -> out, lse, dq, dk, dv, largest logits, dsinks."""
+    rows, lse, of_sinks = P("cp"), P(None, "cp"), (P(),) * case.sinks
+    common = {"axis_name": "cp", "method": "halo", "backend": backend}
+
+    def body(q, k, v, dout, dlse, cu_seqlens, *sinks):
+        batch = zigzag_jax.prepare_batch(cu_seqlens, **common, **jax_packing(case), **reach_options(case))
+
+        def attend(q, k, v, *sinks):
+            options = call_options(case) | common | {"sinks": sinks[0] if sinks else None, "return_lse": True}
+            out, lse, max_logits = zigzag_jax.zigzag_attention(q, k, v, batch, **options)
+            return (out, lse), max_logits
+
+        results, pullback, max_logits = jax.vjp(attend, q, k, v, *sinks, has_aux=True)
+        dq, dk, dv, *dsinks = pullback((dout, dlse))
+        if not check_vma:
+            dsinks = [jax.lax.psum(x, "cp") for x in dsinks]
+        return *results, dq, dk, dv, max_logits, *dsinks
+
+    in_specs, out_specs = (rows, rows, rows, rows, lse, P(), *of_sinks), (rows, lse, rows, rows, rows, P(), *of_sinks)
+    mesh = mesh_of(case.world_size)
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma))
+
+
+def halo_arrays(case):
+    """The arguments of `spread_halos`."""
+    sinks = (jnp.asarray(make_inputs(case)["sinks"]),) if case.sinks else ()
+    return *global_arrays(case), offsets(case), *sinks

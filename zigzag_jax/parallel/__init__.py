@@ -14,13 +14,25 @@ from zigzag_kernels.problem import Problem
 
 from ..axes import AxisName
 from .allgather import AllGather
+from .halo import Halo
 from .local import Local
 from .ring import Ring
 from .transport import Inputs, Packing, Residuals, Tables
 
-__all__ = ["AllGather", "Inputs", "Local", "Packing", "Residuals", "Ring", "Tables", "Transport", "choose_transport"]
+__all__ = [
+    "AllGather",
+    "Halo",
+    "Inputs",
+    "Local",
+    "Packing",
+    "Residuals",
+    "Ring",
+    "Tables",
+    "Transport",
+    "choose_transport",
+]
 
-Transport = Local | AllGather | Ring
+Transport = Local | AllGather | Halo | Ring
 
 
 def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
@@ -31,6 +43,8 @@ def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
     stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     if axis_name is None or problem.world_size == 1:
         return Local(problem)
+    if problem.call.method == Method.HALO:
+        return _make_halo(problem, axis_name)
     if problem.call.method == Method.RING:
         return Ring(problem, axis_name)
     strides = stride * problem.head_dim, problem.head_dim
@@ -40,3 +54,13 @@ def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
     if problem.kv_tokens > MAX_ROWS:
         raise ValueError(f"k: expected at most {MAX_ROWS} rows on all ranks together, got {problem.kv_tokens}")
     return AllGather(problem, axis_name)
+
+
+def _make_halo(problem: Problem, axis_name: AxisName) -> Halo:
+    """Return the transport of halos; K and V of the rows that are sent are dense arrays of all heads."""
+    strides = problem.kv_heads * problem.head_dim, problem.head_dim
+    buffer = {"kv_layout": KVLayout.HALO, "slot_rows": problem.call.halo_rows}
+    of_halo = dataclasses.replace(problem, **buffer, k_strides=strides, v_strides=strides)
+    if of_halo.kv_tokens > MAX_ROWS:
+        raise ValueError(f"k: expected at most {MAX_ROWS} rows of keys in halos, got {of_halo.kv_tokens}")
+    return Halo(problem, of_halo, axis_name)

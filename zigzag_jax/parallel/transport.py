@@ -13,6 +13,7 @@ class Packing(NamedTuple):
 
     The arrays are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
+    `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
     """
 
     cu_seqlens: jax.Array
@@ -22,6 +23,7 @@ class Packing(NamedTuple):
     layout: str
     row_length: int
     rows: int
+    halo: tuple[int, int] = (0, 0)
 
     @property
     def in_rows(self) -> int | None:
@@ -32,7 +34,8 @@ class Packing(NamedTuple):
 class Tables(NamedTuple):
     """Device tables of a batch: what each tile of queries and each tile of keys belongs to.
 
-    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front.
+    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front; for halos
+    `zigzag_kernels.problem.halo_table_shapes` says which there are.
     """
 
     segments: jax.Array

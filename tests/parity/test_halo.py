@@ -1,0 +1,40 @@
+"""Halos in both frameworks: the same bits."""
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from tests.support.cases import make_inputs
+from tests.support.frameworks import call_options, prepare_torch
+from tests.support.halos import HALOS, reach_options
+from tests.support.machine import GPU, GPUS
+from tests.support.processes import run_ranks
+from tests.support.spread import halo_arrays, spread_halos
+from tests.support.torch_ranks import KERNELS, attend, on_device
+
+NAMES = "out", "lse", "dq", "dk", "dv"
+
+
+def save_results(rank, _, name, directory):
+    case, common = find(name), {"group": dist.group.WORLD, "method": "halo"}
+    tensors, sinks, cu_seqlens = on_device(case, make_inputs(case), rank)
+    batch = prepare_torch(case, cu_seqlens, rank, KERNELS, **common, **reach_options(case))
+    results = attend(tensors, sinks, batch, **common, **call_options(case), backend=KERNELS)
+    np.savez(directory / f"{rank}.npz", **{name: results[name] for name in NAMES})
+
+
+def find(name):
+    return next(case for case in HALOS if case.name == name)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", ["w2-few-rows", pytest.param("w4-row", marks=pytest.mark.slow)])
+def test_both_frameworks_give_the_same_bits(name, tmp_path):
+    case = find(name)
+    if GPU and len(GPUS) < case.world_size:
+        pytest.skip(f"needs {case.world_size} GPUs")
+    run_ranks(case.world_size, tmp_path, save_results, name, tmp_path, backend="nccl" if GPU else "gloo")
+    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(case.world_size)]
+    for result, of_jax in zip(NAMES, spread_halos(case, KERNELS)(*halo_arrays(case)), strict=False):
+        of_torch = np.concatenate([x[result] for x in ranks], 1 if result == "lse" else 0)
+        np.testing.assert_array_equal(of_torch, of_jax, err_msg=result)

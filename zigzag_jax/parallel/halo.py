@@ -1,0 +1,91 @@
+"""Attention to the rank's own K/V and to the halos of its chunks, which its neighbours send."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zigzag_kernels.halo import KEY_SLOTS, HaloSlot
+from zigzag_kernels.problem import Problem
+
+from .. import launch
+from ..axes import AxisName
+from .transport import Inputs, Residuals, Tables, move_again
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Sends the last rows of each chunk to the rank of the next one, in flight while other rows are attended to.
+
+    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
+    behind it a copy of their own K/V, so that no row is computed in two parts. The backward pass moves halos again, as
+    keeping them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There
+    they are added behind those of the copies, in this order.
+
+    `problem` is that of the rank's own K/V, and `of_halo` that of the buffer.
+    """
+
+    problem: Problem
+    of_halo: Problem
+    axis_name: AxisName
+
+    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        q, k, v, sinks = inputs
+        k_near, v_near = self._bring(k, v, tables)
+        results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks)
+        apart = launch.run, self.of_halo, q, k_near, v_near, tables.segments[1]
+        return plan.forward(*apart, sinks=sinks, into=results)
+
+    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+        from zigzag_kernels import plan
+
+        problem = self.problem
+        strides: Any = {"dout_strides": problem.q_strides}
+        (q, k, v, sinks), out, lse = residuals
+        k, v, dout = move_again(k, v, dout)
+        k_near, v_near = self._bring(k, v, tables)
+        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
+        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
+        own = launch.run, problem, q, k, v, dout, rows
+        apart = launch.run, self.of_halo, q, k_near, v_near, dout, rows
+        part = plan.Part(dtype=problem.call.grad_reduce_dtype)
+        sums = plan.backward_keys(*own, of_own, part=part, **strides)
+        in_slots = plan.backward_keys(*apart, of_halos, part=part, **strides)
+        sent = tuple(self._send_home(x) for x in in_slots)
+        dq = plan.backward_queries(*own, tables.segments[0], **strides)
+        dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
+        sums = plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums, slots=slots)
+        dk, dv = plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums, slots=(0, 1))
+        return Inputs(dq, dk.astype(k.dtype), dv.astype(v.dtype), dsinks)
+
+    def _bring(self, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]` of the slots of `HaloSlot`, halos of others included."""
+        from zigzag_kernels import plan
+
+        slots = self._slots(plan.halo_rows(launch.run, self.problem, k, v, tables.segments[1:]), len(HaloSlot))
+        early, late = self._exchange(slots[HaloSlot.EARLY_SENT], slots[HaloSlot.LATE_SENT])
+        rows = jnp.concatenate((early, slots[HaloSlot.EARLY_ROWS], late, slots[HaloSlot.LATE_ROWS]))
+        return rows[:, : k.shape[1]], rows[:, k.shape[1] :]
+
+    def _send_home(self, gradient: jax.Array) -> jax.Array:
+        """Return `[2 * halo_rows, kv_heads, head_dim]`: the gradients of the rows that this rank sent as halos."""
+        slots = self._slots(gradient, KEY_SLOTS)
+        late, early = self._exchange(slots[HaloSlot.LATE_HALO], slots[HaloSlot.EARLY_HALO])
+        return jnp.concatenate((early, late))
+
+    def _slots(self, x: jax.Array, count: int) -> jax.Array:
+        return x.reshape(count, self.problem.call.halo_rows, *x.shape[1:])
+
+    def _exchange(self, to_next: jax.Array, to_previous: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return what the rank before this one and the next one have sent here; zeros where there is no such rank."""
+        onward = [*itertools.pairwise(range(self.problem.world_size))]
+        of_previous = jax.lax.ppermute(to_next, self.axis_name, onward)
+        return of_previous, jax.lax.ppermute(to_previous, self.axis_name, [(to, source) for source, to in onward])
