@@ -2,5 +2,6 @@
 
 from .checkpointing import keep_attention
 from .registry import register, use_mesh
+from .trainer import ZigzagTrainerMixin
 
-__all__ = ["keep_attention", "register", "use_mesh"]
+__all__ = ["ZigzagTrainerMixin", "keep_attention", "register", "use_mesh"]

@@ -1,0 +1,171 @@
+"""A mixin for the Trainer of transformers, whose ranks of a group then share each batch of documents."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+
+from ..data import ZigzagCollator
+from ..parallel.agreement import place_in, resolve
+from .registry import use_mesh
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+_BATCH = "zigzag_sharded"
+
+
+class ZigzagTrainerMixin(_Trainer):
+    """A mixin that lets a Trainer train documents between the ranks of a group: `class T(ZigzagTrainerMixin, Trainer)`.
+
+    The ranks of a group take the same documents of `train_dataset`, other groups take others. A dataset has mappings
+    with "input_ids" and perhaps "labels", in their own places. `per_device_train_batch_size` counts the documents of a
+    batch, which all ranks of a group hold together.
+    The loss is the mean over the targets of all ranks and accumulated batches, and the gradients are its own, as
+    DistributedDataParallel and FSDP average them.
+    """
+
+    def __init__(
+        self,
+        *args,
+        group=None,
+        tokens: int,
+        method: str = "allgather",
+        heads_k_stride: int | None = None,
+        backend: str | None = None,
+        pad_token_id: int = 0,
+        **kwargs,
+    ):
+        """Take the `group`, a process group or 1-D DeviceMesh, and `tokens`: rows of each rank, padding included.
+
+        `method`, `heads_k_stride` and `backend` are as in `zigzag_attention`; all else is for the Trainer. Raises
+        `NotImplementedError` for a `data_collator`, `compute_metrics` or `compute_loss_func` of one's own, and for
+        label smoothing.
+        """
+        for name in ("data_collator", "compute_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{name}: expected None, got {type(kwargs[name]).__name__}")
+        place = place_in(group)
+        self._zigzag_group, self._zigzag_size = group, place.world_size
+        self._zigzag_method = {"method": method, "backend": backend}
+        super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            raise NotImplementedError(f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}")
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(f"n_gpu: expected one process for each GPU, got {self.args.n_gpu} GPUs")
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices: expected True, got False")
+        if self.args.world_size % place.world_size:
+            raise ValueError(
+                f"group: expected a part of the {self.args.world_size} processes, got {place.world_size} ranks"
+            )
+        if not self.model_accepts_loss_kwargs:
+            raise NotImplementedError(f"{type(self.model).__name__}: expected a forward that takes num_items_in_batch")
+        model: Any = self.model
+        use_mesh(model, group, method=method, heads_k_stride=heads_k_stride, backend=backend)
+        self._zigzag_replicas, self._zigzag_replica = _replicas(place.group_name, self.args.world_size)
+        self._zigzag_documents = {"tokens": tokens, "pad_token_id": pad_token_id}
+
+    def get_cp_size(self) -> int:
+        """Return the number of ranks that share a batch, by which the Trainer counts batches."""
+        return self._zigzag_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of this group's documents, in an order that is drawn anew in every epoch."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: expected one for training, got None")
+        return self._documents(self.train_dataset, self._train_batch_size, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of this group's documents of `eval_dataset`, in their order."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
+        if dataset is None:
+            raise ValueError("eval_dataset: expected one for evaluation, got None")
+        return self._documents(dataset, self.args.eval_batch_size, shuffle=False)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Return the loader of this group's documents of `test_dataset`, in their order."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the loss of a batch; `NotImplementedError` for logits, which are those of zigzag rows."""
+        if not prediction_loss_only:
+            raise NotImplementedError("prediction_loss_only: expected True, got False: take unshard_group for logits")
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def _documents(self, dataset, batch_size: int, *, shuffle: bool) -> DataLoader:
+        if not hasattr(dataset, "__len__"):
+            raise NotImplementedError(f"dataset: expected one with a length, got {type(dataset).__name__}")
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = DistributedSampler(dataset, self._zigzag_replicas, self._zigzag_replica, shuffle, seed)
+        collate = _Collator(self._zigzag_group, max_documents=batch_size, **self._zigzag_documents)
+        return _Loader(
+            dataset,
+            batch_sampler=_Batches(sampler, batch_size, bool(shuffle and args.dataloader_drop_last)),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        if not batch_samples:
+            return None
+        targets = torch.stack([batch[_BATCH].num_targets for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:  # every rank of a group has counted all of its targets
+            dist.all_reduce(targets)
+            targets = targets // self._zigzag_size
+        return targets.clamp(min=1)
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        batch: Any = inputs[_BATCH]
+        batch = batch.to(self.args.device)
+        kwargs = batch.model_kwargs(self._zigzag_group, **self._zigzag_method, gradients="sum")
+        del kwargs["num_items_in_batch"]  # the Trainer has its own, of all accumulated batches
+        return contextlib.nullcontext, kwargs
+
+
+def _replicas(group_name: str | None, world_size: int) -> tuple[int, int]:
+    """Return (number of groups like this one, its number among them), in the order of their first ranks."""
+    if world_size == 1:
+        return 1, 0
+    own = [dist.get_rank()] if group_name is None else dist.get_process_group_ranks(resolve(group_name))
+    firsts: list[Any] = [None] * world_size
+    dist.all_gather_object(firsts, min(own))
+    order = sorted(set(firsts))
+    return len(order), order.index(min(own))
+
+
+class _Collator:
+    """The batch as the Trainer looks at it: a mapping of tensors, with the `ShardedBatch` that the model is given."""
+
+    def __init__(self, group, **options):
+        self.collate = ZigzagCollator(group, **options)
+
+    def __call__(self, examples: Sequence) -> dict:
+        batch = self.collate(examples)
+        return {"input_ids": batch.input_ids[None], "labels": batch.labels[None], _BATCH: batch}
+
+
+class _Batches(BatchSampler):
+    """Batches whose order an epoch decides; accelerate's sampler that skips some passes the epoch on to them."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.sampler, DistributedSampler)
+        self.sampler.set_epoch(epoch)
+
+
+class _Loader(DataLoader):
+    """A loader that is told the epoch, as the Trainer tells it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, _Batches)
+        self.batch_sampler.set_epoch(epoch)
