@@ -153,7 +153,8 @@ def test_heads_of_sinks_are_spread_as_those_of_queries(case, method):
     attend = on_mesh(case, mesh_of(2, 2, names=("tp", "cp")), KERNELS, head_axis="tp", method=method)
     packed = jax_packing(case)
     packed.pop("layout")
-    batch = attend.prepare_batch(offsets(case), **packed)
+    lengths = packed.pop("lengths")
+    batch = jax.jit(functools.partial(attend.prepare_batch, **packed))(offsets(case), lengths)
     assert (batch.layout, batch.lengths.tolist()) == (case.layout, list(case.lengths_real))
     results = whole(attend, case, batch)
     assert results[5].sharding.spec == results[6].sharding.spec == P("tp")
@@ -211,18 +212,19 @@ def test_rows_of_a_batch_have_a_dimension_of_their_own(world_size, backend):
     mesh = mesh_of(world_size)
     attend = on_mesh(case, mesh, backend)
     compiled = jax.jit(attend)
-    batch = attend.prepare_batch(offsets(case), row_length=case.row_length, rows=case.rows)
-    out, lse, max_logits = compiled(q, k, v, batch)
+    prepare = functools.partial(attend.prepare_batch, row_length=case.row_length, rows=case.rows)
+    batch = jax.jit(prepare)(offsets(case))
+    out, lse, max_logits = map(np.asarray, compiled(q, k, v, batch))
     share = case.row_length // world_size
-    rows = [x.reshape(world_size, case.rows, share, *x.shape[1:]).swapaxes(0, 1) for x in (q, k, v)]
-    rows = [x.reshape(case.rows, case.row_length, *x.shape[3:]) for x in rows]
+    rows = [np.asarray(x).reshape(world_size, case.rows, share, *x.shape[1:]).swapaxes(0, 1) for x in (q, k, v)]
+    rows = [jnp.asarray(x.reshape(case.rows, case.row_length, *x.shape[3:])) for x in rows]
     by_rows = functools.partial(
         zigzag_jax.zigzag_attention, **call_options(case), axis_name="cp", backend=backend, return_lse=True
     )
     specs = P(None, "cp"), P(None, "cp"), P(None, "cp"), P()
     out_specs = P(None, "cp"), P(None, None, "cp"), P()
     raw = jax.jit(jax.shard_map(by_rows, mesh=mesh, in_specs=specs, out_specs=out_specs))(*rows, offsets(case))
-    for results in (raw, compiled(*rows, batch)):
+    for results in (tuple(map(np.asarray, x)) for x in (raw, compiled(*rows, batch))):
         of_rank = results[0].reshape(case.rows, world_size, share, *out.shape[1:]).swapaxes(0, 1)
         lse_of_rank = results[1].reshape(case.rows, case.heads, world_size, share).transpose(1, 2, 0, 3)
         assert_same((of_rank.reshape(out.shape), lse_of_rank.reshape(lse.shape), results[2]), (out, lse, max_logits))
@@ -270,9 +272,10 @@ def test_ranks_with_other_real_lengths_get_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_largest_logits_have_no_gradient_and_a_name_for_remat_policies(backend, capsys):
     q, k, v, *_ = (x[:28] for x in global_arrays(SMALL))
-    attend = functools.partial(zigzag_jax.zigzag_attention, return_max_logits=True, backend=backend)
+    by_operation = functools.partial(zigzag_jax.zigzag_attention, return_max_logits=True, backend=backend)
+    attend = jax.jit(by_operation)
 
-    def loss(q):
+    def loss(q, attend=attend):
         out, max_logits = attend(q, k, v)
         return jnp.sum(max_logits) * jnp.sum(out)
 
@@ -282,7 +285,8 @@ def test_largest_logits_have_no_gradient_and_a_name_for_remat_policies(backend, 
     np.testing.assert_allclose(jax.grad(loss)(q), gradient * max_logits.sum(), rtol=1e-4, atol=1e-5)
     assert not jax.grad(lambda q: jnp.sum(attend(q, k, v)[1]))(q).any()
     policy = jax.checkpoint_policies.save_only_these_names("zigzag_max_logits")
-    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(loss, policy=policy), q)
+    recomputed = jax.checkpoint(functools.partial(loss, attend=by_operation), policy=policy)
+    jax.ad_checkpoint.print_saved_residuals(recomputed, q)
     assert any("f32[4]" in line and "'zigzag_max_logits'" in line for line in capsys.readouterr().out.splitlines())
 
 

@@ -214,6 +214,7 @@ def run_doctor(directory=ROOT, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=directory, env=env, check=False)
 
 
+@pytest.mark.slow
 def test_on_this_machine():
     result = run_doctor()
     assert result.returncode == 0, result.stdout + result.stderr

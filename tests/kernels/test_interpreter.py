@@ -1,10 +1,12 @@
 """What `zigzag_kernels.fast_interpreter` shortens in Triton's interpreter changes no result, and is back afterwards."""
 
 import contextlib
+import itertools
 from dataclasses import replace
 
 import pytest
 from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
 
 from tests.support.cases import CASES, RANGES, make_inputs
@@ -36,7 +38,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param("w2-uneven", marks=pytest.mark.slow), "w2-mha", "w2-all"])
 def test_the_results_are_those_of_the_whole_interpreter(name, monkeypatch):
     case = replace(next(case for case in CASES + RANGES if case.name == name), **SMALL[name])
     replaced, patch = [], triton_interpreter._patch_lang
@@ -47,6 +49,26 @@ def test_the_results_are_those_of_the_whole_interpreter(name, monkeypatch):
     monkeypatch.setattr(interpreter, "shortcuts", contextlib.nullcontext)
     assert results(case) == ours
     assert len(replaced) - few > 10 * few
+
+
+def outcome(function, *arguments):
+    """The name of the type that `function` returns, or the class of its error."""
+    try:
+        return function(triton_interpreter.interpreter_semantic, *arguments).name
+    except TypeError as error:
+        return type(error)
+
+
+def test_operands_of_any_two_types_are_computed_in_the_same_type():
+    names = "int1", "int8", "uint8", "int32", "uint32", "int64", "fp16", "bf16", "fp32", "fp64", "fp8e5"
+    types, flags = list(map(core.dtype, names)), (False, True)
+    whole = TritonSemantic.computation_type_impl
+    with fast_interpreter.shortcuts():
+        for arguments in itertools.product(types, flags, types, flags, flags):
+            for _ in flags:  # worked out, and remembered
+                assert outcome(TritonSemantic.computation_type_impl, *arguments) == outcome(whole, *arguments), (
+                    arguments
+                )
 
 
 def test_a_launch_that_fails_leaves_the_interpreter_as_it_was():

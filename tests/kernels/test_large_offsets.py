@@ -96,6 +96,7 @@ def test_portable_kernels_multiply_by_strides_in_64_bits(tmp_path):
     assert lines_of("wide_offsets", "portable", TRITON_CACHE_DIR=str(tmp_path)) == kernels
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_for_hopper_multiply_by_strides_in_64_bits(tmp_path):
     attention = ["attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"]

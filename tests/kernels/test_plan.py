@@ -124,15 +124,16 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
         assert num_warps == launch.num_warps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "head_dim", "dtype"),
     [
         ("9.0", 128, "bfloat16"),
-        pytest.param("9.0", 256, "float16", marks=pytest.mark.slow),
-        pytest.param("8.0", 64, "float16", marks=pytest.mark.slow),
-        pytest.param("8.6", 256, "bfloat16", marks=pytest.mark.slow),
-        pytest.param("9.0", 40, "float32", marks=pytest.mark.slow),
-        pytest.param("9.0", 8, "bfloat16", marks=pytest.mark.slow),
+        ("9.0", 256, "float16"),
+        ("8.0", 64, "float16"),
+        ("8.6", 256, "bfloat16"),
+        ("9.0", 40, "float32"),
+        ("9.0", 8, "bfloat16"),
     ],
 )
 def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, head_dim, dtype):

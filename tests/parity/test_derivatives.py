@@ -149,7 +149,7 @@ def test_torch_on_one_device(kernels, kernel_backend):
     check(backend, torch_transforms(loss, q), whole_gradient(), torch_close)
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+@pytest.mark.parametrize("kernels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["reference", "kernels"])
 def test_jax_on_one_device(kernels, kernel_backend):
     backend = kernel_backend if kernels else "reference"
     q, k, v = map(jnp.asarray, arrays())
