@@ -1,5 +1,6 @@
 """The model of `model.py` in JAX: plain functions of a dict of weights, attention by `zigzag_attention`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from model import Sizes
 from text import Room
 from zigzag_jax import Batch, host, prepare_batch, token_mean_loss, zigzag_attention
-
-SPECS = host.ShardedBatch(*[P("cp")] * 4, *[P()] * 4)  # each device has its rows, and all have the rest
 
 
 def trainer(
@@ -38,12 +37,12 @@ def trainer(
         logits = forward(weights, sizes, batch, axis_name, method)
         return token_mean_loss(logits, batch.labels, batch.num_targets, axis_name=axis_name)
 
-    if mesh:
-        mean_loss = jax.shard_map(mean_loss, mesh=mesh, in_specs=(P(), SPECS), out_specs=P())
-
     @jax.jit
     def update(weights, means, squares, batch, step_size, correction):
-        value, gradients = jax.value_and_grad(mean_loss)(weights, batch)
+        of_mesh = mean_loss
+        if mesh:  # each device has its rows, and all have the rest
+            of_mesh = jax.shard_map(mean_loss, mesh=mesh, in_specs=(P(), batch.specs("cp")), out_specs=P())
+        value, gradients = jax.value_and_grad(of_mesh)(weights, batch)
         weights, means, squares = adam(weights, gradients, means, squares, step_size, correction)
         return value, weights, means, squares
 
@@ -66,8 +65,8 @@ def put(batch: host.ShardedBatch, mesh: Mesh) -> host.ShardedBatch:
     def put_part(x, spec):
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
-    fingerprint = jax.device_put(batch.fingerprint, NamedSharding(mesh, SPECS.fingerprint))
-    return jax.tree.map(put_part, batch, SPECS)._replace(fingerprint=fingerprint)
+    fingerprint = jax.device_put(batch.fingerprint, NamedSharding(mesh, P()))
+    return dataclasses.replace(jax.tree.map(put_part, batch, batch.specs("cp")), fingerprint=fingerprint)
 
 
 def adam(weights, gradients, means, squares, step_size, correction):
@@ -83,7 +82,7 @@ def adam(weights, gradients, means, squares, step_size, correction):
 def forward(weights: dict, sizes: Sizes, batch: host.ShardedBatch, axis_name: str | None, method: str) -> jax.Array:
     """Logits `[T, 256]` of the byte that follows each of the T rows; inside `shard_map` those of one device."""
     options = {"axis_name": axis_name, "method": method}
-    prepared = prepare_batch(batch.cu_seqlens, lengths=batch.lengths, **options)  # once for all layers, both ways
+    prepared = prepare_batch(batch, **options)  # once for all layers, both ways
     attend = functools.partial(zigzag_attention, **options)
     angles = batch.position_ids[:, None, None] * sizes.rope_frequencies  # [T, 1, head_dim/2]
     x = weights["embedding"][batch.input_ids]  # [T, dim]

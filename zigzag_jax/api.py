@@ -119,6 +119,8 @@ def zigzag_attention_gathered(
         Method.ALLGATHER.value,
         _form(call, cu_seqlens, world_size, (1, q.shape[0] if q.ndim else 0)),
     )
+    if batch.whole_tokens:
+        raise ValueError("cu_seqlens: expected one part, got a batch of whole and split documents: zigzag_attention")
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     problem = _make_problem(q, k, v, batch, call, KVLayout.GATHERED)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -215,6 +217,8 @@ def zigzag_attention(
         return_max_logits=return_max_logits,
         layout=layout,
         has_lengths=_has_lengths(cu_seqlens),
+        whole_tokens=cu_seqlens.whole_tokens if isinstance(cu_seqlens, Batch) else 0,
+        whole_documents=cu_seqlens.whole_documents if isinstance(cu_seqlens, Batch) else 0,
     )
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
@@ -222,6 +226,8 @@ def zigzag_attention(
     batch = _batch_on(
         cu_seqlens, (rank, world_size), method, axis_name, _form(call, cu_seqlens, world_size, (size, length))
     )
+    if batch.whole_tokens and batch.tokens != q.shape[0]:
+        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {q.shape[0]}")
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if method == Method.HALO and world_size > 1:
@@ -251,7 +257,8 @@ def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[j
 
 def _with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int) -> tuple[CallSpec, Batch]:
     """Return `call` and `batch` with the halo that they need; `length` is that of all documents, 0 if unknown."""
-    sizes = {"tokens": q.shape[0], "sequences": batch.cu_seqlens.shape[0] - 1, "packed_rows": batch.rows}
+    tokens, sequences = q.shape[0] - batch.whole_tokens, batch.cu_seqlens.shape[0] - 1
+    sizes = {"tokens": tokens, "sequences": sequences, "packed_rows": batch.rows}
     call = with_halo(call, batch.halo, batch.max_seqlen, **sizes, world_size=batch.world_size)
     check_halo_in_chunk(call.halo, length, batch.world_size)
     return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)

@@ -1,8 +1,10 @@
 """The kernels as JAX functions of arrays: the device tables of a batch, and attention with its gradient rule."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.modes import Method
@@ -15,25 +17,42 @@ from .surroundings import under_own_promotion
 
 
 def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
-    """Return the device tables of a batch: see `zigzag_kernels.segments.columns`."""
+    """Return the device tables of a batch: see `zigzag_kernels.segments.columns`.
+
+    Of a batch of two parts they are those of its whole documents, then those of its split ones, if there are rows for
+    these: the entries follow one another.
+    """
     from zigzag_kernels import plan
 
-    segments, sequences = plan.segment_tables(
+    target, whole = launch.target(backend), packing.whole
+    parts = []
+    if whole is not None:
+        sizes: Any = {"sequences": whole.cu_seqlens.shape[0] - 1, "world_size": 1, "target": target}
+        of_whole = plan.segment_tables(launch.run, whole.cu_seqlens, whole.rank, end_row=packing.first_row, **sizes)
+        if packing.first_row == packing.end_row:
+            return Tables(*of_whole)
+        parts.append(of_whole)
+    split = plan.segment_tables(
         launch.run,
         packing.cu_seqlens,
         packing.rank,
         packing.lengths,
         sequences=packing.cu_seqlens.shape[0] - 1,
         world_size=packing.world_size,
-        target=launch.target(backend),
+        target=target,
         kv_layout=Method(method).kv_layout,
         layout=packing.layout,
         row_length=packing.row_length,
         rows=packing.rows,
         halo=packing.halo[0],
         longest=packing.halo[1],
+        first_row=packing.first_row,
+        end_row=packing.end_row,
     )
-    return Tables(segments, sequences)
+    if not parts:
+        return Tables(*split)
+    parts.append(tuple(table.reshape(-1, table.shape[-1]) for table in split))
+    return Tables(*(jnp.concatenate(tables) for tables in zip(*parts, strict=True)))
 
 
 def attention(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,27 @@ from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
+from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.layout import MAX_OFFSET, impossible
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import autograd, launch, placement
 from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_array, fingerprint
-from .axes import AxisName, axis_names, place_on, varying_axes
+from .axes import AxisName, axis_names, place_on, vary, varying_axes
+from .host import ShardedBatch
 from .parallel import Packing, Tables
+from .plans import Parts, check_plan, offsets_of, one_part
 from .surroundings import under_own_promotion
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("cu_seqlens", "rank", "segments", "sequences", "lengths"),
-    meta_fields=("world_size", "method", "compared_by", "layout", "row_length", "rows", "halo", "max_seqlen"),
+    data_fields=("cu_seqlens", "rank", "segments", "sequences", "lengths", "whole_cu_seqlens"),
+    meta_fields=(
+        *("world_size", "method", "compared_by", "layout", "row_length", "rows"),
+        *("halo", "max_seqlen", "whole_tokens", "tokens"),
+    ),
     drop_fields=("host_rank",),
 )
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Batch:
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
         halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
         max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
+        whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
+            `lengths` are then those of the split documents. None: all documents are split.
+        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
     """
 
     cu_seqlens: jax.Array
@@ -71,12 +81,25 @@ class Batch:
     def limits_of_halo(self) -> tuple[int, int]:
         """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
+    whole_cu_seqlens: jax.Array | None = None
+    whole_tokens: int = 0
+    tokens: int = 0
+
+    @property
+    def whole_documents(self) -> int:
+        """Entries for whole documents of a rank."""
+        return 0 if self.whole_cu_seqlens is None else self.whole_cu_seqlens.shape[0] - 1
 
     @property
     def packing(self) -> Packing:
         """Return how the batch is packed, which its tables and masks follow from."""
         form = self.layout, self.row_length, self.rows
-        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, self.limits_of_halo)
+        parts: tuple[Any, ...] = ()
+        if self.whole_cu_seqlens is not None:
+            rank = jnp.minimum(self.rank, 0)
+            whole = Packing(self.whole_cu_seqlens, rank, None, 1, Layout.DOCUMENT.value, 0, 1)
+            parts = whole, self.whole_tokens, self.tokens
+        return Packing(self.cu_seqlens, self.rank, self.lengths, self.world_size, *form, self.limits_of_halo, *parts)
 
 
 class Form(NamedTuple):
@@ -85,6 +108,8 @@ class Form(NamedTuple):
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
     rows: int = 1
+    whole_tokens: int = 0
+    tokens: int = 0
 
 
 DOCUMENTS = Form()
@@ -92,7 +117,7 @@ DOCUMENTS = Form()
 
 @under_own_promotion
 def prepare_batch(
-    cu_seqlens: Array,
+    cu_seqlens: Array | DocumentPlan | ShardedBatch | Parts,
     rank: int | Array | None = None,
     world_size: int | None = None,
     *,
@@ -112,7 +137,9 @@ def prepare_batch(
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch; may be traced. Other integers are
-            converted; a list, tuple or NumPy array is checked, as `validate` does.
+            converted; a list, tuple or NumPy array is checked, as `validate` does. Or a plan of `plan_documents`, or
+            a `host.ShardedBatch`, inside `shard_map` by its `specs`: the rows of each rank are then those of the plan,
+            whole documents first.
         rank: an int, or an array of one integer, which may be traced. None is 0 if there is one rank, or that on the
             mesh axis.
         world_size: number of ranks. None is 1, or the size of the mesh axis.
@@ -148,7 +175,25 @@ def prepare_batch(
         raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
     rank = 0 if rank is None else rank
     by_default, backend = backend is None, launch.choose_backend(backend)
-    batch = as_batch(cu_seqlens, rank, world_size, method, batch_form(layout, row_length, rows, world_size))
+    parts = None
+    if isinstance(cu_seqlens, ShardedBatch):
+        unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
+        cu_seqlens, row_length = offsets_of(cu_seqlens, world_size, layout)
+    form = batch_form(layout, row_length, rows, world_size)
+    if isinstance(cu_seqlens, DocumentPlan | Parts):
+        for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
+            if x is not default and x != default:
+                raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
+        if isinstance(cu_seqlens, DocumentPlan):
+            cu_seqlens = Parts.of_plan(check_plan(cu_seqlens, world_size), rank)
+        cu_seqlens, lengths, parts = one_part(cu_seqlens, world_size)
+    if parts is not None:
+        if axis_name is None:
+            raise ValueError("axis_name: expected that of the ranks of a plan with whole and split documents, got None")
+        form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+    batch = as_batch(cu_seqlens, rank, world_size, method, form)
+    if parts is not None:
+        batch = dataclasses.replace(batch, whole_cu_seqlens=as_cu_seqlens(parts.whole_cu_seqlens, 1))
     halo, promised = halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
     check_halo_in_chunk(halo, batch.row_length, world_size)
     if halo:
@@ -205,6 +250,8 @@ def as_batch(
             check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
         return Batch(cu_seqlens, as_rank(rank), world_size, method, host_rank=host_rank, **form._asdict())
     batch = cu_seqlens
+    if batch.whole_tokens and rank is not batch.rank:
+        raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this axis_name")
     for name, wanted in {"world_size": world_size, "method": method, "layout": str(form.layout)}.items():
         prepared = getattr(batch, name)
         if prepared != wanted:
@@ -299,9 +346,15 @@ def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -
         own = jnp.concatenate((own, jnp.array(batch.limits_of_halo, own.dtype)))
     if unsharded is not None:
         own = jnp.concatenate((own, fingerprint(jnp.asarray(unsharded))))
-    largest, of_inverse = jax.lax.pmax(jnp.stack((own, ~own)), axis_name)  # the largest of ~x is ~ of the smallest x
-    compared = jnp.where((largest == ~of_inverse).all(), batch.cu_seqlens, -1)
-    return dataclasses.replace(batch, cu_seqlens=compared, compared_by=axis_name)
+    extremes, whole = jnp.stack((own, ~own)), batch.whole_cu_seqlens  # the largest of ~x is ~ of the smallest x
+    if whole is not None:
+        fault = impossible(whole, jnp.zeros(1, jnp.int32), 1, batch.whole_tokens)
+        extremes = jnp.where(fault, MAX_OFFSET, vary(extremes, varying_axes(fault)))  # not ~ of each other
+    largest, of_inverse = jax.lax.pmax(extremes, axis_name)
+    agreed = (largest == ~of_inverse).all()
+    if whole is not None:
+        batch = dataclasses.replace(batch, whole_cu_seqlens=jnp.where(agreed, whole, -1))
+    return dataclasses.replace(batch, cu_seqlens=jnp.where(agreed, batch.cu_seqlens, -1), compared_by=axis_name)
 
 
 def compare_if_untyped(batch: Batch, axis_name: AxisName | None, rank: int | jax.Array) -> Batch:

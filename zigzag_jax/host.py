@@ -3,43 +3,86 @@
 No function here touches a device, so that workers of a data loader can call them.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from zigzag_kernels.checks import check_int, check_layout, check_packed_rows, check_world_size
-from zigzag_kernels.documents import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
-from zigzag_kernels.layout import MAX_OFFSET, packed_row, row_position
+from zigzag_kernels.checks import check_int, check_packed_rows, check_world_size
+from zigzag_kernels.documents import (
+    DocumentPlan,
+    PackedBatch,
+    check_labels,
+    check_not_shifted,
+    deal_documents,
+    fingerprint,
+)
+from zigzag_kernels.layout import MAX_OFFSET, packed_row
 
 INT32 = np.iinfo(np.int32)
 
 
-class ShardedBatch(NamedTuple):
-    """A sharded batch is what a training step needs of a batch of documents: NumPy arrays, and so a pytree.
+_OF_RANKS = "input_ids", "labels", "position_ids", "loss_mask", "rows", "whole_cu_seqlens"
+_SHARED = "cu_seqlens", "lengths", "num_targets", "fingerprint"
 
-    Rows `[W * T]` are those of rank 0, then of rank 1, and so on: their spec on a mesh is `P("cp")`, that of the other
-    arrays `P()`. Batches of equal `tokens` and `max_documents` have equal shapes, so that a step compiles once.
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(*_OF_RANKS, *_SHARED),
+    meta_fields=("world_size", "layout", "whole_tokens", "tokens"),
+)
+@dataclass(frozen=True)
+class ShardedBatch:
+    """A sharded batch is what a training step needs of a batch of documents: NumPy arrays, as a pytree.
+
+    Rows `[W * T]` are those of rank 0, then of rank 1, and so on; `specs` says how arrays are spread over a mesh. The
+    rows of a rank are those of a plan of documents: its whole documents and their padding, then its chunks of the split
+    documents and their padding. Batches of equal `tokens`, `whole_tokens`, `max_documents` and `max_split` have equal
+    shapes, so that a step compiles once.
 
     Attributes:
         input_ids: `[W * T]` int32; padding is `pad_token_id`.
         labels: `[W * T]` int32, the next token of the same document; `ignore_index` at its end and for padding.
         position_ids: `[W * T]` int32, the position of every row in its document.
         loss_mask: `[W * T]` bool, the rows that have a label.
-        cu_seqlens: `[N + 1]` int32, offsets over all ranks, as `prepare_batch` takes them.
-        lengths: `[N]` int32, real tokens of each document.
+        rows: `[W * T]` int32, the token of the concatenated documents that each row is; -1 for padding.
+        whole_cu_seqlens: `[W * (N + 1)]` int32, for each rank the offsets of its whole documents in its rows.
+        cu_seqlens: `[M + 1]` int32, offsets of the split documents over all ranks.
+        lengths: `[M]` int32, real tokens of each split document.
         num_targets: one int32, the labels of all ranks together.
-        fingerprint: `[2]` uint32, which differ if any token or label of the batch does.
+        fingerprint: `[2]` uint32, which differ if any token or label of the batch does, or the plan.
+        world_size: W, the number of ranks.
+        layout: "document" or "row". In the row layout all documents count as split.
+        whole_tokens: rows of each rank for whole documents, the first ones.
+        tokens: T, rows of each rank.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     loss_mask: np.ndarray
+    rows: np.ndarray
+    whole_cu_seqlens: np.ndarray
     cu_seqlens: np.ndarray
     lengths: np.ndarray
     num_targets: np.ndarray
     fingerprint: np.ndarray
+    world_size: int
+    layout: str
+    whole_tokens: int
+    tokens: int
+
+    def specs(self, axis: str | tuple[str, ...] = "cp") -> "ShardedBatch":
+        """Return the `PartitionSpec` of each array over the mesh axes `axis`, as a batch of the same structure."""
+        specs: Any = dict.fromkeys(_OF_RANKS, P(axis)) | dict.fromkeys(_SHARED, P())
+        if self.world_size == 1:  # all offsets are shared
+            specs["whole_cu_seqlens"] = P()
+        return dataclasses.replace(self, **specs)
 
 
 def shard_documents(
@@ -51,7 +94,13 @@ def shard_documents(
     ignore_index: int = -100,
     tokens: int | None = None,
     max_documents: int | None = None,
+    max_split: int | None = None,
     layout: str = "document",
+    split_above: int | None = None,
+    split_tokens: int | None = None,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
+    causal: bool = True,
 ) -> ShardedBatch:
     """Return the rows of all ranks of a batch of documents, with labels, positions and what attention needs.
 
@@ -63,8 +112,15 @@ def shard_documents(
         pad_token_id: token of padding rows.
         ignore_index: label of rows that have none.
         tokens: T, rows of each rank, padding included; None is as few as this batch needs.
-        max_documents: N, entries of the offsets; None is as many as there are documents.
-        layout: "document", which splits every document over all ranks, or "row", which splits all as one row.
+        max_documents: N, entries of the offsets, and the most documents of a batch; None is as many as are needed.
+        max_split: M, entries for split documents; None is as many as `max_documents`.
+        layout: "document", whose documents are whole or split as `plan_documents` says, or "row", which splits all
+            documents as one row.
+        split_above: split the documents longer than this, and others only if they do not fit; 0 splits all. None is as
+            few as make work equal.
+        split_tokens: rows of each rank for split documents, padding included. A fixed number gives all steps one shape;
+            None takes the fewest eighths of `tokens` that serve this batch, or what it needs if `tokens` is None.
+        window_size, attention_chunk, causal: the mask by which work is made equal, as attention takes it.
 
     Raises `ValueError` for documents that do not fit, with the number of tokens that are too many.
     """
@@ -74,7 +130,9 @@ def shard_documents(
     ignore_index = check_int("ignore_index", ignore_index, INT32.min, INT32.max, expected)
     parts = _integers("documents", documents)
     lengths = [len(part) for part in parts]
-    packed = pack_documents(lengths, world_size, tokens=tokens, max_documents=max_documents, layout=layout)
+    sizes = {"tokens": tokens, "max_documents": max_documents, "max_split": max_split, "split_tokens": split_tokens}
+    mask = {"window_size": window_size, "attention_chunk": attention_chunk, "causal": causal}
+    packed = deal_documents(lengths, world_size, layout=layout, split_above=split_above, **sizes, **mask)
     ids = np.concatenate([*parts, np.zeros(0, np.int64)])
     targets = ids
     starts = np.cumsum([0, *lengths])[:-1]
@@ -89,8 +147,14 @@ def shard_documents(
         shifted = bool(following.any()) and np.array_equal(targets[:-1][following], ids[1:][following])
         check_not_shifted(np.array_equal(targets[known], ids[known]), shifted)
     arrays = [x.astype("<i8").tobytes() for x in ((ids,) if targets is ids else (ids, targets))]
-    bits = fingerprint(lengths, arrays) % 2**64
-    rows, positions, is_last = _places(packed)
+    bits = fingerprint(lengths, [*arrays, packed.key]) % 2**64
+    if isinstance(packed, DocumentPlan):
+        whole = [packed.whole_cu_seqlens(rank) for rank in range(world_size)]
+        offsets, split_lengths, whole_tokens = packed.split_cu_seqlens, packed.split_lengths, packed.whole_tokens
+        rows, positions, is_last = _places_in_plan(packed)
+    else:
+        whole, whole_tokens, offsets, split_lengths = [[0]] * world_size, 0, packed.cu_seqlens, packed.real_lengths
+        rows, positions, is_last = _places_in_row(packed)
     label_rows = np.where(is_last, -1, rows + (rows >= 0))
     local_labels = _taken(targets, label_rows, ignore_index)
     return ShardedBatch(
@@ -98,33 +162,27 @@ def shard_documents(
         labels=local_labels,
         position_ids=positions.astype(np.int32),
         loss_mask=local_labels != ignore_index,
-        cu_seqlens=np.array(packed.cu_seqlens, np.int32),
-        lengths=np.array(packed.real_lengths, np.int32),
+        rows=rows.astype(np.int32),
+        whole_cu_seqlens=np.array(whole, np.int32).ravel(),
+        cu_seqlens=np.array(offsets, np.int32),
+        lengths=np.array(split_lengths, np.int32),
         num_targets=np.array(((targets != ignore_index) & ~first).sum(), np.int32),
         fingerprint=np.array([bits % 2**32, bits >> 32], np.uint32),
+        world_size=world_size,
+        layout=str(layout),
+        whole_tokens=whole_tokens,
+        tokens=packed.tokens,
     )
 
 
-def unshard_rows(x: np.ndarray, batch: ShardedBatch, world_size: int, *, layout: str = "document") -> np.ndarray:
-    """Return `x [W * T, ...]`, rows of all ranks, in the order of the documents, one after another, without padding.
-
-    `world_size` and `layout` are those that the batch was made with.
-    """
-    world_size, layout = check_world_size(world_size), check_layout(layout)
-    rows, x = len(batch.input_ids), np.asarray(x)
-    if rows % world_size:
-        raise ValueError(f"world_size: expected a divisor of the {rows} rows of the batch, got {world_size}")
-    if not x.ndim or len(x) != rows:
-        raise ValueError(f"x: expected [W * T, ...] with the {rows} rows of the batch, got shape {x.shape}")
-    lengths = tuple(batch.lengths.tolist())
-    packed = PackedBatch(lengths, world_size, rows // world_size, len(lengths), layout)
-    if packed.cu_seqlens != batch.cu_seqlens.tolist():
-        raise ValueError(
-            f"layout: expected that of the batch, and its world_size, got {layout.value!r} and {world_size}"
-        )
-    held, _, _ = _places(packed)
-    order = np.empty(sum(lengths), np.int64)
-    order[held[held >= 0]] = np.flatnonzero(held >= 0)
+def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
+    """Return `x [W * T, ...]`, rows of all ranks, in the order of the documents, one after another, without padding."""
+    x, rows = np.asarray(x), np.asarray(batch.rows)
+    if not x.ndim or len(x) != len(rows):
+        raise ValueError(f"x: expected [W * T, ...] with the {len(rows)} rows of the batch, got shape {x.shape}")
+    held = np.flatnonzero(rows >= 0)
+    order = np.empty(len(held), np.int64)
+    order[rows[held]] = held
     return x[order]
 
 
@@ -145,23 +203,31 @@ def reorder_rows(x: np.ndarray, world_size: int, *, to_contiguous: bool = False)
     return x[:, np.argsort(order) if to_contiguous else order]
 
 
-def _places(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places_in_plan(plan: DocumentPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of the rows of all ranks `[W * T]`: token of the concatenated batch, -1 for padding; position; is last.
 
     The position is that in the document, and the last token of a document is nobody's predecessor.
     """
+    shape = plan.world_size, plan.tokens
+    rows, positions, is_last = np.full(shape, -1, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    starts = np.cumsum([0, *plan.lengths])
+    for rank in range(plan.world_size):
+        for row, document, position, tokens in plan.pieces(rank):
+            places = slice(row, row + tokens)
+            positions[rank, places] = np.arange(position, position + tokens)
+            rows[rank, places] = starts[document] + positions[rank, places]
+            is_last[rank, row + tokens - 1] = position + tokens == plan.lengths[document]
+    return rows.ravel(), positions.ravel(), is_last.ravel()
+
+
+def _places_in_row(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same of documents that are cut into chunks as one row."""
     world_size, lengths = packed.world_size, np.array([*packed.lengths, 0], np.int64)  # the last one is padding
     ranks, local = np.arange(world_size)[:, None], np.arange(packed.tokens)[None, :]
     offsets = np.array(packed.cu_seqlens[: len(lengths)], np.int64)
-    if packed.row_length is None or world_size == 1:
-        starts = offsets // world_size
-        document = np.searchsorted(starts, local, side="right") - 1
-        padded = np.diff(offsets, append=offsets[-1])[document]
-        position = row_position(local - starts[document], padded, ranks, world_size)
-    else:
-        row = packed_row(local, packed.row_length, ranks, world_size)
-        document = np.searchsorted(offsets, row, side="right") - 1
-        position = row - offsets[document]
+    row = packed_row(local, world_size * packed.tokens, ranks, world_size) if world_size > 1 else local
+    document = np.searchsorted(offsets, row, side="right") - 1
+    position = row - offsets[document]
     real = position < lengths[document]
     first = np.cumsum(lengths) - lengths
     rows = np.where(real, first[document] + position, -1)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_sinks
+from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 
@@ -20,7 +21,9 @@ from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
 from .axes import AxisName, largest_along, largest_on
 from .batch import Batch, batch_form, check_host_halo, prepare_batch
+from .host import ShardedBatch
 from .launch import choose_backend
+from .plans import Parts, offsets_of, one_part, parts_of_all
 from .specs import check_divided, check_mesh, check_spread, reshard, size_on
 
 _OPTIONS = tuple(
@@ -63,7 +66,7 @@ def make_zigzag_attention(
 
         - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence, or the `Batch` that
           `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1, unsharded=None)` makes once for
-          all layers;
+          all layers, of offsets, of a plan of `plan_documents`, or of a `host.ShardedBatch`;
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
@@ -118,7 +121,7 @@ def make_zigzag_attention(
         return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out_specs)(*arrays.values())
 
     def prepare(
-        cu_seqlens: Array,
+        cu_seqlens: Array | DocumentPlan | ShardedBatch | Parts,
         lengths: Array | None = None,
         row_length: int | None = None,
         rows: int = 1,
@@ -128,8 +131,15 @@ def make_zigzag_attention(
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
         chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
         reach = {name: options[name] for name in ("window_size", "attention_chunk") if name in options}
+        size, parts = size_on(mesh, axis), None
+        if isinstance(cu_seqlens, ShardedBatch):
+            unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
+            cu_seqlens, row_length = offsets_of(cu_seqlens, size, layout)
+        if isinstance(cu_seqlens, DocumentPlan | Parts):
+            if lengths is not None:
+                raise ValueError("lengths: expected None with a plan, got an array")
+            cu_seqlens, lengths, parts = one_part(parts_of_all(cu_seqlens, size, layout), size)
         chosen |= {"row_length": row_length, "rows": rows, "max_seqlen": max_seqlen, **reach}
-        size = size_on(mesh, axis)
         arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
@@ -137,22 +147,31 @@ def make_zigzag_attention(
             check_array("unsharded", unsharded)
             arrays["unsharded"] = jnp.asarray(unsharded)
         in_specs = dict.fromkeys(arrays, P())
+        if parts is not None:
+            arrays["whole_cu_seqlens"], in_specs["whole_cu_seqlens"] = jnp.asarray(parts.whole_cu_seqlens), P(axis)
         if AxisType.Explicit in mesh.axis_types:
             arrays = reshard(arrays, in_specs, mesh)
 
         names = tuple(arrays)
 
-        def body(*shared):
-            return prepare_batch(axis_name=axis, **dict(zip(names, shared, strict=True)), **chosen)
+        def body(*shards):
+            shard = dict(zip(names, shards, strict=True))
+            if parts is not None:
+                whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
+                shard["cu_seqlens"] = Parts(whole, split, real, parts.whole_tokens, parts.tokens)
+            return prepare_batch(axis_name=axis, **shard, **chosen)
 
         form = batch_form(layout, row_length, rows, size)
+        if parts is not None:
+            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
         tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
         method = options.get("method", Method.ALLGATHER.value)
         limits = chosen.get("window_size", NO_WINDOW), chosen.get("attention_chunk", 0), max_seqlen
         halo, promised = halo_of_batch(method, *limits, size)
         if halo:
             check_host_halo(cu_seqlens, lengths, size, row_length, (halo, promised))
-        shared = {"lengths": in_specs.get("lengths"), **form._asdict(), "halo": halo, "max_seqlen": promised}
+        shared = {name: in_specs.get(name) for name in ("lengths", "whole_cu_seqlens")} | form._asdict()
+        shared |= {"halo": halo, "max_seqlen": promised}
         specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore
         mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(in_specs.values()), out_specs=specs)
         return mapped(*arrays.values())
@@ -182,7 +201,8 @@ def _cut(world_size: int, layout: Layout) -> int:
 
 def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
     """Return the specs of a batch of all ranks."""
-    tables = {name: None if getattr(batch, name) is None else P(axis) for name in ("segments", "sequences")}
+    of_ranks = "segments", "sequences", "whole_cu_seqlens"
+    tables = {name: None if getattr(batch, name) is None else P(axis) for name in of_ranks}
     lengths = None if batch.lengths is None else P()
     return dataclasses.replace(batch, cu_seqlens=P(), rank=P(axis), lengths=lengths, **tables)  # pyright: ignore
 

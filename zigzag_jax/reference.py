@@ -18,7 +18,7 @@ from zigzag_kernels.problem import Problem
 from .arguments import check_array
 from .axes import gather_rows, largest_along, spread_like, vary, varying_axes
 from .derivatives import without_derivative
-from .parallel import AllGather, Halo, Inputs, Local, Packing, Ring, Transport
+from .parallel import AllGather, Halo, Inputs, Local, Packing, Ring, Transport, TwoPart
 from .shard import place_of_rows
 from .surroundings import under_own_promotion
 
@@ -34,6 +34,8 @@ class Rows(NamedTuple):
 
 def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, largest logits `[heads]` or None) of one rank."""
+    if isinstance(transport, TwoPart):
+        return _attend_parts(transport, inputs, packing)
     problem, (q, k, v, sinks) = transport.problem, inputs
     dtype = q.dtype
     attend = functools.partial(_attend, problem, packing)
@@ -68,6 +70,18 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
     if not problem.call.return_max_logits:
         return out.astype(dtype), lse, None
     return out.astype(dtype), lse, jnp.where(jnp.isnan(lse).any(1), jnp.nan, largest)  # not infinite, as in the kernels
+
+
+def _attend_parts(transport: TwoPart, inputs: Inputs, packing: Packing):
+    """Return `attention` of whole documents, then of split ones."""
+    assert packing.whole is not None
+    first, (q, k, v, sinks) = transport.whole.rows, inputs
+    parts = [attention(Local(transport.whole), Inputs(q[:first], k[:first], v[:first], sinks), packing.whole)]
+    if transport.split is not None:
+        parts.append(attention(transport.split, Inputs(q[first:], k[first:], v[first:], sinks), packing))
+    outs, lses, largest = zip(*parts, strict=True)
+    most = None if largest[0] is None else largest_along(0, jnp.stack(largest))
+    return jnp.concatenate(outs), jnp.concatenate(lses, 1), most
 
 
 def _add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import numpy as np
 from zigzag_kernels.batch_checks import (
     check_halo,
     check_host_offsets,
+    check_parts,
     check_row_length,
     check_whole_batch,
     is_batch_of_rows,
@@ -22,6 +23,7 @@ from zigzag_kernels.checks import (
     check_rows,
     check_world_size,
 )
+from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
@@ -35,6 +37,7 @@ from zigzag_kernels.modes import Layout
 
 from .arguments import Array, as_rank, check_array, check_batch, on_host, readable
 from .axes import gather_rows
+from .plans import check_plan, positions_of_plan, shard_by_plan, unshard_by_plan
 from .surroundings import under_own_promotion
 
 
@@ -133,7 +136,7 @@ def local_cu_seqlens(
 
 @under_own_promotion
 def position_ids(
-    cu_seqlens: Array,
+    cu_seqlens: Array | DocumentPlan,
     rank: int | Array,
     world_size: int,
     tokens: int | None = None,
@@ -144,7 +147,8 @@ def position_ids(
     """Return the position of every local row in its document, `[T]` int32, for example for RoPE; 0 for padding.
 
     Args:
-        cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
+        cu_seqlens: `[N + 1]` int32, offsets in the whole batch. Or a plan of `plan_documents`, which `shard`, `unshard`
+            and `validate` take too.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
         tokens: T. Without it the last offset is read, which waits for the device, and padding is not counted but for
@@ -156,6 +160,8 @@ def position_ids(
     that is none, and for fewer `tokens` than the documents have. If the values are traced or on a GPU, all positions
     are -1 instead.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return positions_of_plan(cu_seqlens, rank, world_size, tokens)
     layout = check_layout(layout)
     if tokens is None:
         offsets = on_host(cu_seqlens, "give the number of local rows as `tokens`")
@@ -249,7 +255,7 @@ def _global_rows(
 @under_own_promotion
 def shard(
     x: Array,
-    cu_seqlens: Array,
+    cu_seqlens: Array | DocumentPlan,
     rank: int | Array,
     world_size: int,
     *,
@@ -262,7 +268,8 @@ def shard(
         x: `[total, ...]`, the whole batch. Rows behind the last document are padding, which is dealt out evenly in the
             document layout. In the row layout also `[B, row_length, ...]`, whose rows follow one another in
             `cu_seqlens`.
-        cu_seqlens: `[N + 1]` int32, offsets of its documents; may be traced.
+        cu_seqlens: `[N + 1]` int32, offsets of its documents; may be traced. With a plan of documents `x` has the
+            tokens of all documents, and padding rows of the result are 0.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks; `ValueError` unless it divides `total`.
         layout: "document", or "row": packed rows are dealt out, of which only the last may have padding.
@@ -274,6 +281,8 @@ def shard(
     Raises `ValueError` for offsets that `validate` refuses and for a rank that is none. If those values are traced or
     on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return shard_by_plan(x, cu_seqlens, rank, world_size)
     layout = check_layout(layout)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, 1)
@@ -286,19 +295,26 @@ def shard(
 
 @under_own_promotion
 def unshard(
-    x: Array, cu_seqlens: Array, world_size: int, *, layout: str = "document", row_length: int | None = None
+    x: Array,
+    cu_seqlens: Array | DocumentPlan,
+    world_size: int,
+    *,
+    layout: str = "document",
+    row_length: int | None = None,
 ) -> jax.Array:
     """Return the whole batch in its original order: undoes `shard`.
 
     Args:
         x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on. In the row layout also
             `[world_size * B, row_length / world_size, ...]`, of which the result is `[B, row_length, ...]`.
-        cu_seqlens: `[N + 1]` int32, as for `shard`.
+        cu_seqlens: as for `shard`. With a plan the result has the tokens of all documents, and no padding.
         world_size: number of ranks.
         layout, row_length: as for `shard`.
 
     It treats offsets that `validate` refuses as `shard` does.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        return unshard_by_plan(x, cu_seqlens, world_size)
     layout = check_layout(layout)
     cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
@@ -326,7 +342,7 @@ def _position_order(cu_seqlens: jax.Array, world_size: int, tokens: int, row_len
 
 
 def validate(
-    cu_seqlens: Array,
+    cu_seqlens: Array | DocumentPlan,
     world_size: int,
     total: int | None = None,
     *,
@@ -351,6 +367,12 @@ def validate(
         halo, max_seqlen: for method "halo", the `halo` of the prepared batch, rows before a chunk that its rows may
             see, and the most real tokens of a document, as promised.
     """
+    if isinstance(cu_seqlens, DocumentPlan):
+        plan = check_plan(cu_seqlens, world_size)
+        for rank in range(plan.world_size):
+            offsets = plan.whole_cu_seqlens(rank), plan.split_cu_seqlens, plan.split_lengths
+            check_parts(*offsets, plan.world_size, plan.whole_tokens, plan.tokens)
+        return
     layout, world_size = check_layout(layout), check_world_size(world_size)
     limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
     offsets = on_host(cu_seqlens)

@@ -7,6 +7,7 @@ from .checks import (
     check_int,
     check_layout,
     check_lengths,
+    check_real_lengths,
     check_unsaid_rows,
     python_value,
 )
@@ -166,3 +167,20 @@ def is_batch_of_rows(name: str, shape: tuple[int, ...], row_length: int, parts: 
             f"{shape}, which may be either: reshape it so that its second dimension tells"
         )
     return True
+
+
+def check_parts(
+    whole_cu_seqlens: list[int],
+    split_cu_seqlens: list[int],
+    split_lengths: list[int],
+    world_size: int,
+    whole_tokens: int,
+    tokens: int,
+) -> None:
+    """Raise `ValueError` unless documents of these offsets, on the host, fit into the two parts of a rank's rows.
+
+    A rank has `tokens` rows, of which the first `whole_tokens` are for its whole documents.
+    """
+    check_lengths(whole_cu_seqlens, 1, whole_tokens, "whole_cu_seqlens")
+    check_lengths(split_cu_seqlens, world_size, world_size * (tokens - whole_tokens), "split_cu_seqlens")
+    check_real_lengths(split_lengths, split_cu_seqlens)

@@ -4,7 +4,7 @@ Everything here is known on the host before a launch. The rank and `cu_seqlens` 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .callspec import CallSpec
@@ -233,3 +233,23 @@ def make_problem(
         target=target,
         gluon=gluon,
     )
+
+
+def parts_of(problem: Problem) -> tuple[Problem, Problem]:
+    """Return the problems of the whole documents and of the split ones of a batch of two parts.
+
+    `problem` is that of all rows of a rank.
+    """
+    call, rows = problem.call, problem.call.whole_tokens
+    if rows > problem.tokens:
+        raise ValueError(f"q: expected at least the {rows} rows of whole documents, got {problem.tokens}")
+    whole = replace(
+        problem,
+        call=replace(call, has_lengths=False, halo=0, halo_rows=0),
+        sequences=call.whole_documents,
+        world_size=1,
+        kv_layout=KVLayout.GATHERED,
+        slot_rows=rows,
+        end_row=rows,
+    )
+    return whole, replace(problem, first_row=rows, slot_rows=problem.tokens - rows)

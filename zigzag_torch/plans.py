@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from zigzag_kernels.checks import check_int, check_lengths, check_real_lengths, check_world_size
+from zigzag_kernels.batch_checks import check_parts
+from zigzag_kernels.checks import check_int, check_world_size
 from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 
@@ -53,9 +54,7 @@ class Parts(NamedTuple):
         The host reads them.
         """
         whole, offsets, real = (x.tolist() for x in self[:3])
-        check_lengths(whole, 1, self.whole_tokens, "whole_cu_seqlens")
-        check_lengths(offsets, world_size, world_size * (self.tokens - self.whole_tokens), "split_cu_seqlens")
-        check_real_lengths(real, offsets)
+        check_parts(whole, offsets, real, world_size, self.whole_tokens, self.tokens)
         return offsets, real
 
     @property

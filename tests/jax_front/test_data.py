@@ -17,7 +17,6 @@ from tests.support.spread import mesh_of
 from zigzag_jax import host, make_zigzag_attention, token_mean_loss
 
 IGNORE, WORLD_SIZE = -100, 4
-SPECS = host.ShardedBatch(P("cp"), P("cp"), P("cp"), P("cp"), P(), P(), P(), P())
 
 
 def made_documents(lengths, seed=0):
@@ -28,31 +27,32 @@ def made_documents(lengths, seed=0):
 @given(
     lengths=st.lists(st.integers(0, 23), min_size=1, max_size=6),
     world_size=st.integers(1, 4),
-    layout=st.sampled_from(["document", "row"]),
+    layout=st.sampled_from(["document", "row", {"split_above": 0}, {"split_tokens": 12}]),
     masked=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_rows_are_those_of_pytorch(lengths, world_size, layout, masked):
-    split = {"split_above": 0} if layout == "document" else {}
-    lengths = lengths if layout == "row" else [max(length, 1) for length in lengths]  # plans have no empty documents
-    if split and world_size == 1:
-        return  # PyTorch splits no document
     documents = made_documents(lengths)
-    options = {"pad_token_id": 7, "max_documents": len(lengths) + 1, "layout": layout}
-    options |= {"tokens": 2 * (sum(lengths) + len(lengths)), "ignore_index": -1}
+    options = {"pad_token_id": 7, "max_documents": len(lengths) + 1, "ignore_index": -1}
+    options |= {"layout": layout} if isinstance(layout, str) else layout
+    options["tokens"] = 12 + 2 * (sum(lengths) + len(lengths))
     if masked:
         options["labels"] = [np.where(np.arange(len(x)) < 3, -1, x) for x in documents]
     ours = host.shard_documents(documents, world_size, **options)
-    theirs = [
-        zigzag_torch.shard_documents(documents, rank, world_size, **options, **split) for rank in range(world_size)
-    ]
-    for name in ("input_ids", "labels", "position_ids", "loss_mask"):
+    theirs = [zigzag_torch.shard_documents(documents, rank, world_size, **options) for rank in range(world_size)]
+    for name in ("input_ids", "labels", "position_ids", "loss_mask", "rows", "whole_cu_seqlens"):
         wanted = np.concatenate([getattr(batch, name).numpy() for batch in theirs])
         np.testing.assert_array_equal(getattr(ours, name), wanted)
     for name in ("cu_seqlens", "lengths", "num_targets"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs[0], name).numpy())
-    assert {x.dtype.name for x in ours} == {"int32", "bool", "uint32"}
-    ids = host.unshard_rows(ours.input_ids, ours, world_size, layout=layout)
+    np.testing.assert_array_equal(ours.fingerprint, theirs[0].fingerprint.numpy().view(np.uint32))
+    assert {x.dtype.name for x in jax.tree.leaves(ours)} == {"int32", "bool", "uint32"}
+    assert (ours.whole_tokens, ours.tokens, ours.layout) == (
+        theirs[0].whole_tokens,
+        options["tokens"],
+        theirs[0].layout,
+    )
+    ids = host.unshard_rows(ours.input_ids, ours)
     np.testing.assert_array_equal(ids, np.concatenate(documents))
 
 
@@ -68,8 +68,7 @@ def made_weights():
 
 def logits_of(weights, batch, mesh, layout):
     attend = make_zigzag_attention(mesh, "cp", layout=layout)
-    rows = {"row_length": len(batch.input_ids)} if layout == "row" and mesh.size > 1 else {}
-    prepared = attend.prepare_batch(batch.cu_seqlens, None if layout == "row" else batch.lengths, **rows)
+    prepared = attend.prepare_batch(batch)
     x = weights["embedding"][batch.input_ids] + batch.position_ids[:, None] / 16
     q, k, v = ((x @ weights[name]).reshape(len(x), -1, 16) for name in "qkv")
     return (x + attend(q, k, v, prepared).reshape(len(x), -1)) @ weights["logits"]
@@ -83,7 +82,9 @@ def test_loss_and_gradients_are_those_of_one_device(layout):
     for world_size in (1, WORLD_SIZE):
         mesh = mesh_of(world_size)
         batch = host.shard_documents(documents, world_size, labels=labels, tokens=80 // world_size + 4, layout=layout)
-        batch = jax.tree.map(lambda x, spec, mesh=mesh: jax.device_put(x, NamedSharding(mesh, spec)), batch, SPECS)
+        batch = jax.tree.map(
+            lambda x, spec, mesh=mesh: jax.device_put(x, NamedSharding(mesh, spec)), batch, batch.specs()
+        )
 
         @jax.jit
         def loss(weights, batch, mesh=mesh):
@@ -161,7 +162,7 @@ def test_batches_of_a_size_compile_once():
 
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, 12, 3 + seed)
-        step(host.shard_documents(made_documents(lengths, seed), 2, tokens=60, max_documents=8))
+        step(host.shard_documents(made_documents(lengths, seed), 2, tokens=60, max_documents=8, split_tokens=24))
     assert len(traces) == 1
 
 
@@ -175,7 +176,8 @@ def test_batches_of_a_size_compile_once():
         ({"documents": [[2**31]]}, "documents: expected integers that int32 holds, got 2147483648 to 2147483648"),
         ({"documents": [[1, [2]]]}, r"documents: expected integers \[n\], got list \(document 0\)"),
         ({"documents": "text"}, "documents: expected a list of documents, got str"),
-        ({"tokens": 3}, "got 3 rows a rank, 2 tokens too many"),
+        ({"tokens": 3, "split_above": 0}, "got 3 rows a rank, 1 tokens too many"),
+        ({"split_above": 2, "layout": "row"}, "split_above: expected None with layout 'row', got 2"),
         ({"max_documents": 1}, "max_documents: expected at least the 2 documents of the batch, got 1"),
         ({"ignore_index": 2**40}, "ignore_index: expected an integer that int32 holds, got 1099511627776"),
         ({"layout": "rows"}, "layout: expected 'document' or 'row', got 'rows'"),
@@ -189,8 +191,10 @@ def test_errors_of_documents(arguments, message):
 def test_rows_of_another_batch_are_not_put_in_order():
     batch = host.shard_documents([[1, 2, 3, 4], [5, 6, 7]], 2)
     with pytest.raises(ValueError, match=r"x: expected \[W \* T, ...\] with the 8 rows of the batch"):
-        host.unshard_rows(batch.input_ids[:4], batch, 2)
-    with pytest.raises(ValueError, match="layout: expected that of the batch, and its world_size, got 'row' and 2"):
-        host.unshard_rows(batch.input_ids, batch, 2, layout="row")
-    with pytest.raises(ValueError, match="world_size: expected a divisor of the 8 rows of the batch, got 3"):
-        host.unshard_rows(batch.input_ids, batch, 3)
+        host.unshard_rows(batch.input_ids[:4], batch)
+    for mesh, options, message in (
+        (mesh_of(2), {"layout": "row"}, "layout: expected that of the batch, 'document', got 'row'"),
+        (mesh_of(4), {}, "world_size: expected that of the batch, 2, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_zigzag_attention(mesh, **options).prepare_batch(batch)

@@ -4,5 +4,7 @@ from jax._src import xla_bridge
 
 from zigzag_jax import host
 
-host.unshard_rows(host.shard_documents([[1, 2, 3], [4]], 2).labels, host.shard_documents([[1, 2, 3], [4]], 2), 2)
+batch = host.shard_documents([[1, 2, 3], [4]], 2)
+host.unshard_rows(batch.labels, batch)
+batch.specs()
 print(xla_bridge.backends_are_initialized())

@@ -10,7 +10,7 @@ import dataclasses
 from zigzag_kernels.checks import MAX_ROWS
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.modes import KVLayout, Method
-from zigzag_kernels.problem import Problem
+from zigzag_kernels.problem import Problem, parts_of
 
 from ..axes import AxisName
 from .allgather import AllGather
@@ -18,6 +18,7 @@ from .halo import Halo
 from .local import Local
 from .ring import Ring
 from .transport import Inputs, Packing, Residuals, Tables
+from .two_part import TwoPart
 
 __all__ = [
     "AllGather",
@@ -29,10 +30,11 @@ __all__ = [
     "Ring",
     "Tables",
     "Transport",
+    "TwoPart",
     "choose_transport",
 ]
 
-Transport = Local | AllGather | Halo | Ring
+Transport = Local | AllGather | Halo | Ring | TwoPart
 
 
 def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
@@ -40,9 +42,17 @@ def choose_transport(problem: Problem, axis_name: AxisName | None) -> Transport:
 
     `problem` describes this rank's own q, k and v.
     """
-    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     if axis_name is None or problem.world_size == 1:
+        choose_heads_k_stride(problem.call.heads_k_stride, problem)
         return Local(problem)
+    if not problem.call.whole_tokens:
+        return _choose_moving(problem, axis_name)
+    whole, split = parts_of(problem)
+    return TwoPart(problem, whole, _choose_moving(split, axis_name) if split.rows else None)
+
+
+def _choose_moving(problem: Problem, axis_name: AxisName) -> AllGather | Halo | Ring:
+    stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     if problem.call.method == Method.HALO:
         return _make_halo(problem, axis_name)
     if problem.call.method == Method.RING:

@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Inputs, Residuals, Tables, move_again
+from .transport import Beside, Inputs, Residuals, Tables, move_again
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,17 @@ class AllGather:
     problem: Problem
     axis_name: AxisName
 
-    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+    def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
-        results: tuple = None, None
+        results: Any = None
         coming = self.gather(k, v, 0)
+        start = (None, None) if beside is None else beside(None)  # the second gather does not wait for it
         for head in self.first_heads:
             here = coming
             if head + self.problem.window < self.problem.kv_heads:
@@ -40,12 +44,22 @@ class AllGather:
                 coming = self.gather(k, v, head + self.problem.window)
             part = plan.Part(first_kv_head=head)
             results = plan.forward(
-                launch.run, self.problem, q, *here, tables.segments, sinks=sinks, part=part, into=results
+                launch.run, self.problem, q, *here, tables.segments, sinks=sinks, part=part, into=results or start
             )
         return results
 
-    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+    def backward(
+        self,
+        residuals: Residuals,
+        dout: jax.Array,
+        dlse: jax.Array | None,
+        tables: Tables,
+        beside: Beside | None = None,
+    ) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks.
+
+        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
@@ -53,8 +67,8 @@ class AllGather:
         k, v, dout = move_again(k, v, dout)
         dq: Any = None
         dsinks: Any = None
-        dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
         coming = self.gather(k, v, 0)
+        start, dk, dv = (None, jnp.zeros_like(k), jnp.zeros_like(v)) if beside is None else beside(None)
         for head in self.first_heads:
             here = coming
             if head + problem.window < problem.kv_heads:
@@ -71,13 +85,15 @@ class AllGather:
                 dsinks = plan.backward_sinks(launch.run, problem, rows, sinks, part=part, into=dsinks)
             contributions = plan.backward_keys(*arguments, tables.sequences, part=summed, **strides)
             dk, dv = (self._add_window(x, head, of_all) for x, of_all in zip((dk, dv), contributions, strict=True))
-            dq = plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides)
+            into = start if dq is None else dq
+            dq = plan.backward_queries(*arguments, tables.segments, part=part, into=into, **strides)
         return Inputs(dq, dk, dv, dsinks)
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""
         window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(gradient, window, head, axis=1)
+        first_row = gradient.shape[0] - window.shape[0]  # rows before it are those of another part
+        return jax.lax.dynamic_update_slice(gradient, window, (first_row, head, 0))
 
     @property
     def first_heads(self) -> range:

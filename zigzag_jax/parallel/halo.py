@@ -12,7 +12,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Inputs, Residuals, Tables, move_again
+from .transport import Beside, Inputs, Residuals, Tables, behind, move_again
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,32 @@ class Halo:
     of_halo: Problem
     axis_name: AxisName
 
-    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+    def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
         k_near, v_near = self._bring(k, v, tables)
-        results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks)
+        start = (None, None) if beside is None else beside(None)
+        results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks, into=start)
         apart = launch.run, self.of_halo, q, k_near, v_near, tables.segments[1]
         return plan.forward(*apart, sinks=sinks, into=results)
 
-    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+    def backward(
+        self,
+        residuals: Residuals,
+        dout: jax.Array,
+        dlse: jax.Array | None,
+        tables: Tables,
+        beside: Beside | None = None,
+    ) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks.
+
+        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         problem = self.problem
@@ -50,6 +64,7 @@ class Halo:
         (q, k, v, sinks), out, lse = residuals
         k, v, dout = move_again(k, v, dout)
         k_near, v_near = self._bring(k, v, tables)
+        start, *of_whole = (None,) if beside is None else beside(None)
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
         dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
         of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
@@ -59,12 +74,13 @@ class Halo:
         sums = plan.backward_keys(*own, of_own, part=part, **strides)
         in_slots = plan.backward_keys(*apart, of_halos, part=part, **strides)
         sent = tuple(self._send_home(x) for x in in_slots)
-        dq = plan.backward_queries(*own, tables.segments[0], **strides)
+        dq = plan.backward_queries(*own, tables.segments[0], into=start, **strides)
         dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
         sums = plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums, slots=slots)
         dk, dv = plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums, slots=(0, 1))
-        return Inputs(dq, dk.astype(k.dtype), dv.astype(v.dtype), dsinks)
+        dk, dv = behind(of_whole, (dk.astype(k.dtype), dv.astype(v.dtype)))
+        return Inputs(dq, dk, dv, dsinks)
 
     def _bring(self, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
         """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]` of the slots of `HaloSlot`, halos of others included."""

@@ -9,7 +9,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Inputs, Residuals, Tables, move_again
+from .transport import Beside, Inputs, Residuals, Tables, behind, move_again
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,35 @@ class Ring:
     problem: Problem
     axis_name: AxisName
 
-    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+    def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
+
+        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
 
         def step(k, v, segments, results):
             part = plan.Part(accumulate=results is not None, dtype="float32")
-            into = results or (None, None)
+            into = results or ((None, None) if beside is None else beside("float32"))
             return plan.forward(launch.run, self.problem, q, k, v, segments, sinks=sinks, part=part, into=into)
 
         out, statistics = self._around(step, k, v, tables.segments)
         return out.astype(q.dtype), statistics
 
-    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+    def backward(
+        self,
+        residuals: Residuals,
+        dout: jax.Array,
+        dlse: jax.Array | None,
+        tables: Tables,
+        beside: Beside | None = None,
+    ) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks.
+
+        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        """
         from zigzag_kernels import plan
 
         problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
@@ -51,8 +64,10 @@ class Ring:
         rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=plan.WHOLE, **strides)
         dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
 
+        into, *of_whole = (None,) if beside is None else beside("float32")
+
         def step(k, v, tables, gradients):
-            dq, dk, dv = gradients or (None, None, None)
+            dq, dk, dv = gradients or (into, None, None)
             arguments = launch.run, problem, q, k, v, dout, rows
             part = plan.Part(accumulate=gradients is not None, dtype=problem.call.grad_reduce_dtype)
             dk, dv = plan.backward_keys(*arguments, tables.sequences, part=part, into=(dk, dv), **strides)
@@ -61,7 +76,8 @@ class Ring:
             return plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides), dk, dv
 
         dq, dk, dv = self._around(step, k, v, tables)
-        return Inputs(dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks)
+        dk, dv = behind(of_whole, (dk.astype(k.dtype), dv.astype(v.dtype)))
+        return Inputs(dq.astype(q.dtype), dk, dv, dsinks)
 
     def _around(self, step, k, v, tables):
         """Call `step(k, v, table, result) -> result` for the K/V of each rank, and return the last result.

@@ -1,6 +1,7 @@
 """Arguments that all transports have in common: the device tables, and the arrays kept for the backward pass."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.lax import optimization_barrier
@@ -14,6 +15,8 @@ class Packing(NamedTuple):
     The arrays are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
     `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
+    `whole`, or None, packs the rows before `first_row`, whose documents no other rank has a part of; `end_row` is then
+    the number of all rows of a rank.
     """
 
     cu_seqlens: jax.Array
@@ -24,6 +27,9 @@ class Packing(NamedTuple):
     row_length: int
     rows: int
     halo: tuple[int, int] = (0, 0)
+    whole: "Packing | None" = None
+    first_row: int = 0
+    end_row: int = 0
 
     @property
     def in_rows(self) -> int | None:
@@ -57,6 +63,23 @@ class Residuals(NamedTuple):
     inputs: Inputs
     out: jax.Array
     lse: jax.Array
+
+
+Beside = Callable[[str | None], Any]
+"""Launches another part of a batch, and returns the arrays in which the results of this part have their rows too.
+
+A transport calls it with the dtype of these results, None for that of q, and begins with them in place of new arrays.
+"""
+
+
+def behind(of_whole: Sequence[jax.Array], of_split: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return (dk, dv) `of_split` in the last rows of the arrays `of_whole`; as they are if there are none."""
+    if not of_whole:
+        return of_split
+    (dk, dv), (dk_split, dv_split) = of_whole, of_split
+    first = len(dk) - len(dk_split)
+    update = jax.lax.dynamic_update_slice_in_dim
+    return update(dk, dk_split, first, 0), update(dv, dv_split, first, 0)
 
 
 def move_again(*arrays: jax.Array) -> tuple[jax.Array, ...]:

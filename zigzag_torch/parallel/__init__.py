@@ -13,7 +13,7 @@ from zigzag_kernels.callspec import CallSpec
 from zigzag_kernels.checks import MAX_ROWS, check_strides
 from zigzag_kernels.heuristics import choose_heads_k_stride
 from zigzag_kernels.modes import KVLayout, Method
-from zigzag_kernels.problem import Problem, make_problem
+from zigzag_kernels.problem import Problem, make_problem, parts_of
 
 from .. import launch
 from .allgather import AllGather
@@ -99,25 +99,8 @@ def choose_transport(problem: Problem, group_name: str | None) -> Transport:
         return Local(problem)
     if not problem.call.whole_tokens:
         return _choose_moving(problem, group_name)
-    whole, split = _parts_of(problem)
+    whole, split = parts_of(problem)
     return TwoPart(problem, whole, _choose_moving(split, group_name) if split.rows else None, group_name)
-
-
-def _parts_of(problem: Problem) -> tuple[Problem, Problem]:
-    """Return the problems of the whole documents and of the split ones; `problem` is that of all rows."""
-    call, rows = problem.call, problem.call.whole_tokens
-    if rows > problem.tokens:
-        raise ValueError(f"q: expected at least the {rows} rows of whole documents, got {problem.tokens}")
-    whole = dataclasses.replace(
-        problem,
-        call=dataclasses.replace(call, has_lengths=False, halo=0, halo_rows=0),
-        sequences=call.whole_documents,
-        world_size=1,
-        kv_layout=KVLayout.GATHERED,
-        slot_rows=rows,
-        end_row=rows,
-    )
-    return whole, dataclasses.replace(problem, first_row=rows, slot_rows=problem.tokens - rows)
 
 
 def _choose_moving(problem: Problem, group_name: str) -> AllGather | Halo | Ring:

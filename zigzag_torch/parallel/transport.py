@@ -21,7 +21,7 @@ class Packing(NamedTuple):
 
     The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
-    `whole`, or None, packs the first `whole_tokens` rows of each rank, whose documents no other rank has a part of.
+    `whole`, or None, packs the first rows of each rank, whose documents no other rank has a part of.
     `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
     """
 

@@ -1,0 +1,85 @@
+"""Attention to batches of two parts: whole documents, whose keys are all on this rank, and documents that are split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from zigzag_kernels.problem import Problem, segment_table_shapes, table_shapes
+
+from .. import launch
+from .allgather import AllGather
+from .halo import Halo
+from .ring import Ring
+from .transport import Inputs, Residuals, Tables
+
+
+@dataclass(frozen=True)
+class TwoPart:
+    """Attends to whole documents, which need no transfer, and to split ones.
+
+    The first `problem.call.whole_tokens` rows of each rank are for whole documents: `whole` is their problem. The rows
+    behind them belong to `split`, None if there are none. Kernels of both read all rows of q, and write their own rows
+    of the same results, so that XLA copies no part of them. Nothing makes the first transfer wait for the whole
+    documents, nor these for it.
+    """
+
+    problem: Problem
+    whole: Problem
+    split: AllGather | Halo | Ring | None
+
+    def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`."""
+        from zigzag_kernels import plan
+
+        of_whole, of_split = self._parts_of(tables)
+        q, k, v, sinks = inputs
+
+        def attend(dtype: str | None) -> tuple[jax.Array, jax.Array]:
+            part = plan.Part(dtype=dtype)
+            return plan.forward(launch.run, self.whole, q, k, v, of_whole.segments, sinks=sinks, part=part)
+
+        return attend(None) if self.split is None else self.split.forward(self._split_rows(inputs), of_split, attend)
+
+    def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
+        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+        from zigzag_kernels import plan
+
+        of_whole, of_split = self._parts_of(tables)
+        inputs, out, lse = residuals
+        q, k, v, sinks = inputs
+        strides: Any = {"dout_strides": self.whole.q_strides}
+        dsinks = None
+
+        def attend(dtype: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+            nonlocal dsinks
+            rows = plan.backward_rows(launch.run, self.whole, out, lse, dout, dlse, **strides)
+            if sinks is not None:
+                dsinks = plan.backward_sinks(launch.run, self.whole, rows, sinks)
+            arguments = launch.run, self.whole, q, k, v, dout, rows
+            dk, dv = plan.backward_keys(*arguments, of_whole.sequences, **strides)
+            part = plan.Part(dtype=dtype)
+            return plan.backward_queries(*arguments, of_whole.segments, part=part, **strides), dk, dv
+
+        if self.split is None:
+            dq, dk, dv = attend(None)
+            return Inputs(dq, dk, dv, dsinks)
+        split = residuals._replace(inputs=self._split_rows(inputs))
+        gradients = self.split.backward(split, dout, dlse, of_split, attend)
+        return gradients if dsinks is None else gradients._replace(sinks=dsinks + gradients.sinks)
+
+    def _split_rows(self, inputs: Inputs) -> Inputs:
+        """Return `inputs` with the rows of k and v that move; kernels read these rows of q where they are."""
+        first = self.whole.rows
+        return inputs._replace(k=inputs.k[first:], v=inputs.v[first:])
+
+    def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
+        """Return the tables of both parts, which `tables` has one after the other."""
+        call, sequences = self.problem.call, self.problem.sequences
+        (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
+        whole = Tables(tables.segments[:segments], tables.sequences[:keys])
+        if self.split is None:
+            return whole, whole
+        of_segments, of_sequences = table_shapes(call.method.kv_layout, sequences, self.problem.world_size)
+        rest = tables.segments[segments:].reshape(of_segments), tables.sequences[keys:].reshape(of_sequences)
+        return whole, Tables(*rest)
