@@ -12,8 +12,8 @@ import numpy as np
 from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
-from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
@@ -81,6 +81,7 @@ class Batch:
     def limits_of_halo(self) -> tuple[int, int]:
         """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
+
     whole_cu_seqlens: jax.Array | None = None
     whole_tokens: int = 0
     tokens: int = 0

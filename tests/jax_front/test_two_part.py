@@ -16,7 +16,7 @@ from tests.support import plan_cases
 from tests.support.machine import GPU
 from tests.support.plan_cases import CASES, assert_rank_is_right, rank_arrays
 from tests.support.processes import run_ranks
-from tests.support.spread import KERNELS, METHODS, mesh_of
+from tests.support.spread import KERNELS, mesh_of
 from zigzag_jax import host
 from zigzag_jax.plans import Parts
 
@@ -66,7 +66,7 @@ def of_rank(case, results, rank):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x.world_size == 4)) for x in CASES], ids=str
+    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x.world_size > 2)) for x in CASES], ids=str
 )
 def test_both_parts_in_one_call_match_the_oracle_of_the_whole_batch(case):
     for method in case.methods:
@@ -82,9 +82,9 @@ def torch_results(rank, world_size, case, directory):
     arrays = {name: torch.tensor(x) for name, x in rank_arrays(case, rank).items()}
     names = "q", "k", "v", "sinks"
     leaves = [arrays[name].requires_grad_() for name in names]
-    for method in METHODS:
+    for method in case.methods:
         common = {"group": dist.group.WORLD, "method": method, "backend": "interpret"}
-        batch = zigzag_torch.prepare_batch(case.plan, **common)
+        batch = zigzag_torch.prepare_batch(case.plan, **common, **case.reach)
         results = zigzag_torch.zigzag_attention(
             *leaves[:3], batch, sinks=leaves[3], return_lse=True, return_max_logits=True, **case.options, **common
         )
@@ -93,11 +93,12 @@ def torch_results(rank, world_size, case, directory):
         np.savez(directory / f"{method}-{rank}.npz", **dict(zip(NAMES, values, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="processes of a CPU")
 def test_bits_are_those_of_pytorch(tmp_path):
     case = next(case for case in CASES if case.name == "w2-window")
     run_ranks(2, tmp_path, torch_results, case, tmp_path)
-    for method in METHODS:
+    for method in case.methods:
         ours = attend(case, method=method, backend="interpret")
         for rank in range(2):
             theirs = np.load(tmp_path / f"{method}-{rank}.npz")

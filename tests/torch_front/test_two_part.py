@@ -52,7 +52,7 @@ def check_cases(rank, world_size, cases):
                 assert_rank_is_right(f"{case}, {method}, {backend}, rank {rank}", case, rank, results)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_both_parts_in_one_call_match_the_oracle_of_the_whole_batch(world_size, tmp_path):
     cases = [case for case in CASES if case.world_size == world_size]
     run_ranks(world_size, tmp_path, check_cases, cases, backend="nccl" if GPU else "gloo")
