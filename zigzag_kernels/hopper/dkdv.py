@@ -1,7 +1,8 @@
 """The dK/dV kernel for Hopper: each consumer owns 64 keys and keeps their dK and dV in registers.
 
-Rows, keys, windows and in-place results are those of `portable.dkdv`. Scores are transposed, so that P and dS
-are operands from registers. A producer streams query rows: `rows.py` has the order of their blocks.
+Rows, keys, windows and in-place results mean the same as in `portable.dkdv`. Scores are transposed, [keys, rows], so
+that the products that take P and dS can read them from registers. A producer streams query rows: `rows.py` has the
+order of their blocks.
 """
 
 from triton.experimental import gluon
@@ -53,7 +54,7 @@ class _Dkdv:
 
 @struct
 class _HeadKeys:
-    """What a consumer keeps of its 64 keys while it serves one KV head."""
+    """The 64 keys of a consumer, and the block numbers of the KV head that it is working on."""
 
     k: gl.shared_memory_descriptor  # [64, BLOCK_D]
     v: gl.shared_memory_descriptor
@@ -72,10 +73,12 @@ def _block(program, head, scores, dk, dv, i):
     # This consumer waits until the producer has brought dO of block i and its delta.
     dp = stream.dout.issue_scores(head.v, i, head.zero)
     lse2 = stream.numbers(stream.lse2, i)
-    # When only one product is left, dP, the scores are complete: the exponentials run beside it.
+    # Products complete in the order of issue: when only dP is left, the scores are complete, and the exponentials run
+    # while the tensor cores compute dP.
     scores = hopper.warpgroup_mma_wait(1, [scores])
     if program.SOFTCAP > 0:
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
+        # With a cap the scores are used again below: a hidden one must be finite, so that 0 * (1 - score^2) is 0.
         if i >= head.whole_end:
             scores = gl.where(stream.sees(head.numbers, i), scores, HIDDEN_SCORE)
     p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
@@ -84,7 +87,7 @@ def _block(program, head, scores, dk, dv, i):
             p = gl.where(stream.sees(head.numbers, i), p, 0.0)
     p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
     if program.SOFTCAP > 0:
-        p *= 1.0 - scores * scores
+        p *= 1.0 - scores * scores  # the derivative of tanh, for dS alone: dV takes P without it
     delta = stream.numbers(stream.delta, i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds_operand = gl.convert_layout((p * (dp - delta[None, :])).to(geometry.dtype), geometry.OPERAND)
@@ -96,11 +99,13 @@ def _block(program, head, scores, dk, dv, i):
 def _sum_blocks(program, head, dk, dv):
     """Add all blocks of one head to dK and dV.
 
-    The scores of a block are queued behind dK of the block before: the tensor cores work while dK is collected.
+    The scores of a block are queued behind dK of the block before: the tensor cores work on them while this consumer
+    waits for dK.
     """
     stream = program.stream
     HEADS_TOGETHER: gl.constexpr = program.geometry.HEADS_TOGETHER
     if program.blocks > 0:
+        # The first block is a trip of its own: no product of an earlier block is under way.
         # This consumer waits until the producer has brought the first Q and its lse.
         scores = stream.q.issue_scores(head.k, head.begin, head.zero)
         dk_token, dv_token = _block(program, head, scores, dk, dv, head.begin)
@@ -115,7 +120,7 @@ def _sum_blocks(program, head, dk, dv):
         dk, dv = hopper.warpgroup_mma_wait(0, [dk_token, dv_token])
         if HEADS_TOGETHER > 1:
             # The producer waits until all consumers have left the last Q and dO, to bring blocks of the next head. With
-            # one head it waits for nobody here, and arriving all the same made the loop above 10 % slower.
+            # one head no producer waits here, and an arrival nevertheless made the loop above 10 % slower.
             stream.empty.leave(head.end - 1)
     return dk, dv
 
@@ -136,6 +141,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     for n in range(HEADS_TOGETHER):
         begin, end = n * program.blocks, (n + 1) * program.blocks
         whole_end = begin + program.whole
+        # Each thread waits for its own copies of keys; the fence then shows them to the tensor cores.
         async_copy.wait_group(0)
         hopper.fence_async_shared()
         # The warps of this consumer wait for each other: a product reads keys that all of them copied.
@@ -173,6 +179,7 @@ def backward_dkdv_hopper(
     tile_number, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
+    # The grid is an upper bound: this program may have no tile.
     if tile.first_key >= tile.n_keys:
         return
 
@@ -184,6 +191,7 @@ def backward_dkdv_hopper(
     mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
     late = find_half_blocks(tile, 0, mask)
     early = find_half_blocks(tile, 1, mask)
+    # Consumers count blocks through both halves; `produce_rows` brings the blocks that need no mask first.
     blocks = (late.blocks + early.blocks) * packing.PARTS
     whole = blocks - (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     kv_head = (first_kv_head + window_head).to(gl.int64)
@@ -194,6 +202,7 @@ def backward_dkdv_hopper(
     k_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     v_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     stream = make_row_stream(geometry, packing, mask)
+    # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     program = _Dkdv(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,

@@ -1,6 +1,6 @@
 """The dQ kernel for Hopper: each consumer owns 64 query rows and keeps their dQ in registers.
 
-Rows, segments, windows and in-place results are those of `portable.dq`. A producer streams K and V as in
+Rows, segments, windows and in-place results mean the same as in `portable.dq`. A producer streams K and V as in
 the forward kernel: `keys.py` has the order of blocks.
 """
 
@@ -47,7 +47,7 @@ class _Dq:
 
 @struct
 class _HeadRows:
-    """What a consumer keeps of its 64 rows while it serves one KV head."""
+    """The 64 rows of a consumer, and their statistics, for the KV head that it is working on."""
 
     dout: gl.shared_memory_descriptor  # [64, BLOCK_D]
     lse2: gl.tensor  # [64]
@@ -66,17 +66,19 @@ def _block(program, head, scores, dq, i, ragged):
     stream = program.stream
     # This consumer waits until the producer has brought V of block i.
     dp = stream.v.issue_scores(head.dout, i, head.zero)
-    # When only one product is left, dP, the scores are complete: the exponentials run beside it.
+    # Products complete in the order of issue: when only dP is left, the scores are complete, and the exponentials run
+    # while the tensor cores compute dP.
     scores = hopper.warpgroup_mma_wait(1, [scores])
     if program.SOFTCAP > 0:
         capped = cap_scores(scores, program.SOFTMAX_SCALE, program.SOFTCAP)
         p = gl.exp2(capped * program.SCALE_LOG2 - head.lse2[:, None]) * (1.0 - capped * capped)
     else:
         p = gl.exp2(scores * program.SCALE_LOG2 - head.lse2[:, None])
-    # Already complete, but this branch keeps the assembler from hoisting the next wait above the exponentials.
+    # V has already arrived; this second wait only keeps the assembler from moving the next one above the exponentials.
     stream.v.wait(i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds = p * (dp - head.delta[:, None])
+    # P has no other use in this kernel, so that masking dS is enough.
     ds, ragged = head.blocks.hide(ds, 0.0, i, ragged)
     ds_operand = gl.convert_layout(ds.to(geometry.dtype), geometry.OPERAND)
     return hopper.warpgroup_mma(ds_operand, stream.k.block(i), dq, is_async=True), ragged
@@ -84,7 +86,11 @@ def _block(program, head, scores, dq, i, ragged):
 
 @gluon.jit
 def _sum_blocks(program, head, q, dq):
-    """Add all blocks of one head to dQ; the scores of a block are queued behind dQ of the block before."""
+    """Add all blocks of one head to dQ.
+
+    The scores of a block are queued behind dQ of the block before: the tensor cores work on them while this consumer
+    waits for dQ.
+    """
     stream = program.stream
     blocks = head.blocks
     begin, end = blocks.begin, blocks.end
@@ -96,7 +102,7 @@ def _sum_blocks(program, head, q, dq):
         for i in range(begin + 1 if HEADS_TOGETHER == 1 else opaque(begin + 1), end):
             # This consumer waits until the producer has brought K of block i.
             scores = stream.k.issue_scores(q, i, head.zero)
-            # When only one product is left, the scores, dQ of the block before is complete.
+            # When only the product of the scores is left, dQ of the block before is complete.
             dq = hopper.warpgroup_mma_wait(1, [dq_token])
             # The producer waits until all consumers have left K and V of the block before.
             stream.empty.leave(i - 1)
@@ -104,7 +110,7 @@ def _sum_blocks(program, head, q, dq):
         dq = hopper.warpgroup_mma_wait(0, [dq_token])
         if HEADS_TOGETHER > 1:
             # The producer waits until all consumers have left the last K and V, to bring blocks of the next head. With
-            # one head it waits for nobody here, and arriving all the same made the loop above 10 % slower.
+            # one head no producer waits here, and an arrival nevertheless made the loop above 10 % slower.
             stream.empty.leave(end - 1)
     return dq
 
@@ -118,8 +124,8 @@ def _consumer(warpgroup: gl.constexpr, program):
     GROUP: gl.constexpr = geometry.GROUP
     BLOCK_D: gl.constexpr = geometry.BLOCK_D
     HEADS_TOGETHER: gl.constexpr = geometry.HEADS_TOGETHER
-    # The loop over blocks of 64 keys came out 4 % slower with the other layout, and one head stores little. From Triton
-    # 3.8 on it takes what registers there are, which makes the loop without that layout wait for every product.
+    # With `result_layout` the loop over blocks of 64 keys was 4 % slower, and a program of one head stores little. From
+    # Triton 3.8 on the loop uses all registers; without `result_layout` it would then wait for every product.
     PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and geometry.STREAMED == 64 and not SINCE_3_8
     RESULT: gl.constexpr = geometry.SUMS if PLAIN else result_layout(BLOCK_D, program.dq_ptr.dtype.element_ty)
     own = own_query_rows(warpgroup, program.tile, program.position, geometry, program.MASK)
@@ -173,8 +179,10 @@ def backward_dq_hopper(
     window_head = heads * HEADS_TOGETHER
     MASK: gl.constexpr = make_mask(CAUSAL, LEFT, RIGHT, CHUNK) if RANGED else None
     tile, position = load_query_tile(segments_ptr, n_segments, tile_number, T, GROUP, BLOCK_M, CAUSAL, RANGED)
+    # The grid is an upper bound: this program may have no tile.
     if tile.row >= tile.q_len * GROUP:
         return
+    # A segment without keys keeps the dQ of earlier launches.
     if ACCUMULATE and tile.kv_len == 0:
         return
     geometry = Geometry(
@@ -191,6 +199,7 @@ def backward_dq_hopper(
     q_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     dout_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     stream = make_key_stream(tile, position, geometry, MASK)
+    # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     program = _Dq(
         geometry=geometry, tile=tile, position=position, first_kv_head=first_kv_head, T=T,

@@ -1,7 +1,7 @@
 """The forward kernel for Hopper: a producer streams K and V past consumers of 64 query rows each.
 
-FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the products of the one before.
-Rows, segments, windows and in-place results are those of `portable.forward`; `keys.py` has the order of blocks.
+FlashAttention-3 (Shah et al., arXiv:2407.08608): the softmax of one block runs beside the product of the block before.
+Rows, segments, windows and in-place results mean the same as in `portable.forward`; `keys.py` has the order of blocks.
 """
 
 from triton.experimental import gluon
@@ -86,7 +86,7 @@ class _Softmax:
 
     @gluon.jit
     def blind(self):
-        """Return which rows see no key, provided that every block was hidden from them."""
+        """Return `[64]` true for rows that see no key, provided that every block was hidden from them."""
         # The maximum of a row that sees no key is HIDDEN, scaled. A row of NaN scores has the same maximum, but a NaN
         # total.
         return (self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5) & (self.total == self.total)
@@ -141,7 +141,8 @@ def _attend(forward, blocks, q_buffer, zero):
         # This consumer waits until the producer has brought the first K.
         scores = stream.k.issue_scores(q_buffer, begin, zero)
         scores = hopper.warpgroup_mma_wait(0, [scores])
-        # The producer waits until all consumers have left the first K: there is no V before it.
+        # The producer waits until all consumers have left the first K and, if there is one, the V before it: the last V
+        # of the head before.
         stream.empty.leave(begin)
         scores = _cap(forward, scores)
         scores, ragged = blocks.hide(scores, HIDDEN, begin, ragged)
@@ -152,19 +153,22 @@ def _attend(forward, blocks, q_buffer, zero):
             s_token = stream.k.issue_scores(q_buffer, i, zero)
             stream.v.wait(i - 1)
             acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
-            # When only one product is left, the one with V, the scores are complete: the softmax runs beside it.
+            # Products complete in the order of issue: when only the one with V is left, the scores are complete, and
+            # the softmax runs while the tensor cores multiply by V.
             scores = hopper.warpgroup_mma_wait(1, [s_token])
             scores = _cap(forward, scores)
             scores, ragged = blocks.hide(scores, HIDDEN, i, ragged)
             p, rescale, softmax = softmax.add(scores)
-            # Already complete, but this branch keeps the assembler from hoisting the next wait above the softmax.
+            # V has already arrived; this second wait only keeps the assembler from moving the next one above the
+            # softmax.
             stream.v.wait(i - 1)
             acc = hopper.warpgroup_mma_wait(0, [acc_token])
             # The producer waits until all consumers have left K of block i and V of the block before.
             stream.empty.leave(i)
             acc = acc * gl.convert_layout(rescale, SUM_ROWS)[:, None]
             p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
-        # This consumer waits until the producer has brought the last V. The producer waits for nobody after it.
+        # This consumer waits until the producer has brought the last V. It leaves that V by its arrival for the first K
+        # of the next head; after the last head the producer loads nothing.
         stream.v.wait(end - 1)
         acc = hopper.warpgroup_mma(p_operand, stream.v.block(end - 1), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
@@ -189,11 +193,11 @@ def _fold(result, before):
 
 @gluon.jit
 def _store(forward, own, kv_head, acc, result):
-    """Write output and log-sum-exp of one head; ACCUMULATE merges them with those of earlier launches."""
+    """Write output and log-sum-exp of one head; ACCUMULATE merges them with the results of earlier launches."""
     geometry = forward.geometry
     GROUP: gl.constexpr = geometry.GROUP
     SUMS: gl.constexpr = geometry.SUMS
-    # At head_dim 64, with three and four consumers, the loop came out 6 to 11 % slower with the other layout.
+    # At head_dim 64, with three and four consumers, `result_layout` made the loop 6 to 11 % slower.
     RESULT: gl.constexpr = (
         result_layout(geometry.BLOCK_D, forward.out_ptr.dtype.element_ty) if geometry.BLOCK_D == 128 else SUMS
     )
@@ -212,6 +216,7 @@ def _store(forward, own, kv_head, acc, result):
     if forward.ACCUMULATE:
         out = gl.convert_layout(out, RESULT) + gl.load(out_ptrs, mask=out_mask, other=0.0) * kept[:, None]
     if forward.HAS_MAX:
+        # The largest scores lie behind lse, in an array of the same shape.
         max_ptr = forward.lse_ptr + forward.HEADS * forward.T.to(gl.int64)
         largest = result.largest2 * LN_2
         if forward.ACCUMULATE:
@@ -227,7 +232,7 @@ def _finish(forward, own, mask, softmax, sinks):
     """Return the `_RowResult` of the rows `own`, with `sinks [64]`, base 2, if there are any."""
     if forward.MASK is None:
         blind = softmax.blind()
-    else:  # no mask hides padding rows in blocks that all other rows see
+    else:  # a block that all real rows see is not masked, so that padding rows may have added keys: go by the range
         blind = mask.first >= mask.limit
     if forward.HAS_SINKS:
         with_sinks = softmax.add_sinks(sinks)
@@ -284,8 +289,10 @@ def attention_forward_hopper(
     window_head = heads * HEADS_TOGETHER
     MASK: gl.constexpr = make_mask(CAUSAL, LEFT, RIGHT, CHUNK) if RANGED else None
     tile, position = load_query_tile(segments_ptr, n_segments, tile_number, T, GROUP, BLOCK_M, CAUSAL, RANGED)
+    # The grid is an upper bound: this program may have no tile.
     if tile.row >= tile.q_len * GROUP:
         return
+    # A segment without keys keeps the results of earlier launches.
     if ACCUMULATE and tile.kv_len == 0:
         return
     kv_head = (first_kv_head + window_head).to(gl.int64)
@@ -298,6 +305,7 @@ def attention_forward_hopper(
     v = Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH).from_head(head)
     q_buffers = gl.allocate_shared_memory(geometry.dtype, [geometry.WARPGROUPS, 64, BLOCK_D], geometry.OWNED_BUFFER)
     stream = make_key_stream(tile, position, geometry, MASK)
+    # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     forward = _Forward(
         geometry=geometry, tile=tile, position=position, first_kv_head=kv_head, T=T,

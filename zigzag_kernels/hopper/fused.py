@@ -44,10 +44,10 @@ def _add_to_global(desc, place, buffer, _semantic=None):
 
 @struct
 class _SharedDs:
-    """dS of a block in shared memory: each of the two consumers stores the rows of its own keys, and both read all.
+    """dS of a block in shared memory, where the two consumers exchange it.
 
-    A consumer uses two buffers in turn and needs no barrier for empty ones: the other consumer stores dS of block
-    `i - 1` only after it has read dS of block `i - 2`.
+    Each consumer stores the rows of its own keys, and both read all rows. A consumer uses two buffers in turn and needs
+    no barrier for empty ones: the other consumer stores dS of block `i - 1` only after it has read dS of block `i - 2`.
     """
 
     buffers: gl.shared_memory_descriptor  # [4, 64, BLOCK_M]: two for even blocks, two for odd ones
@@ -85,7 +85,7 @@ class _DqOut:
         """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
         buffer = self.buffers.index(warpgroup)
         ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
-        # This consumer waits until the writer has read dQ of block i - 1; before block 0 it waits for nobody.
+        # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffer is empty.
         hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
         dq = hopper.warpgroup_mma_wait(1, [dq_token])
         buffer.reshape(ROWS).store(dq)
@@ -95,7 +95,10 @@ class _DqOut:
 
     @gluon.jit
     def add_to(self, descriptor, row, head, i):
-        """Wait, as the writer, for dQ of block `i`, and let the copy engine add it to the box at `row` and `head`."""
+        """Add dQ of block `i` to the box at `row` and `head`, as the writer, by the copy engine.
+
+        Waits for both consumers first.
+        """
         HALF_D: gl.constexpr = self.buffers.shape[3]
         # The writer waits until both consumers have stored their half.
         hopper.mbarrier.wait(self.full, i & 1)
@@ -130,7 +133,7 @@ class _Fused:
 
 @struct
 class _Keys:
-    """What a consumer keeps of its 64 keys."""
+    """The 64 keys of a consumer, and the zeros that its products begin with."""
 
     v: gl.shared_memory_descriptor  # [64, BLOCK_D]
     numbers: gl.tensor  # [64], key numbers in the sequence; under a ranged mask their positions
@@ -161,7 +164,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     if i >= program.whole:
         seen = stream.sees(own.numbers, i)
         p = gl.where(seen, p, 0.0)
-        dp = gl.where(seen, dp, 0.0)  # zero times an infinite or NaN key would reach dQ of rows that do not see the key
+        dp = gl.where(seen, dp, 0.0)  # dP of a hidden key may be infinite or NaN, and 0 * infinity is NaN
         if program.SOFTCAP > 0:
             p_operand = gl.where(seen, p_operand, 0.0)
     if program.SOFTCAP == 0:
@@ -212,13 +215,13 @@ def _consumer(warpgroup: gl.constexpr, program):
         for i in range(blocks):
             scores = hopper.warpgroup_mma_wait(0, [scores])
             dk, dv, dq_token = _block(warpgroup, program, keys, scores, dk, dv, i)
-            # When only two products are left, those of dQ, dV and dK are complete.
+            # When only the two products of dQ are left, dV and dK are complete.
             dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
             # The producer waits until both consumers have left Q, dO and the numbers of block i.
             stream.empty.leave(i)
             # This consumer waits until the producer has brought the next Q: its scores are queued behind dQ of this
-            # block and run while dQ is written out. Behind the last block this waits for nobody and multiplies
-            # stale data; nobody reads the product.
+            # block and run while dQ is written out. After the last block there is no wait: the product is of stale
+            # data and is never read.
             scores = stream.q.issue_scores(k, i + 1, zero, pred=i + 1 < blocks)
             program.dq.put(warpgroup, dq_token, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
@@ -246,7 +249,10 @@ def backward_fused_hopper(
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """Do as `backward_dkdv_hopper`, and add unscaled dQ to `sums [T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64."""
+    """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
+
+    `sums` is `[T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64.
+    """
     tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
     if tile.first_key >= tile.n_keys:
@@ -263,7 +269,7 @@ def backward_fused_hopper(
     late = find_half_blocks(tile, 0, mask)
     early = find_half_blocks(tile, 1, mask)
     blocks = (late.blocks + early.blocks) * packing.PARTS
-    # Behind the last key dS has to be zero, or 0 * infinity would reach dQ.
+    # Behind the last key dS has to be zero, or 0 * infinity would reach dQ: a tile that ends there masks all blocks.
     masked = (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     whole = gl.where(tile.first_key + BLOCK_N > tile.n_keys, 0, blocks - masked)
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
@@ -304,13 +310,13 @@ def backward_fused_hopper(
 
 @triton.jit(do_not_specialize=["T"])
 def clear_sums(
-    q_ptr,  # [T, heads, head_dim]: where to work, not read
+    q_ptr,  # [T, heads, head_dim], not read: the kernel runs on its device
     T,
     sums_ptr,  # [T, heads, head_dim] float32
     ROW: tl.constexpr,  # heads * head_dim
     BLOCK: tl.constexpr,
 ):
-    """Set the sums that `backward_fused_hopper` adds to to zero. Grid: blocks of elements."""
+    """Set `sums` to zero before `backward_fused_hopper` adds to it. Grid: blocks of elements."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
 

@@ -1,7 +1,7 @@
 """The keys that stream past query rows: the order and places of their blocks, and the producer that loads them.
 
-A tile walks through its keys from the last one that it sees down to the first. A block ends with its chunk: no block
-has keys of two chunks. Blocks are numbered through all heads that a program serves.
+A tile of query rows walks through its keys from the last key that it sees down to the first. A block ends with its
+chunk: no block has keys of two chunks. Blocks are numbered through all heads that a program serves.
 """
 
 from triton.experimental import gluon
@@ -321,8 +321,8 @@ def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
     keys = stream.keys
     chunk, start, blocks = keys.top()
     if blocks > 0:
-        # The producer makes descriptors while the consumers load their rows, and that of V while the first K is on its
-        # way. The first stage is empty: the producer waits for nobody.
+        # The producer makes descriptors while the consumers load their rows, and the descriptor of V while the first K
+        # is on its way. The first stage is empty: the producer does not wait.
         k_desc = keys.descriptor(k, slot_rows, stream.geometry, not V_BEHIND)
         block = keys.locate(chunk, start, gl.to_tensor(0))
         stream.load(stream.k, k_desc, block, 0)

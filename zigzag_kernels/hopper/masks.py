@@ -92,7 +92,7 @@ class RangedHeadBlocks:
     def hide(self, x, INSTEAD: gl.constexpr, i, ragged):
         """Hide keys of block `i`: see `HeadBlocks.hide`.
 
-        Most blocks to hide keys of are at one end of the range alone, and pay for one comparison.
+        Most blocks with hidden keys lie at one end of the range only, and need one comparison.
         """
         is_low = i >= self.low
         is_high = (i < self.masked) | (i == ragged)
@@ -119,7 +119,7 @@ class RowMask:
 
     @gluon.jit
     def count(self, keys, blocks):
-        """Return what `number` takes of the `blocks` of one head."""
+        """Return the argument that `number` takes, from the `blocks` of one head."""
         return blocks_to_hide(keys, blocks, self.seen_by_all)
 
     @gluon.jit

@@ -157,7 +157,7 @@ def find_half_blocks(tile, half, mask):
 
 @struct
 class SequenceRows:
-    """The query rows of one sequence, which are adjacent: the rows of the early half, then those of the late half."""
+    """The query rows of one sequence, which are adjacent: the early half, then the late half."""
 
     first: gl.tensor  # local row
     count: gl.tensor
@@ -219,7 +219,10 @@ class RowStream:
 
     @gluon.jit
     def numbers(self, buffer, i):
-        """Read from `buffer`, one of the three, the numbers of the rows of block `i`: a row of the scores' layout."""
+        """Read one number for each row of block `i` from `buffer`, in the layout of a row of the scores.
+
+        `buffer` is `lse2`, `delta` or `limits`.
+        """
         return buffer.index(i % self.geometry.STAGES).load(gl.SliceLayout(0, self.geometry.SCORES))
 
     @gluon.jit

@@ -61,7 +61,10 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
 
 
 def wants_few_keys(problem: Problem) -> bool:
-    """Return whether a dK/dV tile should have two consumers, as few rows see a key or the cap takes registers."""
+    """Return whether a dK/dV tile should have two consumers instead of three.
+
+    Few rows see a key under a narrow mask, and the cap of scores needs registers.
+    """
     small = problem.head_dim <= SMALL_HEAD_DIM
     return small and (problem.call.softcap > 0 or _most_keys(problem) <= NARROW_KEYS)
 
@@ -83,7 +86,7 @@ def length_class(problem: Problem) -> LengthClass:
 
 
 def is_narrow(problem: Problem) -> bool:
-    """Return whether a window or chunks make tiles of query rows as short as those of a sequence with few rows.
+    """Return whether a window or chunks leave tiles of query rows as few keys as in a short sequence.
 
     On average, tiles under a window walk through as many keys as tiles of a causal sequence of twice its length.
     """
@@ -91,7 +94,7 @@ def is_narrow(problem: Problem) -> bool:
 
 
 def has_moderate_walks(problem: Problem) -> bool:
-    """Return whether tiles of query rows see so few keys, and are so many, that programs take several heads."""
+    """Return whether programs should take several heads, as tiles of query rows are many and see few keys."""
     keys = min(problem.kv_tokens / problem.sequences, _most_keys(problem))
     return keys <= MODERATE_KEYS and problem.tokens * problem.group * problem.window >= MANY_ROWS
 

@@ -5,8 +5,8 @@ Two kinds of block come side by side, K and V or Q and dO. Each kind has one bar
 is full. One barrier per stage says that both buffers are empty: every arrival costs a consumer two barriers of its own
 warps, so that a barrier for each buffer would cost twice as much.
 
-A barrier completes a phase when as many have arrived as it was made for. Whoever waits names the parity of the phase,
-which is that of the round, `i // STAGES`.
+A barrier completes a phase when it has had as many arrivals as it was made for. A wait names the parity of the phase:
+the parity of the round, `i // STAGES`.
 """
 
 import math
@@ -60,8 +60,8 @@ class Ring:
     def load(self, descriptor, place, i):
         """Load the box of `descriptor` at `place` into the stage of block `i`, which must be empty."""
         stage = i % self.STAGES
-        # The producer arrives, and the copy engine completes the phase when so many bytes have come: the consumers wait
-        # for both.
+        # The producer arrives here, and the copy engine completes the phase when BLOCK_BYTES have come: the consumers
+        # wait for both.
         hopper.mbarrier.expect(self.full.index(stage), self.BLOCK_BYTES)
         load_box(descriptor, place, self.full.index(stage), self.buffers.index(stage))
 
@@ -113,7 +113,7 @@ class EmptyStages:
     def wait(self, i):
         """Wait, as the producer, until all consumers have left block `i - STAGES`, whose stage block `i` takes.
 
-        In the first round all stages are empty: the parity is that of the phase before the first, which is complete.
+        In the first round all stages are empty: the parity names the phase before the first, which counts as complete.
         """
         hopper.mbarrier.wait(self.barriers.index(i % self.STAGES), ((i // self.STAGES) & 1) ^ 1)
 

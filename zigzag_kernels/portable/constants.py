@@ -17,7 +17,7 @@ class Constants:
     BLOCK_N: Any
     BLOCK_D: Any  # HEAD_DIM rounded up to a power of two
     SCALE_LOG2: Any  # factor of scores, or of capped ones, whose exponential is taken in base 2
-    CAP_LOG2: Any  # factor of scores whose exponential in base 2 is that of `2 * score / SOFTCAP`
+    CAP_LOG2: Any  # factor of scores: exp2(score * CAP_LOG2) is exp(2 * scaled score / SOFTCAP)
     INTERPRET: Any
     RANGED: Any  # each row sees a range of keys; otherwise all keys, or the keys up to its own
     CAUSAL: Any

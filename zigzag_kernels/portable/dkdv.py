@@ -1,7 +1,8 @@
-"""The dK/dV kernel: one program sums dK and dV of one tile of keys over all query rows that see them.
+"""The dK/dV kernel: one program sums dK and dV of one tile of keys.
 
-FlashAttention-2 computes the scores twice, here and for dQ, and needs no atomics: every sum has one owner, so that the
-same inputs give the same bits. The sums run over both chunks of the rank and over the query heads of the group.
+As in FlashAttention-2, the scores are computed twice, here and for dQ, and no kernel needs atomics: every sum has one
+owner, so that the same inputs give the same bits. The sums run over both chunks of the rank and over the query heads of
+the group.
 Grid: tiles × KV heads of the window.
 """
 
@@ -29,7 +30,7 @@ from .rows import KeyBlock, key_places, load_rows, make_key_rows, query_places, 
 
 
 class QueryArrays(NamedTuple):
-    """Pointers to the arrays that the kernel reads by query row; each points to the first row of one KV head."""
+    """Pointers to the arrays that the kernel reads by query row, each to the first row of one KV head."""
 
     q_ptr: tl.tensor
     dout_ptr: tl.tensor
@@ -168,6 +169,7 @@ def backward_dkdv(
     )
     number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     found = load_sequence(sequences_ptr, n_sequences, number, T, slot_rows, SLOTS, BLOCK_N)
+    # The grid is an upper bound: this program may have no tile.
     if found.first_key >= found.n_keys:
         return
 
@@ -192,6 +194,7 @@ def backward_dkdv(
         lse2_ptr=lse2_ptr + window_head * T * GROUP,
     )
 
+    # Both halves of the sequence, late and early, add to the same sums: one program owns a tile of keys.
     sums = Sums(dk=tl.zeros([BLOCK_N, BLOCK_D], tl.float32), dv=tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     for i in range(2):
         if RANGED:
@@ -210,7 +213,7 @@ def backward_dkdv(
 
     dk = sums.dk * SOFTMAX_SCALE
     dv = sums.dv
-    if found.poison:
+    if found.poison:  # invalid tables: every result becomes NaN
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
     destination = (rows * KV_HEADS + window_head) * HEAD_DIM

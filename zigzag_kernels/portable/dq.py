@@ -110,8 +110,10 @@ def backward_dq(
         queries, position, document = load_ranged_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
     else:
         queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    # The grid is an upper bound: this program may have no tile.
     if queries.row >= queries.q_len * GROUP:
         return
+    # A segment without keys keeps the dQ of earlier launches.
     if ACCUMULATE and queries.kv_len == 0:
         return
     kv_head = (first_kv_head + window_head).to(tl.int64)
@@ -146,6 +148,7 @@ def backward_dq(
         rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
 
+    # Each run is a loop of its own, compiled with or without the mask: whole blocks do not pay for it.
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for RUN in tl.static_range(KEY_RUNS):
         if has_key_run(RUN, SLOTS, RANGED):
@@ -154,7 +157,7 @@ def backward_dq(
                 dq = _add_keys(dq, loaded, visible.by_row, keys, start, CONSTANTS, RUN)
 
     dq *= SOFTMAX_SCALE
-    if queries.kv_len < 0:
+    if queries.kv_len < 0:  # invalid tables: every result becomes NaN
         dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
     dq_ptr += places.start + kv_head * GROUP * HEAD_DIM

@@ -42,7 +42,7 @@ def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN:
 
 @triton.jit
 def _merge(out, lse2, results, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Merge (out, lse in base 2) with the `results` in memory, which are those of other keys."""
+    """Merge (out, lse in base 2) with the `results` in memory, which earlier launches wrote for other keys."""
     before = tl.load(results.lse_ptr + results.lse_places, mask=results.inside, other=0.0) * LOG2_E
     maximum = tl.maximum(lse2, before)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -126,8 +126,10 @@ def attention_forward(
         queries, position, document = load_ranged_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
     else:
         queries = load_segment(segments_ptr, n_segments, tile, T, CAUSAL, GROUP, BLOCK_M)
+    # The grid is an upper bound: this program may have no tile.
     if queries.row >= queries.q_len * GROUP:
         return
+    # A segment without keys keeps the results of earlier launches.
     if ACCUMULATE and queries.kv_len == 0:
         return
     kv_head = (first_kv_head + window_head).to(tl.int64)
@@ -149,6 +151,7 @@ def attention_forward(
         rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
 
+    # Each run is a loop of its own, compiled with or without the mask: whole blocks do not pay for it.
     running = start_softmax(BLOCK_M, BLOCK_D)
     for RUN in tl.static_range(KEY_RUNS):
         if has_key_run(RUN, SLOTS, RANGED):
@@ -156,7 +159,7 @@ def attention_forward(
             for start in range(begin, end, BLOCK_N):
                 running = _attend_block(running, q, visible.by_row, keys, start, CONSTANTS, RUN)
 
-    largest = running.maximum * LN_2
+    largest = running.maximum * LN_2  # before the sink, which is no score of a key
     if HAS_SINKS:
         running = add_sinks(running, tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2_E)
     out, lse2 = finish_softmax(running)
@@ -167,10 +170,11 @@ def attention_forward(
         results = Results(out_ptr + out_start, places.offsets, lse_ptr, lse_places, inside)
         out, lse2 = _merge(out, lse2, results, HEAD_DIM, BLOCK_D)
     lse = lse2 * LN_2
-    if queries.kv_len < 0:
+    if queries.kv_len < 0:  # invalid tables: every result becomes NaN
         lse = tl.full([BLOCK_M], float("nan"), tl.float32)
         out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
     if HAS_MAX:
+        # The largest scores lie behind lse, in an array of the same shape.
         max_ptr = lse_ptr + HEADS * T.to(tl.int64)
         if ACCUMULATE:
             largest = tl.maximum(largest, tl.load(max_ptr + lse_places, mask=inside, other=0.0))

@@ -1,4 +1,4 @@
-"""The kernels that copy the rows of halos into one buffer, and add the gradients of these rows to those of all rows.
+"""The kernels that copy the rows of halos into one buffer, and add their gradients to dK and dV.
 
 Grid: tiles of rows × KV heads.
 """
@@ -20,9 +20,10 @@ from .rows import load_rows, store_rows
 
 @triton.jit
 def _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK: tl.constexpr):
-    """Return (rows of K/V, rows of a slot, whether the slot is a late chunk's, whether there is such a row) `[BLOCK]`.
+    """Find the rows of this program's tile, in K/V and in a slot of the buffer.
 
-    With invalid tables there are none.
+    Return (`[BLOCK]` int64 rows of K/V, `[BLOCK]` rows of the slot, whether the slot belongs to a late chunk, `[BLOCK]`
+    false for rows that do not exist). With invalid tables no row exists.
     """
     entry, block = locate(segments_ptr, n_segments, tl.program_id(0), SEGMENT_FIELDS, 1, BLOCK)
     entry_ptr = segments_ptr + entry * SEGMENT_FIELDS
@@ -57,9 +58,10 @@ def copy_halo_rows(
     EARLY_SENT: tl.constexpr,
     LATE_SENT: tl.constexpr,
 ):
-    """Copy the first rows of chunks, which need a halo, and the last ones, which neighbours need, to their slots.
+    """Copy the first rows of chunks and their last rows to slots of one buffer.
 
-    The third dimension of the grid says which: `halo.HaloSlot` names the slots.
+    The first rows need a halo, and neighbours need the last rows as one. The third dimension of the grid chooses
+    between the two; `zigzag_kernels.halo.HaloSlot` names the slots.
     """
     head, sent = tl.program_id(1).to(tl.int64), tl.program_id(2)
     segments_ptr += sent * n_segments * SEGMENT_FIELDS
@@ -95,7 +97,10 @@ def add_halo_rows(
     BLOCK_D: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Add the gradients in two slots to those of the rows that the table names, each of which is in one place."""
+    """Add the gradients in two slots to dK and dV of the rows that the table names.
+
+    The table names each row once, so that no two programs add to the same row.
+    """
     head = tl.program_id(1).to(tl.int64)
     kv_rows, rows, late, inside = _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK)
     slot = tl.where(late, LATE_SLOT, EARLY_SLOT)

@@ -28,9 +28,10 @@ ROW_RUNS = tl.constexpr(3)
 
 
 class VisibleKeys(NamedTuple):
-    """The keys that a tile of query rows sees: a range for each row, and the bounds of the runs of key blocks.
+    """The keys that a tile of query rows sees.
 
-    `begin` and `low_end` are used only if the mask is ranged. `ALIGNED_KEYS` and `WHOLE_KEYS` are two versions of one
+    `by_row` has a range for each row; the other fields bound the runs of blocks of keys. `begin` and `low_end` are used
+    only if the mask is ranged. `ALIGNED_KEYS` and `WHOLE_KEYS` are two versions of one
     run: the chunk length decides which version has the blocks, and the other is empty.
     """
 
@@ -74,7 +75,7 @@ def sees(by_row, keys, RANGED: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
-    """Return the `VisibleKeys` of the tile `queries`; `tokens` are those of its rows, numbered in its segment."""
+    """Return the `VisibleKeys` of the tile `queries`, whose rows have the `tokens`, numbered in its segment."""
     kv_len = tl.maximum(queries.kv_len, 0)
     first_token = queries.row // CONSTANTS.GROUP
     last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
@@ -93,8 +94,8 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
 def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constexpr):
     """Return the `VisibleKeys` of the tile `queries` of a `Document` under a ranged mask.
 
-    `position` is the position of the segment's first token; `tokens` are those of the tile's rows, numbered in the
-    segment. Blocks of keys are counted from the start of the document, so that a row is summed in the same order
+    `position` is the position of the segment's first token; `tokens` has the token of each row of the tile, numbered in
+    the segment. Blocks of keys are counted from the start of the document, so that a row is summed in the same order
     whichever tile it is in.
     """
     BLOCK_N: tl.constexpr = CONSTANTS.BLOCK_N

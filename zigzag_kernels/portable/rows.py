@@ -36,7 +36,7 @@ class Keys(NamedTuple):
 
 
 class KeyBlock(NamedTuple):
-    """`BLOCK_N` keys of one sequence that follow each other."""
+    """The K and V of `BLOCK_N` consecutive keys of one sequence."""
 
     keys: tl.tensor  # [BLOCK_N] their numbers in the sequence
     k: tl.tensor  # [BLOCK_N, BLOCK_D]
@@ -76,8 +76,8 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
     """Return (int64 row, `[BLOCK_N]` rows behind it) of the keys `[start, start + BLOCK_N)` in the K/V buffer.
 
     `ALIGNED`: chunks are whole blocks, so that no block crosses a chunk border and the rows behind do not change from
-    block to block. Otherwise a block may cross one border or several, and then each key finds its own chunk; the
-    division is done in float32, exact because BLOCK_N is small.
+    block to block. Otherwise a block may cross one border or several, and each key finds its own chunk. That division
+    is in float32, and exact because BLOCK_N is small.
     """
     kv_row, kv_chunk, slot_rows, place = key_rows
     offsets = tl.arange(0, BLOCK_N)
