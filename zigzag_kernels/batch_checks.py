@@ -1,4 +1,4 @@
-"""Checks of how the documents of a batch can be dealt out to ranks, in both layouts, of values that the host knows."""
+"""Checks that the documents of a batch can be dealt out to ranks, for values that the host knows."""
 
 from itertools import pairwise
 
@@ -103,7 +103,7 @@ def check_halo(
 
 
 def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
-    """Return how many local rows offsets on the host describe if there is no padding, but for that of the last row.
+    """Return the number of local rows that offsets describe, if only the last packed row may have padding.
 
     Raises `ValueError` for offsets that cannot be dealt out, and for too many rows to make unasked.
     """
@@ -132,7 +132,9 @@ def check_whole_batch(
 
 
 def check_padded_total(used: int, total: int | None, layout: str, row_length: int | None, world_size: int) -> int:
-    """Return the rows of a padded batch whose documents take `used` rows; None is as few as can be dealt out.
+    """Return the rows of a padded batch whose documents take `used` rows.
+
+    `total` None means as few rows as can be dealt out.
 
     Raises `ValueError` for a `total` that cannot be dealt out, or leaves no place for the documents.
     """

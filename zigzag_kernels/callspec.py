@@ -23,14 +23,14 @@ NO_WINDOW = -1, -1
 
 @dataclass(frozen=True, kw_only=True)
 class CallSpec:
-    """What a caller asks of attention besides its arrays: equal options are equal values.
+    """The options of one attention call besides its arrays; equal options are equal values.
 
     Fields mean what the arguments of `zigzag_attention` mean, with their defaults filled in. `heads_k_stride` None
     leaves the stride to `heuristics.choose_heads_k_stride`; `grad_reduce_dtype` is the name of a dtype; `backend` is
     one of `modes.Backend`.
 
-    `causal` and `window_size` say a mask in one way alone: a causal window has no right side, and a window that ends
-    with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
+    A mask has only one spelling in `causal` and `window_size`: a causal window has no right side, and a window that
+    ends with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
     their padding. In a batch of two parts `whole_tokens` rows of each rank, the first ones, are for its
     `whole_documents`, which no other rank has a part of; 0 rows: all documents are split. `halo` and `halo_rows` are 0
     unless K/V of halos alone move: the rows before a chunk that its rows may see, and the rows that a message to a
@@ -62,7 +62,7 @@ class CallSpec:
 
     @property
     def has_range(self) -> bool:
-        """Whether a row sees fewer keys than those up to its own, or all of them: by a window or by chunks."""
+        """True if a window or chunks of attention hide keys that the causal or full mask leaves visible."""
         return self.window_size != NO_WINDOW or self.attention_chunk > 0
 
     @property

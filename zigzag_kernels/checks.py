@@ -1,6 +1,7 @@
-"""The limits of the kernels, and the checks of single arguments: errors name the argument, what was expected, and got.
+"""The limits of the kernels, and the checks of single arguments.
 
-Checks of how arrays go together are in `problem.make_problem`.
+An error names the argument, the expected value and the value that was passed. `problem.make_problem` checks that the
+arrays of a call fit each other.
 """
 
 import math
@@ -16,7 +17,7 @@ MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; the offset of th
 MAX_BLOCK = 256
 MAX_RANKS = 2**20  # chunk numbers, and their products with rows, are int32 in the kernels
 MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and an int64
-MAX_UNSAID_ROWS = 2**27  # of one rank, as `cu_seqlens` alone says: more are more likely its garbage than a batch
+MAX_UNSAID_ROWS = 2**27  # of one rank, if only `cu_seqlens` says so: more rows mean garbage in it, not a batch
 SCALES = 1e-30, 1e30  # between them softmax_scale, and its products with scores, are ordinary float32 numbers
 SOFTCAPS = 1e-6, 1e6  # between them a cap, its inverse and its products with scores are ordinary float32 numbers
 METHODS = tuple(method.value for method in Method)
@@ -26,7 +27,10 @@ LAYOUTS = tuple(layout.value for layout in Layout)
 def batch_shape(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], has_cu_seqlens: bool
 ) -> tuple[int, int] | None:
-    """Return (batch, T) of shapes `[batch, T, heads, head_dim]`, or None for packed ones; `ValueError` for others."""
+    """Return (batch, T) of shapes `[batch, T, heads, head_dim]`, or None for packed shapes.
+
+    Raises `ValueError` for any other shape.
+    """
     if len(q) == 3:
         return None
     if len(q) != 4:
@@ -70,7 +74,7 @@ def check_world_size(world_size: int) -> int:
 def check_rank(rank, world_size: int, is_array: bool):
     """Return `rank`; `ValueError` unless it is one of `world_size`, or an array (`is_array`) of one integer.
 
-    The value of an array may be on a device and is not looked at.
+    The value of an array may be on a device and is not read.
     """
     if is_array:
         shape, dtype = tuple(rank.shape), dtype_name(rank)
@@ -86,7 +90,7 @@ def check_rank(rank, world_size: int, is_array: bool):
 
 
 def check_softmax_scale(softmax_scale: float) -> float:
-    """Return `softmax_scale` as a float; `ValueError` unless it is a positive number that float32 arithmetic bears."""
+    """Return `softmax_scale` as a float; `ValueError` unless it is positive and within `SCALES`."""
     softmax_scale = python_value(softmax_scale)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
         raise ValueError(f"softmax_scale: expected a Python number, got {type(softmax_scale).__name__}")
@@ -99,7 +103,10 @@ def check_softmax_scale(softmax_scale: float) -> float:
 
 
 def check_window_size(window_size) -> tuple[int, int]:
-    """Return `window_size` as (left, right); `ValueError` unless both are numbers of tokens, -1 or None: unlimited."""
+    """Return `window_size` as (left, right); `ValueError` unless both are numbers of tokens.
+
+    -1 and None mean no limit on that side; -1 is returned for both.
+    """
     expected = "window_size: expected (left, right), tokens on each side of a token, -1 for all"
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise ValueError(f"{expected}, got {window_size!r}")
@@ -112,13 +119,13 @@ def check_window_size(window_size) -> tuple[int, int]:
 
 
 def check_attention_chunk(attention_chunk: int) -> int:
-    """Return `attention_chunk` as an int; `ValueError` unless it is a number of tokens, or 0: no chunks."""
+    """Return `attention_chunk` as an int; `ValueError` unless it is a number of tokens, or 0 for no chunks."""
     attention_chunk = check_int("attention_chunk", attention_chunk, 0, MAX_OFFSET, "a number of tokens, or 0 for none")
     return 0 if attention_chunk >= MAX_ROWS else attention_chunk
 
 
 def check_softcap(softcap: float) -> float:
-    """Return `softcap` as a float; `ValueError` unless it is a bound that float32 arithmetic bears, or 0: none."""
+    """Return `softcap` as a float; `ValueError` unless it is within `SOFTCAPS`, or 0 for no cap."""
     softcap = python_value(softcap)
     if isinstance(softcap, bool) or not isinstance(softcap, int | float):
         raise ValueError(f"softcap: expected a Python number, got {type(softcap).__name__}")
@@ -162,9 +169,10 @@ def check_offsets(values, name: str = "cu_seqlens") -> list[int]:
 
 
 def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None, name: str = "cu_seqlens") -> None:
-    """Raise `ValueError` unless sequences of these offsets, on the host, can be dealt out to `world_size` ranks.
+    """Raise `ValueError` unless sequences with these offsets can be dealt out to `world_size` ranks.
 
-    `total` is the number of rows of the packed batch; rows behind the last sequence are padding.
+    The host must know the offsets. `total` is the number of rows of the packed batch; rows behind the last sequence are
+    padding.
     """
     if total is not None:
         total = check_int("total", total, 0, MAX_TOTAL, "a number of rows")
@@ -201,7 +209,10 @@ def check_real_lengths_array(shape: tuple[int, ...], dtype: str, sequences: int)
 
 
 def check_real_lengths(lengths: list[int], cu_seqlens: list[int]) -> None:
-    """Raise `ValueError` unless each sequence has at least as many rows as real tokens; all values are on the host."""
+    """Raise `ValueError` unless each sequence has at least as many rows as real tokens.
+
+    The host must know all values.
+    """
     for i, (length, (start, end)) in enumerate(zip(lengths, pairwise(cu_seqlens), strict=True)):
         if not 0 <= length <= end - start:
             raise ValueError(
@@ -262,7 +273,10 @@ def check_rows(name: str, shape: tuple[int, ...], world_size: int, end: int | No
 
 
 def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
-    """Return `value` as a Python number; `ValueError` unless an array of `dtype` holds it, whose `limits` are given."""
+    """Return `value` as a Python number; `ValueError` unless an array of `dtype` holds it.
+
+    `limits` are the smallest and the largest number of that dtype.
+    """
     value = python_value(value)
     least, most = limits
     whole = "int" in dtype
@@ -275,7 +289,10 @@ def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
 
 
 def check_unsaid_rows(rows: int) -> int:
-    """Return `rows`, the local rows that `cu_seqlens` counts; `ValueError` if they are too many to make unasked."""
+    """Return `rows`, the local rows that `cu_seqlens` counts; `ValueError` above `MAX_UNSAID_ROWS`.
+
+    A caller that wants more rows must pass `tokens`.
+    """
     if rows > MAX_UNSAID_ROWS:
         raise ValueError(f"tokens: expected a number, as {rows} local rows are above {MAX_UNSAID_ROWS}, got None")
     return rows

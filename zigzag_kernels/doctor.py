@@ -1,7 +1,7 @@
-"""`zigzag-doctor`: what is installed, whether it goes together, which backend would run, and what mends what is wrong.
+"""`zigzag-doctor`: prints the installed versions and the backends, and a command that fixes each problem.
 
 It imports no framework: each front end is tried in a process of its own (`zigzag_torch.selftest`,
-`zigzag_jax.selftest`). The exit status is 0 if all is well, 1 if something is to be mended.
+`zigzag_jax.selftest`). The exit status is 0 if it finds no problem, otherwise 1.
 """
 
 import argparse
@@ -29,13 +29,13 @@ FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPU
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
 FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
 PREFIX = "ZIGZAG_"
-# Runs a module without the folder in which the doctor was called, whose torch.py is not PyTorch. The folder of these
-# packages comes last, for those who run them where they lie.
+# Runs a module without the current folder in the path, where a file torch.py may hide PyTorch. The folder of these
+# packages comes last, for a checkout that is not installed.
 SELF_TEST = "import runpy, sys; sys.path.append({folder!r}); runpy.run_module({module!r}, run_name='__main__')"
 
 
 class Finding(NamedTuple):
-    """Something that is wrong and what mends it; a `note` concerns only who wants what it names."""
+    """A problem and the command that fixes it; a `note` matters only to users of the feature that it names."""
 
     text: str
     command: str
@@ -44,7 +44,10 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the rules look at. `reports` are of the self-tests, by front end; a missing package has no version."""
+    """The facts that the rules use.
+
+    `reports` come from the self-tests, by front end. A missing package has no version.
+    """
 
     versions: dict[str, str]
     gpus: list[tuple[str, str]] = field(default_factory=list)  # name and compute capability
@@ -53,19 +56,19 @@ class Machine:
     processors: int = 64
 
     def has(self, package: str, at_least: str = "0", below: str = "999999") -> bool:
-        """Whether `package` is there in a version of that range."""
+        """Return whether `package` is installed in a version from `at_least` to before `below`."""
         version = self.versions.get(package)
         return version is not None and _release(at_least) <= _release(version) < _release(below)
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version without what follows them: (2, 13, 0) of "2.13.0+cu130"."""
+    """Return the leading numbers of a version: (2, 13, 0) for "2.13.0+cu130"."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def examine() -> Machine:
-    """This machine."""
+    """Collect the facts of this machine; runs the self-test of each installed framework."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -99,7 +102,7 @@ def _self_test(module: str) -> dict:
 
 
 def diagnose(machine: Machine) -> Iterator[Finding]:
-    """All that is wrong with `machine`."""
+    """Yield every problem of `machine`."""
     has, versions, gpu = machine.has, machine.versions, bool(machine.gpus)
     if has("python", below="3.11"):
         yield Finding(f"Python {versions['python']} is too old", "python3.11 -m venv .venv")
@@ -137,7 +140,7 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
 
 def _diagnose_variables(environment: dict[str, str]) -> Iterator[Finding]:
-    """Variables of this library that have a value which it refuses, or a name that it does not know."""
+    """Yield the variables ZIGZAG_... with an invalid value or an unknown name."""
     checks = dict.fromkeys((*FLAGS, *(family.variable for family in families.FAMILIES if family.variable)), _not_a_flag)
     checks |= {override.VARIABLE: _not_a_config, "ZIGZAG_AGREEMENT_TIMEOUT": _not_seconds}
     for name, value in environment.items():
@@ -163,7 +166,7 @@ def _not_seconds(value: str) -> str | None:
 
 
 def _not_a_config(value: str) -> str | None:
-    """What is wrong with the file of tiles for any GPU; an empty value names no file."""
+    """Return in words why the file `value` has no valid tiles, or None; an empty value names no file."""
     try:
         if value:
             override.check_file(value, families.known_names())
@@ -173,7 +176,7 @@ def _not_a_config(value: str) -> str | None:
 
 
 def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
-    """A GPU that no tiles were measured on: its kernels are right, and may be slower than they could be."""
+    """Yield a note for a GPU on which no tiles were measured; its kernels may not be as fast as possible."""
     measured = [target for architecture in families.architectures() for target in architecture.measured_on]
     if capability in measured:
         return
@@ -185,7 +188,7 @@ def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
 
 
 def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
-    """Versions of JAX, jax-triton, Triton and what they use that do not work with each other."""
+    """Yield the versions of JAX, jax-triton, Triton and their dependencies that do not work with each other."""
     has, versions, gpu = machine.has, machine.versions, bool(machine.gpus)
     supported = "pip install 'jax>=0.10' 'jax-triton>=0.3.1,<0.4'"
     if has("jax", below="0.10"):
@@ -212,7 +215,7 @@ def _diagnose_jax(machine: Machine) -> Iterator[Finding]:
 
 
 def _diagnose_hopper(machine: Machine) -> Iterator[Finding]:
-    """What keeps the kernels written for Hopper from being taken: the portable ones then run, more slowly."""
+    """Yield the reasons why a Hopper GPU would run the portable kernels, which are slower there."""
     has, versions = machine.has, machine.versions
     if has("triton", "3.10"):
         text = f"The kernels for Hopper are written for Triton 3.6 to 3.9, not {versions['triton']}: portable ones run"
@@ -223,7 +226,7 @@ def _diagnose_hopper(machine: Machine) -> Iterator[Finding]:
 
 
 def describe(machine: Machine) -> list[str]:
-    """What is there, line by line."""
+    """Return the installed versions, the GPUs and the results of the self-tests, one line each."""
     lines = [f"{package:<17} {version}" for package, version in machine.versions.items()]
     if cuda := machine.reports.get("PyTorch", {}).get("cuda"):
         lines.append(f"{'CUDA of PyTorch':<17} {cuda}")

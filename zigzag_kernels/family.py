@@ -1,6 +1,6 @@
-"""The interface between the plan and a family of kernels: a `Family` completes a `Draft` of the plan to launches.
+"""The interface between the plan and a family of kernels: a `Family` turns a `Draft` of the plan into launches.
 
-A family is written for some generations of GPUs and has a folder of its own. `families` chooses the one that serves.
+A family is written for some generations of GPUs and has a folder of its own. `families` chooses the family of a call.
 """
 
 import abc
@@ -15,7 +15,7 @@ from .tiles.config import Architecture, KernelId, TileConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A launch that lacks its kernel: arrays, numbers, constants and programs are the same for every family."""
+    """A launch without its kernel: arrays, numbers, constants and grid are the same for every family."""
 
     problem: Problem
     kernel: KernelId
@@ -81,11 +81,11 @@ class Family(abc.ABC):
         return kernel if kernel in self.kernels else KernelId(self.name, operation)
 
     def length_class(self, problem: Problem) -> LengthClass:
-        """Return the length class of `problem`, as far as the family tells them apart."""
+        """Return the length class of `problem`; a family with the same tiles for all lengths returns LONG."""
         return LengthClass.LONG
 
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
-        """Return `config`, the tiles of the kernel for `operation`, as far as the options of `problem` let it be."""
+        """Return `config`, the tiles of the kernel for `operation`, adjusted to the options of `problem`."""
         return config
 
     @abc.abstractmethod
@@ -94,7 +94,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def is_faster(self, problem: Problem, operation: Operation) -> bool:
-        """Return whether that kernel is expected to beat those of the families that are registered after this one."""
+        """Return whether that kernel is expected to beat the kernels of the families registered after this one."""
 
     @abc.abstractmethod
     def shared_memory(

@@ -1,8 +1,8 @@
 """Shortcuts through Triton's interpreter, which change no result: correctness never depends on this file.
 
-An operation of a tile of a few hundred elements costs the interpreter far more in types, shapes and names that it works
-out again each time than in arithmetic. Shortcuts replace functions of it for the time of a launch, where the release of
-Triton is one that they were compared with.
+For a tile of a few hundred elements the interpreter spends far more time on types, shapes and names, which it derives
+again for every operation, than on arithmetic. Shortcuts replace some of its functions during a launch, if the release
+of Triton is one that they were compared with.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _Replaced = tuple[Any, str, Any]  # an object, the name of an attribute, and its
 
 @contextlib.contextmanager
 def shortcuts() -> Iterator[None]:
-    """Shorten what the interpreter does in it; the caller holds a lock, for all of this is global."""
+    """Run the interpreter with shortcuts in this context; the caller holds a lock, because they are global."""
     replaced = [*_constant(), *_of_one_launch()] if triton.__version__.startswith(RELEASES) else []
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
@@ -37,9 +37,10 @@ def shortcuts() -> Iterator[None]:
 
 
 def _of_one_launch() -> Iterator[_Replaced]:
-    """No check of integers for overflow, which only a debugging interpreter reports, and one look at each module.
+    """Yield the replacements that are new for each launch.
 
-    The interpreter replaces the functions of `triton.language` at every call of one kernel function by another.
+    They leave out the check of integers for overflow, which only a debugging interpreter reports. And they patch each
+    module once: the interpreter patches `triton.language` anew whenever one kernel function calls another.
     """
     builder, replace, seen = interpreter.interpreter_builder, interpreter._patch_lang, set()
     options = builder.options
@@ -76,7 +77,10 @@ def _remember(languages: tuple, scope):
 
 
 def _replace_again(languages: tuple):
-    """Return what undoes the replacements of an earlier launch, or None if there was none or others replace too."""
+    """Repeat the replacements of an earlier launch, and return the scope that undoes them.
+
+    Returns None if there was no earlier launch, or if the functions are not as they were before it.
+    """
     known = _REPLACED.get(languages, ())
     if not known or any(getattr(owner, name, interpreter._MISSING) is not before for owner, name, before, _ in known):
         return None
@@ -88,7 +92,7 @@ def _replace_again(languages: tuple):
 
 @functools.cache
 def _constant() -> tuple[_Replaced, ...]:
-    """What is replaced in all launches alike."""
+    """The replacements that are the same in all launches."""
     kinds, operations = core.dtype, semantic.TritonSemantic
     signed, unsigned = frozenset(kinds.SINT_TYPES), frozenset(kinds.UINT_TYPES)
     integers, floats = signed | unsigned, frozenset(kinds.FP_TYPES)
@@ -177,7 +181,7 @@ def _cast(cast: Callable) -> Callable:
 
 
 def _operands(check: Callable) -> Callable:
-    """Operands of one type, no pointers, are what they are, but for a division."""
+    """Return operands of one type that are no pointers as they are, except in a division."""
 
     def unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         tensors = type(lhs) is type(rhs) is core.tensor
@@ -215,7 +219,7 @@ _CHECKED = core.builtin(lambda: None).__code__
 
 
 def _replace_attribute(owner, name, member, builder, scope):
-    """As `interpreter._patch_attr`, without the check that `_semantic` was given, which is what it gives."""
+    """Replace `interpreter._patch_attr`, which passes `_semantic` to a function and then checks that it was passed."""
     given = interpreter.interpreter_semantic
     called = member.__wrapped__ if getattr(member, "__code__", None) is _CHECKED else member
 

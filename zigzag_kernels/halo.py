@@ -31,7 +31,7 @@ def check_max_seqlen(max_seqlen: int | None) -> int:
 
 
 def reach(left: int, chunk: int, max_seqlen: int) -> int | None:
-    """Return how many positions before its own a row may see, at least 1, or None if nothing on the host limits them.
+    """Return how many positions before its own a row may see, at least 1, or None if nothing limits them.
 
     `left` of a window is -1 for no limit, `chunk` of attention 0, and `max_seqlen`, the most real tokens of a document,
     0 if unknown.
@@ -58,10 +58,10 @@ def halo_of_batch(
     max_seqlen: int | None,
     world_size: int,
 ) -> tuple[int, int]:
-    """Return (rows before a chunk that its rows may see, promised most real tokens of a document) of a prepared batch.
+    """Return (rows before a chunk that its rows may see, most real tokens of a document) of a prepared batch.
 
-    The first is 0 unless `method` moves halos. Raises `ValueError` for numbers out of range, and if nothing limits the
-    rows that such a method needs.
+    The caller promised the second number. The first is 0 unless `method` moves halos. Raises `ValueError` for numbers
+    out of range, and if nothing limits the rows that such a method needs.
     """
     promised, (left, _) = check_max_seqlen(max_seqlen), check_window_size(window_size)
     chunk = check_attention_chunk(attention_chunk)
@@ -73,10 +73,12 @@ def halo_of_batch(
 def with_halo(
     call: CallSpec, halo: int, max_seqlen: int, *, tokens: int, sequences: int, packed_rows: int, world_size: int
 ) -> CallSpec:
-    """Return `call` with the rows of its messages, for tables with `halo` rows before a chunk, or 0 for a new table.
+    """Return `call` with `halo` and with the number of rows of its messages.
 
-    `tokens` are those of a rank, and `packed_rows` the number of packed rows in the row layout. `ValueError` if rows
-    see keys farther away than `halo`, or than a chunk has, where the host knows its length: in the row layout.
+    `halo` is the number of rows before a chunk in the tables of a prepared batch, 0 if there is none yet. `tokens` is
+    the number of rows of a rank, `packed_rows` the number of packed rows in the row layout. Raises `ValueError` if rows
+    see keys farther away than `halo`; in the row layout, where the host knows the length of chunks, also if a chunk has
+    fewer rows.
     """
     if not call.causal:
         raise ValueError("causal: expected True, or a window that ends with its row, with method 'halo', got False")

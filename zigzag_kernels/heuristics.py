@@ -1,4 +1,4 @@
-"""Every threshold by which this library chooses between two right ways, with its unit, its GPU and its measurement.
+"""Every threshold by which this library chooses between two correct ways, with its unit, GPU and measurement.
 
 Thresholds change speed and memory, never results.
 """
@@ -9,7 +9,10 @@ from typing import Protocol
 FILLING_ROWS = 2**16
 """Query rows that fill a GPU: 512 tiles of 128 rows, several for each multiprocessor of any GPU so far."""
 LASTING_SCORES = 2**30
-"""Scores of one KV head that keep an H200 busy for half a millisecond; a host took 0.4 ms to send a window off."""
+"""Scores of one KV head that keep an H200 busy for half a millisecond.
+
+A host took 0.4 ms to start the transfer of the next window.
+"""
 
 # In which order programs take tiles, on H200: docs/kernels.md#measured, "heads side by side".
 MULTIPROCESSORS = 128
@@ -37,17 +40,23 @@ VERY_NARROW_KEYS = 256
 
 # Which tiles of a kernel for Hopper, on H200: docs/hopper.md#measured, "dK/dV of windows".
 NARROW_KEYS = 1024
-"""Keys that a row sees, at most, up to which a tile of dK/dV has 128 keys at a small head_dim, not 192."""
+"""Most keys of a row for which a tile of dK/dV has 128 keys at a small head_dim, not 192."""
 
 # Which tiles of a kernel for Hopper, on H100: the same tables, lines "2048, one sequence" and "8192, one sequence".
 FEW_ROWS = 2**17
-"""Packed query rows of a sequence, all heads of the window, below which it has few tiles: 1024 tiles of 128 rows."""
+"""Packed query rows of a sequence below which it has few tiles: 1024 tiles of 128 rows.
+
+The rows of all heads of the window count.
+"""
 
 # When programs of long sequences take several heads, on H200: docs/hopper.md, "Several heads of long sequences".
 MODERATE_KEYS = 2**14
-"""Keys of a sequence, or of a window, up to which the start and the end of a program count beside its blocks."""
+"""Keys of a sequence or window up to which the start and end of a program take a noticeable time."""
 MANY_ROWS = 2**19
-"""Packed query rows of a launch, all heads of the window: programs of four heads and 128 rows number 1024 then."""
+"""Packed query rows of a launch that fill 1024 programs of four heads and 128 rows.
+
+The rows of all heads of the window count.
+"""
 
 
 class Sizes(Protocol):

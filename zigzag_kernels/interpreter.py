@@ -1,4 +1,4 @@
-"""Launches in Triton's interpreter, for machines without a GPU, and without what it does in vain."""
+"""Launches in Triton's interpreter, for machines without a GPU; `fast_interpreter` shortens them."""
 
 import threading
 from collections.abc import Sequence
@@ -17,11 +17,14 @@ def _kernel():
 
 
 def interpreting() -> bool:
-    """Return whether triton was imported with TRITON_INTERPRET=1: a process interprets or compiles, never both."""
+    """Return whether triton was imported with TRITON_INTERPRET=1.
+
+    A process interprets or compiles, never both.
+    """
     return not isinstance(_kernel, triton.JITFunction)
 
 
 def interpret(launch: Launch, inputs: Sequence, outputs: Sequence) -> None:
-    """Run all programs of `launch`, one after the other, on arrays that the interpreter takes for tensors."""
+    """Run all programs of `launch`, one after the other, on arrays that the interpreter accepts as tensors."""
     with _LOCK, shortcuts():
         launch.kernel[launch.grid](*inputs, *launch.scalars.values(), *outputs, **launch.constexprs)

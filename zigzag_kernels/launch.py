@@ -1,4 +1,4 @@
-"""What a front end is asked to launch, in plain values: `Launch`."""
+"""`Launch`: one kernel call in plain values, which the plan makes and both front ends execute."""
 
 import functools
 import inspect
@@ -17,18 +17,18 @@ class Output:
 
     @functools.cached_property
     def strides(self) -> tuple[int, ...]:
-        """In elements: rows follow each other."""
+        """Strides in elements; the array is contiguous."""
         return tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch, equal only to itself: front ends keep what they make of it.
+    """One kernel launch, equal only to itself, so that front ends can cache by identity.
 
     Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
 
-    An output named in `in_place` shares the memory of that input, unless the array given there is None: then it begins
-    empty, like any other. The kernel leaves parts of such an output as they are.
+    `in_place` maps an output to the input whose memory it shares; the kernel leaves parts of such an output as they
+    are. If the caller passes None for that input, the output is new memory, like any other.
     """
 
     kernel: Any
@@ -45,12 +45,12 @@ class Launch:
 
     @functools.cached_property
     def places(self) -> tuple[int | None, ...]:
-        """Of each output the number of the input whose memory it shares."""
+        """The index of the input whose memory each output shares, or None."""
         places = (self.in_place.get(output.name) for output in self.outputs)
         return tuple(None if place is None else self.inputs.index(place) for place in places)
 
     def __post_init__(self):
-        # jax-triton takes a misspelt name for one more constant, and a wrong order for another array.
+        # jax-triton does not check names: it would pass a misspelt one as a constant, and arrays in the wrong order.
         expected = list(inspect.signature(self.kernel.fn).parameters)
         given = [f"{name}_ptr" for name in self.inputs] + list(self.scalars)
         given += [f"{output.name}_ptr" for output in self.outputs]

@@ -1,4 +1,4 @@
-"""The zigzag layouts in one place: where a local row sits in its sequence, written for ints and for arrays alike.
+"""The arithmetic of the zigzag layouts: where a local row lies in its sequence, for ints and for arrays.
 
 `W` ranks cut a sequence into `2 * W` chunks of `L` tokens; rank `r` holds chunk `r`, then chunk `2 * W - 1 - r`, of
 every sequence in order. In the document layout the sequences are the documents. In the row layout they are the packed
@@ -92,11 +92,12 @@ def impossible(
     lengths=None,
     halo: tuple[int, int] = (0, 0),
 ):
-    """Whether arrays `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows: an array, unread.
+    """Return an array, true if `cu_seqlens [N + 1]` and `rank [1]` cannot describe `tokens` local rows.
 
-    `tokens` None is any number of rows. `row_length` is None in the document layout, and in the row layout the tokens
-    of a packed row, which no document leaves. `lengths [N]` are the real lengths of documents, None if all is real.
-    `halo` is (rows before a chunk that alone move to its rank, promised most real tokens of a document); 0 is no limit.
+    The arrays may be on a device: nothing is read. `tokens` None is any number of rows. `row_length` is None in the
+    document layout, and in the row layout the tokens of a packed row, which no document leaves. `lengths [N]` are the
+    real lengths of documents, None if all is real. `halo` is (rows before a chunk that alone move to its rank, promised
+    most real tokens of a document); 0 is no limit.
     """
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     padded = ends - starts  # of offsets below 0 the difference may wrap around to a possible one
@@ -121,7 +122,7 @@ def impossible(
 
 
 def _exceeds_halo(padded, real, world_size: int, row_length: int | None, halo: tuple[int, int]):
-    """Whether documents need more than the chunk before a chunk, or are longer than promised."""
+    """Return an array, true for documents that need more than the previous chunk or are longer than promised."""
     rows, longest = halo
     too_long = (real > longest) & (longest > 0)
     if row_length is not None:  # where chunks have one length, which the host knows

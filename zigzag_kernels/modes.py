@@ -27,11 +27,11 @@ class KVLayout(StrEnum):
     CONTIGUOUS = "contiguous"
     """Every sequence in position order."""
     HALO = "halo"
-    """For each chunk of a rank the halo before it, which a neighbour sends, and the rank's own rows behind that."""
+    """The halo before each chunk of a rank, which a neighbour sends, and the rank's own rows behind it."""
 
 
 class Layout(StrEnum):
-    """What is cut into `2 * W` chunks, of which each rank holds two."""
+    """The unit that is cut into `2 * W` chunks; each rank holds two of the chunks."""
 
     DOCUMENT = "document"
     """Every document: work is equal on all ranks, and lengths are multiples of `2 * W`, after padding."""
@@ -47,7 +47,7 @@ class Method(StrEnum):
     RING = "ring"
     """Passes K/V of all heads from rank to rank: memory does not grow with the number of ranks."""
     HALO = "halo"
-    """Sends the last rows of each chunk to the rank of the next: for windows that reach no further than one chunk."""
+    """Sends the last rows of each chunk to the next chunk's rank, for windows no longer than a chunk."""
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -70,12 +70,12 @@ class Operation(StrEnum):
 
     @property
     def owns_keys(self) -> bool:
-        """Whether a program owns a tile of keys and passes over query rows, not the other way round."""
+        """True if a program owns a tile of keys and passes over query rows, not the other way round."""
         return self in (Operation.DKDV, Operation.FUSED_BACKWARD)
 
 
 class LengthClass(StrEnum):
-    """How long the sequences of a problem are, as far as the choice of tiles goes."""
+    """Length of the sequences of a problem, as the choice of tiles distinguishes it."""
 
     LONG = "long"
     """One sequence has tiles enough to fill a GPU several times."""

@@ -86,12 +86,12 @@ class Problem:
 
     @property
     def row_layout(self) -> bool:
-        """Whether packed rows are cut into chunks, and documents lie anywhere in them; one rank holds rows whole."""
+        """True if packed rows are cut into chunks, with documents anywhere in them; one rank holds rows whole."""
         return self.call.layout == Layout.ROW and self.world_size > 1
 
     @property
     def ranged(self) -> bool:
-        """Whether kernels read from the tables which keys a row sees first and last, and which rows are padding."""
+        """True if kernels read from the tables the range of keys of each row, and which rows are padding."""
         return self.call.has_range or self.call.has_lengths or self.row_layout or self.call.halo > 0
 
     @property
@@ -122,7 +122,8 @@ def segment_table_shapes(
     """Return the shapes of the segment table and of the sequence table.
 
     The segment table has two chunks a sequence, and the padding. In the row layout the padding of the last row is one
-    sequence more. With several ring `steps` there is one table each. `halo_table_shapes` has those of halos.
+    sequence more. With several ring `steps` there is one table each. `halo_table_shapes` has the shapes of tables with
+    halos.
     """
     lead = () if steps == 1 else (steps,)
     sequences += int(row_layout)  # a bool is no number to PyTorch 2.11's symbolic sizes
@@ -149,9 +150,9 @@ def table_shapes(
 
 
 def count_sequences(call: CallSpec, entries: int, world_size: int) -> int:
-    """Return the number of sequences whose tables of keys, of one call, have so many entries: rows of each table.
+    """Return the number of sequences of a call whose sequence tables have `entries` entries in all.
 
-    Of two parts, whose tables are one behind the other, it is the number of those that are split.
+    A batch of two parts has the tables of both, one behind the other: the number counts the split documents.
     """
     further = 1 + int(call.layout == Layout.ROW and world_size > 1)  # entries, which are padding
     if call.whole_tokens:

@@ -6,11 +6,11 @@ from ..checks import DTYPE_BYTES, MAX_BLOCK
 from ..modes import LengthClass, Operation
 
 HEAD_DIMS = (64, 128, 256)
-"""An entry serves every head_dim up to its own, above the one before."""
+"""An entry is used for every head_dim from above the previous entry up to its own."""
 WIDTHS = {2: "16-bit", 4: "32-bit"}
 """Names of the widths of input types, in tables and override files, by bytes."""
 REGISTERS_PER_THREAD = 255
-"""Registers that one thread can have, on every GPU that the kernels run on (CUDA programming guide)."""
+"""Registers that one thread can have on every GPU that the kernels support (CUDA programming guide)."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class TileConfig:
     """Tile and launch parameters of one kernel.
 
     A step covers `BLOCK_M` query rows and `BLOCK_N` keys, and `num_stages` steps are in flight. `tiles_together` tiles
-    of one head run side by side before those of the next head; 0 leaves the order to `plan.grid`. A program takes the
-    same tile of up to `heads_together` KV heads, one after the other.
+    of one head run side by side before the tiles of the next head; 0 leaves the order to `plan.grid`. A program takes
+    the same tile of up to `heads_together` KV heads, one after the other.
     """
 
     BLOCK_M: int
@@ -60,7 +60,7 @@ Tiles = dict[KernelId, dict[int, TileConfig]]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Architecture:
-    """A generation of GPUs as the kernels see it: its limits, and the tiles chosen for it, by width of the input type.
+    """A generation of GPUs: its limits, and the tiles chosen for it, by width of the input type.
 
     It serves the targets that begin with one of `targets`, unless another architecture names more of their digits.
     """
@@ -103,7 +103,7 @@ def block_d(head_dim: int) -> int:
 
 
 def not_power_of_two(config: TileConfig, *blocks: str) -> str | None:
-    """Return in words that `config` needs a power of two as one of its `blocks`, or None if it has them."""
+    """Return an error text if one of the `blocks` of `config` is not a power of two, otherwise None."""
     for block in blocks:
         if getattr(config, block).bit_count() > 1:
             return f"a power of two as {block}"

@@ -1,8 +1,8 @@
-"""The JSON file of `ZIGZAG_KERNEL_CONFIG`, whose entries replace those of the tile tables.
+"""The JSON file of `ZIGZAG_KERNEL_CONFIG`, whose entries replace entries of the tile tables.
 
 It nests architecture, width of the input type, kernel and head_dim around the fields of a `TileConfig`:
 `{"sm_90": {"16-bit": {"forward": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
-Nowhere else is a kernel a name.
+A kernel has a name, such as "backward_dq", only in this file; elsewhere it is a `KernelId`.
 """
 
 import functools
@@ -107,7 +107,7 @@ def _without_repeats(where: str, pairs: list[tuple[str, object]]) -> dict:
 
 
 def _check_entries(where: str, tables, levels: list[tuple[str, tuple[str, ...]]]) -> None:
-    """Raise `ValueError` for a name in the nested `tables` that is none of its level's, and for wrong tiles."""
+    """Raise `ValueError` for an unknown name at any level of the nested `tables`, and for wrong tiles."""
     if not levels:
         _tile_config(where, tables)
         return
@@ -121,7 +121,7 @@ def _check_entries(where: str, tables, levels: list[tuple[str, tuple[str, ...]]]
 
 
 def _tile_config(where: str, entry) -> TileConfig:
-    """Return the `TileConfig` of one entry; `ValueError` if it has other fields, or values that cannot be."""
+    """Return the `TileConfig` of one entry; `ValueError` for unknown fields or invalid values."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object with the fields of tiles, got {entry!r}")
     for field in fields(TileConfig):
