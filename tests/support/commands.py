@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.machine import CHOSEN, HANGS
+from tests.support.machine import CHOSEN, COMPILE_QUICKLY, GPU, HANGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +21,13 @@ class Ended(NamedTuple):
 
 
 def shell_environment():
-    """That of a shell: without what machine.py says to this process, and scripts are run from a checkout."""
+    """That of a shell: without what machine.py says to this process, and scripts are run from a checkout.
+
+    On a CPU XLA compiles quickly there too.
+    """
     env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    if not GPU:
+        env["XLA_FLAGS"] = " ".join(COMPILE_QUICKLY)
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))}
 
 

@@ -26,18 +26,19 @@ HANGS = 1500
 STEPS, TOLERANCE = (200, 5e-4) if GPU else (4, 2e-5)
 # What is set here, and not for the processes that tests start as from a shell.
 CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
+# A test runs what XLA compiles for it once or twice: compiling is most of its time, and optimising most of that.
+COMPILE_QUICKLY = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # In one piece and by the older emitters, which later releases do not have: a quarter of the time.
+    COMPILE_QUICKLY += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 if GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
 else:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # A test runs what XLA compiles for it once or twice: compiling is most of its time, and optimising most of that.
-    flags = "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # In one piece and by the older emitters, which later releases do not have: a quarter of the time.
-        flags += "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"
+    devices = "--xla_force_host_platform_device_count=8"
     patience = f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS}"
-    os.environ["XLA_FLAGS"] = " ".join([*flags, patience, os.environ.get("XLA_FLAGS", "")])
+    os.environ["XLA_FLAGS"] = " ".join([devices, *COMPILE_QUICKLY, patience, os.environ.get("XLA_FLAGS", "")])
     # With two threads, jax 0.10 can wait for ever inside a host callback.
     os.environ.setdefault("NPROC", "16")
 if "PYTEST_XDIST_WORKER" in os.environ:
