@@ -228,7 +228,7 @@ T5 = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num
 
 
 def test_a_batch_of_ranks_needs_use_mesh_and_a_model_of_ranks_needs_a_batch(monkeypatch):
-    batch = shard_documents(IDS, 0, 2)
+    batch = shard_documents(IDS, 0, 2, split_above=0)
     model = make_model("llama", "zigzag")
     with pytest.raises(
         ValueError, match=r"LlamaAttention 0: zigzag_batch: expected the batch of 1 ranks, got one of 2"
