@@ -19,8 +19,8 @@ from .surroundings import under_own_promotion
 def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
     """Return the device tables of a batch: see `zigzag_kernels.segments.columns`.
 
-    Of a batch of two parts they are those of its whole documents, then those of its split ones, if there are rows for
-    these: the entries follow one another.
+    A batch of two parts has the tables of its whole documents, and behind them, if there are rows for split documents,
+    their tables.
     """
     from zigzag_kernels import plan
 

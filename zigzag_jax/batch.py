@@ -58,7 +58,7 @@ class Batch:
         halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
         max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
-            `lengths` are then those of the split documents. None: all documents are split.
+            `lengths` then count split documents alone. None: all documents are split.
         whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
     """
 
@@ -139,8 +139,8 @@ def prepare_batch(
     Args:
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch; may be traced. Other integers are
             converted; a list, tuple or NumPy array is checked, as `validate` does. Or a plan of `plan_documents`, or
-            a `host.ShardedBatch`, inside `shard_map` by its `specs`: the rows of each rank are then those of the plan,
-            whole documents first.
+            a `host.ShardedBatch`, inside `shard_map` by its `specs`: each rank then has the rows of the plan, whole
+            documents first.
         rank: an int, or an array of one integer, which may be traced. None is 0 if there is one rank, or that on the
             mesh axis.
         world_size: number of ranks. None is 1, or the size of the mesh axis.

@@ -40,10 +40,10 @@ _SHARED = "cu_seqlens", "lengths", "num_targets", "fingerprint"
 class ShardedBatch:
     """A sharded batch is what a training step needs of a batch of documents: NumPy arrays, as a pytree.
 
-    Rows `[W * T]` are those of rank 0, then of rank 1, and so on; `specs` says how arrays are spread over a mesh. The
-    rows of a rank are those of a plan of documents: its whole documents and their padding, then its chunks of the split
-    documents and their padding. Batches of equal `tokens`, `whole_tokens`, `max_documents` and `max_split` have equal
-    shapes, so that a step compiles once.
+    Rows `[W * T]` belong to rank 0, then to rank 1, and so on; `specs` says how arrays are spread over a mesh. A rank
+    has its whole documents and their padding, then its chunks of the split documents and their padding, by a plan.
+    Batches of equal `tokens`, `whole_tokens`, `max_documents` and `max_split` have equal shapes, so that a step
+    compiles once.
 
     Attributes:
         input_ids: `[W * T]` int32; padding is `pad_token_id`.

@@ -44,9 +44,9 @@ class Parts(NamedTuple):
 
 
 def offsets_of(batch: ShardedBatch, world_size: int, layout: str) -> tuple[Array | Parts, int | None]:
-    """Return (parts, None) of a batch of the data path, or in the row layout (offsets, tokens of the packed row).
+    """Return (parts, None) of a batch of the data path, or in the row layout (offsets, `row_length`).
 
-    Of arrays that hold all ranks the parts hold all ranks too. Raises `ValueError` for a batch of another `world_size`
+    Arrays of all ranks give the parts of all ranks. Raises `ValueError` for a batch of another `world_size`
     or `layout`.
     """
     for name, expected, got in (("world_size", batch.world_size, world_size), ("layout", batch.layout, str(layout))):
@@ -59,7 +59,7 @@ def offsets_of(batch: ShardedBatch, world_size: int, layout: str) -> tuple[Array
 
 
 def parts_of_all(given: DocumentPlan | Parts, world_size: int, layout: str) -> Parts:
-    """Return the parts of all ranks, one rank's `whole_cu_seqlens` behind those of another."""
+    """Return the parts of all ranks, with the `whole_cu_seqlens` of one rank behind another."""
     if layout != Layout.DOCUMENT:
         raise ValueError(f"layout: expected 'document' with a plan, got {str(layout)!r}")
     if isinstance(given, Parts):

@@ -181,7 +181,7 @@ def check_parts(
 ) -> None:
     """Raise `ValueError` unless documents of these offsets, on the host, fit into the two parts of a rank's rows.
 
-    A rank has `tokens` rows, of which the first `whole_tokens` are for its whole documents.
+    A rank has `tokens` rows. The first `whole_tokens` rows are for its whole documents.
     """
     check_lengths(whole_cu_seqlens, 1, whole_tokens, "whole_cu_seqlens")
     check_lengths(split_cu_seqlens, world_size, world_size * (tokens - whole_tokens), "split_cu_seqlens")

@@ -239,7 +239,7 @@ def make_problem(
 def parts_of(problem: Problem) -> tuple[Problem, Problem]:
     """Return the problems of the whole documents and of the split ones of a batch of two parts.
 
-    `problem` is that of all rows of a rank.
+    `problem` has all rows of a rank.
     """
     call, rows = problem.call, problem.call.whole_tokens
     if rows > problem.tokens:

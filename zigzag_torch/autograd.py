@@ -41,8 +41,8 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`.
 
-    Of a batch of two parts they are those of its whole documents, then those of its split ones, if there are rows for
-    these. All entries then follow one another: a table has two dimensions.
+    A batch of two parts has the tables of its whole documents, and behind them, if there are rows for split documents,
+    their tables. All entries then follow one another: a table has two dimensions.
     """
     from zigzag_kernels import plan
 

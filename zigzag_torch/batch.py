@@ -42,7 +42,7 @@ class Batch:
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
-            `lengths` are then those of the split documents. None: all documents are split.
+            `lengths` then count split documents alone. None: all documents are split.
         whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
         halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
         max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
@@ -151,7 +151,7 @@ def prepare_batch(
     Args:
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Other integers are converted; a list,
             tuple or NumPy array is checked, as `validate` does, and is then on the CPU. Or a plan of `plan_documents`,
-            or the `Parts` of this rank in it: the rows of each rank are then those of the plan, whole documents first.
+            or the `Parts` of this rank in it: each rank then has the rows of the plan, whole documents first.
             Of a plan all tensors are on the `device` that is named, by default the CPU.
         rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
             of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.

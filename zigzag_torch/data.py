@@ -26,8 +26,8 @@ INT64 = torch.iinfo(torch.int64)
 class ShardedBatch:
     """A sharded batch is what one rank needs of a batch of documents for a training step.
 
-    `shard_documents` and `ZigzagCollator` make it. Its rows are those of a plan of documents: whole documents of this
-    rank and their padding, then this rank's chunks of the split documents and their padding. Batches of equal `tokens`,
+    `shard_documents` and `ZigzagCollator` make it, by a plan of documents. Its rows are whole documents of this rank
+    and their padding, then this rank's chunks of the split documents and their padding. Batches of equal `tokens`,
     `whole_tokens`, `max_documents` and `max_split` have equal shapes.
 
     Attributes:
@@ -80,11 +80,12 @@ class ShardedBatch:
         """Return this batch in pinned memory; data loaders call it."""
         return self._map(lambda x: x.pin_memory() if device is None else x.pin_memory(device))
 
-    def prepare(self, group=None, *, method: str = "allgather", backend: str | None = None) -> Batch:
+    def prepare(self, group=None, *, method: str = "allgather", backend: str | None = None, **reach) -> Batch:
         """Return the `Batch` that attention takes, for all layers and both passes.
 
         With a `group` ranks compare lengths and `fingerprint`, so that attention is NaN if they hold rows of different
-        batches; `validate` says so in words. Raises `ValueError` if the rows are not those of this rank of the group.
+        batches; `validate` says so in words. `reach` are the arguments of `prepare_batch` that method "halo" needs.
+        Raises `ValueError` if the rows belong to another rank of the group.
         """
         return prepare_batch(
             self.cu_seqlens if self.layout == "row" else self.parts,
@@ -96,6 +97,7 @@ class ShardedBatch:
             unsharded=None if group is None else self.fingerprint,
             layout=self.layout,
             row_length=self.row_length,
+            **reach,
         )
 
     def model_kwargs(
@@ -294,7 +296,7 @@ class ZigzagCollator:
     ):
         """Take the rank and the size of `group`, a process group or a 1-D DeviceMesh, or `rank` and `world_size`.
 
-        The other arguments, `options` among them, are those of `shard_documents`. With `split_tokens` shapes are fixed,
+        `shard_documents` describes the other arguments, `options` among them. With `split_tokens` shapes are fixed,
         so that a step compiles once; without, there are nine shapes at most, one for each share of split documents.
         """
         place = place_in(group)

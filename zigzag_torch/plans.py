@@ -49,7 +49,7 @@ class Parts(NamedTuple):
         return self
 
     def values(self, world_size: int) -> tuple[list[int], list[int]]:
-        """Return the values of `split_cu_seqlens` and of `split_lengths`; `ValueError` for those that no plan has.
+        """Return the values of `split_cu_seqlens` and of `split_lengths`; `ValueError` for values that no plan has.
 
         The host reads them.
         """
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
 
     @property
     def fault(self) -> torch.Tensor:
-        """Whether the whole documents do not fit into their rows: a tensor that nobody has read."""
+        """True if the whole documents do not fit into their rows: a tensor, whose value the host has not read."""
         whole = self.whole_cu_seqlens
         return impossible(whole, whole.new_zeros(1), 1, self.whole_tokens)
 
@@ -111,7 +111,7 @@ def positions_of_plan(plan: DocumentPlan, rank: int, world_size: int, tokens: in
 
 
 def order_of_tokens(rows: torch.Tensor) -> torch.Tensor:
-    """Return the row of each token, given the token of each of `rows`, where -1 is padding; the host waits for it."""
+    """Return the row of each token from the token of each row; -1 is padding. The host waits for the result."""
     held = (rows >= 0).nonzero().flatten()
     order = torch.empty_like(held)
     order[rows[held]] = held

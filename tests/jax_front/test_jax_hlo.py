@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.support.machine import GPU
-from zigzag_jax import make_zigzag_attention, zigzag_attention, zigzag_attention_gathered
+from tests.support.spread import mesh_of
+from zigzag_jax import make_zigzag_attention, plan_documents, zigzag_attention, zigzag_attention_gathered
 
 WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
 DTYPE = "bfloat16" if GPU else "float32"  # XLA's collectives on a CPU convert all others, there and back
@@ -46,6 +47,24 @@ def test_gathered_keys_are_read_in_place_in_both_directions(kernel_backend):
 
     q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
     assert moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS * HEAD_DIM) == []
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("method", ["allgather", "ring"])
+def test_both_parts_of_a_plan_read_queries_and_write_results_in_place(method, kernel_backend):
+    """Only K/V of split documents and their gradients are copied."""
+    if jax.device_count() < WORLD_SIZE:
+        pytest.skip(f"needs {WORLD_SIZE} devices")
+    plan = plan_documents([96, 40, 50, 60, 30], WORLD_SIZE, tokens=TOKENS + 24, split_tokens=48, split_above=90)
+    attention = make_zigzag_attention(mesh_of(WORLD_SIZE), method=method, backend=kernel_backend)
+    q, kv = (array(WORLD_SIZE * plan.tokens, heads) for heads in (HEADS, KV_HEADS))
+
+    def step(q, k, v, dout):
+        out, pullback = jax.vjp(lambda *x: attention(*x, attention.prepare_batch(plan)), q, k, v)
+        return out, pullback(dout)
+
+    assert moved(step, q, kv, kv, q, least=plan.split_tokens * KV_HEADS * HEAD_DIM)  # sees K/V that are to be sent
+    assert moved(step, q, kv, kv, q, least=plan.whole_tokens * HEADS * HEAD_DIM) == []
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

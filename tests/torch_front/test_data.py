@@ -307,6 +307,7 @@ def check_training_step(rank, world_size, layout):
     wanted = torch.autograd.grad(alone, [*weights.values()])
     tokens = 4 * world_size + 20
     batch = shard_documents(documents, rank, world_size, labels=labels, tokens=tokens, max_documents=6, layout=layout)
+    assert batch.prepare(group, method="halo", backend="reference", window_size=(1, 0)).halo == 1
     logits = forward(weights, batch, group)
     for gradients, divisor in (("sum", 1), ("mean", world_size)):
         loss = token_mean_loss(logits, batch.labels, batch.num_targets, group, gradients=gradients)

@@ -56,7 +56,7 @@ class AllGather:
         tables: Tables,
         beside: Beside | None = None,
     ) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks.
+        """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks.
 
         With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
         """
@@ -92,7 +92,7 @@ class AllGather:
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""
         window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
-        first_row = gradient.shape[0] - window.shape[0]  # rows before it are those of another part
+        first_row = gradient.shape[0] - window.shape[0]  # rows before it belong to another part
         return jax.lax.dynamic_update_slice(gradient, window, (first_row, head, 0))
 
     @property

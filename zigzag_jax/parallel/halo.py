@@ -53,7 +53,7 @@ class Halo:
         tables: Tables,
         beside: Beside | None = None,
     ) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks.
+        """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks.
 
         With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
         """

@@ -66,7 +66,7 @@ class Residuals(NamedTuple):
 
 
 Beside = Callable[[str | None], Any]
-"""Launches another part of a batch, and returns the arrays in which the results of this part have their rows too.
+"""Launches another part of a batch, and returns the arrays that the results of this part belong to as well.
 
 A transport calls it with the dtype of these results, None for that of q, and begins with them in place of new arrays.
 """

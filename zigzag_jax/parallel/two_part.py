@@ -42,7 +42,7 @@ class TwoPart:
         return attend(None) if self.split is None else self.split.forward(self._split_rows(inputs), of_split, attend)
 
     def backward(self, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None, tables: Tables) -> Inputs:
-        """Return gradients as `Local.backward`; those of this rank's k and v are summed over the ranks."""
+        """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks."""
         from zigzag_kernels import plan
 
         of_whole, of_split = self._parts_of(tables)

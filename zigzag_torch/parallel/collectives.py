@@ -113,7 +113,7 @@ def common_rank(
     layout: str = "document",
     fault: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `rank`, or -1 on every rank if a tensor is not the same on all of them, or one of them has a `fault`.
+    """Return `rank`, or -1 on every rank if ranks have different tensors, or one of them has a `fault`.
 
     The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere. Ranks compare
     fingerprints, so that the message has one size, however many sequences there are. They agree on the `layout`, in

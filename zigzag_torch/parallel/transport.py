@@ -63,7 +63,7 @@ class Residuals(NamedTuple):
 
 
 Beside = Callable[[str | None], Any]
-"""Launches another part of a batch, and returns the arrays in which the results of this part have their rows too.
+"""Launches another part of a batch, and returns the arrays that the results of this part belong to as well.
 
 A transport calls it once, with the dtype of these results (None: that of q), when its first transfer is under way.
 """
