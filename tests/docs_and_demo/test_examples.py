@@ -14,7 +14,7 @@ import pytest
 from tests.support.commands import ROOT, shell_environment
 from tests.support.machine import GPU, HANGS
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # (page, number of the block in it, how it is fenced, what it says)
 BLOCKS = [
     (page.name, number, *block)

@@ -1,0 +1,33 @@
+"""The files around the code agree with it: pages name files that exist, and the hosted checks run targets of `make`."""
+
+import re
+
+import pytest
+
+from tests.support.commands import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+WORKFLOW = ROOT / ".github/workflows/ci.yml"
+FOLDERS = "zigzag_kernels|zigzag_torch|zigzag_jax|tests|bench|docs|examples"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_heading_that_a_page_links_to_exists(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+        assert anchor in anchors, f"{target}#{anchor}"
+
+
+def test_the_hosted_checks_run_the_targets_of_the_makefile():
+    defined = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called = set(re.findall(r"target: ([a-z-]+)", WORKFLOW.read_text(encoding="utf-8")))
+    assert called == {"lint", "test", "test-all", "compile", "newest"}
+    assert called <= defined
