@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 VOCABULARY = 256
+# Of Adam. Optax takes powers in float32, which holds the second exactly; of 1 - 0.999 it has four digits.
+BETAS = 0.9, 1 - 2**-10
 
 
 @dataclass(frozen=True)

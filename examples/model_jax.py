@@ -1,17 +1,18 @@
-"""The model of `model.py` in JAX: plain functions of a dict of weights, attention by `zigzag_attention`."""
+"""The model of `model.py` in JAX: modules of Flax NNX, attention to packed rows by `segmented_attention`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model import Sizes
+from model import BETAS, VOCABULARY, Sizes
 from text import Room
-from zigzag_jax import Batch, host, prepare_batch, token_mean_loss, zigzag_attention
+from zigzag_jax import SegmentedBatch, host, prepare_segments, segmented_attention, token_mean_loss
 
 
 def trainer(
@@ -24,90 +25,101 @@ def trainer(
 ) -> Callable[[list], float]:
     """A function that takes one Adam step on documents and returns the loss before it. `weights` are NumPy arrays.
 
-    With a `mesh`, each device of its axis "cp" computes its zigzag rows of the documents, which are given whole.
+    With a `mesh` of the axes "data" and "context" the documents, which are given whole, are spread over all devices.
     """
+    replicas, ranks = (mesh.shape["data"], mesh.shape["context"]) if mesh else (1, 1)
+    rows = replicas, room.row_length(replicas, ranks), ranks
+    attention = {"mesh": mesh, "batch_axis": "data" if mesh else None, "method": method}
     weights = jax.device_put(weights, NamedSharding(mesh, P()) if mesh else None)
-    means = squares = jax.tree.map(jnp.zeros_like, weights)
-    steps = 0
 
-    world_size, axis_name = (mesh.shape["cp"], "cp") if mesh else (1, None)
-    size = {"tokens": room.rows(world_size), "max_documents": room.documents}  # the same for every batch
+    @nnx.jit
+    def begin(weights):
+        model = Model(sizes, attention, rngs=nnx.Rngs(0))
+        model.load(weights)
+        return model, nnx.Optimizer(model, optax.adam(learning_rate, *BETAS), wrt=nnx.Param)
 
-    def mean_loss(weights, batch):
-        logits = forward(weights, sizes, batch, axis_name, method)
-        return token_mean_loss(logits, batch.labels, batch.num_targets, axis_name=axis_name)
+    @nnx.jit
+    def update(model, optimizer, packed):
+        def mean_loss(model):
+            batch = prepare_segments(packed.segment_ids, packed.position_ids, max_segments=room.documents, **attention)
+            logits = model(packed.input_ids, packed.position_ids, batch)
+            return token_mean_loss(logits, packed.labels, packed.num_targets)
 
-    @jax.jit
-    def update(weights, means, squares, batch, step_size, correction):
-        of_mesh = mean_loss
-        if mesh:  # each device has its rows, and all have the rest
-            of_mesh = jax.shard_map(mean_loss, mesh=mesh, in_specs=(P(), batch.specs("cp")), out_specs=P())
-        value, gradients = jax.value_and_grad(of_mesh)(weights, batch)
-        weights, means, squares = adam(weights, gradients, means, squares, step_size, correction)
-        return value, weights, means, squares
+        value, gradients = nnx.value_and_grad(mean_loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    model, optimizer = begin(weights)
 
     def step(documents: list) -> float:
-        nonlocal weights, means, squares, steps
-        steps += 1
-        # 1 - 0.999 has four digits left in float32, so these are computed here, as torch.optim does.
-        step_size, correction = learning_rate / (1 - 0.9**steps), (1 - 0.999**steps) ** 0.5
-        batch = host.shard_documents(documents, world_size, **size)
-        batch = put(batch, mesh) if mesh else batch
-        value, weights, means, squares = update(weights, means, squares, batch, step_size, correction)
-        return float(value)
+        packed = host.pack_rows(documents, *rows)  # grain's or any other loader can do this in its workers
+        return float(update(model, optimizer, put(packed, mesh) if mesh else packed))
 
     return step
 
 
-def put(batch: host.ShardedBatch, mesh: Mesh) -> host.ShardedBatch:
+def put(packed: host.PackedRows, mesh: Mesh) -> host.PackedRows:
     """The batch on the devices of `mesh`. Each process puts what its devices need; JAX compares the fingerprints."""
 
     def put_part(x, spec):
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
-    fingerprint = jax.device_put(batch.fingerprint, NamedSharding(mesh, P()))
-    return dataclasses.replace(jax.tree.map(put_part, batch, batch.specs("cp")), fingerprint=fingerprint)
+    # Replicas have other rows, and the devices of one replica share each row.
+    specs = packed.specs("context", "data")
+    fingerprint = jax.device_put(packed.fingerprint, NamedSharding(mesh, specs.fingerprint))
+    return jax.tree.map(put_part, packed, specs)._replace(fingerprint=fingerprint)
 
 
-def adam(weights, gradients, means, squares, step_size, correction):
-    """Adam (Kingma & Ba, 2014) with the constants of `torch.optim.Adam`."""
-    means = jax.tree.map(lambda m, g: m + 0.1 * (g - m), means, gradients)
-    squares = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g * g, squares, gradients)
-    weights = jax.tree.map(
-        lambda w, m, s: w - step_size * m / (jnp.sqrt(s) / correction + 1e-8), weights, means, squares
-    )
-    return weights, means, squares
+class Model(nnx.Module):
+    """Logits `[B, S, 256]` of the byte that follows each token."""
+
+    def __init__(self, sizes: Sizes, attention: dict, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(VOCABULARY, sizes.dim, rngs=rngs)
+        self.layers = nnx.List([Layer(sizes, attention, rngs=rngs) for _ in range(sizes.layers)])
+        self.norm = nnx.RMSNorm(sizes.dim, rngs=rngs)
+        self.logits = linear(sizes.dim, VOCABULARY, rngs=rngs)
+        self.frequencies = tuple(sizes.rope_frequencies.tolist())
+
+    def __call__(self, ids: jax.Array, positions: jax.Array, batch: SegmentedBatch) -> jax.Array:
+        angles = positions[..., None, None] * jnp.array(self.frequencies, jnp.float32)  # [B, S, 1, head_dim / 2]
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, angles, batch)
+        return self.logits(self.norm(x))
+
+    def load(self, weights: dict) -> None:
+        """Take the weights of `model.initial_weights`."""
+        self.embedding.embedding[...] = weights["embedding"]
+        self.norm.scale[...] = weights["norm"]
+        self.logits.kernel[...] = weights["logits"]
+        for layer, of_layer in zip(self.layers, weights["layers"], strict=True):
+            for name, x in of_layer.items():
+                module = getattr(layer, name)
+                parameter = module.scale if isinstance(module, nnx.RMSNorm) else module.kernel
+                parameter[...] = x
 
 
-def forward(weights: dict, sizes: Sizes, batch: host.ShardedBatch, axis_name: str | None, method: str) -> jax.Array:
-    """Logits `[T, 256]` of the byte that follows each of the T rows; inside `shard_map` those of one device."""
-    options = {"axis_name": axis_name, "method": method}
-    prepared = prepare_batch(batch, **options)  # once for all layers, both ways
-    attend = functools.partial(zigzag_attention, **options)
-    angles = batch.position_ids[:, None, None] * sizes.rope_frequencies  # [T, 1, head_dim/2]
-    x = weights["embedding"][batch.input_ids]  # [T, dim]
-    for layer in weights["layers"]:
-        x = x + attention(layer, sizes, rms_norm(x, layer["attention_norm"]), angles, prepared, attend)
-        x = x + swiglu(layer, rms_norm(x, layer["mlp_norm"]))
-    return rms_norm(x, weights["norm"]) @ weights["logits"]
+class Layer(nnx.Module):
+    def __init__(self, sizes: Sizes, attention: dict, *, rngs: nnx.Rngs):
+        of_heads, of_kv_heads = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        self.head_dim = sizes.head_dim
+        self.attend = functools.partial(segmented_attention, **attention)
+        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(sizes.dim, rngs=rngs) for _ in range(2))
+        self.q, self.o = linear(sizes.dim, of_heads, rngs=rngs), linear(of_heads, sizes.dim, rngs=rngs)
+        self.k, self.v = (linear(sizes.dim, of_kv_heads, rngs=rngs) for _ in range(2))
+        self.gate, self.up = (linear(sizes.dim, sizes.hidden, rngs=rngs) for _ in range(2))
+        self.down = linear(sizes.hidden, sizes.dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array, batch: SegmentedBatch) -> jax.Array:
+        y = self.attention_norm(x)
+        q, k, v = (project(y).reshape(*y.shape[:2], -1, self.head_dim) for project in (self.q, self.k, self.v))
+        out = self.attend(rotate(q, angles), rotate(k, angles), v, batch)  # [B, S, heads, head_dim]
+        x = x + self.o(out.reshape(*out.shape[:2], -1))
+        y = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
-def attention(
-    layer: dict, sizes: Sizes, x: jax.Array, angles: jax.Array, batch: Batch, attend: Callable[..., jax.Array]
-) -> jax.Array:
-    q = (x @ layer["q"]).reshape(len(x), sizes.heads, -1)  # [T, heads, head_dim]
-    k = (x @ layer["k"]).reshape(len(x), sizes.kv_heads, -1)  # [T, kv_heads, head_dim]
-    v = (x @ layer["v"]).reshape(len(x), sizes.kv_heads, -1)
-    out = attend(rotate(q, angles), rotate(k, angles), v, batch)
-    return out.reshape(len(x), -1) @ layer["o"]
-
-
-def swiglu(layer: dict, x: jax.Array) -> jax.Array:
-    return (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
-
-
-def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * weight
+linear = functools.partial(nnx.Linear, use_bias=False)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:

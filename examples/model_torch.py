@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import Sizes
+from model import BETAS, Sizes
 from text import Room
 from zigzag_torch import ShardedBatch, shard_documents, token_mean_loss, zigzag_attention
 
@@ -35,7 +35,7 @@ def trainer(
         return parameters[-1]
 
     weights = to_parameters(weights)
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS)
     rank, world_size = (group.rank(), group.size()) if group else (0, 1)
 
     size = {"tokens": room.rows(world_size), "max_documents": room.documents}  # the same for every batch

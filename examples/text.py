@@ -9,15 +9,22 @@ import numpy as np
 
 
 class Room(NamedTuple):
-    """What a batch has at most."""
+    """What a batch has at most; `longest` are the tokens of a document, None as many as there are."""
 
     tokens: int
     documents: int
+    longest: int | None = None
 
     def rows(self, world_size: int) -> int:
         """Rows of each rank that hold any such batch, whose documents are padded to a multiple of 2W tokens."""
         padding = 0 if world_size == 1 else 2 * world_size - 1
         return -(-(self.tokens + self.documents * padding) // world_size)
+
+    def row_length(self, rows: int, ranks: int) -> int:
+        """Tokens of each of so many rows, cut into 2W chunks, that hold any such batch as `pack_rows` fills them."""
+        longest = self.tokens if self.longest is None else self.longest
+        tokens = -(-(self.tokens + (rows - 1) * longest) // rows)
+        return -(-tokens // (2 * ranks)) * 2 * ranks
 
 
 def documents(context: int) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""Trains the byte-level model of `model.py` in JAX, its documents dealt out to all devices.
+"""Trains the byte-level model of `model.py` in JAX, modules of Flax NNX, on a mesh of replicas and context parallelism.
 
     python examples/train_jax.py
-    python examples/train_jax.py --devices 4 --method ring     # a CPU that acts as four devices
+    python examples/train_jax.py --devices 4 --data 2 --method ring     # a CPU that acts as four devices, two by two
 
 On several machines, or in several processes on one, start it in each of them with the address of the first one:
 
@@ -26,7 +26,8 @@ import model_jax
 from model import Sizes, initial_weights
 from text import Room, batches
 
-ROOM, CONTEXT, LEARNING_RATE = Room(tokens=512, documents=8), 256, 3e-3
+CONTEXT, LEARNING_RATE = 256, 3e-3
+ROOM = Room(tokens=512, documents=8, longest=CONTEXT)
 
 
 def main() -> None:
@@ -35,18 +36,23 @@ def main() -> None:
     parser.add_argument("--method", choices=("allgather", "ring"), default="allgather", help="how K/V move")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text (default 0)")
     parser.add_argument("--json", type=Path, help='write {"losses": [...]} to this file')
+    parser.add_argument("--data", type=int, help="replicas, each on its part of all devices (default 2 of 4 or more)")
     parser.add_argument("--devices", type=int, help="act as so many devices, in each process, on the CPU")
     parser.add_argument("--coordinator", help="host:port of the first process, for all others to find it")
     parser.add_argument("--processes", type=int, help="how many there are")
     parser.add_argument("--process", type=int, help="which of them this is, from 0")
     arguments = parser.parse_args()
-    for name in ("steps", "devices"):
+    for name in ("steps", "data", "devices"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
 
     start_jax(arguments)
-    losses = train(arguments)
+    devices = jax.device_count()
+    replicas = arguments.data or (2 if devices % 4 == 0 else 1)
+    if devices % replicas:
+        parser.error(f"--data: expected a divisor of the {devices} devices, got {replicas}")
+    losses = train(arguments, replicas)
     if jax.process_index() == 0:
         if arguments.json:
             arguments.json.write_text(json.dumps({"losses": losses}))
@@ -67,9 +73,10 @@ def start_jax(arguments: argparse.Namespace) -> None:
         jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process, **timeouts)
 
 
-def train(arguments: argparse.Namespace) -> list[float]:
+def train(arguments: argparse.Namespace, replicas: int) -> list[float]:
     """The loss before each step, in nats a byte of the whole batch."""
-    mesh = jax.make_mesh((jax.device_count(),), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    shape = replicas, jax.device_count() // replicas
+    mesh = jax.make_mesh(shape, ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     weights = initial_weights(Sizes(), arguments.seed)  # all processes begin alike, and stay so
     step = model_jax.trainer(weights, Sizes(), LEARNING_RATE, ROOM, mesh, arguments.method)
     text = itertools.islice(batches(ROOM, CONTEXT, arguments.seed), arguments.steps)

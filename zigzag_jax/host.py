@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -172,6 +172,91 @@ def shard_documents(
         layout=str(layout),
         whole_tokens=whole_tokens,
         tokens=packed.tokens,
+    )
+
+
+class PackedRows(NamedTuple):
+    """Packed rows are what a training step needs of documents in rows of equal length: NumPy arrays, and so a pytree.
+
+    The tokens of each row are in the order of the ranks (`reorder_rows`).
+
+    Attributes:
+        input_ids: `[B, S]` int32; padding is `pad_token_id`.
+        labels: `[B, S]` int32, the next token of the same document; `ignore_index` at its end and for padding.
+        position_ids: `[B, S]` int32, the position of every token in its document.
+        segment_ids: `[B, S]` int32, the number of the document in its row, from 1; 0 is padding.
+        num_targets: one int32, the labels of all rows together.
+        fingerprint: `[2]` uint32, which differ if any token or label of the batch does.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    segment_ids: np.ndarray
+    num_targets: np.ndarray
+    fingerprint: np.ndarray
+
+    def specs(self, axis: str | tuple[str, ...], batch_axis: str | tuple[str, ...] | None = None) -> "PackedRows":
+        """Return the specs of the arrays on a mesh whose `axis` spreads tokens and whose `batch_axis` spreads rows."""
+        rows: Any = P(batch_axis, axis)
+        shared: Any = P()
+        return PackedRows(rows, rows, rows, rows, shared, shared)
+
+
+def pack_rows(
+    documents: Sequence,
+    rows: int,
+    row_length: int,
+    world_size: int = 1,
+    *,
+    labels: Sequence | None = None,
+    pad_token_id: int = 0,
+    ignore_index: int = -100,
+) -> PackedRows:
+    """Return whole documents in `rows` of `row_length` tokens, each row in the order of the ranks that share it.
+
+    The longest document comes first, each into the row with the most room left, which fills rows evenly. In a row
+    documents are in the order given.
+
+    Args:
+        documents, labels, pad_token_id, ignore_index: as in `shard_documents`.
+        rows: B, the number of rows.
+        row_length: S, tokens of a row, a multiple of `2 * world_size`.
+        world_size: W, the number of ranks that share each row: the devices of the context axis.
+
+    Raises `ValueError` for documents that do not fit.
+    """
+    world_size = check_world_size(world_size)
+    row_length, rows = check_packed_rows(row_length, rows, world_size)
+    lengths = [len(part) for part in _integers("documents", documents)]
+    if labels is not None:
+        check_labels(lengths, [len(part) for part in _integers("labels", labels)])
+    held, room = [[] for _ in range(rows)], [row_length] * rows
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = room.index(max(room))
+        if lengths[i] > room[row]:
+            raise ValueError(
+                f"documents: expected {sum(lengths)} tokens that fit into {rows} rows of {row_length}, got "
+                f"{lengths[i]} where the emptiest row has room for {room[row]} (document {i})"
+            )
+        held[row].append(i)
+        room[row] -= lengths[i]
+    common: dict[str, Any] = {"pad_token_id": pad_token_id, "ignore_index": ignore_index, "layout": "row"}
+    common["tokens"] = row_length // world_size
+    parts, segment_ids = [], np.zeros((rows, row_length), np.int32)
+    for row, numbers in enumerate(map(sorted, held)):
+        own = None if labels is None else [labels[i] for i in numbers]
+        parts.append(shard_documents([documents[i] for i in numbers], world_size, labels=own, **common))
+        ids = np.repeat(np.arange(1, len(numbers) + 1), [lengths[i] for i in numbers])
+        segment_ids[row, : len(ids)] = ids
+    bits = fingerprint(lengths, [part.fingerprint.tobytes() for part in parts]) % 2**64
+    return PackedRows(
+        input_ids=np.stack([part.input_ids for part in parts]),
+        labels=np.stack([part.labels for part in parts]),
+        position_ids=np.stack([part.position_ids for part in parts]),
+        segment_ids=reorder_rows(segment_ids, world_size),
+        num_targets=np.array(sum(int(part.num_targets) for part in parts), np.int32),
+        fingerprint=np.array([bits % 2**32, bits >> 32], np.uint32),
     )
 
 

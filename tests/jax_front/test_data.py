@@ -198,3 +198,39 @@ def test_rows_of_another_batch_are_not_put_in_order():
     ):
         with pytest.raises(ValueError, match=message):
             make_zigzag_attention(mesh, **options).prepare_batch(batch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 24), max_size=12), st.integers(1, 3), st.integers(1, 3))
+def test_packed_rows_hold_whole_documents(lengths, rows, world_size):
+    """In the order of the tokens each document is in one place, its labels are its next tokens, and ids count up."""
+    documents = [1000 * i + np.arange(length) for i, length in enumerate(lengths, 1)]
+    row_length = 2 * world_size * -(-(sum(lengths) // rows + 24) // (2 * world_size))  # always enough
+    packed = host.pack_rows(documents, rows, row_length, world_size, pad_token_id=7)
+    in_order = [host.reorder_rows(x, world_size, to_contiguous=True) for x in packed[:4]]
+    found = []
+    for ids, labels, positions, segments in zip(*in_order, strict=True):
+        real = segments != 0
+        assert not real[np.argmin(real) :].any() or real.all()
+        np.testing.assert_array_equal(ids[~real], 7)
+        np.testing.assert_array_equal(labels[~real], -100)
+        for number in range(1, segments.max(initial=0) + 1):
+            of_number = segments == number
+            document = ids[of_number]
+            found.append(document.tolist())
+            np.testing.assert_array_equal(labels[of_number], [*document[1:], -100] if len(document) else [])
+            np.testing.assert_array_equal(positions[of_number], np.arange(len(document)))
+    assert sorted(x for x in found if x) == sorted(x.tolist() for x in documents if len(x))
+    assert packed.num_targets == (packed.labels != -100).sum()
+
+
+def test_rows_that_documents_do_not_fit_are_refused():
+    documents = [np.arange(9), np.arange(9), np.arange(4)]
+    with pytest.raises(
+        ValueError, match=r"documents: expected 22 tokens that fit .* got 4 where .* room for 3 \(document 0\)"
+    ):
+        host.pack_rows(documents[::-1], 2, 12)
+    with pytest.raises(ValueError, match=r"row_length: expected a multiple of 2 \* world_size = 4, .* got 14"):
+        host.pack_rows(documents, 2, 14, 2)
+    a, b = (host.pack_rows([x], 1, 12).fingerprint for x in (np.arange(4), np.arange(4)[::-1]))
+    assert (a != b).any()

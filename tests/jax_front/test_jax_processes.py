@@ -38,7 +38,9 @@ def test_the_example_trains_alike_on_any_number_of_devices_and_processes(tmp_pat
     assert one[0] > one[-1]
     others = {
         "devices": train(tmp_path / "devices.json", devices=devices),
-        "processes": train(tmp_path / "processes.json", "--method", "ring", devices=devices, processes=processes),
+        "processes": train(
+            tmp_path / "processes.json", "--method", "ring", "--data", "1", devices=devices, processes=processes
+        ),
     }
     for where, losses in others.items():
         np.testing.assert_allclose(losses, one, rtol=0, atol=TOLERANCE, err_msg=where)
