@@ -1,4 +1,4 @@
-"""What the benchmark compares: this library in both frameworks, and other attentions on the input that suits them best.
+"""The implementations that the benchmark compares: this library in both frameworks, and other attentions.
 
 An implementation makes `Calls` of a case, one for each set of inputs; all compute one rank's rows of a zigzag batch.
 Those that know no zigzag layout get K/V that were copied together before, and their dK/dV are put back only to be
@@ -29,12 +29,15 @@ BACKEND = None  # of this library's calls: the kernels on a GPU
 
 
 class Unavailable(Exception):
-    """Why an implementation cannot serve a case, or cannot run on this machine."""
+    """The reason why an implementation cannot compute a case, or cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """`make(case, rank, sets) -> [Calls]`; `ours` are those whose failure is one of the benchmark."""
+    """One implementation, as `make(case, rank, sets) -> [Calls]`.
+
+    If an implementation that is `ours` fails, so does the benchmark.
+    """
 
     framework: str
     make: Callable[..., list[Calls]]
@@ -45,7 +48,10 @@ class Implementation:
 
 
 class Slices(NamedTuple):
-    """Every run of a rank's rows with the keys that it sees, as one packed batch for attention that knows no zigzag."""
+    """Every run of a rank's rows with the keys that it sees, as one ordinary packed batch.
+
+    Attention without zigzag can compute it.
+    """
 
     rows: torch.Tensor  # of the gathered buffer, in the order in which they are copied together
     lengths: flash2.Lengths
@@ -132,8 +138,10 @@ def flash2_torch(case, rank, sets):
 
 
 def _check_one_mask(case):
-    """The causal mask of both interfaces joins the first row with the first key; a late chunk's last ones belong
-    together."""
+    """Raise `Unavailable` for cases whose causal mask both interfaces would place differently.
+
+    They align the first row with the first key, but the last row of a late chunk belongs to the last key.
+    """
     if len(case.lengths) != 1 or (case.causal and case.world_size > 1):
         raise Unavailable(
             "not expressible: one sequence, and a causal mask that begins at the first key, is all it has"

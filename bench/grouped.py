@@ -1,4 +1,4 @@
-"""What the simple benchmark and the profile run: the unfused path and its fused stand-in on the same inputs."""
+"""The calls of the simple benchmark and the profile: the unfused path and its fused replacement on the same inputs."""
 
 from functools import partial
 

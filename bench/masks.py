@@ -2,10 +2,10 @@
 
     python bench/masks.py [--cases NAME ...] [--json FILE]
 
-The shapes are those of models: gpt-oss (window 128, sinks), Mistral (window 4,096), Gemma 2 (softcap) and Gemma 3
-(window 1,024, head_dim 256). Each result is compared with that of the other library, or with the reference of a short
-batch of the same shape, before it is timed. All gradients are deterministic. TFLOP/s count visible scores alone.
-Of a rank that is played alone, the other library gets K/V already copied into the order in which it reads them.
+The shapes come from models: gpt-oss (window 128, sinks), Mistral (window 4,096), Gemma 2 (softcap) and Gemma 3 (window
+1,024, head_dim 256). Each result is compared with the result of the other library, or with the reference on a short
+batch of the same shape, before it is timed. All gradients are deterministic. TFLOP/s count visible scores only. For one
+rank of several, the other library gets K/V already copied into the order in which it reads them.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class MaskCase:
 
     @property
     def form(self) -> dict:
-        """What a prepared batch is told of the layout."""
+        """The arguments of `prepare_batch` that describe the layout."""
         return {"layout": self.layout} | ({"row_length": sum(self.lengths)} if self.layout == "row" else {})
 
     def tokens_of(self, rank: int) -> torch.Tensor:
@@ -253,7 +253,7 @@ def _graphed(call):
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Return Markdown lines: one a case and direction, with the other library's time over ours."""
+    """Return a line of Markdown for each case and direction: the other library's time divided by this one's."""
     lines = [f"| case | direction | {OURS}, ms | TFLOP/s | {THEIRS}, ms | times as fast |", "| --- " * 6 + "|"]
     times = {(row["case"], row["direction"], row["implementation"]): row for row in rows if "ms" in row}
     for (name, direction, implementation), row in times.items():

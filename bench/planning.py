@@ -1,4 +1,4 @@
-"""Launches planned under settings of the environment, those of several settings side by side in one process."""
+"""Launches planned under settings of the environment; one process can hold the launches of several settings."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ class Planning(contextlib.ExitStack):
 
     @property
     def takes_hopper_kernels(self) -> bool:
-        """Whether a kernel written for Hopper has served so far."""
+        """Return whether a kernel for Hopper has been planned so far."""
         return any(kernel.family == "hopper" for kernel in self.planner.kernels)
 
 

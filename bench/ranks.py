@@ -1,4 +1,4 @@
-"""Plays all ranks of one long sequence in turn on one GPU: are their times equal, and what do parts of attention cost?
+"""Times all ranks of one long sequence in turn on one GPU, in one launch and in parts.
 
     python bench/ranks.py [--json FILE] [--plot FILE]
 
@@ -49,7 +49,7 @@ def pack_windows(k, v, heads):
 
 
 class Player:
-    """One rank of a case: the same attention in one launch, in windows of KV heads, and in the steps of a ring."""
+    """One rank of a case, which computes its attention in one launch, in windows of heads or in ring steps."""
 
     def __init__(self, case, rank, tensors, heads_k_stride, backend="triton"):
         self.case, self.rank, self.window = case, rank, heads_k_stride
@@ -127,7 +127,7 @@ class Player:
     def ring_backward(self, out, lse, sums):
         """(dq, and dk, dv of the last peer in the dtype of k).
 
-        dk, dv are added to `sums [W, 2, T, kv_heads, head_dim]`; those of the own rank, which come first, replace it.
+        dk, dv are added to `sums [W, 2, T, kv_heads, head_dim]`; the first step, of the rank's own keys, overwrites it.
         """
         problem = self.problem(self.k[: self.case.tokens], KVLayout.PEER)
         rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, **self.strides)

@@ -1,8 +1,8 @@
-"""What the benchmark makes of its rows: the table, the lines that sum it up, and the pictures.
+"""The report of the benchmark: a table of its rows, lines that sum it up, and pictures.
 
-A row is a dict: case, implementation, direction ("forward", "backward"), status ("ok", or why there is no time), and,
-if ok, ms (median of the rounds), low_ms and high_ms (their quartiles), host_ms, tflops, of_matmul (share of the
-measured matrix product) and peak_mib, the memory of one call beyond its inputs, or None where it cannot be told.
+A row is a dict with case, implementation, direction ("forward", "backward") and status ("ok", or why there is no time).
+A row that is ok also has ms (median of the rounds), low_ms and high_ms (their quartiles), host_ms, tflops, of_matmul
+(share of the measured matrix product) and peak_mib (memory of one call beyond its inputs, None if unknown).
 """
 
 import statistics
@@ -24,7 +24,7 @@ HEADLINES = {
 }
 SMALL = {"packed64-d128": "64x128", "documents-d128": "real lengths"}
 LONG = "rectangle-d128"
-# One for each implementation: Okabe and Ito's colours and more, those of this library in front.
+# One for each implementation, this library's first: Okabe and Ito's colours, and more.
 COLOURS = (
     "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44",
     "#7B3FA0", "#A8D08D",
@@ -32,7 +32,7 @@ COLOURS = (
 
 
 def summarise(times):
-    """The times of a row from those of its rounds, at least two."""
+    """Return the times of a row from the times of its rounds, at least two."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"ms": median, "low_ms": low, "high_ms": high}
 
@@ -43,7 +43,7 @@ def unique(rows, field):
 
 
 def find(rows, case, implementation):
-    """{direction: row} of what was timed."""
+    """Return {direction: row} of an implementation for a case, without rows that were not timed."""
     return {
         row["direction"]: row
         for row in rows
@@ -89,8 +89,10 @@ def _cells(row):
 
 
 def headlines(rows, implementations):
-    """Two lines for each of `implementations` that was timed: its gain over the unfused path, and what short or uneven
-    documents cost it."""
+    """Return two lines for each of `implementations` that was timed.
+
+    They give its gain over the unfused path, and its loss on short or uneven documents.
+    """
     lines, timed = [], {row["implementation"] for row in rows if row["status"] == OK}
     for name in implementations:
         if name not in timed:
@@ -113,7 +115,7 @@ def _per_flop(rows, case, implementation):
 
 
 def _ratio(above, below, unit=""):
-    """`above / below` in words, one of which may not have been measured."""
+    """Return `above / below` in words; either may be None, if it was not measured."""
     return "not measured" if above is None or below is None else f"{above / below:.2f}{unit}"
 
 

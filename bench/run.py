@@ -101,7 +101,10 @@ def sampler(ready, direction, device):
 
 
 def check(case, rank, ready, expected, done):
-    """`AssertionError` unless the results are right, and those of the twin bit for bit; `done` has all that were."""
+    """Raise `AssertionError` unless the results are right, and equal the other framework's bit for bit.
+
+    `done` has the results that were checked before.
+    """
     with ready.planning:
         results = ready.calls[0].results()
     for kv_head, right in expected.items():
@@ -114,7 +117,10 @@ def check(case, rank, ready, expected, done):
 
 
 def set_up(case, rank, sets, names, device, tick):
-    """({name: {direction: (sampler, MiB, host ms)}} of those that work, {name: why not} of the others)."""
+    """Prepare the implementations `names`: return two dicts.
+
+    They are {name: {direction: (sampler, MiB, host ms)}} of the ones that work, and {name: reason} of the others.
+    """
     expected = {kv_head: timing.exact(case, rank, kv_head, *sets[0]) for kv_head in {0, case.kv_heads - 1}}
     working, reasons, done = {}, {}, {}
     for name in names:
@@ -177,7 +183,7 @@ def warm_one(name, case):
 
 
 def _one_thread():
-    """In a process that compiles, PyTorch needs no processes of its own to compile in."""
+    """Keep PyTorch from starting processes to compile in: this process compiles itself."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
@@ -205,7 +211,7 @@ def warm(cases, names):
 
 
 def machine(device):
-    """What the numbers depend on: the GPU and the versions of what is installed."""
+    """Return the facts that the numbers depend on: the GPU and the installed versions."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -214,7 +220,7 @@ def machine(device):
 
 
 def chosen(names, patterns):
-    """Those of `names` that match any of the shell `patterns`; `SystemExit` for a pattern that matches none."""
+    """Return the `names` that match any of the shell `patterns`; `SystemExit` for a pattern without a match."""
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise SystemExit(f"{pattern!r} matches none of {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, the check that comes before any time, and rounds in which calls take turns."""
+"""Inputs, checks and clocks of all benchmarks: results are checked before they are timed, and calls take turns."""
 
 import math
 import random
@@ -114,7 +114,7 @@ def check_close(name, got, expected):
 
 
 def check(case, rank, kv_head, results, expected):
-    """`AssertionError` unless `results`, out, dq, dk and dv, agree with those of `exact` in one KV head."""
+    """Raise `AssertionError` unless `results` (out, dq, dk, dv) agree with the results of `exact` in one KV head."""
     group = case.heads // case.kv_heads
     for name, got, right in zip(NAMES, results, expected, strict=True):
         heads = group if name in ("out", "dq") else 1
@@ -137,7 +137,7 @@ def host_sample(calls: Sequence[Callable], count: int, wait: Callable) -> float:
 
 
 def cuda_sample(calls: Sequence[Callable], count: int) -> float:
-    """As `host_sample`, by events in the stream that the calls go to."""
+    """Return the same time as `host_sample`, measured by events in the stream of the calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

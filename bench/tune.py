@@ -1,11 +1,11 @@
-"""Searches tile sizes for one kernel on the GPU at hand, and writes those that won where `ZIGZAG_KERNEL_CONFIG` reads.
+"""Searches tile sizes for one kernel on this machine's GPU, and writes a file for `ZIGZAG_KERNEL_CONFIG`.
 
     python bench/tune.py --kernel forward --head-dim 128 [--dtype bfloat16] [--output tiles.json]
 
 Every configuration that `fits()` is compiled, checked against float32, and timed in turns with the one in use, because
-clocks move by more than configurations differ. What counts is the geometric mean, over the cases, of the time of the
-whole pass relative to that. `tiles.json` has the best entry, beside those that it had before; `tiles.measured.json` has
-every configuration with what came of it.
+clocks move by more than configurations differ. The score of a configuration is its time for the whole pass relative to
+the one in use, as the geometric mean over the cases. The best configuration is added to `tiles.json`, and replaces an
+entry for the same kernel there. `tiles.measured.json` has every configuration with its time or its error.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SERVES = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration with its time relative to the one in use, by case, or with what was wrong with it."""
+    """A configuration with its time relative to the one in use, by case, or with the reason why it failed."""
 
     config: TileConfig
     relative: dict[str, float] | None = None
@@ -151,7 +151,7 @@ class Bench:
 
 
 def is_deterministic(kernel):
-    """Whether `kernel` serves calls that ask for the same bits each time."""
+    """Return whether `kernel` gives the same bits each time."""
     return kernel.operation is not Operation.FUSED_BACKWARD
 
 

@@ -5,8 +5,8 @@
     compute-sanitizer --tool memcheck python -m bench.lab.sanitize --launch portable
 
 The first finds the binary, in PATH, CUDA's folders or a pip package, and runs the third with each tool and kind of
-kernel, side by side; "control" are the kernels of `sanitizer_control.py`, correct ones and a wrong one. What follows
-`--` goes to the sanitizer. Ends with status 1 if one finds an error, and with 77 if there is no such binary.
+kernel, side by side; "control" are the kernels of `sanitizer_control.py`, correct ones and a wrong one. Arguments after
+`--` are passed to the sanitizer. The exit status is 1 if a tool finds an error, and 77 if there is no such binary.
 """
 
 import argparse
@@ -60,15 +60,17 @@ def find_binary() -> str | None:
 
 
 def _zeros(size):
-    """In place of `zigzag_torch.launch.scratch`: initcheck does not see the descriptors that kernels make in it."""
+    """Replace `zigzag_torch.launch.scratch`: initcheck does not see the descriptors that kernels make there."""
     import torch
 
     return torch.zeros(size, dtype=torch.int8, device="cuda")
 
 
 def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> set[str]:
-    """Every kernel, where tiles end in the middle; the portable ones in one launch, in windows of KV heads, in ring
-    steps, both ways, and those for Hopper in one launch, the backward by a pair of kernels and by one.
+    """Launch every kernel on lengths that end in the middle of tiles.
+
+    The portable kernels run in one launch, in windows of KV heads and in ring steps, forward and backward. The kernels
+    for Hopper run in one launch, the backward pass by two kernels and by the fused one.
 
     Returns the names of the kernels.
     """
@@ -104,8 +106,11 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
 
 @functools.cache
 def describe(path: str, line: int) -> str:
-    """`file:line function`, or `TRITONS_OWN` for lines of a kernel's head and of where its warps part: they are said of
-    the exchange of arguments between partitions, and of the loop in which their warps wait for work."""
+    """Return "file:line function" for a place in the source, or `TRITONS_OWN` for code that Triton adds.
+
+    The tools report such code at the line of the kernel's head or of its warp specialisation: the exchange of arguments
+    between partitions, and the loop in which warps wait for work.
+    """
     where = f"{Path(path).name}:{line}"
     if not Path(path).is_file() or not path.endswith(".py"):
         return where
@@ -134,7 +139,7 @@ def place(text: str) -> tuple[str, str]:
 
 
 def read_reports(text: str) -> collections.Counter[tuple[str, str, str]]:
-    """{(kernel, what, where): how often} of what a tool printed."""
+    """Count the reports in the output `text` of a tool: {(kernel, error, place): number}."""
     counts = collections.Counter()
     lines = [line.lstrip("=").strip() for line in text.splitlines() if line.startswith("====")]
     lines += ["", ""]
@@ -203,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines = result.stdout.splitlines()
             if result.returncode:
                 failed.append(f"{tool} ({kind} kernels)")
-            # What ends in no way that is known is shown as it is.
+            # Of a run that failed without a report, show the end of its output.
             said = lines[-40:] if result.returncode and not counts else filter(_SAID.fullmatch, lines)
             print("\n".join(said), flush=True)
     if any(reports.values()):

@@ -1,10 +1,10 @@
-"""Kernels for compute-sanitizer to judge whose answer is known: what those for Hopper are made of, in its simplest use.
+"""Kernels with a known verdict, to test compute-sanitizer: each uses one construct of the kernels for Hopper.
 
-What a tool reports of the correct ones it may report of `zigzag_kernels/hopper` as well, right or wrong; what it does
-not report of the wrong one it cannot see. Each adds up tiles `[ROWS, ROWS]`, and differs by one construct:
+A report on a correct kernel is a false alarm, which the same tool may raise for `zigzag_kernels/hopper` too. If a tool
+does not report the wrong kernel, it cannot see such races. Each kernel adds up tiles `[ROWS, ROWS]`:
 
-- `control_partitions`: two partitions of warps each add up tiles from global memory; no barrier but those of
-  `gl.warp_specialize` itself.
+- `control_partitions`: two partitions of warps each add up tiles from global memory, with no barriers except the ones
+  in `gl.warp_specialize`.
 - `control_tma`: the copy engine brings tiles into a ring of two stages with mbarriers, by a descriptor made on the
   device; a single partition does everything.
 - `control_stores`: a producer partition fills the ring by plain stores, two consumers read it by plain loads.

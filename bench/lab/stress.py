@@ -51,7 +51,10 @@ TINY, SMALLEST_ROW = 1e-3, 1 / 32  # what counts as no size at all: an element, 
 
 
 class Packing(NamedTuple):
-    """What `draw` makes of a seed and a number; `start` is where in the random arrays its own begin, from 0 to 1."""
+    """One random batch, which `draw` makes from a seed and a number.
+
+    `start`, from 0 to 1, says where in the random arrays the arrays of this batch begin.
+    """
 
     case: Case
     rank: int
@@ -84,7 +87,7 @@ def _log_uniform(generator: random.Random, low: int, high: int) -> int:
 
 
 def arrays(packing: Packing, pools: dict, tokens: int, device: str) -> tuple[torch.Tensor, ...]:
-    """As `timing.inputs`, without drawing them each time: views of arrays kept in `pools`."""
+    """Return inputs like `timing.inputs`, as views of the arrays in `pools`, which are drawn only once."""
     case, start = packing.case, packing.start
     key = case.world_size, case.heads, case.kv_heads, case.head_dim, case.dtype
     if key not in pools:
@@ -100,7 +103,10 @@ def arrays(packing: Packing, pools: dict, tokens: int, device: str) -> tuple[tor
 
 
 def differences(results, expected) -> torch.Tensor:
-    """`[4, 2]`: how far out, dq, dk and dv are off as a whole, and in the row that is furthest off for its size."""
+    """Return the errors of out, dq, dk and dv, `[4, 2]`: of the whole array, and of its worst row.
+
+    The worst row has the largest error relative to its size.
+    """
     found = []
     for result, right in zip(results, expected, strict=True):
         error, size = (x.float().norm(dim=-1) for x in (result.float() - right.float(), right))
@@ -111,7 +117,7 @@ def differences(results, expected) -> torch.Tensor:
 
 
 def complaints(found: torch.Tensor, bitwise: bool) -> list[str]:
-    """What `differences` are too large; `bitwise` for `out` that has to be the same."""
+    """Return a text for each of the `differences` that is too large; with `bitwise`, `out` must have none."""
     return [
         f"{name} is off by {value:.1e} {measure}"
         for name, row in zip(timing.NAMES, found.tolist(), strict=True)
@@ -133,7 +139,7 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def report(self, doing: str) -> None:
-        """There is progress; from now on what hangs is `doing`."""
+        """Note progress: if the program hangs from now on, `doing` is the work that hangs."""
         self.state = time.monotonic(), doing
 
     def _watch(self) -> None:

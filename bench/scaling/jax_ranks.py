@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before JAX starts. XLA's scheduler else need not put attention between the beginning and the end of what is sent.
+# Set before JAX starts: otherwise XLA's scheduler need not put attention between the start and the end of a transfer.
 FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
@@ -115,7 +115,7 @@ class Ranks:
             check_close(f"{self.case}, rank {rank}: {name} of the last head", got[:, -1:], wanted)
 
     def milliseconds(self, call, steps):
-        """Of one of `steps` calls that follow each other, until all devices have done all of them."""
+        """Return the time of one of `steps` consecutive calls, until all devices have finished all of them."""
         start = time.perf_counter()
         for _ in range(steps):
             result = call()
@@ -123,14 +123,14 @@ class Ranks:
         return (time.perf_counter() - start) * 1e3 / steps
 
     def mean(self, value):
-        """Of the shares of all ranks, which are timed together."""
+        """Return the mean time of a share: `value` is the time of the shares of all ranks together."""
         return value / self.size
 
     def slowest(self, value):
         return value
 
     def timeline(self, call, path):
-        """[(name, start, end) in ms] of what the first GPU does in a call; writes `path` + ".json.gz"."""
+        """Return [(name, start, end) in ms] of the work of the first GPU in a call; writes `path` + ".json.gz"."""
         with tempfile.TemporaryDirectory() as directory:
             with jax.profiler.trace(directory):
                 jax.block_until_ready(call())

@@ -39,7 +39,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch, the ways to attend to it, and how it is timed: the median of rounds of so many steps."""
+    """A batch, the ways to attend to it, and the number of rounds and steps whose median is its time."""
 
     case: Case
     ways: tuple[Way, ...]
@@ -68,7 +68,7 @@ def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Wo
 
 
 def document_lengths(total: int, multiple: int) -> tuple[int, ...]:
-    """Of the documents that the examples train on, in random order, each padded to a `multiple`; `total` in all."""
+    """Return lengths of the examples' documents, in random order, padded to a `multiple` each and `total` in all."""
     lengths = [-(-len(text) // multiple) * multiple for text in documents(LONGEST_DOCUMENT)]
     draw, chosen = random.Random(0), []
     while total:
@@ -89,9 +89,11 @@ def in_turns(calls: dict, rounds: int, milliseconds: Callable) -> dict:
 
 
 def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]:
-    """A row for each way and direction, that of one GPU's share first; and the call of each way, forward + backward.
+    """Return a row for each way and direction, and the call of each way, forward + backward.
 
-    `ranks` is that of either framework.
+    The share of one GPU comes first.
+
+    `ranks` is the `Ranks` of either framework.
     """
     ranks.load(workload.case)
     calls = {(ALONE, i): call for i, call in enumerate(ranks.share_calls())}
@@ -144,7 +146,10 @@ def length(intervals: list[Interval]) -> float:
 
 
 def overlap(kernels: list[tuple[str, float, float]]) -> dict | None:
-    """What a timeline of one GPU says, `kernels` as (name, start, end) in ms; None if nothing was sent."""
+    """Return how much of the transfers ran beside attention, or None if nothing was sent.
+
+    `kernels` is the timeline of one GPU, as (name, start, end) in ms.
+    """
     sent = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     computed = [(start, end) for name, start, end in kernels if name.startswith(OUR_KERNELS)]
     if not sent or not computed:

@@ -20,7 +20,7 @@ MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several
 
 
 class Ranks:
-    """This process among those that torchrun started; `chief` is the one that prints."""
+    """The rank of this process among the processes that torchrun started; the `chief` prints."""
 
     framework = "torch"
 
@@ -69,7 +69,7 @@ class Ranks:
         )
 
     def calls(self, way):
-        """As `share_calls`, of a step between the ranks."""
+        """Return the calls of a step between the ranks, like `share_calls`."""
         method, stride = way
         batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD)
         options = {"method": method, "heads_k_stride": stride}
@@ -94,7 +94,7 @@ class Ranks:
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
 
     def milliseconds(self, call, steps):
-        """Of one of `steps` calls that follow each other, all ranks beginning together."""
+        """Return the time of one of `steps` consecutive calls, which all ranks begin together."""
         dist.barrier()
         if not self.gpu:
             start = time.perf_counter()
@@ -121,7 +121,7 @@ class Ranks:
         return values
 
     def timeline(self, call, path):
-        """[(name, start, end) in ms] of what the GPU of the first rank does in a call; writes `path` + ".json"."""
+        """Return [(name, start, end) in ms] of the work of the first rank's GPU in a call; writes `path` + ".json"."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.gpu
         with profile(activities=activities, acc_events=True) as profiler:
             dist.barrier()  # in here, as profilers take their time to begin

@@ -61,7 +61,7 @@ def test_a_table_has_a_line_for_each_case_and_direction():
     "name", ["documents16-window-d128", "eighth-full-d128", "eighth-documents-d128", "eighth-documents-row-d128"]
 )
 def test_pieces_have_the_keys_that_their_rows_see(name):
-    """As the other library gets them: attention to the copied keys of each piece is that of its rows."""
+    """Attention to the copied keys of each piece, which the other library gets, has the results of its rows."""
     case = next(case for case in masks.CASES if case.name == name)
     lengths = tuple(max(length // 128, 16) // 16 * 16 for length in case.lengths)
     case = replace(case, lengths=lengths, heads=2, kv_heads=1, head_dim=16, window=None)

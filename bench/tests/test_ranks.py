@@ -1,4 +1,4 @@
-"""All ranks of a small batch played in turn on a CPU: checks, launches as the cost model counts them, the table."""
+"""The program that times all ranks in turn, on a CPU: checks, launches, the cost model's counts, the table."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The tuner's search with a clock that is made up, the files that it leaves, and its timed pass on a CPU."""
+"""The tuner's search with an invented clock, the files that it writes, and its timed pass on a CPU."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_candidates_fit_and_have_what_is_shipped(kernel, head_dim):
 
 
 def test_the_override_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch):
-    """It replaces what was measured, leaves the other entries of the file, and has all trials beside it."""
+    """The new entry replaces the measured one, other entries stay, and a second file has all trials."""
     path = tmp_path / "tiles.json"
     other = tune.entry(FORWARD, 64, "bfloat16", "9.0", USED)
     path.write_text(json.dumps(tune.merged(other, entry_of(WRONG))))
@@ -119,7 +119,7 @@ def test_the_cases_of_each_kernel_are_those_that_it_serves(head_dim, monkeypatch
 
 
 class FakeBench:
-    """Times by the file that it is given: 256 rows are twice as fast as what is in use, 64 do not compile."""
+    """A clock by tiles: 256 rows are twice as fast as the tiles in use, 64 do not compile."""
 
     def __init__(self, kernel, cases):
         assert (kernel, {case.head_dim for case in cases}) == (FORWARD, {96})

@@ -1,7 +1,7 @@
 """The one table of cases that tests, tuning and benchmarks run.
 
-Tags: "interpret" is small enough for Triton's interpreter on a CPU, "gpu" is for compiled kernels, "bench" is what the
-benchmark times, "quick" the part of it that does not take long.
+Tags: "interpret" cases are small enough for Triton's interpreter on a CPU, "gpu" cases are for compiled kernels, the
+benchmark times "bench" cases, and "quick" marks the ones among them that do not take long.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Case:
     """A packed batch and how it is attended; `lengths` are global, multiples of `2 * world_size` from two ranks on.
 
     In the "row" layout lengths are any, and packed rows of `row_length` tokens (0: one row, which is the whole batch)
-    are multiples of `2 * world_size`; its `padding` are global rows. `lengths_real` are those of documents whose last
-    tokens are padding; with `sinks`, `make_inputs` draws one for each head.
+    are multiples of `2 * world_size`; its `padding` counts global rows. `lengths_real` are the real lengths of
+    documents that end with padding; with `sinks`, `make_inputs` draws one for each head.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def has_options(self):
-        """Whether the case asks for more than causal or full attention to whole documents."""
+        """Return whether the case needs more than causal or full attention to whole documents."""
         return any(getattr(self, name) != getattr(_WITHOUT_OPTIONS, name) for name in _OPTIONS)
 
     @property
@@ -134,13 +134,13 @@ DOCUMENTS = (5824, 7328, 1728, 6576, 8176, 1536, 8096, 656, 2960, 8128, 2848, 81
 
 
 def _bench(name, lengths=(65536,), tags=BENCH, **changes):
-    """A case that differs from one long sequence of 8192 local tokens in what is given."""
+    """Return the case of one long sequence of 8192 local tokens, with the given changes."""
     base = {"world_size": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     return Case(name=name, lengths=lengths, tags=tags, **base | changes)
 
 
-# What the benchmark times: one long sequence, many short documents, a few medium ones, one short sequence, documents of
-# real lengths; then one change at a time to the long sequence.
+# The cases of the benchmark: one long sequence, many short documents, a few medium ones, one short sequence, documents
+# of real lengths; then one change at a time to the long sequence.
 _BENCH_CASES = (
     _bench("rectangle-d128", tags=BENCH | QUICK),
     _bench("rectangle-d64", head_dim=64, tags=BENCH | QUICK),

@@ -17,7 +17,9 @@ SMALLEST_ROW = 1 / 32
 
 
 def errors(result, exact, forgiven=0.0):
-    """The measures of error by name: of the whole, and of the element that is furthest off for the size of its row.
+    """Return two measures of error by name: of the whole array, and of its worst element.
+
+    The worst element has the largest error relative to the size of its row.
 
     The second measure ignores errors up to the part `forgiven` of the largest row, which terms that cancel may leave.
 
@@ -71,8 +73,8 @@ def assert_close(name, result, exact, straightforward):
 def assert_sums_close(name, result, exact_terms, straightforward_terms):
     """Assert that `result [heads]` is as close to the sums of `exact_terms [heads, rows]` as the rule says.
 
-    There are few sums, and an error of one of them is a single draw, which may have been a lucky one. What the errors
-    of its terms amount to if they are independent says how large it is to be expected.
+    There are few sums, and the straightforward error of one of them is a single draw, which may be small by luck. The
+    expected error of the sum follows from the errors of its terms, if these are independent.
     """
     result, exact_terms, straightforward_terms = (
         np.asarray(x).astype(np.float64) for x in (result, exact_terms, straightforward_terms)

@@ -21,9 +21,9 @@ class Ended(NamedTuple):
 
 
 def shell_environment():
-    """That of a shell: without what machine.py says to this process, and scripts are run from a checkout.
+    """Return the environment of a shell: without the settings that machine.py makes for this process.
 
-    On a CPU XLA compiles quickly there too.
+    Scripts find the packages of this checkout, and on a CPU XLA compiles quickly there too.
     """
     env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     if not GPU:
@@ -32,7 +32,7 @@ def shell_environment():
 
 
 def start(*command, **environment):
-    """Python with `command`, under way."""
+    """Start Python with the arguments `command`, and return the process."""
     return subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,

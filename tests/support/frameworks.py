@@ -94,7 +94,7 @@ def jax_packing(case):
 
 
 def attend_jax(case, q, k, v, dout, dlse, rank, backend, *, deterministic=True, sinks=None):
-    """As `attend_torch`."""
+    """Return the results in JAX, like `attend_torch`."""
     q, k, v, dout = (jnp.asarray(x, case.dtype) for x in (q, k, v, dout))
     cu_seqlens = np.array(case.cu_seqlens, np.int32)
     run = _jax_attention(case, backend, deterministic)

@@ -110,7 +110,7 @@ def each_alone(model):
 
 
 def assert_same(name, ours, theirs):
-    """Both are (logits, loss, gradients)."""
+    """Assert that two results (logits, loss, gradients) agree."""
     logits, loss, gradients = theirs
     assert (ours[0] - logits).norm() <= ROUNDING * logits.norm(), f"{name}: logits"
     assert abs(ours[1] - loss) <= ROUNDING * abs(loss), f"{name}: loss {ours[1]}, expected {loss}"
@@ -134,7 +134,7 @@ def results_of(model, call, group, **options):
     if type(model).__name__.endswith("CausalLM"):
         outputs = call(**batch.model_kwargs(group, gradients="sum", **options))
         loss = outputs.loss
-    else:  # a masked language model would not take its labels as those of the next token
+    else:  # a masked language model expects the label of a token itself, not of the next token
         outputs = call(**batch.model_kwargs(group, **options))
         loss = loss_of(outputs.logits[0], batch.labels, batch.num_targets)
     loss.backward()

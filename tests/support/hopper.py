@@ -1,4 +1,4 @@
-"""Whether the kernels for Hopper compile here, and whether they run here."""
+"""Marks for tests of the kernels for Hopper: one needs to compile them, another to run them."""
 
 import pytest
 import torch

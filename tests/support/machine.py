@@ -24,7 +24,7 @@ HANGS = 1500
 # How long the examples train, and by how much losses may differ between numbers of ranks: sums in another order round
 # differently, and training lets that grow (9.5e-5 in 200 steps on two H200).
 STEPS, TOLERANCE = (200, 5e-4) if GPU else (4, 2e-5)
-# What is set here, and not for the processes that tests start as from a shell.
+# Variables that are set here, but not for the processes that tests start as from a shell.
 CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
 # A test runs what XLA compiles for it once or twice: compiling is most of its time, and optimising most of that.
 COMPILE_QUICKLY = ["--xla_backend_optimization_level=0"]

@@ -1,6 +1,6 @@
-"""Attention and the zigzag layout in dense NumPy, from their definitions: what everything else must agree with.
+"""Attention and the zigzag layout in dense NumPy, from their definitions; all other code must agree with it.
 
-It imports nothing of ours. The same formulas run in two arithmetics: `EXACT` (float64) is the oracle, and
+It imports nothing from the packages. The same formulas run in two arithmetics: `EXACT` (float64) is the oracle, and
 `straightforward(dtype)` rounds where any plain low-precision implementation does, which `closeness.py` needs to say how
 large an error is to be expected. Every score matrix is one head of one sequence, so memory stays small.
 """
@@ -32,7 +32,7 @@ def straightforward(dtype):
 
 
 class Options(NamedTuple):
-    """Which keys a row sees, and how scores become probabilities.
+    """Options that decide which keys a row sees, and how scores become probabilities.
 
     The row at position `p` of its document sees the keys `p - left` to `p + right` of `window_size` (-1: all on that
     side), of the same `attention_chunk` (0: none), and none behind the real length of the document. `sinks [heads]` are
@@ -53,7 +53,7 @@ PLAIN = Options()
 
 
 class RankResult(NamedTuple):
-    """What one rank produces; its part of `dk, dv` is in gathered (rank-major) layout, as K/V are.
+    """The results of one rank; its part of `dk, dv` is in gathered (rank-major) layout, like K/V.
 
     `max_logits` are the largest scores that rows of this rank see, and `dsinks` sums over its rows of `sink_terms`.
     """
@@ -128,7 +128,10 @@ def sink_terms(sink, out, lse, dout, dlse):
 
 
 def visible(positions, keys, length, causal, options=PLAIN):
-    """Whether the rows at `positions [M]` of a document of `length` real tokens see its `keys [N]`: `[M, N]`."""
+    """Return `[M, N]`: whether rows at `positions [M]` of a document see its `keys [N]`.
+
+    The document has `length` real tokens.
+    """
     rows = positions[:, None]
     left, right = options.window_size
     mask = (rows < length) & (keys < length)
@@ -204,7 +207,7 @@ def rank_attention(
     arithmetic=EXACT,
     options=PLAIN,
 ):
-    """What `rank` must produce; gradients if `dout` is given.
+    """Return the results that `rank` must produce, with gradients if `dout` is given.
 
     `q [total, heads, head_dim]` and `k, v [total, kv_heads, head_dim]` are the whole batch in global order;
     `dout [T, heads, head_dim]` and `dlse [heads, T]` are cotangents of this rank's own rows.

@@ -69,7 +69,7 @@ def results_of(rows, documents, arithmetic, *, causal=True, softmax_scale=None, 
 
 
 def assert_rows_are_right(results, documents, rows, world_size, **options):
-    """RESULTS of all ranks behind one another are those that the oracle has for the rows of `make_rows`."""
+    """RESULTS of all ranks behind one another equal the oracle's for the rows of `make_rows`."""
     order = row_order(rows.q.shape[1], world_size)
     wanted = [
         results_of(rows, documents, arithmetic, **options)

@@ -1,4 +1,4 @@
-"""One rank's attention in parts, by the plan alone: windows of KV heads, the steps of a ring, keys in any layout."""
+"""One rank's attention in parts, through the plan only: windows of heads, ring steps, all layouts of keys."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from zigzag_kernels.problem import ArraySpec, make_problem
 
 @dataclass
 class Framework:
-    """How a test makes arrays, launches and reads results."""
+    """The functions by which a test makes arrays, launches kernels and reads results."""
 
     array: Any
     run: Any
@@ -105,7 +105,7 @@ class Rank:
         return self.named(out, lse, dq, dk, dv)
 
     def ring(self):
-        """The same, one rank's keys at a time; dk and dv of one step are added to those of the step before."""
+        """Return the same results from one rank's keys at a time; dk and dv add up over the steps."""
         case, run = self.case, self.framework.run
         segments, sequences = self.tables(KVLayout.PEER)
         if case.world_size == 1:

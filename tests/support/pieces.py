@@ -1,4 +1,4 @@
-"""The pieces of the published zigzag llama3 path put together for one rank of a case, and what they must give."""
+"""The published zigzag llama3 path, put together for one rank of a case, and its expected results."""
 
 import contextlib
 from unittest import mock
@@ -61,7 +61,7 @@ def grouped_arguments(q, kv, cu_seqlens, rank, world_size, causal, n_chunks=2):
 
 
 def fused_arguments(arguments, rank):
-    """Those of the fused stand-in, from `grouped_arguments`."""
+    """Return the arguments of the fused replacement, from `grouped_arguments`."""
     return arguments | {"chunk_idx_0": rank, "chunk_idx_1": 2 * arguments["world_size"] - 1 - rank}
 
 
@@ -77,8 +77,10 @@ def grouped(case, rank, q, kv, n_chunks=2, fused=False, **options):
 
 @contextlib.contextmanager
 def kernels(backend):
-    """In it `backend` is the default: the kernels themselves on a CPU too, where the reference would run. None: it is
-    as always."""
+    """Make `backend` the default in this context, so that the kernels run on a CPU too, not the reference.
+
+    None changes nothing.
+    """
     choose = launch.choose_backend
     with mock.patch.object(launch, "choose_backend", lambda _, device: choose(backend, device)):
         yield

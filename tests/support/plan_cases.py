@@ -1,4 +1,4 @@
-"""Batches of whole and split documents: plans by hand, what each rank holds of them, and what the oracle says of it."""
+"""Batches of whole and split documents: plans made by hand, the arrays of each rank, and the oracle's results."""
 
 import functools
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ FINITE = ("dout", "dlse")  # cotangents of padding are 0 in any program
 
 @dataclass(frozen=True)
 class PlanCase:
-    """Lengths of the whole documents of each rank and of the split ones, and the attention that is asked of them."""
+    """The lengths of the whole documents of each rank and of the split documents, and the options of attention."""
 
     name: str
     whole: tuple[tuple[int, ...], ...]
@@ -115,9 +115,9 @@ def _expected(case, arithmetic):
 
 
 def assert_rank_is_right(where, case, rank, results):
-    """`results` {name: array} of one rank are the oracle's at its tokens, and those of rows without keys in padding.
+    """Assert that `results` {name: array} of one rank are the oracle's at its tokens, and zero or -inf in padding.
 
-    Of `dsinks` it takes the sum over ranks, of `max_logits` what every rank has.
+    `dsinks` is the sum over ranks; `max_logits` is the same on every rank.
     """
     rows = np.array(case.plan.rows(rank))
     real = rows >= 0

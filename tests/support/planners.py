@@ -23,7 +23,7 @@ class RememberingPlanner(Planner):
 
     @property
     def functions(self) -> set[str]:
-        """Names of the functions of attention that were launched: those that all families share are none."""
+        """Return the names of the attention kernels that were launched, without kernels that all families share."""
         kernels = [planned for planned in self.planned if planned.kernel]
         return {launch.kernel.fn.__name__ for planned in kernels for launch in planned.launches}
 

@@ -1,4 +1,4 @@
-"""Problems to plan launches for, and the launches of a forward and a backward pass; arrays and a GPU are not needed."""
+"""Problems to plan launches for, and the launches of a forward and a backward pass, without arrays or a GPU."""
 
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec

@@ -1,4 +1,4 @@
-"""Real processes that form a group, for tests of what happens between ranks: gloo on a CPU, NCCL on a GPU each."""
+"""Real processes that form a group, for tests between ranks: gloo on a CPU, NCCL with a GPU each."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from tests.support.machine import HANGS
 
-# What ranks need before they do anything: pytest is imported by their tests, the settings of Inductor by
+# Modules that ranks need before they do anything: pytest is imported by their tests, the settings of Inductor by
 # `torch.use_deterministic_algorithms`, which takes the better part of a second.
 PRELOADED = ["zigzag_kernels.plan", "zigzag_torch", "torch._inductor.config", "tests.support.rank", "pytest"]
 

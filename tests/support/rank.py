@@ -1,4 +1,4 @@
-"""The arrays that one rank of a case holds, as NumPy, and the results that the oracle says it must produce of them."""
+"""The arrays that one rank of a case holds, in NumPy, and the results that the oracle expects from them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tests.support.closeness import assert_close, assert_sums_close
 
 
 class RankArrays(NamedTuple):
-    """The inputs of one rank and the cotangents of its results, T rows; K/V of any rows that it attends to."""
+    """The inputs of one rank and the cotangents of its results, T rows, and the K/V that it attends to."""
 
     q: np.ndarray  # [T, heads, head_dim]
     k: np.ndarray  # [rows, kv_heads, head_dim]
@@ -63,7 +63,7 @@ def batch_results(case, inputs, arithmetic):
 
 
 def rows_of_results(results, rows):
-    """`results` of the whole batch at the global `rows`; those that have no rows as they are."""
+    """Return the `results` of the whole batch at the global `rows`; results without rows stay as they are."""
     of_rows = {"out", "dq", "dk", "dv"}, {"lse", "sink_terms"}
     rest = {name: x for name, x in results.items() if name not in of_rows[0] | of_rows[1]}
     return (

@@ -1,4 +1,4 @@
-"""Launches that a test repeats, each interpreted once: those of one kernel with the same constants on the same bits."""
+"""Launches that a test repeats are interpreted once: the same kernel and constants on the same bits."""
 
 import contextlib
 from unittest import mock
@@ -11,10 +11,11 @@ from zigzag_kernels import interpreter
 
 @contextlib.contextmanager
 def each_launch_once():
-    """In it a launch that was interpreted before gives what it gave then; any other bit or constant is another launch.
+    """Repeat the results of a launch that was interpreted before in this context.
 
-    The two front ends launch the same on the same arrays if they are right, so that comparing them takes half of the
-    time. For tests of what is launched and on what, not for those that count what kernels do.
+    A launch with any other bit or constant is another launch. If the two front ends are right they launch the same
+    kernels on the same arrays, so that comparing them takes half of the time. This is for tests of the launches and
+    their arrays, not for tests that count the work of kernels.
     """
     run, known = interpreter.interpret, {}
 
@@ -49,7 +50,7 @@ def _key(launch, arrays, results):
 
 
 def _is_new(place, result, arrays):
-    """Whether an output in place begins empty: no array was given for it, or all of it is NaN."""
+    """Return whether an output in place begins empty: no array was given for it, or all of it is NaN."""
     return place is not None and (arrays[place].shape != result.shape or bool(np.isnan(arrays[place]).all()))
 
 

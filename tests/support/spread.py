@@ -1,4 +1,4 @@
-"""A batch of JAX spread over a mesh, or whole: its arrays, what is differentiated, and what must come of it."""
+"""A batch of JAX, whole or spread over a mesh: its arrays, the differentiated function, and its expected results."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ def batch_in_rank_order(case, arithmetic, seed):
 
 
 def assert_batch_is_right(case, results, seed=0):
-    """The `results` of all ranks behind one another are those that the oracle has for the whole batch."""
+    """The `results` of all ranks behind one another equal the oracle's for the whole batch."""
     exact = batch_in_rank_order(case, oracle.EXACT, seed)
     straightforward = batch_in_rank_order(case, oracle.straightforward(case.dtype), seed)
     for name, result, *wanted in zip(case.results, results, exact, straightforward, strict=True):

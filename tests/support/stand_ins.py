@@ -1,4 +1,4 @@
-"""What ring_flash_attn imports besides torch, as modules that compute the same densely on a CPU, or nothing at all."""
+"""Modules that ring_flash_attn imports besides torch, replaced by dense computation on a CPU or by nothing."""
 
 import sys
 import types
@@ -25,7 +25,7 @@ def _flash_attn_varlen_backward(  # noqa: PLR0917  (stands in for a published na
     dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
     softmax_scale, causal, window_size=(-1, -1), alibi_slopes=None, deterministic=False,
 ):  # fmt: skip
-    """From `out` and `softmax_lse` as given, which are those over all keys, not over these alone."""
+    """Compute gradients from the given `out` and `softmax_lse`, which belong to all keys, not to these alone."""
     groups = q.shape[1] // k.shape[1]
     for q_range, k_range in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True):
         qs, ks, vs = q[q_range].float(), *(x[k_range].float().repeat_interleave(groups, 1) for x in (k, v))

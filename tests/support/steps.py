@@ -10,7 +10,7 @@ import torch
 import zigzag_torch
 
 TIMEOUT = 5.0  # of the agreement, in seconds: a rank that comes in time comes in half of it
-MARGIN = 10.0  # on a busy machine, one of which ranks wait to say who is missing
+MARGIN = 10.0  # in seconds, for a busy machine; ranks also wait one second to name the missing rank
 TOO_LATE = TIMEOUT + 3.0  # when the others have given up
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16
 GOOD, LENGTHS, DOCUMENTS = (0, 2, 8), (0, 4, 8), (0, 2, 6, 8)  # offsets of sequences in the rows of a rank

@@ -1,4 +1,4 @@
-"""One rank of a case in PyTorch, in a process of its own: its tensors, and the results of a call between ranks."""
+"""One rank of a case in PyTorch, in a process: its tensors, and its results of a call between ranks."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The backward pass repeats bit for bit, and no kernel touches what is not its own, on a GPU; what finds that out."""
+"""The backward pass repeats bit for bit on a GPU, kernels write their own memory only, and checks find faults."""
 
 import inspect
 import subprocess

@@ -22,7 +22,7 @@ TINY = Case(name="tiny", world_size=2, lengths=(16, 8), heads=2, kv_heads=1, hea
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """This checkout and what it was committed as last."""
+    """The paths of this checkout and of its last commit."""
     if not shutil.which("git") or subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=False).returncode:
         pytest.skip("needs a git checkout")
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -1,4 +1,4 @@
-"""What compute-sanitizer prints is counted and located; the control kernels compile for Hopper without a GPU."""
+"""Reports of compute-sanitizer are counted and located; the control kernels compile for Hopper without a GPU."""
 
 import pytest
 
@@ -10,7 +10,10 @@ FOLDER = ROOT / "zigzag_kernels" / "hopper"
 
 
 def at(file, text, offset=0):
-    """A place of the dK/dV kernel as the tools print it: `offset` lines behind the first line of `file` with `text`."""
+    """Return a place of the dK/dV kernel as the tools print it.
+
+    The place is `offset` lines behind the first line of `file` with `text`.
+    """
     source = (FOLDER / file).read_text(encoding="utf-8").splitlines()
     number = next(i for i, line in enumerate(source, 1) if text in line) + offset
     return f"backward_dkdv_hopper+0x1f0 in {FOLDER / file}:{number}", number
@@ -104,7 +107,7 @@ def test_the_table_and_the_logs_of_a_run(tmp_path, monkeypatch, capsys):
 
 @needs_triton
 def test_the_control_kernels_compile_to_what_they_are_to_show(triton_cache):
-    """In a process of its own, for this one may interpret."""
+    """Compile in another process, because this one may interpret kernels."""
     (ended,) = finish(start("-m", "bench.lab.tests.compile_control", **triton_cache))
     assert ended.code == 0, ended.errors[-2000:]
     names = "partitions", "tma", "stores", "both", "wgmma", "race"

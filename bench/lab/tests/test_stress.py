@@ -1,4 +1,4 @@
-"""The stress run: a few launches of tiny packings, what it complains of, and what it does when the device hangs."""
+"""The stress run: launches of tiny packings, its complaints about wrong results, and a device that hangs."""
 
 import pytest
 import torch
