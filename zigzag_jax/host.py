@@ -42,7 +42,7 @@ class ShardedBatch:
 
     Rows `[W * T]` belong to rank 0, then to rank 1, and so on; `specs` says how arrays are spread over a mesh. A rank
     has its whole documents and their padding, then its chunks of the split documents and their padding, by a plan.
-    Batches of equal `tokens`, `whole_tokens`, `max_documents` and `max_split` have equal shapes, so that a step
+    Batches of equal `tokens`, `whole_tokens`, `max_whole` and `max_split` have equal shapes, so that a step
     compiles once.
 
     Attributes:
@@ -94,6 +94,7 @@ def shard_documents(
     ignore_index: int = -100,
     tokens: int | None = None,
     max_documents: int | None = None,
+    max_whole: int | None = None,
     max_split: int | None = None,
     layout: str = "document",
     split_above: int | None = None,
@@ -112,7 +113,9 @@ def shard_documents(
         pad_token_id: token of padding rows.
         ignore_index: label of rows that have none.
         tokens: T, rows of each rank, padding included; None is as few as this batch needs.
-        max_documents: N, entries of the offsets, and the most documents of a batch; None is as many as are needed.
+        max_documents: the most documents of a batch; None is as many as this batch has.
+        max_whole: N, entries for whole documents of a rank; None is twice its share of `max_documents`. Kernels choose
+            tiles by the mean length of so many documents.
         max_split: M, entries for split documents; None is as many as `max_documents`.
         layout: "document", whose documents are whole or split as `plan_documents` says, or "row", which splits all
             documents as one row.
@@ -130,9 +133,11 @@ def shard_documents(
     ignore_index = check_int("ignore_index", ignore_index, INT32.min, INT32.max, expected)
     parts = _integers("documents", documents)
     lengths = [len(part) for part in parts]
-    sizes = {"tokens": tokens, "max_documents": max_documents, "max_split": max_split, "split_tokens": split_tokens}
+    sizes = {"tokens": tokens, "max_documents": max_documents, "max_whole": max_whole, "max_split": max_split}
     mask = {"window_size": window_size, "attention_chunk": attention_chunk, "causal": causal}
-    packed = deal_documents(lengths, world_size, layout=layout, split_above=split_above, **sizes, **mask)
+    packed = deal_documents(
+        lengths, world_size, layout=layout, split_above=split_above, split_tokens=split_tokens, **sizes, **mask
+    )
     ids = np.concatenate([*parts, np.zeros(0, np.int64)])
     targets = ids
     starts = np.cumsum([0, *lengths])[:-1]

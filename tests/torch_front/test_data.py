@@ -130,6 +130,18 @@ def test_split_rows_are_eighths_unless_the_caller_says_how_many():
         shard_documents(documents, 0, 3, tokens=44, split_tokens=2)
 
 
+def test_a_rank_has_entries_for_twice_its_share_of_whole_documents():
+    documents = made_documents([3] * 40 + [90] * 3)
+    for options, whole, split in (
+        ({"max_documents": 64}, 32, 64),
+        ({"max_documents": 64, "max_whole": 50, "max_split": 5}, 50, 5),
+    ):
+        batch = shard_documents(documents, 0, 4, tokens=130, split_tokens=4, **options)
+        assert (len(batch.whole_cu_seqlens) - 1, len(batch.lengths)) == (whole, split)
+    with pytest.raises(ValueError, match=r"tokens: expected rows .* max_whole = 5, max_split = 43 on 4 ranks"):
+        shard_documents(documents, 0, 4, tokens=130, split_tokens=4, max_documents=43, max_whole=5)
+
+
 def test_another_token_or_label_or_length_has_another_fingerprint():
     documents = [[1, 2, 3], [4, 5]]
     others = [

@@ -69,24 +69,26 @@ def check_rest(rank, world_size):
 
 
 def check_one_graph(rank):
-    """Plans of one size are one graph, which gives the bits of the eager call."""
-    sizes = {"tokens": 48, "split_tokens": 20, "max_documents": 5, "max_split": 2}
-    group, counter = dist.group.WORLD, torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    common = {"group": group, "backend": KERNELS}
+    """Fifty batches of one size are one graph for each backend, which gives the bits of eager calls."""
+    generator, rng = torch.Generator().manual_seed(rank), np.random.default_rng(0)
+    leaves = [torch.randn(48, heads, 16, generator=generator).to(DEVICE).requires_grad_() for heads in (4, 2, 2)]
+    for backend, count in ((KERNELS, 3), ("reference", 50)):
+        common = {"group": dist.group.WORLD, "backend": backend}
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    def loss(q, k, v, batch):
-        out, lse = zigzag_torch.zigzag_attention(q, k, v, batch, return_lse=True, **common)
-        return (out * out.detach().cos()).sum() + lse.clamp(min=-9).sum()
+        def loss(q, k, v, batch, common=common):
+            out, lse = zigzag_torch.zigzag_attention(q, k, v, batch, return_lse=True, **common)
+            return (out * out.detach().cos()).sum() + lse.clamp(min=-9).sum()
 
-    compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for lengths in ([33, 9, 14, 20, 3], [8, 40], [5, 5, 5, 5, 31, 12]):
-        plan = zigzag_torch.plan_documents(lengths, 2, **sizes)
-        batch = zigzag_torch.prepare_batch(plan, device=DEVICE, **common)
-        generator = torch.Generator().manual_seed(rank)
-        leaves = [torch.randn(48, heads, 16, generator=generator).to(DEVICE).requires_grad_() for heads in (4, 2, 2)]
-        eager, traced = (torch.autograd.grad(f(*leaves, batch), leaves) for f in (loss, compiled))
-        assert all(map(torch.equal, eager, traced))
-    assert counter.frame_count == 1
+        compiled = torch.compile(loss, backend=counter, fullgraph=True)
+        for number in range(count):
+            documents = [np.ones(rng.integers(1, 22), np.int64) for _ in range(rng.integers(1, 5))]
+            made = zigzag_torch.shard_documents(documents, rank, 2, tokens=48, split_tokens=20, max_documents=5)
+            batch = made.to(DEVICE).prepare(**common)
+            traced = torch.autograd.grad(compiled(*leaves, batch), leaves)
+            if number < 3:
+                assert all(map(torch.equal, traced, torch.autograd.grad(loss(*leaves, batch), leaves)))
+        assert counter.frame_count == 1
 
 
 def check_moved_rows(rank):
