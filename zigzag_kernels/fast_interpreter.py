@@ -181,12 +181,23 @@ def _cast(cast: Callable) -> Callable:
 
 
 def _operands(check: Callable) -> Callable:
-    """Return operands of one type that are no pointers as they are, except in a division."""
+    """Operands of one type, no pointers, are what they are, but for a division; numbers are made tensors once."""
+    numbers = {}
 
     def unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
-        tensors = type(lhs) is type(rhs) is core.tensor
-        if tensors and not div_or_mod and lhs.dtype is rhs.dtype and type(lhs.dtype) is core.dtype:
-            return self.broadcast_impl_value(lhs, rhs)
+        if type(lhs) is core.tensor and type(lhs.dtype) is core.dtype and arithmetic_check and not div_or_mod:
+            if type(rhs) is core.tensor and lhs.dtype is rhs.dtype:
+                return self.broadcast_impl_value(lhs, rhs)
+            if type(rhs) is int or (type(rhs) is float and rhs):  # of zeros, two are equal and differ
+                key = type(rhs), rhs, lhs.dtype.name, id(lhs.shape)  # the shape lives as long as its entry
+                if key in numbers:
+                    return lhs, numbers[key][0]
+                checked, number = check(self, lhs, rhs)
+                if checked is lhs:
+                    if len(numbers) >= MOST_SHAPES:
+                        numbers.clear()
+                    numbers[key] = number, lhs.shape
+                return checked, number
         return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     return unless_alike
