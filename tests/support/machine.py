@@ -45,5 +45,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before NumPy is imported. Workers share the cores, and threads that each of them starts for a product wait for one
     # another: with 15 on 16 cores the oracle of one case took more than five minutes, so less than 15 seconds.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before torch is imported, whose threads wait for one another by counting: twenty steps of a model of one layer took 14
+# seconds on two busy cores, and two thirds of a second in one thread. Processes that tests start share the cores too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The interpreter makes objects by the million and no cycles to speak of: looking for some takes a tenth of its time.
 gc.set_threshold(100_000, 50, 100)
