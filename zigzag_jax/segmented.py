@@ -74,7 +74,7 @@ def segmented_attention(
         max_segments: the most documents of a row, which segment ids and positions need.
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, heads_k_stride, backend, grad_reduce_dtype,
             deterministic: as in `zigzag_attention`. `sinks` are `[heads]`.
-        method: as in `zigzag_attention`; None: "allgather".
+        method: as in `zigzag_attention`; None: "allgather". "halo" moves only the rows that windows need.
         return_lse: whether to return lse too.
 
     Returns:
@@ -98,7 +98,8 @@ def segmented_attention(
     prepared = {"axis": axis, "batch_axis": batch_axis, "layout": layout, "method": method}
     batch = segment_ids
     if not isinstance(segment_ids, SegmentedBatch) and not (segment_ids is None and positions is None):
-        batch = _prepare(q, segment_ids, positions, max_segments, mesh=mesh, backend=backend, **prepared)
+        reach = {"window_size": window_size, "attention_chunk": attention_chunk}
+        batch = _prepare(q, segment_ids, positions, max_segments, mesh=mesh, backend=backend, **prepared, **reach)
     elif positions is not None:
         raise ValueError("positions: expected None with a batch of prepare_segments, which has them already")
     if isinstance(batch, SegmentedBatch):

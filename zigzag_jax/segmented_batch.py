@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method
+from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.layout import gathered_packed_row
 from zigzag_kernels.modes import Backend, Layout, Method
 
@@ -67,6 +69,9 @@ def prepare_segments(
     layout: str = "row",
     method: str | None = None,
     backend: str | None = None,
+    window_size: tuple[int | None, int | None] = NO_WINDOW,
+    attention_chunk: int = 0,
+    max_seqlen: int | None = None,
 ) -> SegmentedBatch:
     """Build the device tables of packed rows once, for all layers and for both passes.
 
@@ -78,6 +83,8 @@ def prepare_segments(
         max_segments: the most documents of a row. There is room for one run of padding besides, so that each run
             between documents takes the place of one.
         mesh, axis, batch_axis, layout, method, backend: as in `segmented_attention`; pass the same ones there.
+        window_size, attention_chunk, max_seqlen: for method "halo", the farthest reach of all layers: see
+            `prepare_batch`.
 
     Returns:
         A `SegmentedBatch`. Attention to it is NaN, on the devices that share a row, if a row has more than
@@ -106,6 +113,9 @@ def prepare_segments(
     axis_name = None if around.mesh is None else axis
     size = around.size(axis)
 
+    reach = {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
+    halo, promised = halo_of_batch(method, **reach, world_size=size)
+
     def prepare(**shards) -> Batch:
         return _prepare_shard(
             shards.get("segment_ids"),
@@ -113,14 +123,15 @@ def prepare_segments(
             max_segments=max_segments,
             axis_name=axis_name,
             world_size=size,
-            options={"layout": layout.value, "method": method, "backend": backend},
+            options={"layout": layout.value, "method": method, "backend": backend, **reach},
         )
 
     rows = model.shape[0] // around.parts(batch_axis)
     row_length = model.shape[1] * size // around.parts(axis)
     form = batch_form(layout, row_length if layout is Layout.ROW else None, rows if layout is Layout.ROW else 1, size)
     # Of the shape and with the static fields of what `prepare` returns; the arrays are made below.
-    batch = Batch(P(), P(), size, method, compared_by=axis_name, lengths=P(), **form._asdict())  # pyright: ignore
+    shared = {"compared_by": axis_name, "lengths": P(), "halo": halo, "max_seqlen": promised, **form._asdict()}
+    batch = Batch(P(), P(), size, method, **shared)  # pyright: ignore
     if choose_backend(backend) != Backend.REFERENCE:
         batch = dataclasses.replace(batch, segments=P(), sequences=P())  # pyright: ignore
     segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis)

@@ -117,6 +117,21 @@ def test_a_batch_is_prepared_once_for_layers_in_a_shard_map_of_each(backend):
     assert_rows_are_right(whole_step(*dealt_out(ROWS, 2)), DOCUMENTS, ROWS, 2)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_windows_by_halos(prepared):
+    mesh = mesh_of(2, 2, names=("data", "context"))
+    rows = {"mesh": mesh, "batch_axis": "data", "method": "halo", "backend": "reference"}
+
+    def attend(q, k, v, *ids, max_segments=3):
+        if prepared:  # for the largest of two windows
+            ids = (zigzag_jax.prepare_segments(*ids, max_segments=max_segments, window_size=(3, 0), **rows),)
+        more = {} if prepared else {"max_segments": max_segments}
+        return zigzag_jax.segmented_attention(q, k, v, *ids, window_size=(2, 0), return_lse=True, **rows, **more)
+
+    results = jax.jit(value_and_gradients(attend))(*dealt_out(ROWS, 2))
+    assert_rows_are_right(results, DOCUMENTS, ROWS, 2, options=oracle.Options(window_size=(2, 0)))
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 1), (4, 2), (4, 4)])
 def test_kv_heads_fewer_than_devices_of_the_head_axis(heads, kv_heads):
     """A device attends to those that its query heads share with other devices, or not."""
