@@ -1,7 +1,5 @@
 """The public calls: `zigzag_attention` and `zigzag_attention_gathered`."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.callspec import CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_layout, check_method, check_world_size
-from zigzag_kernels.halo import check_halo_in_chunk, with_halo
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
@@ -27,6 +24,7 @@ from .batch import (
     marked,
     tables_of,
 )
+from .choice import choose_method, with_halo
 from .derivatives import reverse_mode_only
 from .parallel import Inputs, Local, Transport, choose_transport
 from .surroundings import under_own_promotion
@@ -143,7 +141,7 @@ def zigzag_attention(
     softcap: float = 0.0,
     sinks: Array | None = None,
     softmax_scale: float | None = None,
-    method: str = "allgather",
+    method: str | None = None,
     heads_k_stride: int | None = None,
     return_lse: bool = False,
     return_max_logits: bool = False,
@@ -164,9 +162,11 @@ def zigzag_attention(
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
             in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
         method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
-            to rank; "halo" passes the last rows of each chunk to the rank of the next one, for causal windows,
+            to rank. "halo" passes the last rows of each chunk to the rank of the next one, for causal windows,
             `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say when it
-            serves. With one rank all are the same.
+            serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by tables
+            of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves less,
+            which is without `cu_seqlens` and in the row layout, otherwise "allgather". With one rank all are the same.
         heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
@@ -187,7 +187,6 @@ def zigzag_attention(
     for name, x in {"q": q, "k": k, "v": v}.items():
         check_array(name, x)
     return_lse = as_flag("return_lse", return_lse)
-    check_method(method)
     check_layout(layout)
     by_default, backend = backend is None, launch.choose_backend(backend)
     rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)
@@ -196,7 +195,11 @@ def zigzag_attention(
     if batched:
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
     size, length = batched or (1, q.shape[0])
-    if not given:
+    if method is None:
+        mask = causal, window_size, attention_chunk
+        cu_seqlens, method = choose_method(cu_seqlens, mask, (size, length), layout, world_size, heads_k_stride)
+    check_method(method)
+    if cu_seqlens is None:
         layout = Layout.DOCUMENT  # rows of one sequence each
         if world_size > 1 and length % 2:
             raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
@@ -231,7 +234,7 @@ def zigzag_attention(
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if method == Method.HALO and world_size > 1:
-        call, batch = _with_halo(call, batch, q, 0 if given else world_size * length)
+        call, batch = with_halo(call, batch, q, 0 if given else world_size * length)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
@@ -253,15 +256,6 @@ def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[j
     """Return `out`, or a tuple of `out` and the other results that are not None."""
     results = out, *(x for x in others if x is not None)
     return results if len(results) > 1 else out
-
-
-def _with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int) -> tuple[CallSpec, Batch]:
-    """Return `call` and `batch` with the halo that they need; `length` is that of all documents, 0 if unknown."""
-    tokens, sequences = q.shape[0] - batch.whole_tokens, batch.cu_seqlens.shape[0] - 1
-    sizes = {"tokens": tokens, "sequences": sequences, "packed_rows": batch.rows}
-    call = with_halo(call, batch.halo, batch.max_seqlen, **sizes, world_size=batch.world_size)
-    check_halo_in_chunk(call.halo, length, batch.world_size)
-    return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)
 
 
 def _form(call: CallSpec, cu_seqlens: Array | Batch, world_size: int, shape: tuple[int, int]) -> Form:

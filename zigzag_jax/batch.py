@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
+from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.documents import DocumentPlan
-from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
@@ -21,6 +20,7 @@ from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 from . import autograd, launch, placement
 from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_array, fingerprint
 from .axes import AxisName, axis_names, place_on, vary, varying_axes
+from .halos import halo_of_batch
 from .host import ShardedBatch
 from .parallel import Packing, Tables
 from .plans import Parts, check_plan, offsets_of, one_part
@@ -123,7 +123,7 @@ def prepare_batch(
     world_size: int | None = None,
     *,
     axis_name: AxisName | None = None,
-    method: str = "allgather",
+    method: str | None = None,
     backend: str | None = None,
     unsharded: Array | None = None,
     lengths: Array | None = None,
@@ -146,7 +146,8 @@ def prepare_batch(
         world_size: number of ranks. None is 1, or the size of the mesh axis.
         axis_name: mesh axis, or axes, of the attention calls inside `shard_map`, with neither `rank` nor `world_size`.
             The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
-        method: as in the attention calls.
+        method: as in the attention calls. None is "halo" if the host knows that it serves the windows that are named
+            here, in the row layout or from offsets on the host, and otherwise "allgather".
         backend: as in the attention calls.
         unsharded: the whole batch before `shard`, such as token ids; its spec is `P()`. With `axis_name`, the ranks
             compare it as they compare `cu_seqlens`, since processes that read other data would attend to a mixture.
@@ -157,14 +158,15 @@ def prepare_batch(
         layout: as in the attention calls; pass the same one there.
         row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
             packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
-        window_size, attention_chunk: for method "halo", the farthest reach of all layers that will attend to the batch:
-            its tables bring so many rows before each chunk, and layers with smaller windows take as many.
+        window_size, attention_chunk: for methods None and "halo", the farthest reach of all layers that will attend to
+            the batch: its tables bring so many rows before each chunk, and layers with smaller windows take as many.
         max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
             batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
-    check_method(method)
+    if method is not None:
+        check_method(method)
     check_layout(layout)
     if axis_name is not None:
         for name, x in {"rank": rank, "world_size": world_size}.items():
@@ -192,13 +194,11 @@ def prepare_batch(
         if axis_name is None:
             raise ValueError("axis_name: expected that of the ranks of a plan with whole and split documents, got None")
         form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+    reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
+    method, halo, promised = halo_of_batch(method, reach, (cu_seqlens, lengths), packed, world_size)
     batch = as_batch(cu_seqlens, rank, world_size, method, form)
     if parts is not None:
         batch = dataclasses.replace(batch, whole_cu_seqlens=as_cu_seqlens(parts.whole_cu_seqlens, 1))
-    halo, promised = halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
-    check_halo_in_chunk(halo, batch.row_length, world_size)
-    if halo:
-        check_host_halo(cu_seqlens, lengths, world_size, batch.row_length or None, (halo, promised))
     if lengths is not None:
         batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
     batch = dataclasses.replace(batch, halo=halo, max_seqlen=promised)
@@ -212,13 +212,6 @@ def prepare_batch(
     if backend == Backend.REFERENCE:
         return batch
     return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
-
-
-def check_host_halo(cu_seqlens, lengths, world_size: int, row_length: int | None, halo: tuple[int, int]) -> None:
-    """Raise `ValueError` for documents that halos do not serve, if the host has their offsets and real lengths."""
-    if not any(isinstance(x, jax.Array) for x in (cu_seqlens, lengths)):
-        real = None if lengths is None else np.asarray(lengths).tolist()
-        check_halo(np.asarray(cu_seqlens).tolist(), real, world_size, row_length, halo)
 
 
 def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:

@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_sinks
 from zigzag_kernels.documents import DocumentPlan
-from zigzag_kernels.halo import halo_of_batch
-from zigzag_kernels.modes import Backend, Layout, Method
+from zigzag_kernels.modes import Backend, Layout
 
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
 from .axes import AxisName, largest_along, largest_on
-from .batch import Batch, batch_form, check_host_halo, prepare_batch
+from .batch import Batch, batch_form, prepare_batch
+from .halos import halo_of_batch
 from .host import ShardedBatch
 from .launch import choose_backend
 from .plans import Parts, offsets_of, one_part, parts_of_all
@@ -65,8 +65,8 @@ def make_zigzag_attention(
         A function that takes one of
 
         - q, k, v `[W * T, heads, head_dim]` and `cu_seqlens [N + 1]`, or None for one sequence, or the `Batch` that
-          `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1, unsharded=None)` makes once for
-          all layers, of offsets, of a plan of `plan_documents`, or of a `host.ShardedBatch`;
+          `attention.prepare_batch(cu_seqlens, lengths=None, row_length=None, rows=1, unsharded=None, max_seqlen=None)`
+          makes once for all layers, of offsets, of a plan of `plan_documents`, or of a `host.ShardedBatch`;
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
@@ -129,8 +129,7 @@ def make_zigzag_attention(
         max_seqlen: int | None = None,
     ) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
-        chosen = {name: options[name] for name in ("method", "backend", "layout") if name in options}
-        reach = {name: options[name] for name in ("window_size", "attention_chunk") if name in options}
+        chosen = {name: options[name] for name in ("backend", "layout") if name in options}
         size, parts = size_on(mesh, axis), None
         if isinstance(cu_seqlens, ShardedBatch):
             unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
@@ -139,7 +138,15 @@ def make_zigzag_attention(
             if lengths is not None:
                 raise ValueError("lengths: expected None with a plan, got an array")
             cu_seqlens, lengths, parts = one_part(parts_of_all(cu_seqlens, size, layout), size)
-        chosen |= {"row_length": row_length, "rows": rows, "max_seqlen": max_seqlen, **reach}
+        form = batch_form(layout, row_length, rows, size)
+        if parts is not None:
+            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+        window_size, attention_chunk = options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0)
+        reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
+        given = cu_seqlens, lengths
+        method, halo, promised = halo_of_batch(options.get("method"), reach, given, packed, size)
+        chosen |= {"method": method, "row_length": row_length, "rows": rows}
+        chosen |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
         arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
@@ -161,15 +168,7 @@ def make_zigzag_attention(
                 shard["cu_seqlens"] = Parts(whole, split, real, parts.whole_tokens, parts.tokens)
             return prepare_batch(axis_name=axis, **shard, **chosen)
 
-        form = batch_form(layout, row_length, rows, size)
-        if parts is not None:
-            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
         tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
-        method = options.get("method", Method.ALLGATHER.value)
-        limits = chosen.get("window_size", NO_WINDOW), chosen.get("attention_chunk", 0), max_seqlen
-        halo, promised = halo_of_batch(method, *limits, size)
-        if halo:
-            check_host_halo(cu_seqlens, lengths, size, row_length, (halo, promised))
         shared = {name: in_specs.get(name) for name in ("lengths", "whole_cu_seqlens")} | form._asdict()
         shared |= {"halo": halo, "max_seqlen": promised}
         specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore

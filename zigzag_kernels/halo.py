@@ -1,10 +1,14 @@
 """The rules of `method="halo"`: how many rows before a chunk its rows see, and how many rows a message has."""
 
 import dataclasses
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
+from typing import NamedTuple
 
 from .callspec import CallSpec
 from .checks import check_attention_chunk, check_int, check_window_size
+from .heuristics import halo_moves_less
 from .layout import MAX_OFFSET, chunk_length
 from .modes import Layout, Method
 
@@ -70,6 +74,53 @@ def halo_of_batch(
     return check_reach(left, chunk, promised), promised
 
 
+class HostSizes(NamedTuple):
+    """Sizes of a batch that the host knows, for the choice of a method."""
+
+    rows: int  # of a rank, without whole documents
+    sequences: int
+    packed_rows: int  # in the row layout, otherwise 0
+    shortest_chunk: int  # of documents with real tokens in more than two chunks, or of packed rows
+
+
+def sizes_of_documents(cu_seqlens: Sequence[int], lengths: Sequence[int] | None, world_size: int) -> HostSizes:
+    """Return the sizes of a batch in the document layout, from offsets and real lengths on the host."""
+    padded = [end - start for start, end in pairwise(cu_seqlens)]
+    both = zip(padded, padded if lengths is None else lengths, strict=True)
+    chunks = [chunk_length(size, world_size) for size, real in both if real > 2 * chunk_length(size, world_size)]
+    return HostSizes(cu_seqlens[-1] // world_size, len(padded), 0, min(chunks, default=MAX_OFFSET))
+
+
+def sizes_of_rows(row_length: int, packed_rows: int, world_size: int) -> HostSizes:
+    """Return the sizes of a batch in the row layout."""
+    rows = row_length * packed_rows // world_size
+    return HostSizes(rows, 0, packed_rows, chunk_length(row_length, world_size))
+
+
+def choose_method(rows_seen: int | None, sizes: HostSizes | None, world_size: int) -> Method:
+    """Return the method of a call, or of a prepared batch, that names none.
+
+    It is HALO where the host knows that halos of `rows_seen` rows suffice and move less than an all-gather, otherwise
+    ALLGATHER. `rows_seen` is the `reach` of a causal call, None for others; `sizes` are None if only the device knows
+    them.
+    """
+    if rows_seen is None or sizes is None or world_size == 1 or rows_seen > sizes.shortest_chunk:
+        return Method.ALLGATHER
+    message = message_rows(rows_seen, sizes.rows, sizes.sequences, sizes.packed_rows)
+    return Method.HALO if halo_moves_less(message, sizes.rows, world_size) else Method.ALLGATHER
+
+
+def message_rows(halo: int, rows: int, sequences: int, packed_rows: int) -> int:
+    """Return the rows of a message to a neighbour: `packed_rows` are 0 in the document layout."""
+    return halo * packed_rows if packed_rows else min(rows // 2, halo * sequences)
+
+
+def reach_of_mask(causal: bool, window_size, attention_chunk: int, max_seqlen: int) -> int | None:
+    """Return `reach` of a call with these arguments, None if it sees rows behind its own; `ValueError` for bad ones."""
+    (left, right), chunk = check_window_size(window_size), check_attention_chunk(attention_chunk)
+    return reach(left, chunk, max_seqlen) if causal or right == 0 else None
+
+
 def with_halo(
     call: CallSpec, halo: int, max_seqlen: int, *, tokens: int, sequences: int, packed_rows: int, world_size: int
 ) -> CallSpec:
@@ -91,8 +142,8 @@ def with_halo(
         )
     if call.layout is Layout.ROW:
         check_halo_in_chunk(halo, world_size * tokens // max(packed_rows, 1), world_size)
-        return dataclasses.replace(call, halo=halo, halo_rows=halo * packed_rows)
-    return dataclasses.replace(call, halo=halo, halo_rows=min(tokens // 2, halo * sequences))
+        return dataclasses.replace(call, halo=halo, halo_rows=message_rows(halo, tokens, sequences, packed_rows))
+    return dataclasses.replace(call, halo=halo, halo_rows=message_rows(halo, tokens, sequences, 0))
 
 
 def check_halo_in_chunk(halo: int, length: int, world_size: int) -> None:

@@ -59,6 +59,15 @@ The rows of all heads of the window count.
 """
 
 
+def halo_moves_less(message_rows: int, rows: int, world_size: int) -> bool:
+    """Return whether halos move fewer rows of K/V to a rank than an all-gather of `rows` rows from each.
+
+    Both sides of a rank send `message_rows`. Where the host knows that halos suffice, calls that name no method take
+    halos if this holds, whatever the GPU: their transfers are shorter, and fewer bytes wait for the first of them.
+    """
+    return 2 * message_rows < (world_size - 1) * rows
+
+
 class Sizes(Protocol):
     """Sizes that the stride of an all-gather depends on: a `Problem` has them, and a `cost.Step`."""
 

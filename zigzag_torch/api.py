@@ -7,13 +7,13 @@ import torch
 
 from zigzag_kernels.callspec import NO_WINDOW, CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_flag, check_layout, check_method, check_world_size
-from zigzag_kernels.halo import check_halo_in_chunk, with_halo
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 
 from . import launch, reference
 from .arguments import as_rank, as_sinks, cast_for_autocast, check_device, check_tensor, check_unpadded
 from .autograd import agreed_rank, attention
 from .batch import DOCUMENTS, Batch, Form, as_batch, tables_of
+from .choice import choose_method, with_halo
 from .dispatch import refuse_tangents
 from .parallel import Local, Moving, Transport, transport_of
 from .parallel.agreement import Place, place_in, refuse_together
@@ -120,7 +120,7 @@ def zigzag_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     softmax_scale: float | None = None,
-    method: str = "allgather",
+    method: str | None = None,
     heads_k_stride: int | None = None,
     return_lse: bool = False,
     return_max_logits: bool = False,
@@ -146,7 +146,10 @@ def zigzag_attention(
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
             with the number of ranks. "halo" passes the last rows of each chunk to the rank of the next one, for causal
             windows, `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say
-            when it serves. The backward pass moves K/V again, and dK/dV the other way.
+            when it serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by
+            tables of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves
+            less, which is with `cu_seqlens=None` and in the row layout, otherwise "allgather".
+            The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
@@ -173,7 +176,10 @@ def zigzag_attention(
         if batched:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         equal_lengths = cu_seqlens is None
-        if equal_lengths:
+        if method is None:
+            mask, shape = (causal, window_size, attention_chunk), batched or (1, q.shape[0] if q.ndim else 0)
+            cu_seqlens, method = choose_method(cu_seqlens, mask, shape, layout, place.world_size, heads_k_stride)
+        if cu_seqlens is None:
             check_layout(layout)
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
         check_method(method)
@@ -199,7 +205,7 @@ def zigzag_attention(
         sequences = batch.cu_seqlens.shape[0] - 1
         if method == Method.HALO and place.world_size > 1:
             length = q.shape[0] // max(sequences, 1) * place.world_size if equal_lengths else 0
-            call, batch = _with_halo(call, batch, q, length)
+            call, batch = with_halo(call, batch, q, length)
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
         transport = transport_of(q, k, v, call, sequences, place.world_size, kv_layout, place.group_name)
         sinks = None if sinks is None else as_sinks(sinks, q)
@@ -222,14 +228,6 @@ def _results(
     if max_logits is None:
         return out if lse is None else (out, lse)
     return (out, max_logits) if lse is None else (out, lse, max_logits)
-
-
-def _with_halo(call: CallSpec, batch: Batch, q: torch.Tensor, length: int) -> tuple[CallSpec, Batch]:
-    """Return `call` and `batch` with the halo that they need; `length` is that of all documents, 0 if unknown."""
-    sizes = {"tokens": q.shape[0] - batch.whole_tokens if q.ndim else 0, "sequences": batch.cu_seqlens.shape[0] - 1}
-    call = with_halo(call, batch.halo, batch.max_seqlen, **sizes, packed_rows=batch.rows, world_size=batch.world_size)
-    check_halo_in_chunk(call.halo, length, batch.world_size)
-    return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)
 
 
 def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: int) -> Form:

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from zigzag_kernels.batch_checks import check_documents_in_rows, check_halo
+from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.documents import DocumentPlan
-from zigzag_kernels.halo import check_halo_in_chunk, halo_of_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
 from . import launch
 from .arguments import as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_batch, check_device, check_tensor
 from .autograd import segment_tables
+from .halos import halo_of_batch
 from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
@@ -133,7 +133,7 @@ def prepare_batch(
     rank: int | torch.Tensor | None = None,
     world_size: int | None = None,
     *,
-    method: str = "allgather",
+    method: str | None = None,
     group=None,
     backend: str | None = None,
     unsharded: torch.Tensor | None = None,
@@ -155,7 +155,8 @@ def prepare_batch(
             Of a plan all tensors are on the `device` that is named, by default the CPU.
         rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
             of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.
-        method: as in the attention calls.
+        method: as in the attention calls. None is "halo" if the host knows that it serves the windows that are named
+            here, in the row layout or from offsets on the host, and otherwise "allgather".
         group: as in the attention calls. Every rank of it makes this call, and the ranks compare their `cu_seqlens` on
             the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
         backend: as in the attention calls.
@@ -167,8 +168,8 @@ def prepare_batch(
         layout: as in the attention calls; pass the same one there.
         row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
             packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
-        window_size, attention_chunk: for method "halo", the farthest reach of all layers that will attend to the batch:
-            its tables bring so many rows before each chunk, and layers with smaller windows take as many.
+        window_size, attention_chunk: for methods None and "halo", the farthest reach of all layers that will attend to
+            the batch: its tables bring so many rows before each chunk, and layers with smaller windows take as many.
         max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
             batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
 
@@ -183,14 +184,17 @@ def prepare_batch(
             options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
             options |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
             return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
-    place, parts = place_in(group), None
+    place, parts, documents = place_in(group), None, None
     try:
-        check_method(method)
+        if method is not None:
+            check_method(method)
         check_layout(layout)
         if isinstance(cu_seqlens, DocumentPlan | Parts):
             for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
                 if x != default:
                     raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
+            if isinstance(cu_seqlens, DocumentPlan):
+                documents = [*cu_seqlens.split_cu_seqlens], [*cu_seqlens.split_lengths]
             parts = _as_parts(cu_seqlens, rank, world_size, place, device)
             cu_seqlens, lengths, parts = _one_part(parts, place.world_size if world_size is None else world_size)
         given = cu_seqlens
@@ -210,10 +214,9 @@ def prepare_batch(
             form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
         if form.row_length:
             _check_host_rows(given, form, world_size)
-        halo, promised = halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
-        check_halo_in_chunk(halo, form.row_length, world_size)
-        if halo:
-            _check_host_halo(given, lengths, form, world_size, (halo, promised))
+        reach = window_size, attention_chunk, max_seqlen
+        packed = form.row_length, form.rows
+        method, halo, promised = halo_of_batch(method, reach, documents or (given, lengths), packed, world_size)
         if lengths is not None:
             lengths = as_lengths(lengths, given, cu_seqlens.device)
         backend = launch.choose_backend(backend, cu_seqlens.device)
@@ -290,15 +293,6 @@ def _check_host_rows(cu_seqlens, form: Form, world_size: int) -> None:
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist()
         check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
-
-
-def _check_host_halo(cu_seqlens, lengths, form: Form, world_size: int, halo: tuple[int, int]) -> None:
-    """Raise `ValueError` for documents that halos do not serve, if the host has their offsets and real lengths."""
-    if isinstance(cu_seqlens, torch.Tensor) or isinstance(lengths, torch.Tensor):
-        return
-    offsets, cpu = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist(), torch.device("cpu")
-    real = None if lengths is None else as_lengths(lengths, cu_seqlens, cpu).tolist()
-    check_halo(offsets, real, world_size, form.row_length or None, halo)
 
 
 def as_batch(

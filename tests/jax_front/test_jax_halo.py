@@ -97,3 +97,27 @@ def test_what_halos_do_not_serve_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             on_mesh(**options)(*QKV, lengths)
+
+
+@pytest.mark.slow
+def test_calls_that_name_no_method_take_halos_where_they_serve():
+    """In the row layout and of sequences of one length; a layer that sees farther gathers, with the same batch."""
+    case = CASES["w3-row"]
+    q, k, v = (np.asarray(x, np.float32) for x in global_arrays(case)[:3])
+    rows = {"row_length": case.total}
+    cu_seqlens = jnp.asarray(case.cu_seqlens, jnp.int32)
+
+    def make(**options):
+        options = {"layout": "row", "backend": KERNELS} | options
+        return zigzag_jax.make_zigzag_attention(mesh_of(3), **options)
+
+    local = make(window_size=(11, 0))
+    batch = local.prepare_batch(cu_seqlens, **rows)
+    assert (batch.method, batch.halo) == ("halo", 11)
+    assert make(window_size=(11, 0), method="ring").prepare_batch(cu_seqlens, **rows).method == "ring"
+    assert make().prepare_batch(cu_seqlens, **rows).method == "allgather"
+    gathered = make(method="allgather", window_size=(11, 0))(q, k, v, cu_seqlens)
+    np.testing.assert_allclose(local(q, k, v, batch), gathered, atol=1e-5)
+    np.testing.assert_array_equal(local(q, k, v, cu_seqlens), local(q, k, v, batch))
+    everywhere = make(method="allgather")(q, k, v, cu_seqlens)
+    np.testing.assert_array_equal(make()(q, k, v, batch), everywhere)

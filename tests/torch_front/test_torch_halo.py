@@ -54,8 +54,10 @@ def check_rest(rank, world_size):
     check_graph()
     check_broken_promises(rank)
     check_disagreements(rank)
+    check_choice()
 
 
+@pytest.mark.slow
 def test_ranks_move_halos_alone_compile_and_refuse_what_halos_do_not_serve(tmp_path):
     run_ranks(2, tmp_path, check_rest, backend="nccl" if GPU else "gloo")
 
@@ -152,3 +154,33 @@ def check_disagreements(rank):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def check_choice():
+    """A call that names no method takes halos where they serve; one that sees farther gathers, with the same batch."""
+    group, window = dist.group.WORLD, {"window_size": (4, 0)}
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(24, heads, 16, generator=generator).to(DEVICE) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, 13, 48], dtype=torch.int32, device=DEVICE)
+    rows = {"layout": "row", "row_length": 48}
+    batch = prepare_batch(offsets, group=group, **window, **rows)
+    assert (batch.method, batch.halo) == ("halo", 4)
+    for options, method in (
+        ({}, "allgather"),
+        (window, "allgather"),  # of these documents only the device knows the lengths
+        (rows, "allgather"),
+        (rows | {"window_size": (13, 0)}, "allgather"),
+        (rows | window | {"method": "ring"}, "ring"),
+    ):
+        assert prepare_batch(offsets, group=group, **options).method == method
+    assert prepare_batch([0, 48], group=group, **window).method == "halo"
+    common = {"group": group, "layout": "row"}
+    out, far = (zigzag_attention(q, k, v, batch, **mask, **common) for mask in (window, {}))
+    assert torch.equal(out, zigzag_attention(q, k, v, offsets, **window, **common))
+    gathered, far_gathered = (
+        zigzag_attention(q, k, v, offsets, method="allgather", **mask, **common) for mask in (window, {})
+    )
+    torch.testing.assert_close(out, gathered)
+    assert torch.equal(far, far_gathered)
+    alone, named = (zigzag_attention(q, k, v, **window, group=group, method=method) for method in (None, "halo"))
+    assert torch.equal(alone, named)

@@ -17,14 +17,14 @@ from .transport import Beside, Inputs, Residuals, Tables, behind, move_again
 
 @dataclass(frozen=True)
 class Halo:
-    """Sends the last rows of each chunk to the rank of the next one, in flight while other rows are attended to.
+    """Sends the last rows of each chunk to the rank of the next chunk while other rows are attended to.
 
     Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
     behind it a copy of their own K/V, so that no row is computed in two parts. The backward pass moves halos again, as
     keeping them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There
-    they are added behind those of the copies, in this order.
+    they are added after the gradients of the copies, in this order.
 
-    `problem` is that of the rank's own K/V, and `of_halo` that of the buffer.
+    `problem` describes the rank's own K/V, and `of_halo` the buffer.
     """
 
     problem: Problem
@@ -101,7 +101,7 @@ class Halo:
         return x.reshape(count, self.problem.call.halo_rows, *x.shape[1:])
 
     def _exchange(self, to_next: jax.Array, to_previous: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return what the rank before this one and the next one have sent here; zeros where there is no such rank."""
+        """Return the arrays from the rank before this one and from the next; zeros where there is none."""
         onward = [*itertools.pairwise(range(self.problem.world_size))]
         of_previous = jax.lax.ppermute(to_next, self.axis_name, onward)
         return of_previous, jax.lax.ppermute(to_previous, self.axis_name, [(to, source) for source, to in onward])

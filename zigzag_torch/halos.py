@@ -1,0 +1,49 @@
+"""The halo of a prepared batch, and whether the host knows that halos serve it."""
+
+import torch
+
+from zigzag_kernels import halo
+from zigzag_kernels.batch_checks import check_halo
+from zigzag_kernels.halo import HostSizes
+
+from .arguments import as_cu_seqlens, as_lengths
+
+CPU = torch.device("cpu")
+HostValues = tuple[list[int], list[int] | None]
+"""Offsets and real lengths, None if all tokens are real."""
+
+
+def halo_of_batch(
+    method: str | None, reach: tuple, documents: tuple, packed: tuple[int, int], world_size: int
+) -> tuple[str, int, int]:
+    """Return (method, rows before a chunk that its rows may see, promised most real tokens of a document).
+
+    `reach` is (window_size, attention_chunk, max_seqlen), `documents` are (cu_seqlens, lengths) as callers give them,
+    `packed` is (row_length, rows), 0 without a length. Method None is chosen. Raises `ValueError` for limits out of
+    range, and for documents on the host that halos do not serve.
+    """
+    window_size, attention_chunk, max_seqlen = reach
+    on_host = _values(*documents)
+    if method is None:
+        rows_seen = halo.reach_of_mask(True, window_size, attention_chunk, halo.check_max_seqlen(max_seqlen))
+        method = halo.choose_method(rows_seen, _sizes(on_host, packed, world_size), world_size).value
+    rows, promised = halo.halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
+    halo.check_halo_in_chunk(rows, packed[0], world_size)
+    if rows and on_host is not None:
+        check_halo(*on_host, world_size, packed[0] or None, (rows, promised))
+    return method, rows, promised
+
+
+def _values(cu_seqlens, lengths) -> HostValues | None:
+    """Return the offsets and real lengths that a caller has on the host; None for tensors, which nobody reads."""
+    if isinstance(cu_seqlens, torch.Tensor) or isinstance(lengths, torch.Tensor):
+        return None
+    offsets = as_cu_seqlens(cu_seqlens, 1, CPU).tolist()
+    return offsets, None if lengths is None else as_lengths(lengths, cu_seqlens, CPU).tolist()
+
+
+def _sizes(on_host: HostValues | None, packed: tuple[int, int], world_size: int) -> HostSizes | None:
+    """Return the sizes of a batch, None if only the device knows them."""
+    if packed[0]:
+        return halo.sizes_of_rows(*packed, world_size)
+    return None if on_host is None else halo.sizes_of_documents(*on_host, world_size)
