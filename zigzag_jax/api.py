@@ -78,7 +78,7 @@ def zigzag_attention_gathered(
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: whether the same inputs always give the same gradients bit for bit. False allows sums in any
             order: on a Hopper GPU with head_dim above 64, one kernel then replaces two unless sequences are short, and
-            needs 4 more bytes of memory for each element of q (`docs/hopper.md` says what it gains).
+            needs 4 more bytes of memory for each element of q (`docs/log/hopper.md` has its times).
         layout: "document" cuts each sequence into `2 * world_size` chunks, and a rank holds two of them. "row" cuts the
             packed row of `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it.
 

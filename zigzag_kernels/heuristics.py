@@ -14,21 +14,21 @@ LASTING_SCORES = 2**30
 A host took 0.4 ms to start the transfer of the next window.
 """
 
-# In which order programs take tiles, on H200: docs/kernels.md#measured, "heads side by side".
+# In which order programs take tiles, on H200: docs/log/kernels.md, "heads side by side".
 MULTIPROCESSORS = 128
 """Multiprocessors, about, of a GPU that models are trained on (an H100 and an H200 have 132)."""
 FEW_PROGRAMS = 12 * MULTIPROCESSORS
 """Programs of a launch below which tiles of several heads run side by side."""
 
-# How many heads a program takes, on H200: docs/hopper.md#measured, "Taking several heads".
+# How many heads a program takes, on H200: docs/log/hopper.md, "Taking several heads".
 MANY_PROGRAMS = 3 * MULTIPROCESSORS
 """Programs of a launch that are left, at least, when a program takes several heads."""
 
-# dK and dV in one launch or in two, on H200: docs/kernels.md#measured, "dK in one launch, dV in another".
+# dK and dV in one launch or in two, on H200: docs/log/kernels.md, "dK in one launch, dV in another".
 SUMS_TOGETHER_HEAD_DIM = 128
 """Largest head_dim whose dK and dV are summed by one portable launch, where tiles were measured."""
 
-# Kernels for Hopper or portable ones, on H100: the tables of docs/hopper.md#measured, lines "64 × 128" and "16 × 512".
+# Kernels for Hopper or portable ones, on H100: the tables of docs/log/hopper.md, lines "64 × 128" and "16 × 512".
 SMALL_HEAD_DIM = 64
 """Largest head_dim at which portable kernels win on short chunks, and two backward kernels beat the fused one."""
 SHORT_CHUNK_KEYS = 96
@@ -38,7 +38,7 @@ SHORT_CHUNK_KEYS_DKDV = 256
 VERY_NARROW_KEYS = 256
 """Keys that a row sees at most, by a window or chunks, below which the same holds of any sequence."""
 
-# Which tiles of a kernel for Hopper, on H200: docs/hopper.md#measured, "dK/dV of windows".
+# Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
 NARROW_KEYS = 1024
 """Most keys of a row for which a tile of dK/dV has 128 keys at a small head_dim, not 192."""
 
@@ -49,7 +49,7 @@ FEW_ROWS = 2**17
 The rows of all heads of the window count.
 """
 
-# When programs of long sequences take several heads, on H200: docs/hopper.md, "Several heads of long sequences".
+# When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences".
 MODERATE_KEYS = 2**14
 """Keys of a sequence or window up to which the start and end of a program take a noticeable time."""
 MANY_ROWS = 2**19

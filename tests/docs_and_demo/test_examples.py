@@ -17,7 +17,7 @@ from tests.support.machine import GPU, HANGS
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # (page, number of the block in it, how it is fenced, what it says)
 BLOCKS = [
-    (page.name, number, *block)
+    (page.relative_to(ROOT).as_posix(), number, *block)
     for page in PAGES
     for number, block in enumerate(
         re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -108,7 +108,7 @@ def test_what_is_installed_exists(kind, block):
     assert {extra for group in asked for extra in group.split(",")} <= set(extras)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target

@@ -23,7 +23,7 @@ from zigzag_kernels.tiles.sm_90 import SM_90
 
 TUNED = triton.__version__.startswith("3.6.")
 # Bytes: a few numbers a block, in the loops too; with several heads a program, between one head and the next. What
-# other releases make of the kernels is in docs/hopper.md.
+# other releases make of the kernels is in docs/log/hopper.md.
 SPILLS = {
     "hopper_dkdv": 16,
     "hopper_fused": 112,

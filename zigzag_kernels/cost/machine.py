@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Machine:
     """Speeds, in SI units a GPU and direction; the defaults are an H100 cluster with nodes of eight.
 
-    Measured on an H100 at head_dim 128 (README, docs/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`; `hbm`
-    is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what collectives may
-    be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings.
+    Measured on an H100 at head_dim 128 (README, docs/log/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`;
+    `hbm` is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what
+    collectives may be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings.
     """
 
     forward_rate: float = 513e12

@@ -9,7 +9,7 @@ from .operation import Part, name_dout_strides
 from .planner import Planned
 
 BLOCK_M = 64
-"""Query rows of a program; 32 to 256 take the same time on an H100, bound by memory (docs/hopper.md#measured)."""
+"""Query rows of a program; 32 to 256 take the same time on an H100, bound by memory (docs/log/hopper.md)."""
 
 
 def make_rows(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool, part: Part) -> Planned:

@@ -1,6 +1,6 @@
 """Tiles for compute capability 9.0, and for 10.x, which has no table of its own.
 
-The 16-bit entries were measured on H100 and H200 (docs/kernels.md and docs/hopper.md), never on 10.x.
+The 16-bit entries were measured on H100 and H200 (docs/log/kernels.md and docs/log/hopper.md), never on 10.x.
 """
 
 from ..modes import LengthClass, Operation
