@@ -15,8 +15,6 @@ from tests.support.pieces import DEVICE, grouped, rank_oracle, rank_tensors, ten
 from zigzag_torch.compat import flash2
 
 SELECTED = [case for case in CASES if case.tags.isdisjoint(BENCH if GPU else BENCH | {"gpu"})]
-# This path has no tiles and a loop over chunks: the first two say no more than shorter cases, the others are long.
-SLOW = "w1-many-tiles", "w2-several-tiles", "w8", "w8-short"
 ONE_TOKEN = Case(name="one token in every chunk", world_size=2, lengths=(4, 4), heads=4, kv_heads=2)
 CASE = Case(name="chunks", world_size=3, lengths=(12, 0, 30, 6), heads=4, kv_heads=2)
 
@@ -38,9 +36,7 @@ def check_rank(case, rank, **options):
         assert_close(f"rank {rank} of {case.world_size}: {name}", result, exact[name], straightforward[name])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in SELECTED]
-)
+@pytest.mark.parametrize("case", SELECTED, ids=str)
 def test_every_rank_matches_the_oracle(case):
     for rank in range(case.world_size):
         check_rank(case, rank)
@@ -55,9 +51,7 @@ def test_any_number_of_groups(n_chunks, causal):
         check_rank(case, rank, n_chunks=n_chunks, deterministic=True)
 
 
-@pytest.mark.parametrize(
-    "n_chunks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(6, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("n_chunks", [1, 2, 6])
 @pytest.mark.parametrize("window_size", [(0, -1), (4, 0), (7, 2), (-1, 3), (3, -1), (99, 99)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_windows(causal, window_size, n_chunks):
