@@ -181,7 +181,7 @@ def _cast(cast: Callable) -> Callable:
 
 
 def _operands(check: Callable) -> Callable:
-    """Operands of one type, no pointers, are what they are, but for a division; numbers are made tensors once."""
+    """Operands of one type stay as they are, but for pointers and divisions; a number becomes a tensor once."""
     numbers = {}
 
     def unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):

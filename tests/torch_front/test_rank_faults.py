@@ -315,13 +315,22 @@ def check_kernels(rank, world_size):
     check_compiled(next(programs(world_size)))
 
 
-def check_all_by_store(rank, world_size):
+def programs_by_store(world_size):
+    """Programs with transfers that the host does not wait for."""
     os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(TIMEOUT)
     agreement.reach_of = lambda _: agreement.Reach.STORE
-    new = programs(world_size)
+    return programs(world_size)
+
+
+def check_other_calls_by_store(rank, world_size):
+    new = programs_by_store(world_size)
     for fault in DIFFERENCES:
         for when in ("first call", "first step") if "prepare" not in fault else ("first call",):
             check_differences(next(new), when, fault)
+
+
+def check_waiting_by_store(rank, world_size):
+    new = programs_by_store(world_size)
     later = ("option", 1), ("own fault", 1), ("own fault", 0), ("validate alone", 0)
     waiting = [functools.partial(check_by_store, next(new), *fault) for fault in later for _ in METHODS]
     waiting += [functools.partial(check_too_late, next(new), "first call", odd) for odd in (0, 1)]
@@ -330,7 +339,10 @@ def check_all_by_store(rank, world_size):
     dist.barrier()
 
 
-@pytest.mark.parametrize("check", [pytest.param(check_kernels, marks=pytest.mark.slow), check_all_by_store])
+WAITING = [pytest.param(check, marks=pytest.mark.slow) for check in (check_kernels, check_waiting_by_store)]
+
+
+@pytest.mark.parametrize("check", [check_other_calls_by_store, *WAITING])
 def test_faults_in_other_transfers(check, tmp_path):
     run_ranks(2, tmp_path, check)
 
