@@ -106,9 +106,9 @@ class ShardedBatch:
         """Return what a transformers model takes by `model(**...)`, once `zigzag_torch.hf.use_mesh` has seen it.
 
         Rows are `[1, T]`, and `zigzag_batch` is the result of `prepare`. The empty `attention_mask` stands for it, so
-        that any other attention implementation raises an error. With `gradients` labels come along, and the model's
-        `loss` is the share of this rank: the mean loss is the sum of all shares, or their mean, as for
-        `token_mean_loss`. Without, call that with the logits.
+        that any other attention implementation raises an error. With `gradients` labels come along as `shift_labels`,
+        and the model's `loss` is the share of this rank: the mean loss is the sum of all shares, or their mean, as for
+        `token_mean_loss`. Without, call that with the logits, as for models whose loss shifts labels itself.
         """
         if gradients not in (None, "sum", "mean"):
             raise ValueError(f"gradients: expected None, 'sum' or 'mean', got {gradients!r}")
@@ -120,7 +120,8 @@ class ShardedBatch:
             "use_cache": False,
         }
         if gradients is not None:
-            result |= {"labels": self.labels[None], "shift_labels": self.labels[None]}
+            # A model that shifts labels itself would take these, and finds that there are too few.
+            result |= {"labels": self.labels.new_empty((1, 0)), "shift_labels": self.labels[None]}
             shares = self.world_size if gradients == "mean" else 1
             result["num_items_in_batch"] = self.num_targets.clamp(min=1) / shares
         return result

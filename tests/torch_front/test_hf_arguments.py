@@ -1,6 +1,8 @@
 """The attention of transformers on one device: packing, padding and types, and refusals by module and argument."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -105,6 +107,17 @@ def test_a_batch_is_made_once_for_all_layers_and_again_for_other_values(monkeypa
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True}])
+def test_no_batch_outlives_the_arguments_that_it_was_made_of(options):
+    batch, model = flattened(**options), make_model("llama", "zigzag")
+    with torch.no_grad():
+        model(**batch)
+    references = [weakref.ref(x) for x in batch.values() if isinstance(x, torch.Tensor)]
+    del batch
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -171,6 +184,13 @@ def test_masks_of_ones_own_are_refused():
             create_causal_mask(**inputs, **overlay)
 
 
+def test_a_model_that_shifts_labels_itself_cannot_take_shifted_ones():
+    """A masked language model takes labels as they are, and these are next tokens."""
+    batch = shard_documents(IDS, 0, 1).model_kwargs(gradients="sum")
+    with pytest.raises(ValueError, match="batch_size"):
+        make_model("modernbert", "zigzag")(**batch)
+
+
 def test_other_attention_cannot_take_a_sharded_batch():
     """Its rows are in zigzag order, and its positions those of several documents: the result would be wrong."""
     batch = shard_documents(IDS, 0, 1).model_kwargs()
@@ -202,6 +222,10 @@ def test_models_that_compute_across_tokens_elsewhere_are_refused(monkeypatch):
     cases = [
         (make_model("phi3", rope_parameters=LONG), "Phi3ForCausalLM: rope_parameters: .* 'longrope'"),
         (make_model("mixtral", output_router_logits=True), "MixtralForCausalLM: output_router_logits"),
+        (
+            transformers.LlamaForSequenceClassification(make_model("llama").config),
+            "LlamaForSequenceClassification: expected a base model .* got SequenceClassification",
+        ),
         (
             transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**SMALL)),
             "Qwen3NextForCausalLM: layer_types: .* got .*linear_attention",

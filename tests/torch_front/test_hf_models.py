@@ -2,10 +2,20 @@
 
 import pytest
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.hf_models import MODELS, assert_same, between_ranks, each_alone, make_model
+from tests.support.hf_models import (
+    MODELS,
+    assert_same,
+    between_ranks,
+    each_alone,
+    gradients_of,
+    make_model,
+    sharded_documents,
+)
 from tests.support.machine import GPU
 from tests.support.processes import run_ranks
+from zigzag_torch.hf import use_mesh
 
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 
@@ -24,9 +34,22 @@ def check_models(rank, world_size, names, methods, backend):
         assert_same(name, between_ranks(model, group, methods[i % len(methods)], backend), expected)
 
 
+def check_models_and_averages(rank, world_size):
+    """Of `DistributedDataParallel`, which averages the gradients of shares whose mean is the loss."""
+    check_models(rank, world_size, list(MODELS), ("allgather", "ring"), None)
+    group, model = dist.group.WORLD, make_model("llama")
+    expected = each_alone(make_model("llama"))
+    use_mesh(model, group)
+    averaged = DistributedDataParallel(model)
+    loss = averaged(**sharded_documents(group).model_kwargs(group, gradients="mean")).loss
+    loss.backward()
+    dist.all_reduce(loss.detach_())
+    assert_same("llama", (expected[0], loss.item() / world_size, gradients_of(model)), expected)
+
+
 @pytest.mark.multigpu
 def test_two_ranks(tmp_path):
-    run_ranks(2, tmp_path, check_models, list(MODELS), ("allgather", "ring"), None)
+    run_ranks(2, tmp_path, check_models_and_averages)
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def batch_of_rows(
     known = _known.get(given[0])
     if known is None or known[0] != facts:
         batch = _make(rows, tokens, device, position_ids, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backend)
-        known = facts, batch, others  # which lives as long as its id says something
+        # The others live as long as their ids say something; the key, which would live for ever, must not be held.
+        known = facts, batch, [x for x in others if x is not given[0]]
         _known[given[0]] = known
     return known[1]
 
@@ -87,7 +88,7 @@ def _flattened(rows, tokens, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backe
         if cu_seq_lens_k is not cu_seq_lens_q and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
             raise ValueError("cu_seq_lens_k: expected the offsets of cu_seq_lens_q, got others; there is no cache")
         validate(cu_seq_lens_q, 1, tokens)
-    return prepare_batch(cu_seq_lens_q, backend=backend)
+    return prepare_batch(cu_seq_lens_q.clone(), backend=backend)  # which outlives the tensor that was given
 
 
 def _padded(real: torch.Tensor, position_ids: torch.Tensor | None, backend: str | None) -> Batch:

@@ -15,6 +15,8 @@ from .packing import batch_of_rows
 NAME = "zigzag"
 # Layers that mix tokens by attention alone; others, such as recurrent ones, would see a rank's rows as a sequence.
 _LAYER_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
+# What models compute of each row by itself; others look for the last token of a row, or put images between tokens.
+_HEADS = frozenset(("CausalLM", "MaskedLM", "TokenClassification"))
 # Rotary embeddings that choose frequencies by the largest position, of which each rank sees its own.
 _ROPE_OF_THE_LONGEST = frozenset(("dynamic", "longrope"))
 
@@ -77,6 +79,11 @@ def use_mesh(
 def _check_ranks(model: PreTrainedModel) -> None:
     """Raise `NotImplementedError` for a model that computes something else across tokens than attention."""
     name, config = type(model).__name__, model.config.get_text_config()
+    head = name.rpartition("For")[2] if "For" in name else None
+    if head is not None and head not in _HEADS:
+        raise NotImplementedError(
+            f"{name}: expected a base model or one for {sorted(_HEADS)} between ranks, got {head}"
+        )
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if others or getattr(model, "_is_stateful", False):
         kinds = sorted(others) or "recurrent layers"
