@@ -24,7 +24,8 @@ from .compat.llama3 import (
 )
 from .compat.ring_flash_attn import patch_ring_flash_attn
 from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
-from .data import ShardedBatch, ZigzagCollator, shard_documents, token_mean_loss, unshard_group
+from .data import ShardedBatch, ZigzagCollator, shard_documents, unshard_group
+from .loss import token_mean_loss
 from .padding import pad_to_zigzag, unpad
 from .profiling import profile_report
 from .reference import merge_partials

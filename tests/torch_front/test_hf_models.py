@@ -11,6 +11,7 @@ from tests.support.hf_models import (
     each_alone,
     gradients_of,
     make_model,
+    results_of,
     sharded_documents,
 )
 from tests.support.machine import GPU
@@ -35,9 +36,16 @@ def check_models(rank, world_size, names, methods, backend):
 
 
 def check_models_and_averages(rank, world_size):
-    """Of `DistributedDataParallel`, which averages the gradients of shares whose mean is the loss."""
+    """Of `DistributedDataParallel`, which averages the gradients of shares whose mean is the loss.
+
+    Halos serve the layers with windows, while the others gather.
+    """
     check_models(rank, world_size, list(MODELS), ("allgather", "ring"), None)
-    group, model = dist.group.WORLD, make_model("llama")
+    group, model = dist.group.WORLD, make_model("gemma2")
+    expected = each_alone(model)
+    use_mesh(model, group)
+    assert_same("gemma2", results_of(model, model, group, method="halo", window_size=(4, 0)), expected)
+    model = make_model("llama")
     expected = each_alone(make_model("llama"))
     use_mesh(model, group)
     averaged = DistributedDataParallel(model)

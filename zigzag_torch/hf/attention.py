@@ -103,7 +103,7 @@ def attention_forward(
         softcap=softcap or 0.0,
         sinks=s_aux,
         softmax_scale=scaling,
-        method=options.method or zigzag_batch.method,
+        method=options.method,
         heads_k_stride=options.heads_k_stride,
         backend=options.backend,
         layout=zigzag_batch.layout,
