@@ -77,6 +77,59 @@ def test_bytes_between_ranks(method, world_size):
             assert cost.extra_memory(step) == {"delta, lse in base 2": 2 * 4 * 6 * 160}
 
 
+HALO = {"lengths": (64, 0, 96, 32), "heads": 6, "kv_heads": 2, "head_dim": 16, "window_size": (3, -1), "method": "halo"}
+
+
+def test_bytes_of_halos():
+    """Messages of three rows for each of four documents, from one neighbour or two; at most half of the rows."""
+    step = Step(world_size=4, padding=5, **HALO)
+    row = 2 * 2 * 16
+    for rank, neighbours in ((0, 1), (1, 2), (3, 1)):
+        found = [direction(step, rank).moved_bytes for direction in DIRECTIONS]
+        assert found == [neighbours * 12 * row * 2, neighbours * 12 * row * (2 + 4)]
+    whole = Step(world_size=2, **HALO | {"lengths": (64,), "window_size": (16, -1)})
+    assert cost.forward(whole).moved_bytes == 16 * row * 2
+    alone = Step(world_size=1, **HALO)
+    assert [direction(alone).transfers for direction in DIRECTIONS] == [0, 0]
+
+
+def test_rows_that_need_a_halo_are_the_first_of_chunks_whose_keys_others_have():
+    step, mask = Step(world_size=4, **HALO), cost.Mask(True, HALO["window_size"])
+    for rank in range(4):
+        seen = 0
+        for length in HALO["lengths"]:
+            positions, chunk = oracle.rank_positions(length, rank, 4), length // 8
+            for position in positions:
+                first = position // max(chunk, 1) * chunk
+                local = first == 0 or (rank == 3 and first == 4 * chunk)
+                near = not local and position - first < 3
+                seen += oracle_mask(mask, np.array([position]), length).sum() * near
+        assert step.halo_scores(rank) == seen
+
+
+def test_halos_cost_no_more_with_more_ranks():
+    """And their efficiency is a share that falls with the links; what they do not serve is refused."""
+    for window in (127, 1023, 4095):
+        sizes = {"window_size": (window, -1), "method": "halo", **LONG}
+        steps = [Step(lengths=(8192 * ranks,), world_size=ranks, **sizes) for ranks in (4, 64, 1024)]
+        machines = Machine(), Machine(nvlink=50e9, network=2e9)
+        assert len({cost.forward(step, 2).moved_bytes for step in steps}) == 1
+        for step in steps:
+            found = [cost.predict(step, machine, 2).efficiency for machine in machines]
+            assert 1 + 1e-12 >= found[0] >= found[1] > 0
+            assert found[0] > found[1] or window < 4095  # narrow windows hide slow transfers too
+            gathering = dataclasses.replace(step, method="allgather")
+            assert step.world_size == 4 or found[0] > cost.predict(gathering, machines[0], 2).efficiency
+    for changed, message in (
+        ({"window_size": (-1, -1)}, "window_size: expected a limit"),
+        ({"window_size": (5, -1)}, "cu_seqlens: expected chunks of at least the 5 rows"),
+        ({"causal": False}, "causal: expected True"),
+        ({"heads_k_stride": 1}, "heads_k_stride: expected None with method 'halo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Step(world_size=4, **HALO | changed)
+
+
 def test_all_ranks_of_a_batch_cost_the_same():
     for causal, world_size in itertools.product((True, False), (2, 4, 8)):
         step = Step(world_size=world_size, causal=causal, **UNEVEN)

@@ -152,13 +152,17 @@ def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, he
         ("9.0", 64, "ring"),
         ("8.0", 64, "options"),
         ("9.0", 256, "ring"),
+        ("9.0", 128, "halo"),
     ],
 )
 def test_every_kernel_compiles_with_options_within_its_shared_memory(triton_cache, target, head_dim, call):
     kernels = lines_of("compile_portable", target, str(head_dim), "bfloat16", call, **triton_cache)
-    sinks = [] if call == "window" else ["sum_sink_rows", "sum_sink_parts"]
+    others = [] if call in ("window", "halo") else ["sum_sink_rows", "sum_sink_parts"]
+    tables = ["build_segments"]
+    if call == "halo":
+        tables, others = [*tables, "build_halos"], ["copy_halo_rows", "add_halo_rows"]
     dkdv = ["backward_dkdv"] * (2 if sums_apart(head_dim, "bfloat16", PORTABLE.architecture(target)) else 1)
-    assert kernels == ["build_segments", "attention_forward", "backward_delta", *dkdv, "backward_dq", *sinks]
+    assert kernels == [*tables, "attention_forward", "backward_delta", *dkdv, "backward_dq", *others]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Compiles the portable kernels for a GPU, and checks that their shared memory is what the tile table expects.
 
-    python -m tests.programs.compile_portable 9.0 128 bfloat16 [window | options | ring]
+    python -m tests.programs.compile_portable 9.0 128 bfloat16 [window | options | ring | halo]
 
 Needs no GPU: Triton brings its own assembler. Prints the name of each kernel. The last argument is one of `CALLS`.
 """
@@ -19,7 +19,9 @@ from zigzag_kernels.modes import KVLayout, Layout
 from zigzag_kernels.portable.family import PORTABLE
 
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
-TABLES = dict.fromkeys(("segments", "sequences", "cu_seqlens", "rank", "lengths"), "int32")
+TABLES = dict.fromkeys(
+    ("segments", "sequences", "cu_seqlens", "rank", "lengths", "into_segments", "into_sequences"), "int32"
+)
 STATISTICS = dict.fromkeys(("lse", "dlse", "delta", "lse2", "into_lse", "sinks", "parts", "into_dsinks"), "float32")
 OPTIONS = {
     "window_size": (127, -1), "softcap": 30.0, "has_sinks": True, "return_max_logits": True, "layout": Layout.ROW,
@@ -29,6 +31,7 @@ CALLS = {
     "plain": ({}, {}),
     "window": ({"window_size": (127, -1)}, {}),
     "options": (OPTIONS, {}),
+    "halo": ({"window_size": (127, -1), "halo": 127, "halo_rows": 127}, {"kv_layout": KVLayout.HALO, "slot_rows": 127}),
     "ring": (OPTIONS | {"causal": False, "window_size": (-1, 9), "attention_chunk": 100}, {"kv_layout": KVLayout.PEER}),
 }
 """Options of a call, and how its problem differs from that of `small_problem`."""

@@ -12,6 +12,7 @@ from tests.support.machine import GPU, GPUS
 from tests.support.processes import run_ranks
 from tests.support.rank import assert_results_close, batch_results, rank_rows, rows_of_results
 from tests.support.torch_ranks import DEVICE, KERNELS, attend, on_device
+from zigzag_kernels import cost
 from zigzag_torch import prepare_batch, validate, zigzag_attention
 
 pytestmark = pytest.mark.multigpu
@@ -80,6 +81,11 @@ def check_moved_rows(rank):
             attend(tensors, sinks, batch, **common, **call_options(case), backend=KERNELS)
             row = halo_rows * case.kv_heads * case.head_dim
             assert sent == [2 * row * tensors[0].itemsize] * 2 + [4 * row] * 2, name
+            if case.layout == "document":
+                names = "lengths", "world_size", "heads", "kv_heads", "head_dim", "dtype", "window_size", "padding"
+                step = cost.Step(method="halo", **{name: getattr(case, name) for name in names})
+                predicted = [direction(step, rank).moved_bytes for direction in (cost.forward, cost.backward)]
+                assert predicted == [sent[0], sum(sent[1:])], name
             sent.clear()
     finally:
         dist.batch_isend_irecv = send

@@ -1,4 +1,4 @@
-"""Counts of what a step makes a rank compute, read, move and hold, from what the two methods do.
+"""Counts of what a step makes a rank compute, read, move and hold, from what each method does.
 
 Needs the standard library alone, so that a laptop can plan a cluster.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from ..batch_checks import check_halo
 from ..checks import (
     DTYPE_BYTES,
     check_attention_chunk,
@@ -16,6 +17,7 @@ from ..checks import (
     check_window_size,
     check_world_size,
 )
+from ..halo import check_reach, message_rows
 from ..heuristics import choose_heads_k_stride
 from ..layout import chunk_length, row_position
 from ..modes import Method
@@ -122,8 +124,6 @@ class Step:
     def __post_init__(self):
         check_world_size(self.world_size)
         check_method(self.method)
-        if self.method == Method.HALO:
-            raise ValueError("method: expected 'allgather' or 'ring', got 'halo', which has no costs yet")
         check_window_size(self.window_size)
         check_attention_chunk(self.attention_chunk)
         check_lengths([*accumulate(self.lengths, initial=0)], self.world_size)
@@ -135,8 +135,10 @@ class Step:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads: expected a multiple of the {self.kv_heads} KV heads, got {self.heads}")
-        if self.method == Method.RING and self.heads_k_stride is not None:
-            raise ValueError(f"heads_k_stride: expected None with method 'ring', got {self.heads_k_stride}")
+        if self.method != Method.ALLGATHER and self.heads_k_stride is not None:
+            raise ValueError(f"heads_k_stride: expected None with method {self.method!r}, got {self.heads_k_stride}")
+        if self.method == Method.HALO:
+            check_halo([*accumulate(self.lengths, initial=0)], None, self.world_size, None, (self._reach, 0))
         choose_heads_k_stride(self.heads_k_stride, self)
 
     @property
@@ -156,7 +158,7 @@ class Step:
     @property
     def window(self) -> int:
         """KV heads that one all-gather brings, or all of them where nothing is gathered."""
-        if self.method == Method.RING or self.world_size == 1:
+        if self.method != Method.ALLGATHER or self.world_size == 1:
             return self.kv_heads
         return choose_heads_k_stride(self.heads_k_stride, self)
 
@@ -165,9 +167,44 @@ class Step:
         return self.method == Method.RING and self.world_size > 1
 
     @property
+    def halo(self) -> int:
+        """Rows before a chunk that its rows see, if halos alone move, otherwise 0."""
+        return self._reach if self.method == Method.HALO and self.world_size > 1 else 0
+
+    @property
+    def _reach(self) -> int:
+        if not self.causal:
+            raise ValueError("causal: expected True with method 'halo', got False")
+        return check_reach(check_window_size(self.window_size)[0], self.attention_chunk, 0)
+
+    @property
+    def halo_rows(self) -> int:
+        """Rows of K and V in a message to a neighbour."""
+        return message_rows(self.halo, self.tokens, self.sequences, 0)
+
+    @property
     def parts(self) -> int:
-        """Pieces of one pass, each computed while K/V of the next one move: steps of the ring, or windows of heads."""
+        """Pieces of one pass, each computed while K/V of the next one move: steps of the ring, or windows of heads.
+
+        With halos there are the rows that need none, and the rows that do.
+        """
+        if self.halo:
+            return 2
         return self.world_size if self.ring else self.kv_heads // self.window
+
+    def neighbours(self, rank: int) -> int:
+        """Return how many ranks send a halo to `rank`."""
+        return (rank > 0) + (rank < self.world_size - 1)
+
+    def halo_scores(self, rank: int) -> int:
+        """Return the scores of one query head in the rows of `rank` that need a halo."""
+        mask = Mask(True, check_window_size(self.window_size), self.attention_chunk)
+        chunks = [rank] * (rank > 0) + [2 * self.world_size - 1 - rank] * (rank < self.world_size - 1)
+        scores = 0
+        for length in self.lengths:
+            rows = chunk_length(length, self.world_size)
+            scores += sum(visible_scores(chunk * rows, min(rows, self.halo), length, mask) for chunk in chunks)
+        return scores
 
     def scores(self, rank: int) -> int:
         """Return the scores of one query head that the mask leaves to `rank`."""
@@ -177,8 +214,9 @@ class Step:
     def arrays(self) -> "Arrays":
         size, sum_size = DTYPE_BYTES[self.dtype], DTYPE_BYTES[self.grad_reduce_dtype]
         q, kv = self.tokens * self.heads * self.head_dim, 2 * self.tokens * self.kv_heads * self.head_dim
-        rows = self.tokens * self.heads
-        return Arrays(q * size, kv * size, rows * FLOAT32_BYTES, q * FLOAT32_BYTES, kv * sum_size)
+        rows, slot = self.tokens * self.heads, 2 * self.halo_rows * self.kv_heads * self.head_dim
+        sizes = q * size, kv * size, rows * FLOAT32_BYTES, q * FLOAT32_BYTES, kv * sum_size
+        return Arrays(*sizes, slot * size, slot * sum_size)
 
 
 @dataclass(frozen=True)
@@ -190,6 +228,8 @@ class Arrays:
     rows: int  # one float32 a query row and head: lse, and what the backward pass keeps of a row
     q_sum: int  # out or dq in float32
     kv_sum: int  # dK and dV as ranks add them up: in float32, unless asked otherwise
+    slot: int = 0  # K and V of the rows of a message, if halos alone move
+    slot_sum: int = 0  # their dK and dV
 
 
 @dataclass(frozen=True)
@@ -211,6 +251,9 @@ def forward(step: Step, rank: int = 0) -> Pass:
         # All steps but the first read what they add to; the sum is cast in the end.
         hbm = ranks * (x.q + x.kv) + (2 * ranks - 1) * (x.q_sum + x.rows) + (x.q_sum + x.q)
         transfers = ranks - 1
+    elif step.halo:
+        # Four slots are copied, and the attention of rows that need a halo reads four.
+        hbm, moved, transfers = 2 * x.q + x.kv + x.rows + 12 * x.slot, step.neighbours(rank) * x.slot, 1
     else:
         hbm = x.q + ranks * x.kv + (x.q + x.rows)
         transfers = step.parts if ranks > 1 else 0
@@ -230,13 +273,18 @@ def backward(step: Step, rank: int = 0) -> Pass:
         hbm = delta + 2 * ranks * (reads + x.kv) + sums
         moved = (ranks - 1) * x.kv + ranks * x.kv_sum  # the sums go all the way round, home
         transfers = 2 * ranks - 1
+    elif step.halo:
+        moved, transfers = step.neighbours(rank) * (x.slot + x.slot_sum), 2
+        # dK/dV of own rows are written, read for the cast, and in two slots for each of two sums read and written.
+        sums = 2 * x.kv_sum + x.kv + 4 * x.slot_sum + 2 * 6 * x.slot_sum
+        hbm = delta + 2 * (reads + x.kv) + x.q + 16 * x.slot + sums
     else:
         moved = (ranks - 1) * (x.kv + x.kv_sum)
         hbm = delta + 2 * (reads + ranks * x.kv) + x.q
         hbm += ranks * x.kv_sum + x.kv_sum + x.kv if ranks > 1 else x.kv
         transfers = 2 * step.parts if ranks > 1 else 0
     scores = step.scores(rank)
-    launches = 2 * step.parts + (1 if step.ring else step.parts)
+    launches = 2 * step.parts + (1 if step.ring or step.halo else step.parts)
     return Pass(backward_flops(scores, step.heads, step.head_dim), hbm + moved, moved, launches, transfers)
 
 
@@ -247,9 +295,11 @@ def extra_memory(step: Step) -> dict[str, int]:
     of all ranks, and there are delta and lse of two windows.
     """
     x, ranks = step.arrays(), step.world_size
-    memory = {"delta, lse in base 2": 2 * x.rows if step.ring else 2 * x.rows // step.parts}
+    memory = {"delta, lse in base 2": 2 * x.rows if step.ring or step.halo else 2 * x.rows // step.parts}
     if step.ring:
         memory |= {"two K/V buffers": 2 * x.kv, "float32 dQ": x.q_sum, "two dK/dV buffers": 2 * x.kv_sum}
+    elif step.halo:
+        memory |= {"six slots of K/V": 6 * x.slot, "dK/dV": x.kv_sum, "dK/dV of six slots": 6 * x.slot_sum}
     elif ranks > 1:
         buffers = min(2, step.parts)
         memory["K/V of all ranks"] = buffers * ranks * x.kv // step.parts

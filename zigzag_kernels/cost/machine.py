@@ -42,6 +42,19 @@ class Machine:
         wire = max((world_size - 1) * share / self.nvlink, (nodes - 1) * share / self.network)
         return self.call_latency + hops + wire
 
+    def neighbours(self, world_size: int, size: float) -> float:
+        """Return the seconds in which every rank sends `size` bytes to the rank before it and to the next one.
+
+        At the border of two nodes one of both passes an adapter.
+        """
+        if world_size == 1:
+            return 0.0
+        if self._nodes(world_size) == 1:
+            return self.call_latency + self.nvlink_latency + 2 * size / self.nvlink
+        through_adapter = 2 * size if self.node == 1 else size
+        wire = max(2 * size / self.nvlink, through_adapter / self.network)
+        return self.call_latency + self.network_latency + wire
+
     def hop(self, world_size: int, size: float) -> float:
         """Return the seconds in which every rank passes `size` bytes on.
 

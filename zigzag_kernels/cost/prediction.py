@@ -30,6 +30,17 @@ def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
     compute = max(ahead.flops / machine.forward_rate, ahead.hbm_bytes / machine.hbm) / parts
     gradients = max(back.flops / machine.backward_rate, back.hbm_bytes / machine.hbm) / parts
     keys, queries = machine.dkdv_share * gradients, (1 - machine.dkdv_share) * gradients
+    ideal = ahead.flops / machine.forward_rate + back.flops / machine.backward_rate
+    if step.halo:
+        # Rows that need a halo wait for it, and dK/dV travel home beside dQ.
+        near = step.halo_scores(rank) / max(step.scores(rank), 1)
+        arriving, leaving = machine.neighbours(ranks, x.slot), machine.neighbours(ranks, x.slot_sum)
+        both, keys, queries = 2 * compute, 2 * keys, 2 * queries
+        return Prediction(
+            forward=max((1 - near) * both, arriving) + near * both,
+            backward=max((1 - near) * keys, arriving) + near * keys + max(queries, leaving),
+            ideal=ideal,
+        )
     if step.ring:
         first, arriving, leaving = 0.0, machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
     else:
@@ -38,7 +49,7 @@ def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
     return Prediction(
         forward=first + overlap(parts, compute, 0.0, arriving, 0.0),
         backward=first + overlap(parts, keys, queries, arriving, leaving),
-        ideal=ahead.flops / machine.forward_rate + back.flops / machine.backward_rate,
+        ideal=ideal,
     )
 
 

@@ -240,6 +240,10 @@ def plan_step(
     strides = dout_strides or problem.q_strides
     row_length = problem.world_size * problem.tokens
     form = BatchForm(problem.sequences, problem.world_size, problem.kv_layout, problem.call.layout, row_length)
+    halos = ()
+    if problem.kv_layout == KVLayout.HALO:
+        form = form._replace(halo=problem.call.halo)
+        halos = make_copy(problem), make_addition(problem, (0, 1))
     tables = make_tables(form._replace(has_lengths=problem.call.has_lengths), problem.target)
     forward = make_operation(problem, Operation.FORWARD, part)
     if part == WHOLE:
@@ -248,4 +252,4 @@ def plan_step(
         dkdv, dq = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
         backward = make_rows(problem, strides, has_dlse, part), dkdv, dq
     sinks = (make_sinks(problem, part),) if problem.call.has_sinks else ()
-    return tables, forward, *(planned for planned in backward if planned is not NOTHING), *sinks
+    return tables, forward, *(planned for planned in backward if planned is not NOTHING), *sinks, *halos
