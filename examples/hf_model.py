@@ -93,14 +93,19 @@ def model_inputs(batch: ShardedBatch, attention: str, group: DeviceMesh, method:
     return {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}
 
 
-def step_flops(config: PreTrainedConfig, weights: int, lengths: torch.Tensor) -> int:
-    """The operations of a training step on documents of these lengths, not counting any that are done again.
+def step_work(config: PreTrainedConfig, weights: int, batch: ShardedBatch, device: torch.device) -> tuple[int, int]:
+    """Return the tokens of a step on all processes, and its operations, not counting any that are done again.
 
-    `weights` are the elements of all matrices that each token is multiplied by.
+    `weights` are the elements of all matrices that each token is multiplied by. The host waits for all processes.
     """
-    scores = sum(n * (n + 1) // 2 for n in lengths.tolist())
+    tokens = int((batch.rows >= 0).sum())
+    scores = sum(n * (n + 1) / 2 for n in batch.whole_cu_seqlens.diff().tolist())
+    scores += sum(n * (n + 1) / 2 for n in batch.lengths.tolist()) / batch.world_size
+    totals = torch.tensor([tokens, scores], dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    tokens, scores = totals.tolist()
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * scores
-    return 3 * (2 * weights * int(lengths.sum()) + attention)
+    return int(tokens), int(3 * (2 * weights * tokens + attention))
 
 
 def mean_loss(total: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> dict:
-    """The losses by step, in nats a token, with tokens a second, MFU and the peak memory of a process in GiB."""
+    """The losses by step, in nats a token, their tokens, tokens a second, MFU and a process's peak memory in GiB."""
     world_size = dist.get_world_size()
     replicas = arguments.replicas if arguments.attention == "zigzag" else world_size
     if world_size % replicas:
@@ -184,7 +184,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
     loader = DataLoader(text, batch_size=None, sampler=steps, collate_fn=collate, pin_memory=device.type == "cuda")
 
     peak = arguments.peak or next((x for name, x in PEAKS.items() if name in _name(device)), None)
-    losses, times, rates = [], [], []
+    losses, times, rates, seen = [], [], [], []
     quiet = True if dist.get_rank() else None  # None: no bar where it would fill a log
     with tqdm(loader, initial=done, total=arguments.steps, unit="step", disable=quiet) as progress:
         start = time.perf_counter()
@@ -197,9 +197,9 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
             optimizer.zero_grad()
             losses.append(loss.item())  # the host waits here, once a step
             times.append(time.perf_counter() - start)
-            lengths = batch.lengths[batch.lengths > 0]
-            flops = replicas * hf_model.step_flops(config, weights, lengths) / world_size
-            rates.append((replicas * int(lengths.sum()) / times[-1], flops / times[-1] / peak if peak else None))
+            tokens, flops = hf_model.step_work(config, weights, batch, device)
+            seen.append(tokens)
+            rates.append((tokens / times[-1], flops / world_size / times[-1] / peak if peak else None))
             report = f"loss {losses[-1]:.4f}, {_speed(*rates[-1], device)}"
             progress.set_postfix_str(report)
             if not dist.get_rank():
@@ -214,7 +214,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
     mfu = statistics.median(x for _, x in measured) if peak else None
     if not dist.get_rank():
         print(f"median: {_speed(tokens, mfu, device)}")
-    return {"first": done, "losses": losses, "tokens_per_second": tokens, "mfu": mfu, "peak_gib": _memory(device)}
+    speed = {"tokens_per_second": tokens, "mfu": mfu, "peak_gib": _memory(device)}
+    return {"first": done, "losses": losses, "tokens": seen} | speed
 
 
 def _name(device: torch.device) -> str:

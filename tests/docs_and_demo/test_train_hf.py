@@ -14,7 +14,7 @@ TOLERANCE = 5e-5
 
 
 def losses(tmp_path, *arguments, ranks=1):
-    """(number of the first step, losses) of a run on so many ranks."""
+    """(number of the first step, losses) of a run on so many ranks, which counts the tokens of each step."""
     file = tmp_path / "results.json"
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -22,6 +22,8 @@ def losses(tmp_path, *arguments, ranks=1):
     assert ended.code == 0, ended.errors
     results = json.loads(file.read_text())
     assert sum("loss" in line for line in ended.lines) == len(results["losses"])
+    assert all(128 < tokens <= 512 for tokens in results["tokens"])  # of one batch or two
+    assert results["tokens_per_second"] > 0
     return results["first"], results["losses"]
 
 

@@ -20,7 +20,15 @@ FEATURES, S = 32, 16
 DOCUMENTS = [[(1, 5), (2, 7), (0, 4)], [(3, 16)]]
 ROWS = make_rows(DOCUMENTS, S)
 PAIRS = [(linen_attention(causal=False), nn.dot_product_attention), (nnx_attention(), nnx.dot_product_attention)]
+# Projections of layers too, which a GPU multiplies in 19 bits otherwise.
+pytestmark = pytest.mark.usefixtures("_float32_products")
 close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5))
+
+
+@pytest.fixture
+def _float32_products():
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def inputs(*shape):
