@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import zigzag_jax
 from zigzag_jax import Batch, zigzag_attention, zigzag_attention_gathered
 
+PLANNED = "plan of documents"  # the way whose rows are dealt out by a plan
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 
 
@@ -77,6 +78,8 @@ class Ranks:
 
     def calls(self, way):
         """(forward, forward + backward) of a step between the ranks; they return out, and (dq, dk, dv)."""
+        if way[0] == PLANNED:
+            return self._planned_calls()
         method, stride = way
         rows, replicated = P("cp"), P()
         specs = Batch(replicated, rows, self.size, method, rows, rows, compared_by="cp")
@@ -94,9 +97,34 @@ class Ranks:
         arrays = self.q, self.k, self.v
         return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, self.dout)
 
+    def _planned_calls(self):
+        """Return the calls of a step on the same documents in the rows of a plan, most of them whole on one rank."""
+        self.plan, rows = zigzag_jax.plan_documents(self.case.lengths, self.size), NamedSharding(self.mesh, P("cp"))
+
+        def dealt(x):
+            x = zigzag_jax.unshard(x, self.cu_seqlens, self.size)
+            return jnp.concatenate([zigzag_jax.shard(x, self.plan, rank, self.size) for rank in range(self.size)])
+
+        attention = zigzag_jax.make_zigzag_attention(self.mesh)
+        batch = attention.prepare_batch(self.plan)
+        *arrays, dout = (jax.jit(dealt, out_shardings=rows)(x) for x in (self.q, self.k, self.v, self.dout))
+        forward, both = jax.jit(attention), jax.jit(with_gradients(attention))
+        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, dout)
+
+    def _zigzag_rows(self, x):
+        """Return all rows, as `load` deals them out, from a result in the rows of the plan."""
+
+        def dealt(x):
+            x = zigzag_jax.unshard(x, self.plan, self.size)
+            of_ranks = [zigzag_jax.shard(x, self.cu_seqlens, rank, self.size) for rank in range(self.size)]
+            return jnp.concatenate(of_ranks)
+
+        return jax.jit(dealt, out_shardings=NamedSharding(self.mesh, P("cp")))(x)
+
     def check(self, way, forward, both):
         """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
-        out, (dq, *gradients) = forward(), both()
+        results = forward(), *both()
+        out, dq, *gradients = map(self._zigzag_rows, results) if way[0] == PLANNED else results
         for rank, (wanted_out, wanted_dq, *_) in enumerate(self.alone):
             for name, got, wanted in (("out", out, wanted_out), ("dq", dq, wanted_dq)):
                 check_close(f"{self.case}, rank {rank}, {way}: {name}", self._rows(got, rank), wanted)

@@ -32,6 +32,7 @@ STRIDES = (1, 2, 4, 8)
 LONGEST_DOCUMENT = 4096
 DIRECTIONS = "forward", "forward + backward"
 ALONE = "one GPU's share", None
+PLANNED = "plan of documents", None  # most documents whole on one rank, the others by all-gather
 OUR_KERNELS = "attention_", "backward_"  # how their names begin
 Way = tuple[str, int | None]  # method and heads_k_stride
 Interval = tuple[float, float]
@@ -54,15 +55,15 @@ class Workload:
 def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Workload]:
     """One sequence, at all strides; a long one and real documents, at the stride that is chosen by default."""
 
-    def workload(name, lengths, strides, rounds, steps):
+    def workload(name, lengths, strides, rounds, steps, *more):
         sizes = {"world_size": ranks, "lengths": lengths} | HEADS
         strides = strides or (Step(**sizes).window,)
-        ways = *((METHODS[0], stride) for stride in strides), (METHODS[1], None)
+        ways = *((METHODS[0], stride) for stride in strides), (METHODS[1], None), *more
         return Workload(Case(name=name, **sizes), ways, rounds, steps)
 
     return [
         workload("one sequence", (ranks * tokens,), STRIDES, rounds, 4),
-        workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4),
+        workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4, PLANNED),
         workload("one long sequence", (ranks * long_tokens,), None, max(1, rounds // 4), 1),
     ]
 

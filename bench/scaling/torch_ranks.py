@@ -13,9 +13,17 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench import timing
-from zigzag_torch import prepare_batch, zigzag_attention, zigzag_attention_gathered
+from zigzag_torch import (
+    plan_documents,
+    prepare_batch,
+    shard,
+    unshard,
+    zigzag_attention,
+    zigzag_attention_gathered,
+)
 from zigzag_torch.parallel.collectives import gather_into, reduce_into
 
+PLANNED = "plan of documents"  # the way whose rows are dealt out by a plan
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 
 
@@ -70,6 +78,8 @@ class Ranks:
 
     def calls(self, way):
         """Return the calls of a step between the ranks, like `share_calls`."""
+        if way[0] == PLANNED:
+            return self._planned_calls()
         method, stride = way
         batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD)
         options = {"method": method, "heads_k_stride": stride}
@@ -79,9 +89,28 @@ class Ranks:
             lambda q, k, v: zigzag_attention(q, k, v, batch, group=dist.group.WORLD, **options),
         )
 
-    def _both(self, arrays, attend):
-        leaves = [x.detach().requires_grad_() for x in arrays]
-        return lambda: attend(*arrays), lambda: torch.autograd.grad(attend(*leaves), leaves, self.dout)
+    def _planned_calls(self):
+        """Return the calls of a step on the same documents in the rows of a plan, most of them whole on one rank."""
+        self.plan = plan_documents(self.case.lengths, self.size)
+        q, k, v, dout = (
+            shard(unshard(self._gathered(x), self.cu_seqlens, self.size), self.plan, self.rank, self.size)
+            for x in (self.q, self.k, self.v, self.dout)
+        )
+        batch = prepare_batch(self.plan, group=dist.group.WORLD, device=self.device)
+        return self._both((q, k, v), lambda q, k, v: zigzag_attention(q, k, v, batch, group=dist.group.WORLD), dout)
+
+    def _gathered(self, x):
+        gathered = x.new_empty((self.size * len(x), *x.shape[1:]))
+        gather_into(gathered, x.contiguous(), dist.group.WORLD)
+        return gathered
+
+    def _zigzag_rows(self, x):
+        """Return the rows of this rank, as `load` deals them out, from a result in the rows of the plan."""
+        return shard(unshard(self._gathered(x), self.plan, self.size), self.cu_seqlens, self.rank, self.size)
+
+    def _both(self, arrays, attend, dout=None):
+        leaves, dout = [x.detach().requires_grad_() for x in arrays], self.dout if dout is None else dout
+        return lambda: attend(*arrays), lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
 
     def check(self, way, forward, both):
         """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
@@ -90,7 +119,10 @@ class Ranks:
         for x in sums:
             expected.append(self.k.new_empty(self.k.shape, dtype=torch.float32))
             reduce_into(expected[-1], x.float(), dist.group.WORLD)
-        for name, got, wanted in zip(("out", "dq", "dk", "dv"), (forward(), *both()), expected, strict=True):
+        results = forward(), *both()
+        if way[0] == PLANNED:
+            results = [self._zigzag_rows(x) for x in results]
+        for name, got, wanted in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
 
     def milliseconds(self, call, steps):

@@ -67,10 +67,11 @@ def test_a_tiny_run(framework, tmp_path):
     ((code, printed, errors),) = finish(start(*command, **settings))
     assert code == 0, (printed, errors)
     assert any(line.startswith("| one sequence, 64 tokens a GPU | ring |") for line in printed)
+    assert any(line.startswith("| documents, 64 tokens a GPU | plan of documents |") for line in printed)
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured["versions"]["ranks"] == ranks
     rows = {(row["workload"], row["method"], row["heads_k_stride"], row["direction"]): row for row in measured["rows"]}
-    assert len(rows) == len(measured["rows"]) == 2 * (6 + 3 + 3)
+    assert len(rows) == len(measured["rows"]) == 2 * (6 + 4 + 3)
     for (workload, *_, direction), row in rows.items():
         alone = rows[workload, *scaling.ALONE, direction]
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
