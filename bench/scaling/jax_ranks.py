@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 # Set before JAX starts: otherwise XLA's scheduler need not put attention between the start and the end of a transfer.
-FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true"
+# By default it has one transfer in flight at a time; K and V of a window and a reduce-scatter are three.
+FLAGS = "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_experimental_parallel_collective_overlap_limit=3"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
