@@ -1,6 +1,6 @@
 """Head dims 64 and 128 with tile sizes of your own: `python examples/custom_config.py`.
 
-ZIGZAG_KERNEL_CONFIG names a JSON file whose entries replace those of `zigzag_kernels/tiles/`. It is read when a
+ZIGZAG_KERNEL_CONFIG names a JSON file whose entries replace entries of `zigzag_kernels/tiles/`. It is read when a
 problem is first seen, so it is set before the first call. Tile sizes are of compiled kernels: without a GPU this runs
 the plain reference, and shows which file would have been read.
 """

@@ -1,4 +1,4 @@
-"""What `make demo` runs: checks the kernels in PyTorch and in JAX, trains one small model in both, draws demo.png."""
+"""The program of `make demo`: checks the kernels in both frameworks, trains a small model in both, draws demo.png."""
 
 import argparse
 import itertools
@@ -58,7 +58,10 @@ def main() -> int:
 
 
 def choose_device() -> str:
-    """Where both frameworks compute: "cuda" if both see a GPU, else "cpu". Call it before triton or a GPU is used."""
+    """Return the device of both frameworks: "cuda" if both see a GPU, else "cpu".
+
+    Call it before triton or a GPU is used.
+    """
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both share the GPU
     os.environ.setdefault("NPROC", "16")  # with two threads, jax 0.10 can wait for ever inside a host callback
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -137,7 +140,7 @@ def attend_torch(inputs: dict, cu_seqlens: np.ndarray, dtype: str, device: str, 
 
 
 def attend_jax(inputs: dict, cu_seqlens: np.ndarray, dtype: str, backend: str) -> dict[str, np.ndarray]:
-    """As `attend_torch`; compiled once, because the rank and the lengths are data."""
+    """Return the results in JAX, like `attend_torch`; compiled once, because the rank and the lengths are data."""
     q, k, v, dout = (jnp.asarray(inputs[x], dtype) for x in ("q", "k", "v", "dout"))
     dlse = jnp.asarray(inputs["dlse"])
 
@@ -162,7 +165,7 @@ def attend_jax(inputs: dict, cu_seqlens: np.ndarray, dtype: str, backend: str) -
 
 
 def attend_numpy(inputs: dict, cu_seqlens: np.ndarray, arithmetic: oracle.Arithmetic) -> dict[str, np.ndarray]:
-    """As `attend_torch`, by the oracle of the tests, which shares no code with the packages."""
+    """Return the results of the tests' oracle, which shares no code with the packages, like `attend_torch`."""
     ranks = []
     for rank in range(WORLD_SIZE):
         rows = oracle.zigzag_rows(cu_seqlens, rank, WORLD_SIZE)
@@ -177,7 +180,7 @@ def attend_numpy(inputs: dict, cu_seqlens: np.ndarray, arithmetic: oracle.Arithm
 
 
 def _joined(ranks: list) -> dict[str, np.ndarray]:
-    """Rows of all ranks behind one another; those of `lse [heads, T]` are its last axis."""
+    """Return the rows of all ranks behind one another; the rows of `lse [heads, T]` are its last axis."""
     return {
         name: np.concatenate(results, axis=1 if name == "lse" else 0)
         for name, results in zip(RESULTS, zip(*(rank[: len(RESULTS)] for rank in ranks), strict=True), strict=True)

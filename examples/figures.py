@@ -1,4 +1,4 @@
-"""The pictures: run as a script it draws those of docs/, and the demo adds its loss curves to the first two panels."""
+"""Draws the pictures of docs/; the demo adds its loss curves to the first two panels."""
 
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ def chunks(rank: int) -> list[tuple[int, int, int, int]]:
 
 
 def draw_layout(axes: Axes) -> None:
-    """Which chunks of each sequence a rank holds (left), and the rows of its local tensors (right)."""
+    """Draw the chunks of each sequence that a rank holds (left), and the rows of its local tensors (right)."""
     total = sum(LENGTHS)
     local, local_left = total // WORLD_SIZE, total + 14
     for rank, colour in enumerate(RANK_COLOURS):
@@ -81,7 +81,7 @@ def draw_work(axes: Axes) -> None:
 
 
 def draw_segments(axes: Axes, rank: int) -> None:
-    """For each sequence which keys the rows of `rank` see under a causal mask: one band for each segment."""
+    """Draw the keys that the rows of `rank` see under a causal mask: a band for each segment."""
     left, ticks = 0, []
     for start, end in pairwise(accumulate(LENGTHS, initial=0)):
         length = end - start
@@ -106,7 +106,7 @@ def draw_segments(axes: Axes, rank: int) -> None:
 
 
 def draw_tiles(axes: Axes, rank: int, tokens: int = 256, tile: int = 32) -> None:
-    """Keys that the tiles of an early chunk and of its late one see, paired from opposite ends: every pair the same."""
+    """Draw the keys that tiles of the early and late chunk see, paired from opposite ends to equal sums."""
     first, last = np.arange(0, tokens, tile), np.arange(tile, tokens + 1, tile)  # rows of each tile, as positions
     early, late = rank * tokens + last, (2 * WORLD_SIZE - 1 - rank) * tokens + last[::-1]
     pairs = np.arange(len(first))

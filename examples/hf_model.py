@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from zigzag_torch import ShardedBatch, hf
 
 IGNORED = -100
-LOGIT_ROWS = 4096  # whose logits are in memory at a time: those of all rows would be larger than the model
+LOGIT_ROWS = 4096  # whose logits are in memory at a time: the logits of all rows would be larger than the model
 _TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 _8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
@@ -87,7 +87,7 @@ def sharded(model: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> Tok
 
 
 def model_inputs(batch: ShardedBatch, attention: str, group: DeviceMesh, method: str) -> dict:
-    """What the model takes: for zigzag with the prepared batch, otherwise rows that this process holds as a whole."""
+    """Return the inputs of the model: for zigzag with the prepared batch, otherwise whole rows of this process."""
     if attention == "zigzag":
         return batch.model_kwargs(group, method=method)
     return {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "use_cache": False}

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Room(NamedTuple):
-    """What a batch has at most; `longest` are the tokens of a document, None as many as there are."""
+    """The most that a batch holds; `longest` limits the tokens of a document, None sets no limit."""
 
     tokens: int
     documents: int

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=4 examples/train_hf.py --replicas 2 --save checkpoints
     torchrun --nproc_per_node=8 examples/train_hf.py --model qwen3-8b --context 262144 --tokens 262144 --lengths equal
 
-The weights are sharded by FSDP2 over all processes, and each batch over those of a context-parallel group. Losses are
-the same for any number of processes but for rounding, and a checkpoint is resumed by any number of them.
+The weights are sharded by FSDP2 over all processes, and each batch over the processes of a context-parallel group.
+Losses are the same for any number of processes but for rounding, and a checkpoint is resumed by any number of them.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> dict:
-    """The losses by step, in nats a token, their tokens, tokens a second, MFU and a process's peak memory in GiB."""
+    """Train; return the losses by step in nats a token, their tokens, tokens a second, MFU and peak memory in GiB."""
     world_size = dist.get_world_size()
     replicas = arguments.replicas if arguments.attention == "zigzag" else world_size
     if world_size % replicas:

@@ -10,7 +10,7 @@ On several machines, or in several processes on one, start it in each of them wi
 
 On one machine with GPUs give each process its own, with CUDA_VISIBLE_DEVICES.
 
-However many devices there are, the losses are those of one device but for rounding.
+However many devices there are, the losses are the same as on one device, but for rounding.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def start_jax(arguments: argparse.Namespace) -> None:
-    """What JAX must know before its first use of a device."""
+    """Set the options that JAX must know before its first use of a device."""
     os.environ.setdefault("NPROC", "16")  # with two threads, jax 0.10 can wait for ever for another device of a CPU
     jax.config.update("jax_default_matmul_precision", "highest")
     if arguments.devices:

@@ -3,8 +3,8 @@
     python examples/train_torch.py
     torchrun --nproc_per_node=4 examples/train_torch.py --method ring
 
-Each process takes one GPU, or all share the CPU where there is none. However many there are, the losses are those of
-one process but for rounding.
+Each process takes one GPU, or all share the CPU where there is none. However many there are, the losses are the same
+as of one process, but for rounding.
 """
 
 import argparse

@@ -56,8 +56,8 @@ def zigzag_attention_gathered(
     Args:
         q: `[T, heads, head_dim]`, the rows of `rank` in zigzag order. float16, bfloat16 or float32; head_dim is a
             multiple of 8 from 8 to 256.
-        k, v: `[world_size * T, kv_heads, head_dim]` in the dtype of q, the rows of rank 0, then those of rank 1, and so
-            on; heads is a multiple of kv_heads.
+        k, v: `[world_size * T, kv_heads, head_dim]` in the dtype of q, the rows of all ranks in the
+            order of the ranks; heads is a multiple of kv_heads.
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Lengths are multiples of
             `2 * world_size` (any length if `world_size` is 1). Repeat the last offset to keep N fixed. Rows behind the
             last sequence are padding: out 0, lse -inf. Or the result of `prepare_batch` for the same rank and
@@ -84,8 +84,8 @@ def zigzag_attention_gathered(
 
     Returns:
         out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
-        logarithm, and max_logits `[heads]` float32. max_logits are those of this rank's rows, have no gradient, and are
-        -inf where no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
+        logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows, have no gradient, and are -inf
+        where no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
         Invalid lengths or ranks produce NaN everywhere, because checking them would synchronise with the device:
         `validate` gives the reason.
 
@@ -157,7 +157,7 @@ def zigzag_attention(
             with `cu_seqlens`. Or `[batch, T, ...]` without: sequences of equal length, with T rows of each on every
             rank.
         cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch, the same on every rank: its spec is
-            `P()`. None: one sequence, or those of a batch dimension. Or the result of `prepare_batch`.
+            `P()`. None: one sequence, or one for each entry of a batch dimension. Or the result of `prepare_batch`.
         axis_name: mesh axis, or axes, over which the rows are sharded; None: one device holds them all.
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
             in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
@@ -177,8 +177,8 @@ def zigzag_attention(
 
     Returns:
         out in the shape of q, or a tuple of out and the requested ones of lse `[heads, T]` or `[batch, heads, T]`
-        float32, and max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients of k and v are
-        those of this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that ranks share,
+        float32, and max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients of k and v
+        cover this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that ranks share,
         is summed over the ranks if the whole `shard_map` is differentiated, or inside it with `check_vma=True`; inside
         it with `check_vma=False`, it is the gradient of this rank's rows. Invalid lengths produce NaN everywhere.
 

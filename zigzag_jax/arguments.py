@@ -36,8 +36,8 @@ def check_array(name: str, x) -> None:
 def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
     """Return offsets as an array `[N + 1]` int32; the values of a JAX array are not read.
 
-    A list, tuple or NumPy array is checked, as `validate` does. Of other integers those that int32 cannot hold become
-    -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    A list, tuple or NumPy array is checked, as `validate` does. Integers that int32 cannot hold become -1, for which
+    attention returns NaN. Raises `ValueError` for anything else.
     """
     if isinstance(cu_seqlens, list | tuple):
         cu_seqlens = np.array(check_offsets(cu_seqlens), np.int64)
@@ -75,7 +75,7 @@ def as_sinks(sinks: Array, heads: int) -> jax.Array:
 
 
 def _as_int32(x: jax.Array) -> jax.Array:
-    """Return integers as int32, with -1 for those that it cannot hold."""
+    """Return integers as int32, with -1 in place of integers that int32 cannot hold."""
     if x.dtype == jnp.int32:
         return x
     if jnp.can_cast(x.dtype, jnp.int32):
@@ -95,7 +95,7 @@ def as_rank_argument(rank, world_size: int) -> int | Array:
 def check_batch(
     cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
 ) -> tuple[jax.Array, int | Array, int]:
-    """Return the three arguments as array, int or array, and int; `ValueError` for those that no batch has.
+    """Return the three arguments as array, int or array, and int; `ValueError` for values that no batch has.
 
     Values on a device are not read. In the row layout documents may have any lengths.
     """
@@ -129,7 +129,7 @@ def dtype_name(name: str, dtype) -> str:
 
 
 def readable(*arrays: Array) -> bool:
-    """Return whether the host has the values of `arrays` at hand: NumPy's, and JAX's in its own memory."""
+    """Return whether the host can read `arrays` without waiting: NumPy's, and JAX's in its own memory."""
     return all(map(_is_readable, arrays))
 
 
@@ -156,7 +156,7 @@ def fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(x: jax.Array) -> jax.Array:
-    """Return other 32-bit numbers, each bit of which depends on all bits of `x`."""
+    """Return 32-bit numbers in which each bit depends on all bits of `x`."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
@@ -168,7 +168,7 @@ def mark_padded(cu_seqlens: jax.Array) -> None:
 
 
 def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
-    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`."""
+    """Raise `ValueError` if tokens would attend to the padding of `pad_to_zigzag`, unless `causal`."""
     if not causal and _padded.get(id(cu_seqlens)) is cu_seqlens:
         raise ValueError(
             "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "

@@ -1,4 +1,4 @@
-"""Mesh axes: the place of a shard on an axis, the axes along which an array varies, and those that spread it."""
+"""Mesh axes: a shard's place on an axis, and the axes along which an array varies or is spread."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def gather_rows(x: jax.Array, dimensions: int = 1) -> jax.Array:
 
 
 def spread_like(x: jax.Array, model: jax.Array, dimensions: tuple[int | None, ...]) -> jax.Array:
-    """Return `x`, each dimension spread as that of `model` with this number, or whole where there is None."""
+    """Return `x` with each dimension spread like the dimension of `model` with this number; None is whole."""
     spread = [array for array in (model, x) if spreading_axes(array, array.ndim)]
     if not spread:
         return x
@@ -63,13 +63,16 @@ def spread_like(x: jax.Array, model: jax.Array, dimensions: tuple[int | None, ..
 
 
 def largest_along(axis: int, x: jax.Array) -> jax.Array:
-    """Return the largest elements of `x` along an array's axis, NaN where any is NaN, and -inf where there are none."""
+    """Return the largest elements of `x` along an array's axis: NaN if any is NaN, -inf if there are none."""
     # Of two numbers, XLA on a CPU may take the one that is not NaN.
     return jnp.where(jnp.isnan(x).any(axis), jnp.nan, x.max(axis, initial=-jnp.inf))
 
 
 def largest_on(axis_name: AxisName, x: jax.Array) -> jax.Array:
-    """Return the largest of each element of `x` over the ranks, without derivative; NaN if it is NaN on any rank."""
+    """Return the largest value of each element of `x` over the ranks; NaN if it is NaN on any rank.
+
+    The result has no derivative.
+    """
     x = jax.lax.stop_gradient(x)
     nan = jnp.isnan(x)  # which some collectives drop
     both = jnp.stack((jnp.where(nan, -jnp.inf, x), nan.astype(x.dtype)))

@@ -1,4 +1,4 @@
-"""`Batch`, the lengths and device tables that all layers of a training step share, and how it is made and checked."""
+"""`Batch`, the lengths and device tables that all layers of a training step share, and functions that make it."""
 
 import dataclasses
 import functools

@@ -78,7 +78,8 @@ def nnx_attention(**options: Any) -> Callable[..., jax.Array]:
         options: keyword arguments of `segmented_attention`, such as `mesh`, `axis`, `batch_axis` and `window_size`.
 
     Returns:
-        A function with the arguments of `flax.nnx.dot_product_attention`, otherwise as that of `linen_attention`. The
+        A function with the arguments of `flax.nnx.dot_product_attention`, otherwise like the result of
+        `linen_attention`. The
         layer says at each call whether attention is causal: `layer(x, mask=batch, is_causal=True)`. There may be fewer
         KV heads than query heads.
 
@@ -120,7 +121,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _refuse(absent: dict[str, Any], mask: Any, module: Any, dropout_rate: float) -> None:
-    """Raise `ValueError` for what a layer asks of its attention and the kernels do not compute."""
+    """Raise `ValueError` for options of a layer that the kernels do not support."""
     for name, given in absent.items():
         if given is not None:
             raise ValueError(f"{name}: expected None, which is all that this attention computes, got {given!r}")

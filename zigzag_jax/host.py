@@ -1,4 +1,4 @@
-"""The data path on the host, by NumPy alone: from documents to the rows of all ranks, their labels and offsets.
+"""The data path on the host, in NumPy only: from documents to rows, labels and offsets of all ranks.
 
 No function here touches a device, so that workers of a data loader can call them.
 """
@@ -38,7 +38,7 @@ _SHARED = "cu_seqlens", "lengths", "num_targets", "fingerprint"
 )
 @dataclass(frozen=True)
 class ShardedBatch:
-    """A sharded batch is what a training step needs of a batch of documents: NumPy arrays, as a pytree.
+    """A batch of documents, dealt out to all ranks for a training step: NumPy arrays, as a pytree.
 
     Rows `[W * T]` belong to rank 0, then to rank 1, and so on; `specs` says how arrays are spread over a mesh. A rank
     has its whole documents and their padding, then its chunks of the split documents and their padding, by a plan.
@@ -181,7 +181,7 @@ def shard_documents(
 
 
 class PackedRows(NamedTuple):
-    """Packed rows are what a training step needs of documents in rows of equal length: NumPy arrays, and so a pytree.
+    """Documents packed into rows of equal length for a training step: NumPy arrays, and so a pytree.
 
     The tokens of each row are in the order of the ranks (`reorder_rows`).
 
@@ -277,10 +277,10 @@ def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
 
 
 def reorder_rows(x: np.ndarray, world_size: int, *, to_contiguous: bool = False) -> np.ndarray:
-    """Return packed rows `x [B, S, ...]` with the tokens of each in the order of the ranks, as the row layout has them.
+    """Return packed rows `x [B, S, ...]` with the tokens of each row in the order of the row layout.
 
-    Rank 0's tokens come first, then those of rank 1, and so on, so that `P("data", "context")` gives each device its
-    own. MaxText's load-balanced reordering is the same. `to_contiguous` undoes it.
+    Tokens come in the order of the ranks, so that `P("data", "context")` gives each device its own. MaxText's
+    load-balanced reordering is the same. `to_contiguous` undoes it.
 
     Raises `ValueError` unless S is a multiple of `2 * world_size`; one rank takes any S.
     """

@@ -24,7 +24,7 @@ def token_mean_loss(
     """Return the mean cross entropy, float32, of all targets of all ranks; differentiable.
 
     Args:
-        logits: `[rows, vocabulary]`, those of all ranks, or inside `shard_map` those of this one.
+        logits: `[rows, vocabulary]`, the rows of all ranks, or inside `shard_map` of this rank.
         labels: `[rows]` integers, as `host.ShardedBatch` has them: already the next token, and `ignore_index` for none.
         num_targets: of the whole batch, as `host.ShardedBatch` has it. Labels are counted: for another number the loss
             is NaN.

@@ -34,7 +34,7 @@ _OPTIONS = tuple(
 
 
 class _Axes(NamedTuple):
-    """The mesh axes that dimensions are spread over; the names are those of the arguments."""
+    """The mesh axes that dimensions are spread over; the names are the same as of the arguments."""
 
     axis: AxisName
     head_axis: AxisName | None
@@ -55,8 +55,8 @@ def make_zigzag_attention(
 
     Args:
         mesh: the mesh of devices.
-        axis: mesh axis, or axes, over which tokens are sharded in zigzag order: the rows of rank 0, then those of
-            rank 1, and so on (see `shard`).
+        axis: mesh axis, or axes, over which tokens are sharded in zigzag order: the rows of all ranks in the
+            order of the ranks (see `shard`).
         head_axis: mesh axis over which heads, and with them `sinks`, are sharded (tensor parallelism).
         batch_axis: mesh axis over which the first dimension of `[batch, ...]` inputs is sharded (data parallelism).
         options: keyword arguments of `zigzag_attention`, the same for all calls. A call may pass `sinks` of its own.
@@ -227,7 +227,7 @@ def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
 def _spread_lengths(
     cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, batch: tuple[int, ...], layout: Layout
 ) -> tuple[Any, Any]:
-    """Return (cu_seqlens as an array or a batch, its spec); `batch` is that of q, or empty."""
+    """Return (cu_seqlens as an array or a batch, its spec); `batch` is the batch dimension of q, or empty."""
     if isinstance(cu_seqlens, Batch):
         rows_of_all = layout == Layout.ROW and axes.batch_axis is None
         if (batch and not rows_of_all) or cu_seqlens.compared_by != axes.axis:

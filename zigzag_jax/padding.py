@@ -27,7 +27,7 @@ def pad_to_zigzag(
     layout: str = "document",
     row_length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Append `value` so that a batch can be dealt out: to each document, or in the row layout to the end alone.
+    """Append `value` so that a batch can be dealt out: to each document, in the row layout to the end.
 
     Args:
         x: `[rows, ...]`, the packed batch.

@@ -1,4 +1,4 @@
-"""A mark in a program that refuses, when it is lowered, devices on which attention would be wrong or done many times.
+"""A mark in a program that refuses, at lowering, devices on which attention would be wrong or repeated.
 
 Only then is it known for which platform a program is compiled, for how many devices, and which axes are automatic.
 """

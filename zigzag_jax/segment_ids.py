@@ -64,8 +64,7 @@ def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax
 
     Returns:
         `[max_sequences + 1]` int32, with the last offset repeated. It ends with -1, which `validate` refuses, and for
-        which attention returns NaN, if there are more documents, or if positions skip any, as those of a rank's zigzag
-        rows do.
+        which attention returns NaN, if there are more documents, or if positions skip any, as in a rank's zigzag rows.
     """
     _check_ids("position_ids", position_ids, "position_ids", position_ids)
     positions, width = _one_after_another(position_ids), max(position_ids.shape[-1], 1)
@@ -112,7 +111,7 @@ def _check_ids(name: str, x, model_name: str, model: Array) -> None:
 
 
 def _one_after_another(ids: Array) -> jax.Array:
-    """Return integers of a row or of a batch of rows as `[total]`, all of which every device has."""
+    """Return integers of a row or of a batch of rows as `[total]`, with all values on every device."""
     return gather_rows(jnp.asarray(ids), ids.ndim).reshape(-1)
 
 

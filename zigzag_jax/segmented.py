@@ -66,8 +66,8 @@ def segmented_attention(
         axis: mesh axis, or axes, over which tokens are spread (context parallelism).
         batch_axis: mesh axis, or axes, over which rows are spread (data parallelism, FSDP).
         head_axis: mesh axis, or axes, over which heads, and with them `sinks`, are spread (tensor parallelism).
-        kv_head_axis: the first of `head_axis`, over which KV heads are spread; `()`: none. A device takes those of the
-            KV heads it has that its query heads attend to. None is `head_axis` if that divides kv_heads and `()`
+        kv_head_axis: the first of `head_axis`, over which KV heads are spread; `()`: none. A device uses the
+            KV heads that its query heads attend to. None is `head_axis` if that divides kv_heads and `()`
             otherwise, and inside `shard_map` always `head_axis`.
         layout: "row": each row is cut into chunks as a whole, as MaxText's load-balanced reordering does. "document":
             each document is cut, and every device has as many tokens of it.
@@ -132,7 +132,7 @@ def segmented_attention(
 
 
 class _KVHeads(NamedTuple):
-    """The KV heads of a device that its query heads attend to, where devices along `axes` have the same KV heads.
+    """The KV heads that a device's query heads attend to, where devices along `axes` share KV heads.
 
     The device with number i along them takes `count` of its KV heads, from `i * heads // group` on.
     """
@@ -153,7 +153,7 @@ def _attend_shard(
     batch: SegmentedBatch | None = None,
     sinks: jax.Array | None = None,
 ):
-    """Call `attend` on one device's shards, of which k and v may have rows and heads that other devices use."""
+    """Call `attend` on one device's shards; k and v may have rows and heads that other devices use."""
     rows, tokens = q.shape[:2]
     if axis is not None and k.shape[1] > tokens:
         first = jax.lax.axis_index(axis) * tokens
@@ -170,14 +170,17 @@ def _attend_shard(
 
 
 def _check_arrays(around: Surroundings, axes: dict[str, AxisName | None], arrays: dict[str, Array]) -> None:
-    """Raise `ValueError` for q, k and v that do not fit each other or the mesh; heads of k and v are checked apart."""
+    """Raise `ValueError` for q, k and v that do not fit each other or the mesh.
+
+    Heads of k and v are checked elsewhere.
+    """
     for name, x in arrays.items():
         check_array(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name}: expected [B, S, heads, head_dim], got shape {x.shape}")
     q, k = arrays["q"], arrays["k"]
     expected = [q.shape[:2]]
-    if around.inside:  # the keys of all devices, of which this one takes its own
+    if around.inside:  # the keys of all devices; this one takes its own
         expected.append((q.shape[0], q.shape[1] * around.size(axes["axis"])))
     for name, x in arrays.items():
         if x.shape[:2] not in (expected if x is k else [k.shape[:2]] if x is not q else [q.shape[:2]]):
@@ -246,7 +249,7 @@ def _prepare(
 
 
 def _check_batch(batch: SegmentedBatch, around: Surroundings, q: Array, **wanted) -> None:
-    """Raise `ValueError` for a prepared batch of other rows or options than those of this call."""
+    """Raise `ValueError` for a batch that was prepared for other rows or options than this call has."""
     of_batch = {"axis": batch.axis, "batch_axis": batch.batch_axis, "layout": batch.batch.layout}
     of_batch |= {"method": batch.batch.method}
     if around.mesh is None:

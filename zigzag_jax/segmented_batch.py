@@ -37,7 +37,7 @@ class SegmentedBatch:
     are its specs for a `shard_map` around a layer.
 
     Attributes:
-        batch: the packed batch that the rows of a device make: in the whole arrays those of all devices.
+        batch: the packed batch that the rows of a device make; whole arrays hold the batches of all devices.
         row_length: tokens of a row on all devices of `axis`.
         axis: mesh axis, or axes, over which tokens are spread; None: one device has them all.
         batch_axis: mesh axis, or axes, over which rows are spread.
@@ -88,8 +88,8 @@ def prepare_segments(
 
     Returns:
         A `SegmentedBatch`. Attention to it is NaN, on the devices that share a row, if a row has more than
-        `max_segments` documents; if positions skip or repeat one inside a document, as they do in arrays of another
-        order; or if documents do not fit the document layout.
+        `max_segments` documents. So it is if positions skip or repeat one inside a document, as they do in arrays of
+        another order, or if documents do not fit the document layout.
 
     Raises:
         ValueError: arrays, axes or options that do not fit.

@@ -1,4 +1,4 @@
-"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and checking that it can be done."""
+"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and checks of both."""
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +151,8 @@ def position_ids(
             and `validate` take too.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
-        tokens: T. Without it the last offset is read, which waits for the device, and padding is not counted but for
-            that which fills the last row of `row_length`.
+        tokens: T. Without it the last offset is read, which waits for the device, and padding is not counted, except
+            the padding of the last row of `row_length`.
         layout: "document" or "row".
         row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
 
@@ -183,7 +183,7 @@ def _fault(
 ) -> jax.Array | None:
     """Return whether the values cannot describe a batch of `tokens` local rows, as an array that nobody has read.
 
-    Values that the host has at hand are checked instead: `ValueError`, or None.
+    Values that the host can read without waiting are checked instead: `ValueError`, or None.
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
@@ -206,7 +206,7 @@ def _poisoned(x: jax.Array, fault: jax.Array | None) -> jax.Array:
 
 
 def _rows_of(x: Array, cu_seqlens: jax.Array, world_size: int) -> int:
-    """Return how many rows of `x` each rank has; `ValueError` unless the rows are those of `cu_seqlens`."""
+    """Return how many rows of `x` each rank has; `ValueError` unless they are the rows of `cu_seqlens`."""
     check_array("x", x)
     end = int(np.asarray(cu_seqlens)[-1]) if readable(cu_seqlens) else None
     return check_rows("x", x.shape, world_size, end)
@@ -272,7 +272,7 @@ def shard(
             tokens of all documents, and padding rows of the result are 0.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks; `ValueError` unless it divides `total`.
-        layout: "document", or "row": packed rows are dealt out, of which only the last may have padding.
+        layout: "document", or "row": packed rows are dealt out, and only the last may have padding.
         row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
 
     Returns:
@@ -305,8 +305,8 @@ def unshard(
     """Return the whole batch in its original order: undoes `shard`.
 
     Args:
-        x: `[world_size * T, ...]`, the rows of rank 0, then those of rank 1, and so on. In the row layout also
-            `[world_size * B, row_length / world_size, ...]`, of which the result is `[B, row_length, ...]`.
+        x: `[world_size * T, ...]`, the rows of all ranks in the order of the ranks. In the row layout also
+            `[world_size * B, row_length / world_size, ...]`, with the result `[B, row_length, ...]`.
         cu_seqlens: as for `shard`. With a plan the result has the tokens of all documents, and no padding.
         world_size: number of ranks.
         layout, row_length: as for `shard`.

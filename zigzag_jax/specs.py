@@ -1,4 +1,4 @@
-"""Mesh axes that a caller names: the mesh that has them, whether arrays fit them, and calls of one device's shards."""
+"""Mesh axes that a caller names: their mesh, checks that arrays fit them, and calls on one device's shards."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class Surroundings:
     Attributes:
         mesh: None outside of any mesh, where one device holds everything.
         inside: whether the arrays of the call are shards of one device, inside a `shard_map`.
-        given: whether the caller passed `mesh`; otherwise it is that of `jax.set_mesh` or of the `shard_map`.
+        given: whether the caller passed `mesh`; otherwise it comes from `jax.set_mesh` or the `shard_map`.
     """
 
     mesh: Mesh | AbstractMesh | None

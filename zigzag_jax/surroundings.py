@@ -1,4 +1,4 @@
-"""Settings of JAX that a user may have around our calls, which must not forbid what our own arithmetic relies on."""
+"""Settings of JAX around a user's call, which must not forbid the arithmetic of this package."""
 
 import functools
 from collections.abc import Callable

@@ -10,7 +10,7 @@ _target = jax.make_user_context(None)
 
 
 def lower_for(target: str) -> AbstractContextManager[None]:
-    """Lower and export for another GPU than that of this process, which may have none.
+    """Lower and export for a GPU that this process does not have.
 
     In the block attention takes the backend "triton" by default, and kernels are compiled for `target`. Lower there, as
     by `jax.jit(step).trace(...).lower(lowering_platforms=("cuda",))` or `jax.export.export(..., platforms=["cuda"])`;

@@ -176,7 +176,7 @@ def _not_a_config(value: str) -> str | None:
 
 
 def _diagnose_tiles(name: str, capability: str) -> Iterator[Finding]:
-    """Yield a note for a GPU on which no tiles were measured; its kernels may not be as fast as possible."""
+    """Yield a note for a GPU on which no tiles were measured; its kernels may be slower than necessary."""
     measured = [target for architecture in families.architectures() for target in architecture.measured_on]
     if capability in measured:
         return

@@ -74,8 +74,8 @@ def zigzag_attention_gathered(
 
     Returns:
         out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
-        logarithm, and max_logits `[heads]` float32. max_logits are those of this rank's rows, have no gradient, and are
-        -inf where no row sees a key. Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid
+        logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows, have no gradient, and are -inf
+        where no row sees a key. Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid
         lengths or ranks on the device produce NaN everywhere, because checking them would synchronise with the GPU:
         `validate` gives the reason.
 

@@ -59,8 +59,8 @@ def check_int32(name: str, cu_seqlens) -> None:
 def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = None) -> torch.Tensor:
     """Return offsets as a tensor `[N + 1]` int32; the values of a tensor are not read.
 
-    A list, tuple or NumPy array is checked, as `validate` does, and copied to `device`. Of other integers those that
-    int32 cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    A list, tuple or NumPy array is checked, as `validate` does, and copied to `device`. Integers that int32
+    cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
     """
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = _host_offsets(cu_seqlens)
@@ -83,7 +83,7 @@ def _host_offsets(cu_seqlens) -> list[int]:
 
 
 def _as_int32(x: torch.Tensor) -> torch.Tensor:
-    """Return integers as int32, with -1 for those that it cannot hold."""
+    """Return integers as int32, with -1 in place of integers that int32 cannot hold."""
     if x.dtype == torch.int32:
         return x
     if x.dtype in _EXACT:
@@ -141,7 +141,7 @@ def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.de
 def check_batch(
     cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
 ) -> tuple[torch.Tensor, int | torch.Tensor, int]:
-    """Return the three arguments as tensor, int or tensor, and int; `ValueError` for those that no batch has.
+    """Return the three arguments as tensor, int or tensor, and int; `ValueError` for values that no batch has.
 
     Values on a device are not read. In the row layout documents may have any lengths.
     """
@@ -170,7 +170,7 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def readable(*tensors: torch.Tensor) -> bool:
-    """Return whether the host has the values of `tensors` at hand: in its own memory, with nothing tracing."""
+    """Return whether the host can read `tensors` without waiting: in its own memory, with nothing tracing."""
     if torch.compiler.is_compiling() or any(x.device.type != "cpu" or type(x) not in _PLAIN for x in tensors):
         return False
     fast = launch.fast_launch
@@ -186,7 +186,7 @@ def mark_padded(cu_seqlens: torch.Tensor) -> None:
 
 
 def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
-    """Raise `ValueError` if tokens would attend to padding: to that of `pad_to_zigzag`, unless `causal`.
+    """Raise `ValueError` if tokens would attend to the padding of `pad_to_zigzag`, unless `causal`.
 
     Real lengths would keep them from it, so that callers do not ask where there are some.
     """

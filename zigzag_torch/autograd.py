@@ -1,7 +1,7 @@
 """Attention as operators of PyTorch with a gradient, and the device tables of a batch.
 
-A call that only the kernels would notice goes around the operators (`dispatch`). All others, those that
-`torch.compile` traces among them, go through operators, whose schemas are flat: they take the options as one string,
+A call that only the kernels would notice goes around the operators (`dispatch`). All other calls, also when
+`torch.compile` traces them, go through operators, whose schemas are flat: they take the options as one string,
 `CallSpec.key`.
 """
 

@@ -1,8 +1,8 @@
-"""When an eager call goes around PyTorch's dispatcher, and operators that do.
+"""Operators that go around PyTorch's dispatcher in eager calls, where nothing else would notice.
 
 The dispatcher, and the layers of `torch.library` around a function written in Python, take more of the host's time than
-much of what the function does. A call goes around them if nothing but the function would notice. Correctness never
-depends on that: a call that goes through its operator computes the same.
+a good part of the function itself. A call goes around them if only the function would notice. Correctness never depends
+on that: a call that goes through its operator computes the same.
 """
 
 import functools
@@ -20,7 +20,7 @@ _TENSORS = {torch.Tensor, torch.nn.Parameter}
 
 
 class Operator:
-    """`function(*inputs)` of tensors and constants, none of which it changes, as the operator `name` of PyTorch."""
+    """The operator `name` of PyTorch for `function(*inputs)`, which changes none of its tensors and constants."""
 
     def __init__(self, name: str, function: Callable):
         self.function = function
@@ -33,7 +33,7 @@ class Operator:
         self.registered.register_autograd(backward, setup_context=setup_context)
         rule = {"forward": self.registered, "setup_context": setup_context, "backward": backward}
         namespace = {name: staticmethod(function) for name, function in rule.items()}
-        # What `torch.library` makes of a gradient does not know the transforms of `torch.func`; this does.
+        # The gradients of `torch.library` do not support the transforms of `torch.func`; this class does.
         rule_class: Any = type(self.function.__name__, (torch.autograd.Function,), namespace)
         rule_class.generate_vmap_rule = True
         self._under_transforms = rule_class.apply
@@ -110,8 +110,8 @@ class _FirstDerivatives(torch.autograd.Function):
 def first_derivatives_only(backward: Callable) -> Callable:
     """Make `backward(ctx, *gradients)` of an autograd function refuse to be differentiated itself.
 
-    A second derivative would lack what autograd does not see inside of it. What the gradients depend on has to be
-    among `ctx.saved_tensors`.
+    A second derivative would lack what autograd does not see inside of it. All tensors that the gradients depend on
+    must be among `ctx.saved_tensors`.
     """
 
     @functools.wraps(backward)

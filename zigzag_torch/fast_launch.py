@@ -43,7 +43,7 @@ traced_graph, transforms_run = _private._get_tracing_state, _private._are_functo
 is_negated, is_zero_tensor = torch.Tensor.is_neg, torch.Tensor._is_zerotensor
 
 FORMAT_3_6 = "iiiKKppOOOOOO"
-"""Arguments that Triton 3.6 declares for its function in C, before those of the kernel."""
+"""Arguments that Triton 3.6 declares for its function in C, before the arguments of the kernel."""
 LATER_RELEASES = ("3.7.", "3.8.", "3.9.")
 """Releases of Triton that have the function that came after it, whose arguments `_find_c_function` gives."""
 

@@ -1,4 +1,4 @@
-"""The only place in this package that launches a kernel, with all that a launch must know of tensors and devices."""
+"""The only place in this package that launches a kernel, and the facts of tensors and devices that it needs."""
 
 import contextvars
 import dataclasses
@@ -51,8 +51,8 @@ def _capability(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-# What torch.compiler.assume_constant_result does, which imports triton, and that must wait until a kernel is asked for:
-# both depend on their arguments and the machine alone, and are called rather than traced.
+# torch.compile calls both functions rather than trace them: they depend on their arguments and the machine alone. The
+# public torch.compiler.assume_constant_result does the same but imports triton, which must wait for the first kernel.
 for _function in (choose_backend, target):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -91,7 +91,7 @@ def _without_gluon(problem: Problem) -> Problem:
 
 
 def allocate(output: "Output", like: torch.Tensor) -> torch.Tensor:
-    """Return memory for an output of a launch on the device of `like`, which is the current one if it is a GPU."""
+    """Return memory for an output of a launch on the device of `like`; a GPU must be the current device."""
     dtype = getattr(torch, output.dtype)
     if fast_launch is not None and like.is_cuda:
         return fast_launch.empty_on_gpu(output.shape, output.strides, dtype)

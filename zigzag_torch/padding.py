@@ -61,7 +61,7 @@ def _limits(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, *, layout: str = "document") -> torch.Tensor:
-    """Undo `pad_to_zigzag`: return the rows of the original batch; `cu_seqlens` is that of the original batch."""
+    """Undo `pad_to_zigzag`: return the rows of the original batch, whose offsets are `cu_seqlens`."""
     layout = check_layout(layout)
     lengths = _host_lengths(None, cu_seqlens, world_size)
     padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]

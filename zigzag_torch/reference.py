@@ -22,7 +22,7 @@ from .shard import place_of_rows, sequence_of_rows
 
 
 class Mask(NamedTuple):
-    """Which keys of its document a row sees: see the fields of `CallSpec`."""
+    """The mask: which keys of its document a row sees, by the fields of `CallSpec`."""
 
     causal: bool
     window_size: tuple[int, int] = NO_WINDOW
@@ -30,7 +30,7 @@ class Mask(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where rows or keys are: the number of their document (-1: padding), and the position in it, `[rows]` int64."""
+    """The places of rows or keys, `[rows]` int64: the number of the document (-1: padding), the position in it."""
 
     document: torch.Tensor
     position: torch.Tensor
@@ -337,7 +337,7 @@ def _softmax(scores: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | 
 def _product(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the float32 `torch.einsum` of float32 tensors, multiplied in float64.
 
-    Autocast and the settings for TF32 and bfloat16 products would change float32 products, and not those of float64.
+    Autocast and the settings for TF32 and bfloat16 products would change products of float32, and not of float64.
     """
     if a.device.type == "mps":  # has no float64
         return torch.einsum(equation, a, b)
@@ -363,7 +363,7 @@ def _without_foul(x: torch.Tensor, foul: torch.Tensor | None) -> torch.Tensor:
 
 
 def _foul(equation: str, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor | None:
-    """Return what the NaN and infinite elements of `x` add to the visible sums, None if `x` is known to have none.
+    """Return the NaN and infinities that elements of `x` add to visible sums; None if it surely has none.
 
     In a dense product they would reach all sums: zero times NaN is NaN. Weights are positive unless `signed`, where any
     such element makes NaN.

@@ -55,8 +55,8 @@ def cu_seqlens_from_position_ids(position_ids: torch.Tensor, max_sequences: int 
     before it. There is no padding: a token at position 0 behind another is a document of one token.
 
     `position_ids` are `[total]` integers, or `[batch, tokens]`, whose rows follow one another in the packed batch.
-    `max_sequences` is as for `cu_seqlens_from_segment_ids`. Of more documents, and of positions that skip any, as those
-    of a rank's zigzag rows do, the last offset is -1, which `validate` refuses, and for which attention returns NaN.
+    `max_sequences` is as for `cu_seqlens_from_segment_ids`. With more documents, or with positions that skip any, as in
+    a rank's zigzag rows, the last offset is -1, which `validate` refuses, and for which attention returns NaN.
     """
     _check_ids("position_ids", position_ids, "position_ids", position_ids)
     positions, width = position_ids.reshape(-1), max(position_ids.shape[-1], 1)

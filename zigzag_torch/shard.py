@@ -85,7 +85,7 @@ def place_of_rows(
         rows = torch.arange(tokens, device=cu_seqlens.device)
         document, position = documents_at(cu_seqlens, packed_row(rows, row_length, rank, world_size))
     if lengths is not None and len(lengths):
-        real = lengths[document.clamp(0, len(lengths) - 1)]  # of impossible offsets a document may be none
+        real = lengths[document.clamp(0, len(lengths) - 1)]  # with invalid offsets there may be no such document
         document = torch.where(position < real, document, -1)
     return document, position
 
@@ -132,8 +132,8 @@ def position_ids(
 ) -> torch.Tensor:
     """Return `[T]` int32: the position in its document of every local row of `rank` (for RoPE); 0 for padding.
 
-    `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and padding is not counted but for that
-    which fills the last row of `row_length`. In the row layout `row_length` None is one row of all tokens. Raises
+    `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and padding is not counted, except
+    the padding of the last row of `row_length`. In the row layout `row_length` None is one row of all tokens. Raises
     `ValueError` for offsets that `validate` refuses, for a rank that is none, and for fewer `tokens` than the documents
     have; if the values are on a GPU, all positions are -1 instead. In place of `cu_seqlens` it takes a plan of
     `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
@@ -160,7 +160,7 @@ def _fault(
 ) -> torch.Tensor | None:
     """Return whether the values cannot describe a batch of `tokens` local rows, as a tensor that nobody has read.
 
-    Values that the host has at hand are checked instead: `ValueError`, or None.
+    Values that the host can read without waiting are checked instead: `ValueError`, or None.
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
@@ -181,7 +181,7 @@ def _poisoned(x: torch.Tensor, fault: torch.Tensor | None) -> torch.Tensor:
 
 
 def _rows_of(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> int:
-    """Return how many rows of `x` each rank has; `ValueError` unless the rows are those of `cu_seqlens`."""
+    """Return how many rows of `x` each rank has; `ValueError` unless they are the rows of `cu_seqlens`."""
     check_tensor("x", x)
     if cu_seqlens.device.type != "cpu":
         check_device("cu_seqlens", cu_seqlens, "x", x)
@@ -244,12 +244,12 @@ def shard(
     """Return the zigzag rows `[total / W, ...]` of `rank` from the unsharded batch `x [total, ...]`; differentiable.
 
     Rows of `x` behind the last document are padding, which ranks share evenly in the document layout. In the row layout
-    packed rows of `row_length` tokens are dealt out, of which only the last may have padding; None is one row of all
-    tokens. There `x` may also be `[B, row_length, ...]`, whose rows follow one another in `cu_seqlens`; the result is
-    `[B, row_length / W, ...]`.
+    packed rows of `row_length` tokens are dealt out, and only the last may have padding; None is one row of all tokens.
+    There `x` may also be `[B, row_length, ...]`, whose rows follow one another in `cu_seqlens`; the result is `[B,
+    row_length / W, ...]`.
 
     Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` refuses, and for a rank that is
-    none; if those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
+    none. If those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
     if it has unsigned ones.
 
     With a plan of documents `x` has the tokens of all documents, and padding rows of the result are 0.
@@ -276,7 +276,7 @@ def unshard(
 ) -> torch.Tensor:
     """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks.
 
-    In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind those of another; the
+    In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind another's; the
     result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does. With a plan of
     documents the result has the tokens of all documents and no padding.
     """

@@ -101,7 +101,7 @@ class Ring:
         return result
 
     def pass_on(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Send `arrays` to the next rank and return those of the rank before this one."""
+        """Send `arrays` to the next rank and return the arrays of the rank before this one."""
         world_size = self.problem.world_size
         following = [(rank, (rank + 1) % world_size) for rank in range(world_size)]
         return jax.lax.ppermute(arrays, self.axis_name, following)

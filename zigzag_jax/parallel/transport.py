@@ -10,7 +10,7 @@ from zigzag_kernels.modes import Layout
 
 
 class Packing(NamedTuple):
-    """How documents are packed and dealt out to the ranks: the contents of a rank's rows follow from it.
+    """The packing of documents and their distribution to the ranks, which decide the contents of a rank's rows.
 
     The arrays are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.

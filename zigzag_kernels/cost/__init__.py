@@ -1,4 +1,4 @@
-"""What a step costs a rank, from sizes alone: work, bytes, memory, and how long it takes at given speeds.
+"""The cost of a step for a rank, from sizes alone: work, bytes, memory, and time at given speeds.
 
 `counts` are exact, `prediction` rests on the speeds of a `machine`, which says which of them were measured.
 """

@@ -1,4 +1,4 @@
-"""Counts of what a step makes a rank compute, read, move and hold, from what each method does.
+"""Counts of the work of a rank in one step: operations, bytes read and moved, and memory, for each method.
 
 Needs the standard library alone, so that a laptop can plan a cluster.
 """
@@ -31,7 +31,7 @@ def causal_scores(position: int, rows: int) -> int:
 
 
 class Mask(NamedTuple):
-    """Which keys of its document a query sees; fields mean what the arguments of `zigzag_attention` mean."""
+    """The keys of its document that a query sees; fields mean the same as arguments of `zigzag_attention`."""
 
     causal: bool = True
     window_size: tuple[int, int] = (-1, -1)
@@ -184,9 +184,9 @@ class Step:
 
     @property
     def parts(self) -> int:
-        """Pieces of one pass, each computed while K/V of the next one move: steps of the ring, or windows of heads.
+        """Pieces of one pass: steps of the ring, or windows of heads; K/V of the next piece move meanwhile.
 
-        With halos there are the rows that need none, and the rows that do.
+        With halos the pieces are the rows that need none, and the rows that do.
         """
         if self.halo:
             return 2
@@ -234,7 +234,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one direction costs one rank."""
+    """The cost of one direction for one rank."""
 
     flops: int
     hbm_bytes: int  # the arrays of each launch, read or written once, and what arrives: caches cannot do with less

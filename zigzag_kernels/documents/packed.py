@@ -117,7 +117,7 @@ def check_labels(lengths: Sequence[int], label_lengths: Sequence[int]) -> None:
 
 
 def check_not_shifted(own_place: bool, next_token: bool) -> None:
-    """Raise `ValueError` for labels of which all are the next token of the document, and not all the token itself."""
+    """Raise `ValueError` if all labels are the next token of the document, and not all are the token itself."""
     if next_token and not own_place:
         raise ValueError(
             "labels: expected the label of every token in its own place, as in input_ids, got the next token in each "

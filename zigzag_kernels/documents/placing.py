@@ -2,7 +2,7 @@
 
 Documents are dealt out longest first to the rank with the smallest load (Graham, 1969). Load is the larger of rows and
 work, each as a share of its limit, or the sum of both shares: now one is better, now the other. Exchanges of documents
-between the worst rank and those with the smallest loads mend what is left.
+between the worst rank and the ranks with the smallest loads then reduce the excess.
 """
 
 import heapq
@@ -16,7 +16,7 @@ PLACING = 6  # steps of effort for each document that is dealt out
 
 
 class Document(NamedTuple):
-    """A document as the planner knows it: its number in the batch, its tokens, and the scores that its mask leaves."""
+    """A document of the planner: its number in the batch, its tokens, and its visible scores."""
 
     number: int
     tokens: int
@@ -24,7 +24,10 @@ class Document(NamedTuple):
 
 
 class Effort:
-    """How many steps of less than a microsecond a search may still take: a count, so that all ranks find the same."""
+    """The number of steps, of less than a microsecond each, that a search may still take.
+
+    A count, unlike a clock, ends the search at the same point on all ranks.
+    """
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -37,7 +40,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rank may have of whole documents."""
+    """The rows, work and documents that one rank may have for whole documents."""
 
     rows: int
     work: float
@@ -63,7 +66,7 @@ class Placement:
         by_sum: bool = False,
         gives_up: bool = False,
     ):
-        """Deal out `documents`, longest first; those that every tried rank lacks rows for go beyond the limits.
+        """Deal out `documents`, longest first; a document for which no tried rank has rows exceeds the limits.
 
         `work` is what ranks have beforehand, below 0 where others have more. Loads are sums of shares if `by_sum`, and
         otherwise the larger share. One that `gives_up` ends with the first document beyond the limits.

@@ -13,7 +13,7 @@ from .places import Piece, Places, filled, split_pieces
 
 
 class Undivided(NamedTuple):
-    """What a rank would need if every document were split, as in the document layout."""
+    """The rows and transfers of a rank if every document were split, as in the document layout."""
 
     tokens: int  # rows of a rank
     moved_rows: int  # rows whose K/V a rank receives, for each layer and pass
@@ -23,8 +23,8 @@ class Undivided(NamedTuple):
 class DocumentPlan(Places):
     """A plan says which tokens of a batch each rank holds, in which order, and what that costs.
 
-    `plan_documents` makes it. The rows of a rank are those of its whole documents, padding up to `whole_tokens` rows,
-    its two chunks of every split document, and padding up to `tokens` rows. Documents keep the order of the batch.
+    `plan_documents` makes it. A rank has its whole documents, padding up to `whole_tokens` rows, its two chunks of
+    every split document, and padding up to `tokens` rows, in this order. Documents keep the order of the batch.
 
     Attributes:
         lengths: tokens of each document of the batch.
@@ -106,7 +106,7 @@ class DocumentPlan(Places):
 
     @property
     def moved_rows(self) -> int:
-        """Rows whose K/V a rank receives from others, for each layer and pass: those of the split documents alone."""
+        """Rows whose K/V a rank receives from others, for each layer and pass: only rows of split documents."""
         return (self.world_size - 1) * self.split_tokens
 
     @property

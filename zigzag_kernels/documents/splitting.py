@@ -9,8 +9,8 @@ from ..layout import padded_length
 from .placing import PLACING, Document, Effort, Limits, Placement
 from .plan import split_share
 
-# What the slowest rank may have of the mean work: of these the first is tried with quick searches, the second with both
-# kinds, the others with long ones.
+# Work that the slowest rank may have, relative to the mean. The first limit is tried with quick searches, the second
+# with quick and long ones, the others with long ones.
 BALANCES = 1.04, 1.05, 1.1, float("inf")
 COUNTS = 24  # numbers of split documents that are tried where no plan is found at once
 SEARCHES = 8  # of these, whose placements are improved
@@ -20,7 +20,7 @@ PADDING_WEIGHTS = 0, 5, 10, 20  # how much a token of padding counts against spl
 
 @dataclass(frozen=True)
 class Candidate:
-    """Some documents to split, and the others, longest first, with what a rank has left for them."""
+    """Some documents to split, and the other documents, longest first, with the rows and work left for them."""
 
     split: list[Document]
     others: list[Document]

@@ -20,9 +20,9 @@ def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> i
 def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
     """Return `config` with heads side by side where it leaves the order open and `problem` gains by that.
 
-    It does where the tiles of one head do not fill the GPU, and those of all heads not many times: heads one after the
-    other would have the heaviest tile of the last begin late, and end alone. Elsewhere that costs less than reading
-    rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
+    It does where the tiles of one head do not fill the GPU, and the tiles of all heads do not fill it many times. Head
+    after head, the heaviest tile of the last head would begin late and end alone. Elsewhere that costs less than
+    reading rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
     """
     few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
     call = problem.call

@@ -78,5 +78,5 @@ def make_addition(problem: Problem, slots: tuple[int, int]) -> Planned:
 
 
 def _grid(problem: Problem) -> tuple[int, int, int]:
-    """Return tiles × KV heads: each chunk has at most as many rows in a slot as the slot has for it."""
+    """Return tiles × KV heads, an upper bound: no chunk has more rows in a slot than the slot has."""
     return 2 * problem.call.halo_rows // BLOCK + problem.table_entries[0], problem.kv_heads, 1

@@ -44,7 +44,7 @@ current = Planner()
 
 @contextlib.contextmanager
 def use_planner(planner: Planner) -> Iterator[Planner]:
-    """Have `planner` plan all calls within the block, those of other threads too."""
+    """Let `planner` plan all calls within the block, also the calls of other threads."""
     global current
     before, current = current, planner
     try:

@@ -1,4 +1,4 @@
-"""The steps of attention as front ends call them: each looks up its launches and hands them to `run`, in order.
+"""The steps of attention that front ends call: each looks up its launches and passes them to `run`.
 
 `run(launch, *arrays) -> tuple of arrays` is a front end's only launch site. All front ends call the functions here, so
 they launch the same kernels, with the same constants, in the same order.
@@ -65,7 +65,7 @@ def segment_tables(
 def halo_rows(run: Run, problem: Problem, k, v, segments):
     """Return `[6 * halo_rows, 2 * kv_heads, head_dim]`, V behind K in the slots of `halo.HaloSlot`.
 
-    `problem` is that of the rank's own keys, `segments` are tables 1 and 2. The two halos are for neighbours to fill.
+    `problem` describes the rank's own keys, `segments` are tables 1 and 2. The two halos are for neighbours to fill.
     Elements that no chunk has are not set.
     """
     planned = planner.current.plan(make_copy, problem)
@@ -78,7 +78,7 @@ def add_halo_rows(
 ) -> tuple:
     """Return `into`, (dk, dv) of all rows, with the `gradients` in two slots: of early chunks, and of late ones.
 
-    `segments` is the table that names these rows: 1 for the first rows of chunks, 2 for those that were sent.
+    `segments` is the table that names these rows: 1 for the first rows of chunks, 2 for the rows that were sent.
     """
     planned = planner.current.plan(make_addition, problem, slots)
     return run(planned.launches[0], *gradients, segments, *into)
@@ -98,8 +98,8 @@ def forward(
 ) -> tuple:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log).
 
-    They are new arrays, or those of `into`, whose elements outside of `part` stay as they are. `sinks [heads]` float32
-    if `problem.call.has_sinks`: the parts of a row's keys count them once, in the first part. With
+    They are new arrays, or the arrays `into`, whose elements outside of `part` stay as they are. `sinks [heads]`
+    float32 if `problem.call.has_sinks`: the parts of a row's keys count them once, in the first part. With
     `problem.call.return_max_logits` the second array is `[2, heads, T]`: lse, then the largest score of each row.
     """
     planned = planner.current.plan(make_operation, problem, Operation.FORWARD, part)
@@ -211,7 +211,7 @@ def _run_dkdv(run: Run, planned: Planned, inputs: tuple, into: tuple) -> tuple:
 
 
 class BackwardPlan(NamedTuple):
-    """What a whole backward pass launches: FUSED_BACKWARD, or the two operations behind it."""
+    """The launches of a whole backward pass: FUSED_BACKWARD, or the two operations DKDV and DQ."""
 
     rows: Planned
     fused: Planned

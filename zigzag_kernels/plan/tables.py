@@ -14,7 +14,7 @@ ENTRIES = 64  # of a table that one program writes
 
 
 class BatchForm(NamedTuple):
-    """What decides the tables of a batch, besides `cu_seqlens`, the rank and real lengths."""
+    """The plain values that decide the tables of a batch, besides `cu_seqlens`, the rank and real lengths."""
 
     sequences: int
     world_size: int

@@ -12,7 +12,7 @@ Words used here and in the kernels (`layout.py` has the layout itself):
   In a segment with `kv_len > 0` every row sees key 0, so a running maximum is finite after the first block.
 - *slot*: a K/V buffer is `SLOTS` slots of `slot_rows` rows. Gathered K/V have one slot a rank, each with its early and
   its late chunks; in the other layouts all keys of a sequence follow each other, in one slot.
-- *window*: K/V of a few KV heads at a time, those from `first_kv_head` on; queries and results have all heads.
+- *window*: K/V of a few KV heads at a time, from `first_kv_head` on; queries and results have all heads.
 - *padding*: rows behind the last sequence. It is the last entry of both tables.
 
 `columns.py` names the columns of both tables and imports nothing but the standard library. `build.py` has the

@@ -1,4 +1,4 @@
-"""How the documents of a batch are dealt out to the ranks, for the kernels that write the tables."""
+"""Device functions that deal out the documents of a batch to the ranks, for the kernels that write the tables."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Sequence(NamedTuple):
     start: tl.tensor
     length: tl.tensor
     real: tl.tensor  # tokens that are not padding
-    place: tl.tensor  # tokens of what is cut into chunks that lie before the sequence
+    place: tl.tensor  # tokens before the sequence in the packed row or document that is cut into chunks
     chunk_length: tl.tensor
     first_row: tl.tensor  # local row with which a rank's two chunks begin
 

@@ -1,4 +1,4 @@
-"""The kernel that writes the tables of halos: rows whose keys lie partly on a neighbour, and rows that are sent."""
+"""The kernel that writes the tables of halos: rows that need keys of a neighbour, and rows that are sent."""
 
 import triton
 import triton.language as tl
@@ -42,7 +42,7 @@ from .fields import (
 
 @triton.jit
 def _slot_keys(batch, held, FORM: tl.constexpr):
-    """Return how many rows of a slot of the K/V buffer each sequence has; in the row layout, its packed row has them.
+    """Return how many rows each sequence, or in the row layout its packed row, has in a slot.
 
     The slots of a late and of an early chunk are laid out alike, on every rank.
     """
@@ -91,7 +91,7 @@ def build_halos(
     HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the tables of halos behind those of a rank's own keys, in the order of the segments.
+    """Write the tables of halos behind the tables of a rank's own keys, in the order of the segments.
 
     Grid: blocks of entries. Table 1 has the first rows of each chunk, up to `halo`, if they need keys of a neighbour.
     Their keys are one run in a K/V buffer of four slots: the halo of the early chunk, the first rows of the early

@@ -122,7 +122,7 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
 def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
     """Return (tile number, KV head of the window) of this program.
 
-    `TILES_TOGETHER` tiles of one head (0: all of them) come before those of the next head.
+    `TILES_TOGETHER` tiles of one head (0: all of them) come before the tiles of the next head.
     """
     program = tl.program_id(0)
     if TILES_TOGETHER == 0:

@@ -1,8 +1,8 @@
-"""The rule of ranged masks: the keys that a row of a document sees, and the rows that see a key.
+"""The rule of ranged masks: which keys a row of a document sees, and which rows see a key.
 
 A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
-Both ends of a range grow with the position, so the ranges of a tile's first and last row bound those of all its rows.
-Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
+Both ends of a range grow with the position, so the ranges of a tile's first and last row bound the ranges of all its
+rows. Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
 """
 
 from dataclasses import dataclass

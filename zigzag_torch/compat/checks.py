@@ -1,4 +1,4 @@
-"""Checks of what the published names take besides tensors: lists of groups, slices of keys, and unsupported options."""
+"""Checks of the arguments of the published names besides tensors: groups, slices of keys, unsupported options."""
 
 from itertools import accumulate
 
@@ -28,7 +28,7 @@ def check_list(name: str, x, length: int) -> None:
 
 
 def local_bounds(name: str, cu_seqlens: torch.Tensor, world_size: int, tokens: int | None = None) -> list[int]:
-    """Return the values of local offsets; `ValueError` unless they can be those of a rank with `tokens` rows."""
+    """Return the values of local offsets; `ValueError` unless a rank with `tokens` rows can have them."""
     check_int32(name, cu_seqlens)
     bounds = cu_seqlens.tolist()
     total = None if tokens is None else world_size * tokens

@@ -1,7 +1,7 @@
 """The unfused path: copies keys into position order, slices them, and attends group of chunks by group of chunks.
 
-It is the baseline to beat and the check to compare with. Names and their meaning are those of the published zigzag
-llama3 functions. The host reads lengths, and waits for the device.
+It is the baseline of benchmarks and checks. Names and their meaning come from the published zigzag llama3 functions.
+The host reads lengths, and waits for the device.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def compute_kv_slices_for_groups(
     chunk_cu_seqlens_q_list: list[torch.Tensor],
     n_chunks: int = 2,
 ) -> list[KVSlice]:
-    """Return the keys that each group sees under a causal mask: from the start of a sequence to the end of its chunk.
+    """Return the keys that each group sees under a causal mask: from a sequence's start to its chunk's end.
 
     `cu_seqlens_k [N + 1]` int32 is local; `chunk_idx_0, chunk_idx_1` are the chunks of the rank, its early one first.
 
@@ -157,7 +157,7 @@ def execute_grouped_attention(  # noqa: PLR0917  (a published name)
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Attend group by group, and put the results in local order; differentiable, also through lse.
 
-    The lists are those of `split_q_by_zigzag_chunk_index` and `compute_kv_slices_for_groups`; `kv_buffer
+    The lists come from `split_q_by_zigzag_chunk_index` and `compute_kv_slices_for_groups`; `kv_buffer
     [2, W * T, kv_heads, head_dim]` is gathered and rank-major, `cu_seqlens_k [N + 1]` local. Without `causal` every
     row sees its whole sequence, or the window around it, whatever `kv_slices` says. `deterministic` makes the backward
     pass repeat bit for bit.

@@ -39,14 +39,14 @@ FORK = {"zigzag_llama3_flash_attn_varlen": ("ZigzagLlama3FlashAttnVarlenFunc", f
 
 
 def patch_ring_flash_attn() -> "Patch":
-    """Put the fused path behind the functions of ring_flash_attn, or of its fork, whose layout agrees with ours.
+    """Put the fused path behind the functions of ring_flash_attn, or of its fork, which has the same layout.
 
     Undo it with `.undo()`, or use it as a context manager. The flags work here too: ZIGZAG_USE_FUSED_TRITON_V2=0 takes
     the package's own function, ZIGZAG_VERIFY_CORRECTNESS=1 compares with it.
 
     Raises:
         ImportError: the package, or something that it needs, cannot be imported.
-        RuntimeError: its functions are not those of version 0.1.8, or are patched already. Nothing is replaced then.
+        RuntimeError: its functions differ from version 0.1.8, or are patched already. Nothing is replaced then.
     """
     found = {}
     for name, (function_name, parameters) in (REPLACED | FORK).items():
@@ -145,7 +145,7 @@ class _Fused:
 
 
 def _global_cu_seqlens(call: dict[str, Any], world_size: int) -> torch.Tensor | None:
-    """Return `cu_seqlens [N + 1]` int32 of the arguments `call`; None if lengths are those of a batch dimension."""
+    """Return `cu_seqlens [N + 1]` int32 of the arguments `call`; None if a batch dimension separates the sequences."""
     if "cu_seqlens" in call:
         return call["cu_seqlens"] * world_size
     if "cu_seqlens_q" in call:

@@ -2,7 +2,8 @@
 
 How far two right paths may be apart depends on the data: gradients are differences, which rounding disturbs the more
 the closer they cancel. So the unfused path is computed once more, from inputs and cotangents that are moved by one
-rounding of their type, and the change of its results is the unit of what is allowed. `_allowed` has the whole measure.
+rounding of their type, and the change of its results is the unit of the allowed difference. `_allowed` has the whole
+measure.
 """
 
 import os
@@ -18,9 +19,9 @@ from .flags import enabled
 BLOCK = 64
 """Rows of one head that are compared together: a wrong tile, and a wrong row, show beside so many."""
 CHANGES = 2.0
-"""How many times the change by one rounding of the inputs the two paths may differ."""
+"""Allowed difference of the two paths, in units of the change by one rounding of the inputs."""
 ROUNDINGS = 16.0
-"""How many roundings of float32, in which sums are, a sum of one term may be off; one of n terms sqrt(n) times that."""
+"""Allowed error of one term, in roundings of float32; a sum of n terms may have sqrt(n) times that."""
 
 Path = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -30,7 +31,7 @@ def choose_path(
 ) -> tuple[torch.Tensor, ...]:
     """Return `fused(*inputs)` or `unfused(*inputs)`, or compare both and return the first, as the flags say.
 
-    `results` are the names of what both return, those of lse `[..., heads, rows]` begin with "lse". The comparison
+    `results` names the results of both; names of lse `[..., heads, rows]` begin with "lse". The comparison
     covers the backward pass too, and raises `AssertionError` with the name of the tensor and by how much it is off.
     """
     tensors = refuse_tangents(*inputs.values())
@@ -104,7 +105,7 @@ class _Verified(torch.autograd.Function):
 
 
 class Compared(NamedTuple):
-    """A result of the fused path, of the unfused path, and of the unfused path from inputs moved by one rounding."""
+    """A result by the fused path, by the unfused path, and by the latter from inputs moved by one rounding."""
 
     fused: torch.Tensor
     unfused: torch.Tensor

@@ -52,7 +52,7 @@ def transport_of(
     kv_layout: KVLayout,
     group_name: str | None,
 ) -> Transport:
-    """Return the transport of a call on these tensors, made once for all layers and steps that ask for the same.
+    """Return the transport of a call on these tensors, made once for all layers and steps with equal arguments.
 
     `kv_layout` is the layout of k and v as they are given. Raises `ValueError` for tensors and options that are not one
     attention problem.
@@ -123,7 +123,7 @@ def _choose_moving(problem: Problem, group_name: str) -> AllGather | Halo | Ring
 
 
 def _make_halo(problem: Problem, group_name: str) -> Halo:
-    """Return the transport of halos; the rows that are sent hold K and V head by head, as those of a ring do."""
+    """Return the transport of halos; sent rows hold K and V head by head, as in a ring."""
     strides = 2 * problem.kv_heads * problem.head_dim, problem.head_dim
     check_strides("k", strides, 1)
     buffer = {"kv_layout": KVLayout.HALO, "slot_rows": problem.call.halo_rows}

@@ -66,7 +66,7 @@ ALONE = Place(None, 0, 1)
 
 
 class Reach(enum.Enum):
-    """How ranks of a group can agree: the group of a dry run has no other ranks."""
+    """The means by which ranks of a group can agree: the group of a dry run has no other ranks."""
 
     MESSAGES = "gloo"
     STORE = "any other"
@@ -266,7 +266,8 @@ def compare(
 ) -> None:
     """Return if the `report` of every rank of `group` is the same. Raises as `agree`.
 
-    A rank with a `patience` leaves its report in the store after that time. `timeout` None is that of the environment.
+    A rank with a `patience` leaves its report in the store after that time. `timeout` None is the timeout of the
+    environment.
     """
     history = _history(group)
     if history.reach is Reach.NOBODY or group.size() == 1:
@@ -334,7 +335,7 @@ def _did_not_come(ranks: list[int], timeout: float) -> str:
 
 
 def transfer_timeout(group: "ProcessGroup") -> timedelta | None:
-    """Return how long the host waits for a transfer of `group`; None if it does not wait, or waits for nobody."""
+    """Return how long the host waits for a transfer of `group`, or None if it does not wait."""
     return timedelta(seconds=timeout_seconds()) if _history(group).reach is Reach.MESSAGES else None
 
 

@@ -114,7 +114,7 @@ class AllGather:
         group, window, reduce_dtype = resolve(self.group_name), self.problem.window, self.problem.call.grad_reduce_dtype
         strides = {"dout_strides": row_strides(dout)}
         problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
-        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # the buffers are ours, and aligned
+        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # this package allocates the buffers, aligned
         dlse = None if dlse is None else dlse.contiguous()
         contribution = k.new_empty((2, problem.kv_tokens, window, problem.head_dim), dtype=getattr(torch, reduce_dtype))
         sums = contribution.chunk(group.size(), 1)[group.rank()]  # take the place of this rank's part of them

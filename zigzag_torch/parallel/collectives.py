@@ -61,7 +61,7 @@ def _with(options, timeout: timedelta):
 
 
 def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
-    """Start to send to the rank `hops` after this one on the ring, and to receive from the rank `hops` before it.
+    """Start to send to the rank `hops` later on the ring, and to receive from the rank `hops` earlier.
 
     Returns the transfers to `wait` for, before `receive` is read and before `send` is written. Messages that are under
     way at the same time have different tags.

@@ -69,8 +69,8 @@ class Halo:
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as those
-        of `AllGather.backward`.
+        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as
+        in `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -82,7 +82,7 @@ class Halo:
         problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
         problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
         of_halo = with_strides(self.of_halo, row_strides(q), self.of_halo.k_strides, self.of_halo.v_strides)
-        of_halo = launch.without_gluon_if_misaligned(of_halo, q, dout)  # the buffer is ours, and aligned
+        of_halo = launch.without_gluon_if_misaligned(of_halo, q, dout)  # this package allocates the buffer, aligned
         dlse = None if dlse is None else dlse.contiguous()
         keys, works = self._exchange(problem, k, v, tables, group)
         dq: Any = None if beside is None else beside(None)

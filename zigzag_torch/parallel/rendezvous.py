@@ -28,7 +28,7 @@ _NAMED_RANKS, _NAMED_DIFFERENCES = 8, 3
 
 
 class Verdict(NamedTuple):
-    """How a round ended: the `kind`, the words for it, and the ranks that it holds for, None for all."""
+    """The end of a round: its `kind`, the words for it, and the ranks concerned, None for all."""
 
     kind: str
     message: str
@@ -125,7 +125,7 @@ def _judge(seat: Seat, number: int, absence: Callable[[list[int]], str]) -> Verd
 
 
 def _reports(seat: Seat, number: int, ranks) -> dict[int, Report]:
-    """Return {rank: report} of those of `ranks` that have reported in round `number`."""
+    """Return {rank: report} of the `ranks` that have reported in round `number`."""
     reports = {}
     for rank in ranks:
         key = _report_key(rank)

@@ -16,7 +16,7 @@ from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, 
 
 @dataclass(frozen=True)
 class Ring:
-    """Passes K/V of all heads from rank to rank, in flight while the rank attends to those that are there.
+    """Passes K/V of all heads from rank to rank, in flight while the rank attends to earlier K/V.
 
     At step `s` a rank has the keys of rank `(rank - s) % world_size`, and uses table `s`. No step can be skipped, even
     with a causal mask: a rank's late chunk attends to keys of every other rank. Tiles with nothing to compute return
@@ -72,8 +72,8 @@ class Ring:
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as those
-        of `AllGather.backward`.
+        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as
+        in `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -83,7 +83,7 @@ class Ring:
         dout = launch.last_dim_contiguous(dout)
         strides: Any = {"dout_strides": row_strides(dout)}
         problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
-        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # the buffers are ours, and aligned
+        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # this package allocates the buffers, aligned
         dlse = None if dlse is None else dlse.contiguous()
         sums = [k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype)) for _ in range(2)]
         pairs = [x.unbind() for x in sums]

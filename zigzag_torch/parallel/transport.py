@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Packing(NamedTuple):
-    """How documents are packed and dealt out to the ranks: the contents of a rank's rows follow from it.
+    """The packing of documents and their distribution to the ranks, which decide the contents of a rank's rows.
 
     The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
@@ -37,7 +37,7 @@ class Packing(NamedTuple):
 
     @property
     def is_in_rows(self) -> bool:
-        """Whether packed rows are cut into chunks, not documents; one rank holds them whole, which is the same."""
+        """True if packed rows are cut into chunks, not documents; one rank holds them whole in both layouts."""
         return self.layout == Layout.ROW and self.world_size > 1
 
 
