@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> dict:
-    """Train; return the losses by step in nats a token, their tokens, tokens a second, MFU and peak memory in GiB."""
+    """Train; return losses by step in nats a token, their tokens, tokens a second, MFU and peak memory in GiB."""
     world_size = dist.get_world_size()
     replicas = arguments.replicas if arguments.attention == "zigzag" else world_size
     if world_size % replicas:
