@@ -21,7 +21,7 @@ from .halos import halo_of_batch
 from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
-from .plans import Parts, check_plan
+from .plans import Parts, check_plan, with_identity
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def prepare_batch(
             options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
             options |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
             return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
-    place, parts, documents = place_in(group), None, None
+    place, parts, plan, documents = place_in(group), None, cu_seqlens, None
     try:
         if method is not None:
             check_method(method)
@@ -229,7 +229,8 @@ def prepare_batch(
     own_rank = as_rank(rank, cu_seqlens.device)
     if place.group_name is not None:
         in_words = f"{form.in_words}, halo {halo}, documents of {promised}" if halo else form.in_words
-        compared = place.group_name, "prepare_batch", lengths, in_words, None if parts is None else parts.fault
+        plan_too = lengths if lengths is None else with_identity(lengths, plan)
+        compared = place.group_name, "prepare_batch", plan_too, in_words, None if parts is None else parts.fault
         own_rank = common_rank(cu_seqlens, unsharded, own_rank, *compared)
     known: dict[str, Any] = {} if parts is None else {"whole_cu_seqlens": parts.whole_cu_seqlens}
     known |= {"compared_by": place.group_name, "host_rank": rank if isinstance(rank, int) else None}

@@ -6,7 +6,7 @@ import torch
 
 from zigzag_kernels.batch_checks import check_parts
 from zigzag_kernels.checks import check_int, check_world_size
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, fingerprint
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 
 from .arguments import check_device, check_int32, check_tensor
@@ -80,6 +80,17 @@ def check_plan(plan: DocumentPlan, world_size: int) -> DocumentPlan:
     if check_world_size(world_size) != plan.world_size:
         raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
     return plan
+
+
+def with_identity(lengths: torch.Tensor, plan: object) -> torch.Tensor:
+    """Return `lengths [M]`, behind which two numbers tell `plan` from others, if it is a plan of documents.
+
+    Ranks compare them: the lengths of split documents do not say which whole documents a rank has.
+    """
+    if not isinstance(plan, DocumentPlan):
+        return lengths
+    number = fingerprint(plan.lengths, [plan.key])
+    return torch.cat((lengths, lengths.new_tensor([number >> 33, (number & 0xFFFFFFFF) >> 1])))
 
 
 def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int, world_size: int) -> torch.Tensor:

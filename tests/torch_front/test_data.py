@@ -207,6 +207,16 @@ def test_a_prepared_batch_knows_real_lengths_and_the_layout():
         mixed.prepare()
 
 
+@pytest.mark.parametrize(
+    ("reach", "halo"),
+    [({"window_size": (2, 0)}, 2), ({"attention_chunk": 4}, 3), ({"window_size": (5, 0), "max_seqlen": 2}, 1)],
+)
+def test_a_batch_is_prepared_for_halos(reach, halo):
+    batch = zigzag_torch.shard_documents([[1] * 12, [2] * 16], 0, 2, split_above=0)
+    for prepared in (batch.prepare, lambda **options: batch.model_kwargs(**options)["zigzag_batch"]):
+        assert prepared(method="halo", **reach).halo == halo
+
+
 def test_a_batch_moves_is_pinned_and_is_a_pytree(monkeypatch):
     batch = shard_documents([[1, 2, 3]], 1, 2)
     assert batch.to("meta").input_ids.device.type == "meta"

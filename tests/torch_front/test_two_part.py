@@ -127,8 +127,9 @@ def check_broken_plans(rank):
         offsets = torch.tensor([0, 9, 27, 27], dtype=torch.int32, device=DEVICE)  # of 26 rows
         too_long = good._replace(whole_cu_seqlens=offsets) if rank == 1 else good
         other = dataclasses.replace(plan, lengths=(32, *plan.lengths[1:])) if rank == 1 else plan
-        for broken in (too_long, Parts.of_plan(other, rank, DEVICE)):
-            results = attend(case, rank, zigzag_torch.prepare_batch(broken, **common), **common)
+        swapped = dataclasses.replace(plan, whole=plan.whole[::-1]) if rank == 1 else plan
+        for broken in (too_long, Parts.of_plan(other, rank, DEVICE), swapped):
+            results = attend(case, rank, zigzag_torch.prepare_batch(broken, device=DEVICE, **common), **common)
             assert all(x.isnan().all() for x in results.values())
         unequal = torch.tensor([rank])  # tokens of another batch
         batch = zigzag_torch.prepare_batch(good, unsharded=unequal.to(DEVICE), **common)
