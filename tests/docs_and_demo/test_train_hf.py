@@ -1,11 +1,15 @@
 """The example that trains a model of transformers has the losses of the stock attention, on any number of ranks."""
 
+import ast
 import json
+import re
+import sys
+import tomllib
 
 import numpy as np
 import pytest
 
-from tests.support.commands import finish, start
+from tests.support.commands import ROOT, finish, start
 from tests.support.machine import GPUS
 
 SCRIPT = "examples/train_hf.py", "--tokens", "256", "--context", "128", "--dtype", "float32"
@@ -47,3 +51,21 @@ def test_replicas_of_groups_have_the_losses_of_stock_attention_in_replicas(tmp_p
     _, ours = losses(tmp_path, *model, "--replicas", "2", "--checkpointing", "full", ranks=4)
     _, stock = losses(tmp_path, *model, "--attention", "sdpa", ranks=2)
     np.testing.assert_allclose(ours, stock, rtol=0, atol=TOLERANCE)
+
+
+def imported(name):
+    """The packages that an example imports, and those of the examples that it imports."""
+    found, tree = set(), ast.parse((ROOT / "examples" / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for module in {x.partition(".")[0] for x in names}:
+            is_example = (ROOT / "examples" / f"{module}.py").exists()
+            found |= imported(module) if is_example else {module}
+    return found
+
+
+def test_its_extra_installs_what_it_imports():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf"]
+    installed = {re.match(r"[\w-]+", requirement).group() for requirement in extra} | {"zigzag_torch"}
+    assert {"torch", "transformers", "tqdm"} <= imported("train_hf") - sys.stdlib_module_names <= installed

@@ -218,9 +218,12 @@ def test_one_type_under_autocast_and_after_norms_in_float32(outer):
 
 def test_models_that_compute_across_tokens_elsewhere_are_refused(monkeypatch):
     """Between ranks; the group is never asked for anything."""
+    convolving = make_model("llama")
+    convolving.model.conv = nn.Conv1d(1, 1, 3)
     monkeypatch.setattr(hf.registry, "place_in", lambda group: Place("cp", 0, 2))
     cases = [
         (make_model("phi3", rope_parameters=LONG), "Phi3ForCausalLM: rope_parameters: .* 'longrope'"),
+        (convolving, "LlamaForCausalLM: layer_types: .* got a convolution"),
         (make_model("mixtral", output_router_logits=True), "MixtralForCausalLM: output_router_logits"),
         (
             transformers.LlamaForSequenceClassification(make_model("llama").config),

@@ -12,7 +12,7 @@ from ..api import zigzag_attention
 from ..batch import Batch
 from .packing import batch_of_rows, is_marker
 
-# What models pass to every attention function and what leaves the result of this one as it is.
+# Arguments that models pass to every attention function, and that do not change its result.
 _WITHOUT_EFFECT = (
     {"deterministic", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch"}
     | {"output_hidden_states", "output_router_logits", "return_dict", "seq_idx", "shift_labels", "use_cache"}

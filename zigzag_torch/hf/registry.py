@@ -15,7 +15,7 @@ from .packing import batch_of_rows
 NAME = "zigzag"
 # Layers that mix tokens by attention alone; others, such as recurrent ones, would see a rank's rows as a sequence.
 _LAYER_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
-# What models compute of each row by itself; others look for the last token of a row, or put images between tokens.
+# Heads that compute each row by itself; others look for the last token of a row, or put images between tokens.
 _HEADS = frozenset(("CausalLM", "MaskedLM", "TokenClassification"))
 # Rotary embeddings that choose frequencies by the largest position, of which each rank sees its own.
 _ROPE_OF_THE_LONGEST = frozenset(("dynamic", "longrope"))
@@ -85,8 +85,9 @@ def _check_ranks(model: PreTrainedModel) -> None:
             f"{name}: expected a base model or one for {sorted(_HEADS)} between ranks, got {head}"
         )
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if others or getattr(model, "_is_stateful", False):
-        kinds = sorted(others) or "recurrent layers"
+    convolves = any(isinstance(x, torch.nn.Conv1d) and x.kernel_size != (1,) for x in model.modules())
+    if others or convolves or getattr(model, "_is_stateful", False):
+        kinds = sorted(others) or ("a convolution" if convolves else "recurrent layers")
         raise NotImplementedError(f"{name}: layer_types: expected {sorted(_LAYER_TYPES)} between ranks, got {kinds}")
     if getattr(config, "output_router_logits", False):
         raise NotImplementedError(
