@@ -51,7 +51,7 @@ def test_a_linen_layer(batch, causal):
     x = inputs(*batch, S)
     layer = functools.partial(nn.MultiHeadDotProductAttention, num_heads=4)
     own, ours = layer(), layer(attention_fn=linen_attention(causal=causal))
-    weights = own.init(jax.random.key(1), x)
+    weights = jax.jit(own.init)(jax.random.key(1), x)
     mask = nn.make_causal_mask(x[..., 0]) if causal else None
     wanted = value_and_gradient(functools.partial(own.apply, mask=mask), weights, x)
     close(value_and_gradient(ours.apply, weights, x), wanted)
@@ -106,7 +106,7 @@ def test_documents_in_a_linen_layer_on_a_mesh():
     ours = nn.remat(nn.MultiHeadDotProductAttention)(
         num_heads=4, attention_fn=linen_attention(causal=True, mesh=mesh, batch_axis="data")
     )
-    weights = own.init(jax.random.key(1), x)
+    weights = jax.jit(own.init)(jax.random.key(1), x)
     wanted = value_and_gradient(lambda w, x: own.apply(w, x, mask=mask_of_documents()) * real, weights, x)
     close(documents_on_a_mesh(lambda w, x, batch: ours.apply(w, x, mask=batch), weights, x), wanted)
 
@@ -179,9 +179,9 @@ def test_layers_that_ask_for_it_are_refused():
     ):
         layer = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attend, **options)
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            layer.init(jax.random.key(0), x, **call)
+            jax.eval_shape(functools.partial(layer.init, **call), jax.random.key(0), x)
     quiet = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attend, dropout_rate=0.5, deterministic=True)
-    quiet.init(jax.random.key(0), x)
+    assert jax.eval_shape(quiet.init, jax.random.key(0), x)
     layer = nnx.MultiHeadAttention(
         num_heads=2, in_features=FEATURES, attention_fn=nnx_attention(), dropout_rate=0.5, rngs=nnx.Rngs(0)
     )

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
 from tests.support import oracle
+from tests.support.closeness import assert_sums_close
 from tests.support.packed_rows import assert_rows_are_right, dealt_out, make_rows, results_of, row_order
 from tests.support.spread import KERNELS, mesh_of, value_and_gradients
 from zigzag_jax import host
@@ -170,14 +171,26 @@ def test_kv_heads_that_devices_share_inside_a_shard_map():
 
 
 def test_options_reach_the_kernels():
+    """The gradient of sinks, which all rows share, is summed over all devices."""
     sinks = np.linspace(-1, 1, 4, dtype=np.float32)
     options = {"causal": False, "window_size": (4, 2), "attention_chunk": 6, "softcap": 3.0, "softmax_scale": 0.4}
-    mesh = mesh_of(2, 2, names=("context", "tensor"))
-    on_mesh = {"mesh": mesh, "head_axis": "tensor", "max_segments": 3, "return_lse": True, "backend": KERNELS}
-    results = jax.jit(step(sinks=jnp.asarray(sinks), **on_mesh, **options))(*dealt_out(ROWS, 2))
-    causal, scale = options.pop("causal"), options.pop("softmax_scale")
-    wanted = oracle.Options(sinks=sinks, **options)
-    assert_rows_are_right(results, DOCUMENTS, ROWS, 2, causal=causal, softmax_scale=scale, options=wanted)
+    mesh = mesh_of(2, 2, 2, names=NAMES)
+    attend = functools.partial(zigzag_jax.segmented_attention, mesh=mesh, backend=KERNELS, **ON_MESH, **options)
+
+    @jax.jit
+    def run(q, k, v, dout, dlse, *ids):
+        results, pullback = jax.vjp(lambda q, k, v, s: attend(q, k, v, *ids, sinks=s), q, k, v, jnp.asarray(sinks))
+        return *results, *pullback((dout, dlse))
+
+    *results, dsinks = run(*dealt_out(ROWS, 2))
+    wanted = {"causal": options.pop("causal"), "softmax_scale": options.pop("softmax_scale")}
+    wanted["options"] = oracle.Options(sinks=sinks, **options)
+    assert_rows_are_right(results, DOCUMENTS, ROWS, 2, **wanted)
+    terms = [
+        results_of(ROWS, DOCUMENTS, x, **wanted)["sink_terms"]
+        for x in (oracle.EXACT, oracle.straightforward("float32"))
+    ]
+    assert_sums_close("dsinks", dsinks, *terms)
 
 
 def test_rows_without_ids_are_one_document_and_positions_alone_say_where_others_begin():

@@ -51,7 +51,7 @@ def dealt_out(rows, world_size):
 
 
 def results_of(rows, documents, arithmetic, *, causal=True, softmax_scale=None, options=oracle.PLAIN):
-    """{name: array} of RESULTS of `make_rows(documents, ...)`, in the order of the tokens."""
+    """{name: array} of RESULTS of `make_rows(documents, ...)`, in the order of the tokens, and the terms of dsinks."""
     batch, length, heads, _ = rows.q.shape
     starts, lengths = [0], []
     for of_row in documents:
@@ -65,7 +65,8 @@ def results_of(rows, documents, arithmetic, *, causal=True, softmax_scale=None, 
         options=options._replace(lengths=tuple(lengths)),
     )._asdict()  # fmt: skip
     rows_of = {name: found[name].reshape(*rows.k.shape[:2], -1, rows.k.shape[3]) for name in RESULTS if name != "lse"}
-    return rows_of | {"lse": found["lse"].reshape(heads, batch, length).swapaxes(0, 1)}
+    lse = found["lse"].reshape(heads, batch, length).swapaxes(0, 1)
+    return rows_of | {"lse": lse, "sink_terms": found["sink_terms"]}
 
 
 def assert_rows_are_right(results, documents, rows, world_size, **options):
