@@ -99,7 +99,7 @@ class Ranks:
         return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, self.dout)
 
     def _planned_calls(self):
-        """Return the calls of a step on the same documents in the rows of a plan, most of them whole on one rank."""
+        """Return the calls of a step on the same documents in the rows of a plan."""
         self.plan, rows = zigzag_jax.plan_documents(self.case.lengths, self.size), NamedSharding(self.mesh, P("cp"))
 
         def dealt(x):

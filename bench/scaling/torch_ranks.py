@@ -90,7 +90,7 @@ class Ranks:
         )
 
     def _planned_calls(self):
-        """Return the calls of a step on the same documents in the rows of a plan, most of them whole on one rank."""
+        """Return the calls of a step on the same documents in the rows of a plan."""
         self.plan = plan_documents(self.case.lengths, self.size)
         q, k, v, dout = (
             shard(unshard(self._gathered(x), self.cu_seqlens, self.size), self.plan, self.rank, self.size)

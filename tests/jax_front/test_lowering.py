@@ -11,7 +11,7 @@ PLUGIN = importlib.util.find_spec("jax_cuda13_plugin")
 
 
 @pytest.mark.skipif(PLUGIN is None, reason="needs JAX's CUDA plugin, not a GPU")
-@pytest.mark.parametrize("part", ["gathered", "ranges", "methods", "segmented", "outside", "hopper"])
+@pytest.mark.parametrize("part", ["gathered", "ranges", "methods", "plans", "segmented", "outside", "hopper"])
 def test_all_kernels_compile_from_jax(triton_cache, part):
     if part == "hopper" and not COMPILES:
         pytest.skip("needs a Triton that these kernels run with")

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax import (
     launch,
     lower_for,
+    plan_documents,
     prepare_batch,
     segmented_attention,
     zigzag_attention,
@@ -94,6 +95,28 @@ def methods():
         assert (text.count(CALL), text.count("output_operand_alias<")) in expected, method
 
 
+def plans():
+    """Whole documents and split ones of four ranks. Tables of both, then the kernels of the whole documents and of two
+    windows: out, lse and dq of both windows are in place, and no kernel is given a part of q or of a result."""
+    plan = plan_documents([70, 30, 20, 50, 40], 4, tokens=80, split_tokens=24, split_above=60)
+
+    def step(q, k, v):
+        batch = prepare_batch(plan, axis_name="cp", method="allgather")
+        attend = functools.partial(zigzag_attention, heads_k_stride=1, return_lse=True, axis_name="cp")
+        results, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, batch), q, k, v)
+        return pullback(results)
+
+    mesh = jax.sharding.AbstractMesh((4,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("cp"),) * 3, out_specs=P("cp")))
+    arrays = (struct(4 * plan.tokens, heads, 64) for heads in (4, 2, 2))
+    text = mapped.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert (text.count(CALL), text.count("output_operand_alias<")) == (14, 6)
+    moves = "stablehlo.slice", "stablehlo.concatenate", "stablehlo.dynamic_slice", "stablehlo.dynamic_update_slice"
+    moved = [line for line in text.splitlines() if any(move in line for move in moves)]
+    assert any("x2x64xbf16" in line for line in moved)  # rows of K/V that are sent
+    assert not any("x4x64x" in line for line in moved), moved  # q, out, dq
+
+
 def hopper():
     """Three of the five are for Hopper, and take memory for their descriptors."""
     os.environ[HOPPER.variable] = "1"
@@ -156,7 +179,7 @@ def segmented_step(**options):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (*arrays, struct(4, 256, dtype="int32"))
 
 
-PARTS = {part.__name__: part for part in (gathered, ranges, methods, segmented, outside, unplugged, hopper)}
+PARTS = {part.__name__: part for part in (gathered, ranges, methods, plans, segmented, outside, unplugged, hopper)}
 
 
 def main():
