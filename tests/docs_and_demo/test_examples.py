@@ -1,5 +1,6 @@
 """What the README prints runs as printed, and the demo does what it says."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -106,6 +107,33 @@ def test_what_is_installed_exists(kind, block):
     asked = re.findall(r"pip install -e \.\[(.*?)\]", block)
     assert asked
     assert {extra for group in asked for extra in group.split(",")} <= set(extras)
+
+
+@pytest.mark.parametrize(
+    ("script", "extra"),
+    [("train_torch", "torch"), ("custom_config", "torch"), ("train_jax", "flax"), ("train_hf", "hf")],
+)
+def test_an_extra_has_what_its_example_imports(script, extra):
+    """With the modules beside it that the example imports; NumPy comes with every extra."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked, names = extras[extra], {script}
+    if any(x == "zigzag-attention[jax]" for x in asked):
+        asked = asked + extras["jax"]
+    provided = {re.match(r"[\w-]+", x)[0] for x in asked} | {"zigzag_torch", "zigzag_jax", "zigzag_kernels"}
+    pending, imported = [script], set()
+    while pending:
+        tree = ast.parse((ROOT / "examples" / f"{pending.pop()}.py").read_text())
+        for node in ast.walk(tree):
+            modules = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in getattr(node, "names", [])]
+            )
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported |= {module.partition(".")[0] for module in modules}
+        beside = {name for name in imported if (ROOT / "examples" / f"{name}.py").exists()} - names
+        names |= beside
+        pending += beside
+    assert imported - names - set(sys.stdlib_module_names) <= provided
+    assert "numpy" in imported & provided or "torch" in imported & provided
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
