@@ -159,6 +159,16 @@ def test_what_is_refused_in_the_config():
         make_model("llama", "zigzag", head_dim=12)(**flattened())
 
 
+def test_cross_attention_is_refused():
+    """The padding of an encoder would be taken for that of the decoder's rows, where both are equally long."""
+    sizes = {"vocab_size": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, attn_implementation="zigzag"))
+    ids = torch.tensor([[3, 4, 5, 1]])
+    with pytest.raises(NotImplementedError, match="BartAttention 0: is_encoder_decoder: expected False, got True"):
+        model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), decoder_input_ids=ids)
+
+
 def test_generation_is_refused_and_goes_on_with_another_attention():
     model, ids = make_model("llama", "zigzag").eval(), IDS[0][None]
     generate = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -172,7 +182,10 @@ def test_generation_is_refused_and_goes_on_with_another_attention():
 
 
 def test_masks_of_ones_own_are_refused():
-    model = make_model("llama", "zigzag")
+    model = make_model("llama")
+    hf.use_mesh(model, None)
+    with pytest.raises(NotImplementedError, match=r"attention_mask: expected None or padding \[1, 7\], got dict"):
+        model(input_ids=IDS[0][None], attention_mask={"full_attention": None})
     inputs = {"config": model.config, "inputs_embeds": torch.zeros(1, 4, 32), "attention_mask": None}
     inputs |= {"past_key_values": None}
     for overlay in (

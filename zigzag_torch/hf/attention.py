@@ -72,7 +72,7 @@ def attention_forward(
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
     options = getattr(module, "zigzag_mesh", _ONE_DEVICE)
-    _refuse(layer, query, key, dropout, kwargs)
+    _refuse(layer, module, query, key, dropout, kwargs)
     rows, _, tokens, head_dim = query.shape
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if zigzag_batch is None:
@@ -142,8 +142,14 @@ def mask_function(
     return attention_mask
 
 
-def _refuse(layer: str, query: torch.Tensor, key: torch.Tensor, dropout: float, kwargs: dict) -> None:
+def _refuse(
+    layer: str, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, dropout: float, kwargs: dict
+) -> None:
     """Raise `NotImplementedError` for arguments that ask for anything else than attention of all rows to all keys."""
+    config = getattr(module, "config", None)
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        if getattr(config, name, False):  # a mask of cross attention would look like padding of the rows
+            raise NotImplementedError(f"{layer}: {name}: expected False, got True")
     if query.shape[2] != key.shape[2]:
         raise NotImplementedError(
             f"{layer}: past_key_values: expected as many keys as queries, {query.shape[2]}, got {key.shape[2]}; "

@@ -37,6 +37,9 @@ def batch_of_rows(
     Raises `ValueError` for positions that are none of whole documents, for padding at the beginning of a row, and for
     arguments that contradict each other. The host reads the values: once for all layers that are given the same tensor.
     """
+    if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
+        kind = type(attention_mask).__name__
+        raise NotImplementedError(f"attention_mask: expected None or padding [{rows}, {tokens}], got {kind}")
     given = [x for x in (cu_seq_lens_q, attention_mask, position_ids) if x is not None]
     if not given or torch.compiler.is_compiling() or given[0].is_inference():
         return _make(rows, tokens, device, position_ids, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backend)
