@@ -1,4 +1,4 @@
-"""`Batch`, the lengths and device tables that all layers of a training step share, and how it is made and checked."""
+"""`Batch`, the lengths and device tables that all layers of a training step share, and functions that make it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def _unflatten(tensors, constants: list) -> Batch:
     return Batch(**dict(zip(_TENSORS, tensors, strict=True)), **dict(zip(_CONSTANTS, constants, strict=True)))
 
 
-# What takes a pytree of tensors (`tree_map`, checkpointing, data loaders of trainers) then takes a batch.
+# Functions that take a pytree of tensors (`tree_map`, checkpointing, data loaders of trainers) then take a batch.
 pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="zigzag_torch.Batch")
 
 

@@ -1,4 +1,4 @@
-"""The data path: from documents to the rows, labels and tables of one rank, and from its logits to the loss."""
+"""The data path: from documents to the rows, labels and tables of one rank, and from rows back to documents."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ INT64 = torch.iinfo(torch.int64)
 
 @dataclass(frozen=True)
 class ShardedBatch:
-    """A sharded batch is what one rank needs of a batch of documents for a training step.
+    """The part of a batch of documents that one rank needs for a training step.
 
     `shard_documents` and `ZigzagCollator` make it, by a plan of documents. Its rows are whole documents of this rank
     and their padding, then this rank's chunks of the split documents and their padding. Batches of equal `tokens`,
@@ -346,7 +346,7 @@ def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Ten
 
     The result `[tokens of all documents, ...]` has no padding; the host waits for `batch.rows` of all ranks. It is
     differentiable: a row of x gets the sum of the gradients that its copies have on all ranks. Every rank of the group
-    makes this call. Raises `ValueError` for rows that are not those of `batch`.
+    makes this call. Raises `ValueError` for rows that do not belong to `batch`.
     """
     check_tensor("x", x)
     place = place_in(group)

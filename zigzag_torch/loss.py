@@ -22,7 +22,7 @@ def token_mean_loss(
     """Return the mean cross entropy, float32, of all targets of all ranks: the same value on every rank.
 
     Args:
-        logits: `[T, vocabulary]`, those of this rank.
+        logits: `[T, vocabulary]`, the rows of this rank.
         labels: `[T]` integers, as `ShardedBatch` has them: already the next token, and `ignore_index` for none.
         num_targets: of the whole batch, as `ShardedBatch` has it. Ranks count their labels together: for another number
             the loss is NaN, or `ValueError` where the values are on the CPU.

@@ -4,7 +4,8 @@
     PYTHONPATH=DIR python -m bench.lab.schedule --ranks 4 --tokens 8192
     PYTHONPATH=DIR python -m bench.lab.schedule --ranks 4 --tokens 8192 --in-flight 3 --backward
 
-VERSION is that of jaxlib. XLA compiles the whole step for a description of the GPUs; nothing is executed or timed.
+VERSION is the version of jaxlib. XLA compiles the whole step for a description of the GPUs; nothing is executed or
+timed.
 """
 
 import argparse

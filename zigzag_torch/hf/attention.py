@@ -68,7 +68,7 @@ def attention_forward(
         zigzag_positions: `[1, T]`, positions for layers whose scores depend on them (`use_mesh` passes them on).
 
     Returns `[batch, T, heads, head_dim]` and None, in place of attention weights. Raises `NotImplementedError` or
-    `ValueError`, with the module and the argument, for what the kernels do not compute.
+    `ValueError`, with the module and the argument, for options that the kernels do not support.
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
     options = getattr(module, "zigzag_mesh", _ONE_DEVICE)

@@ -95,7 +95,7 @@ def _flattened(rows, tokens, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backe
 
 
 def _padded(real: torch.Tensor, position_ids: torch.Tensor | None, backend: str | None) -> Batch:
-    """Return the batch of the rows of `real [rows, tokens]`, each of which is one document and then padding."""
+    """Return the batch of the rows of `real [rows, tokens]`; each row is one document and then padding."""
     rows, tokens = real.shape
     places = torch.arange(tokens, device=real.device)
     lengths = real.sum(1, dtype=torch.int32)

@@ -17,7 +17,7 @@ NAME = "zigzag"
 _LAYER_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 # Heads that compute each row by itself; others look for the last token of a row, or put images between tokens.
 _HEADS = frozenset(("CausalLM", "MaskedLM", "TokenClassification"))
-# Rotary embeddings that choose frequencies by the largest position, of which each rank sees its own.
+# Rotary embeddings that choose frequencies by the largest position, which differs between ranks.
 _ROPE_OF_THE_LONGEST = frozenset(("dynamic", "longrope"))
 
 
@@ -25,7 +25,8 @@ def register(name: str = NAME) -> None:
     """Make `name` an attention implementation of transformers, for `attn_implementation=name` and `use_mesh`.
 
     On one device this is all: `position_ids` that restart at 0, `cu_seq_lens_q` and `cu_seq_lens_k`, or padding at the
-    end of rows say where documents are. What the kernels do not compute raises `NotImplementedError` or `ValueError`.
+    end of rows say where documents are. Options that the kernels do not support raise `NotImplementedError` or
+    `ValueError`.
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, mask_function)
@@ -48,7 +49,7 @@ def use_mesh(
         model: its attention layers call `AttentionInterface`; it is not copied.
         group: a process group or 1-D DeviceMesh, or None for this device alone. Then the model also takes packed and
             padded batches as they are, and makes their tables once for all layers.
-        method, heads_k_stride, backend: as in `zigzag_attention`. A method of None is that of each batch.
+        method, heads_k_stride, backend: as in `zigzag_attention`. A method of None takes the method of each batch.
         name: the attention implementation, which is registered.
 
     Raises `NotImplementedError`, with the name in the config, for models that compute across tokens elsewhere too.

@@ -1,4 +1,4 @@
-"""What the schedule of a program says about transfers beside kernels."""
+"""Schedules of programs are read for transfers beside kernels."""
 
 from bench.lab.transfers import beside_kernels
 
