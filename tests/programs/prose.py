@@ -1,13 +1,12 @@
 """Measures the prose of the project: docstrings, comments and pages, against the rules of CONTRIBUTING.md.
 
 `python -m tests.programs.prose` prints every finding as `file:line: fault: text`, then the number of each fault. Paths
-as arguments limit the files. `--shrink` lowers the allowance of every file that has fewer findings than it may have.
+as arguments limit the files. The exit status is 1 if there is a finding.
 """
 
 import argparse
 import ast
 import io
-import json
 import re
 import sys
 import tokenize
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-ALLOWANCE = Path(__file__).with_name("prose_allowance.json")
 SOURCES = ("zigzag_kernels", "zigzag_torch", "zigzag_jax", "bench", "examples", "tests/support")
 PAGES = ("*.md", "docs", ".github")
 HISTORY = "CHANGELOG.md"  # entries name changes; nobody reads them as an explanation
@@ -187,36 +185,20 @@ def measure(path: Path) -> list[Finding]:
     ]
 
 
-def allowance() -> dict[str, int]:
-    """Return how many findings each file may have; a file that is not named may have none."""
-    return json.loads(ALLOWANCE.read_text(encoding="utf-8")) if ALLOWANCE.exists() else {}
-
-
-def shrink(found: Counter) -> None:
-    """Lower each allowance to the findings that are left; no allowance is ever raised."""
-    lower = {name: min(allowed, found[name]) for name, allowed in sorted(allowance().items()) if found[name]}
-    ALLOWANCE.write_text(json.dumps(lower, indent=2) + "\n", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Print the findings; return 1 if a file has more of them than its allowance."""
+    """Print the findings; return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="files or folders; everything if there are none")
-    parser.add_argument("--shrink", action="store_true", help="lower the allowances to the findings that are left")
     options = parser.parse_args(arguments)
     asked = [(ROOT / path).resolve() for path in options.paths] or [ROOT]
     chosen = [path for path in files() if any(path.is_relative_to(place) for place in asked)]
     findings = [finding for path in chosen for finding in measure(path)]
     for finding in findings:
         print(f"{finding.file}:{finding.line}: {finding.fault}: {finding.text}")
-    found = Counter(finding.file for finding in findings)
-    if options.shrink and not options.paths:
-        shrink(found)
     for fault, count in Counter(finding.fault for finding in findings).most_common():
         print(f"{count:6}  {fault}")
     print(f"{len(findings):6}  findings in {len(chosen)} files")
-    allowed = allowance()
-    return int(any(count > allowed.get(name, 0) for name, count in found.items()))
+    return int(bool(findings))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """The prose of the project keeps the rules that `programs/prose.py` measures, which finds what it should."""
 
-import json
-from collections import Counter
-
 import pytest
 
 from tests.programs import prose
@@ -84,15 +81,13 @@ def test_findings_have_the_line_of_their_run_of_sentences(tmp_path, monkeypatch)
     assert [finding.line for finding in prose.measure(page)] == [3, 9, 12]
 
 
-def test_no_file_has_more_findings_than_its_allowance():
-    findings = [finding for path in prose.files() for finding in prose.measure(path)]
-    found, allowed = Counter(finding.file for finding in findings), prose.allowance()
-    excess = {name for name, count in found.items() if count > allowed.get(name, 0)}
-    assert not excess, "\n".join(str(finding) for finding in findings if finding.file in excess)
+def test_the_prose_of_the_project_has_no_findings(capsys):
+    assert prose.main([]) == 0, capsys.readouterr().out
 
 
-def test_an_allowance_shrinks_and_never_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(prose, "ALLOWANCE", tmp_path / "allowance.json")
-    prose.ALLOWANCE.write_text(json.dumps({"better.py": 3, "clean.py": 2, "worse.py": 1}))
-    prose.shrink(Counter({"better.py": 1, "worse.py": 4, "new.py": 1}))
-    assert prose.allowance() == {"better.py": 1, "worse.py": 1}
+def test_findings_are_printed_and_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prose, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("Fine.\n\nIt was in vain.\n")
+    assert prose.main([]) == 1
+    assert "README.md:3: in vain: " in capsys.readouterr().out
+    assert prose.main(["docs"]) == 0

@@ -70,6 +70,7 @@ class Keys:
             chunk = blocks * 0
             start = (blocks - 1) * self.BLOCK_N
         else:
+            # Every chunk below the last one has the same number of blocks, the last of them possibly ragged.
             chunk = gl.maximum(self.seen - 1, 0) // gl.maximum(self.kv_chunk, 1)
             inner = (self.seen - chunk * self.kv_chunk + self.BLOCK_N - 1) // self.BLOCK_N  # blocks of this chunk
             blocks = chunk * ((self.kv_chunk + self.BLOCK_N - 1) // self.BLOCK_N) + inner
@@ -98,6 +99,7 @@ class Keys:
         """Return (chunk, first key) of the block below the one that begins with key `start` of `chunk`."""
         below = start - self.BLOCK_N
         if self.SLOTS > 1:
+            # Below the first block of a chunk is the last block of the chunk before, which may be ragged.
             crossed = below < chunk * self.kv_chunk
             chunk = gl.where(crossed, chunk - 1, chunk)
             last_start = chunk * self.kv_chunk + (self.kv_chunk - 1) // self.BLOCK_N * self.BLOCK_N

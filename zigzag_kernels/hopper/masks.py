@@ -48,7 +48,7 @@ class HeadBlocks:
         """
         if (i < self.masked) | (i == ragged):
             limit = self.limit
-            left = self.end - 1 - i
+            left = self.end - 1 - i  # the walk goes down: blocks of this head that come later, thus lie below
             start = left * self.keys.BLOCK_N
             if self.keys.SLOTS > 1:
                 kv_chunk = self.keys.kv_chunk

@@ -31,7 +31,7 @@ class Packing:
 
     @gluon.constexpr_function
     def __init__(self, GROUP, BLOCK_M):
-        power = GROUP & -GROUP
+        power = GROUP & -GROUP  # the largest power of two that divides GROUP
         heads = power if power < BLOCK_M else BLOCK_M
         self.HEADS = gl.constexpr(heads)
         self.TOKENS = gl.constexpr(BLOCK_M // heads)
@@ -339,7 +339,8 @@ class BlockOrder:
         """Return (row of the sequence, head of the group) of the beginning of block `i`."""
         number = i // packing.PARTS
         whole = self.late_whole + self.early_whole
-        # Within a run of blocks their numbers rise as their places in the half fall: the sum is one less than these.
+        # Within a run the number of a block rises while its place in the half falls, so that their sum is constant: one
+        # less than `late` in a run of the late half, one less than `early` in a run of the early half.
         late = gl.where(number < self.late_whole, self.late_masked + self.late_whole, whole + self.late_masked)
         early = gl.where(number < whole, self.early_masked + whole, whole + self.late_masked + self.early_masked)
         is_late = (number < self.late_whole) | ((number >= whole) & (number < whole + self.late_masked))

@@ -37,7 +37,7 @@ def backward_delta(
 
     With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
     """
-    window_head = tl.program_id(1).to(tl.int64)
+    window_head = tl.program_id(1).to(tl.int64)  # the results have the heads of the window, the inputs all heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows * GROUP
     rows += first_row * GROUP

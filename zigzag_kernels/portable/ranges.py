@@ -80,6 +80,7 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
     first_token = queries.row // CONSTANTS.GROUP
     last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
     last_token = last_row // CONSTANTS.GROUP
+    # The first row sees the fewest keys, so blocks below its end need no mask; the last row sees the most.
     whole_end = keys_of_rows(first_token, queries.diagonal, kv_len).end // CONSTANTS.BLOCK_N * CONSTANTS.BLOCK_N
     end = keys_of_rows(last_token, queries.diagonal, kv_len).end
     if CONSTANTS.SLOTS == 1:
@@ -102,11 +103,14 @@ def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constex
     first = position + queries.row // CONSTANTS.GROUP
     last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
     last = position + last_row // CONSTANTS.GROUP
-    last_real = tl.minimum(last, document.real - 1)
+    last_real = tl.minimum(last, document.real - 1)  # rows behind it are padding and see nothing
+    # Both ends of a range grow with the position: the first row has the lowest range, the last real row the highest.
     lowest = keys_of_positions(first, document, CONSTANTS)
     highest = keys_of_positions(last_real, document, CONSTANTS)
-    end = tl.where(first <= last_real, highest.end, 0)
+    end = tl.where(first <= last_real, highest.end, 0)  # a tile of padding rows has no keys
     begin = tl.minimum(lowest.begin, end) // BLOCK_N * BLOCK_N
+    # All rows see the keys from the highest begin to the lowest end. Padding rows do not, so their tile masks all
+    # blocks.
     whole_begin = (highest.begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     whole_end = lowest.end // BLOCK_N * BLOCK_N
     has_whole = (whole_begin < whole_end) & (last == last_real)
@@ -183,6 +187,7 @@ def seeing_row_range(half, document, first_key, CONSTANTS: tl.constexpr):
     position = half.position
     end_key = tl.minimum(first_key + CONSTANTS.BLOCK_N, document.n_keys)
     seeing = seeing_positions(first_key, end_key, document, CONSTANTS)
+    # Positions become tokens of the segment, cut to the tokens that are not padding.
     tokens = tl.minimum(tl.maximum(document.real - position, 0), half.q_len)
     begin = tl.minimum(tl.maximum(seeing.begin - position, 0), tokens) * CONSTANTS.GROUP
     end = tl.minimum(tl.maximum(seeing.end - position, 0), tokens) * CONSTANTS.GROUP

@@ -91,9 +91,9 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
     else:
         start += place
         first = start // kv_chunk
-        left = (first + 1) * kv_chunk - start
+        left = (first + 1) * kv_chunk - start  # keys of the block that lie in the first chunk
         crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
-        chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))
+        chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))  # [BLOCK_N]
         rows = offsets + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return kv_row.to(tl.int64), rows.to(tl.int64)
 

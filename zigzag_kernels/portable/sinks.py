@@ -39,7 +39,7 @@ def sum_sink_rows(
     delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
     lse2 = tl.load(lse2_ptr + rows, mask=inside, other=float("inf"))
     sinks = tl.load(sinks_ptr + (first_kv_head + window_head) * GROUP + heads, mask=heads < GROUP, other=0.0)
-    blind = lse2 == float("-inf")
+    blind = lse2 == float("-inf")  # a row that sees no key has no sink either
     probability = tl.math.exp2(sinks[None, :] * LOG2_E - tl.where(blind, float("inf"), lse2))
     sums = tl.sum(tl.where(blind, 0.0, -probability * delta), 0)
     tl.store(parts_ptr + (window_head * GROUP + heads) * n_parts + part, sums, mask=heads < GROUP)

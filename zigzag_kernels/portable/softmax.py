@@ -34,10 +34,10 @@ def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.con
     """
     maximum = tl.maximum(running.maximum, tl.max(scores, 1) * SCALE_LOG2)
     subtracted = maximum
-    if MAY_BE_BLIND:
+    if MAY_BE_BLIND:  # -inf minus -inf would be NaN; subtracting 0 leaves exp2(-inf) = 0
         subtracted = tl.where(maximum == float("-inf"), 0.0, maximum)
     p = tl.math.exp2(scores * SCALE_LOG2 - subtracted[:, None])
-    rescale = tl.math.exp2(running.maximum - subtracted)
+    rescale = tl.math.exp2(running.maximum - subtracted)  # earlier sums were relative to the earlier maximum
     return RunningSoftmax(
         maximum=maximum,
         total=running.total * rescale + tl.sum(p, 1),
