@@ -84,6 +84,14 @@ def _as_int32(x: jax.Array) -> jax.Array:
     return jnp.where(held, x.astype(jnp.int32), jnp.int32(-1))
 
 
+def check_held(name: str, x: Array) -> None:
+    """Raise `ValueError` for integers of a NumPy array whose upper bits JAX would cut off."""
+    if isinstance(x, np.ndarray) and x.size:
+        kept = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        if x.min() < kept.min or x.max() > kept.max:
+            raise ValueError(f"{name}: expected integers that {kept.dtype} holds, got {x.min()} to {x.max()}")
+
+
 def as_rank_argument(rank, world_size: int) -> int | Array:
     """Return `rank` as an int or as an array of one integer, whose value is not read.
 

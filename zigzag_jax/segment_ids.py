@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from zigzag_kernels.checks import MAX_ROWS, check_int
 
-from .arguments import Array, as_flag, check_array
+from .arguments import Array, as_flag, check_array, check_held
 from .axes import gather_rows
 from .surroundings import under_own_promotion
 
@@ -108,6 +108,7 @@ def _check_ids(name: str, x, model_name: str, model: Array) -> None:
     if x.ndim not in (1, 2) or x.shape != model.shape or not jnp.issubdtype(x.dtype, jnp.integer):
         expected = "[total] or [batch, tokens]" if name == model_name else f"{model.shape} as {model_name}"
         raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
+    check_held(name, x)
 
 
 def _one_after_another(ids: Array) -> jax.Array:

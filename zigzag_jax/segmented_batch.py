@@ -15,7 +15,7 @@ from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.layout import gathered_packed_row
 from zigzag_kernels.modes import Backend, Layout, Method
 
-from .arguments import Array, check_array
+from .arguments import Array, check_array, check_held
 from .axes import AxisName, axis_names
 from .batch import Batch, batch_form, prepare_batch
 from .launch import choose_backend
@@ -103,6 +103,7 @@ def prepare_segments(
         if x.ndim != 2 or x.shape != (model := next(iter(given.values()))).shape or not _is_integer(x):
             expected = "[B, S]" if x is model else f"{model.shape} as segment_ids"
             raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
+        check_held(name, x)
     layout = check_layout(layout)
     method = Method.ALLGATHER.value if method is None else method
     check_method(method)

@@ -296,6 +296,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         attend(q, k, v, ids[:2])
     with pytest.raises(ValueError, match="positions: expected integers"):
         attend(q, k, v, ids, positions.astype(float))
+    with pytest.raises(ValueError, match="segment_ids: expected integers that int32 holds, got"):
+        attend(q, k, v, np.asarray(ids, np.int64) << 33)  # JAX would make padding of them
     batch = jax.jit(functools.partial(zigzag_jax.prepare_segments, max_segments=3, mesh=mesh))(ids)
     with pytest.raises(ValueError, match="method: expected that of the prepared batch, 'allgather', got 'ring'"):
         attend(q, k, v, batch, method="ring")
