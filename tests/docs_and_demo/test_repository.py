@@ -11,6 +11,13 @@ WORKFLOW = ROOT / ".github/workflows/ci.yml"
 FOLDERS = "zigzag_kernels|zigzag_torch|zigzag_jax|tests|bench|docs|examples"
 
 
+def anchors_of(text: str) -> set[str]:
+    """Return the anchors of the headings of a page; a heading that is repeated gets a number."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    names = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+    return {f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_file_that_a_page_names_exists(page):
     named = re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", page.read_text(encoding="utf-8"))
@@ -21,9 +28,7 @@ def test_every_file_that_a_page_names_exists(page):
 def test_every_heading_that_a_page_links_to_exists(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
         text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
-        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-        assert anchor in anchors, f"{target}#{anchor}"
+        assert anchor in anchors_of(text), f"{target}#{anchor}"
 
 
 def test_the_hosted_checks_run_the_targets_of_the_makefile():
