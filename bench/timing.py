@@ -97,7 +97,7 @@ def exact(case, rank, kv_head, q, k, v, dout, cu_seqlens):
     for chosen in torch.arange(case.tokens, device=q.device).split(block):
         one = q[chosen, mine].float().requires_grad_()
         chosen_rows = reference.Places(*(x[chosen] for x in rows))
-        visible = reference.see(reference.Mask(case.causal), chosen_rows, reference.Places(*keys))
+        visible = reference.see(reference.Mask(case.causal, case.window_size), chosen_rows, reference.Places(*keys))
         out, *_ = reference.dense_forward(one, k, v, visible, None, case.head_dim**-0.5, 0.0)
         dq, *more = torch.autograd.grad(out, (one, k, v), dout[chosen, mine].float())
         for total, x in zip((dk, dv), more, strict=True):

@@ -5,6 +5,7 @@ import numpy as np
 
 from zigzag_kernels import halo
 from zigzag_kernels.batch_checks import check_halo
+from zigzag_kernels.checks import check_lengths, check_offsets, check_real_lengths_array
 from zigzag_kernels.halo import HostSizes
 
 HostValues = tuple[list[int], list[int] | None]
@@ -21,9 +22,11 @@ def halo_of_batch(
     range, and for documents on the host that halos do not serve.
     """
     window_size, attention_chunk, max_seqlen = reach
-    on_host = _values(*documents)
+    on_host = None
+    rows_seen = halo.reach_of_mask(True, window_size, attention_chunk, halo.check_max_seqlen(max_seqlen))
+    if rows_seen is not None:  # nothing else depends on the documents
+        on_host = _values(*documents)
     if method is None:
-        rows_seen = halo.reach_of_mask(True, window_size, attention_chunk, halo.check_max_seqlen(max_seqlen))
         method = halo.choose_method(rows_seen, _sizes(on_host, packed, world_size), world_size).value
     rows, promised = halo.halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
     halo.check_halo_in_chunk(rows, packed[0], world_size)
@@ -36,7 +39,13 @@ def _values(cu_seqlens, lengths) -> HostValues | None:
     """Return offsets and real lengths that are on the host; None for arrays of JAX, which nobody reads."""
     if isinstance(cu_seqlens, jax.Array) or isinstance(lengths, jax.Array):
         return None
-    return np.asarray(cu_seqlens).tolist(), None if lengths is None else np.asarray(lengths).tolist()
+    offsets = check_offsets(np.asarray(cu_seqlens).tolist())
+    check_lengths(offsets, 1)
+    if lengths is None:
+        return offsets, None
+    real = np.asarray(lengths).tolist()
+    check_real_lengths_array((len(real),), "int32", len(offsets) - 1)
+    return offsets, real
 
 
 def _sizes(on_host: HostValues | None, packed: tuple[int, int], world_size: int) -> HostSizes | None:

@@ -78,11 +78,11 @@ class ShardedBatch:
         """Return this batch in pinned memory; data loaders call it."""
         return self._map(lambda x: x.pin_memory() if device is None else x.pin_memory(device))
 
-    def prepare(self, group=None, *, method: str = "allgather", backend: str | None = None, **reach) -> Batch:
+    def prepare(self, group=None, *, method: str | None = None, backend: str | None = None, **reach) -> Batch:
         """Return the `Batch` that attention takes, for all layers and both passes.
 
         With a `group` ranks compare lengths and `fingerprint`, so that attention is NaN if they hold rows of different
-        batches; `validate` says so in words. `reach` are the arguments of `prepare_batch` that method "halo" needs.
+        batches; `validate` says so in words. `reach` are the arguments of `prepare_batch` about windows, for halos.
         Raises `ValueError` if the rows belong to another rank of the group.
         """
         return prepare_batch(
@@ -102,7 +102,7 @@ class ShardedBatch:
         self,
         group=None,
         *,
-        method: str = "allgather",
+        method: str | None = None,
         backend: str | None = None,
         gradients: str | None = None,
         **reach,

@@ -23,9 +23,11 @@ def halo_of_batch(
     range, and for documents on the host that halos do not serve.
     """
     window_size, attention_chunk, max_seqlen = reach
-    on_host = _values(*documents)
+    on_host = None
+    rows_seen = halo.reach_of_mask(True, window_size, attention_chunk, halo.check_max_seqlen(max_seqlen))
+    if rows_seen is not None:  # nothing else depends on the documents
+        on_host = _values(*documents)
     if method is None:
-        rows_seen = halo.reach_of_mask(True, window_size, attention_chunk, halo.check_max_seqlen(max_seqlen))
         method = halo.choose_method(rows_seen, _sizes(on_host, packed, world_size), world_size).value
     rows, promised = halo.halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
     halo.check_halo_in_chunk(rows, packed[0], world_size)

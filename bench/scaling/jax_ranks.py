@@ -54,7 +54,7 @@ class Ranks:
         self.k_all, self.v_all = (jax.device_put(x, self.first) for x in (self.k, self.v))
 
         def attend(q, k, v, batch):
-            return zigzag_attention_gathered(q, k, v, batch, batch.rank, self.size)
+            return zigzag_attention_gathered(q, k, v, batch, batch.rank, self.size, window_size=case.window_size)
 
         functions = jax.jit(attend), jax.jit(with_gradients(attend))
         self.shares = [self._share(rank, *functions) for rank in range(self.size)]
@@ -83,15 +83,17 @@ class Ranks:
             return self._planned_calls()
         method, stride = way
         rows, replicated = P("cp"), P()
-        specs = Batch(replicated, rows, self.size, method, rows, rows, compared_by="cp")
+        window = {"window_size": self.case.window_size}
+        halo = self.case.window_size[0] if method == "halo" else 0
+        specs = Batch(replicated, rows, self.size, method, rows, rows, compared_by="cp", halo=halo)
 
         def spread(function, in_specs, out_specs):
             return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs))
 
         def attend(q, k, v, batch):
-            return zigzag_attention(q, k, v, batch, axis_name="cp", method=method, heads_k_stride=stride)
+            return zigzag_attention(q, k, v, batch, axis_name="cp", method=method, heads_k_stride=stride, **window)
 
-        prepare = functools.partial(zigzag_jax.prepare_batch, axis_name="cp", method=method)
+        prepare = functools.partial(zigzag_jax.prepare_batch, axis_name="cp", method=method, **window)
         batch = spread(prepare, (replicated,), specs)(self.cu_seqlens)
         forward = spread(attend, (rows, rows, rows, specs), rows)
         both = spread(with_gradients(attend), (rows, rows, rows, specs, rows), (rows, rows, rows))
@@ -137,7 +139,8 @@ class Ranks:
         """`AssertionError` unless the last query head of out and dq of `rank` agrees with the float32 reference."""
         q, dout = self._rows(self.q, rank), self._rows(self.dout, rank)
         arrays = (x[:, -1:].astype(jnp.float32) for x in (q, self.k_all, self.v_all))
-        attend = functools.partial(zigzag_attention_gathered, backend="reference")
+        window_size = self.case.window_size
+        attend = functools.partial(zigzag_attention_gathered, backend="reference", window_size=window_size)
         out, pullback = jax.vjp(lambda *x: attend(*x, self.cu_seqlens, rank, self.size), *arrays)
         dq, *_ = pullback(dout[:, -1:].astype(jnp.float32))
         for name, got, wanted in zip(("out", "dq"), self.alone[rank], (out, dq), strict=False):

@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from examples.text import documents
 from tests.support.cases import Case
-from zigzag_kernels.checks import METHODS
+from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.cost import Step
+from zigzag_kernels.modes import Method
 
 HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 STRIDES = (1, 2, 4, 8)
 LONGEST_DOCUMENT = 4096
+WINDOW = 1024
 DIRECTIONS = "forward", "forward + backward"
 ALONE = "one GPU's share", None
 PLANNED = "plan of documents", None  # most documents whole on one rank, the others by all-gather
@@ -53,16 +55,19 @@ class Workload:
 
 
 def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Workload]:
-    """One sequence, at all strides; a long one and real documents, at the stride that is chosen by default."""
+    """One sequence, at all strides; a window, a long one and documents, at the stride that is chosen by default."""
 
-    def workload(name, lengths, strides, rounds, steps, *more):
-        sizes = {"world_size": ranks, "lengths": lengths} | HEADS
+    def workload(name, lengths, strides, rounds, steps, *more, window_size=NO_WINDOW):
+        sizes = {"world_size": ranks, "lengths": lengths, "window_size": window_size} | HEADS
         strides = strides or (Step(**sizes).window,)
-        ways = *((METHODS[0], stride) for stride in strides), (METHODS[1], None), *more
+        moving = Method.RING if window_size == NO_WINDOW else Method.HALO
+        ways = *((Method.ALLGATHER.value, stride) for stride in strides), (moving.value, None), *more
         return Workload(Case(name=name, **sizes), ways, rounds, steps)
 
+    window = min(WINDOW, tokens // 2) - 1, -1  # a halo lies in one chunk
     return [
         workload("one sequence", (ranks * tokens,), STRIDES, rounds, 4),
+        workload(f"one sequence, window of {window[0] + 1}", (ranks * tokens,), None, rounds, 4, window_size=window),
         workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4, PLANNED),
         workload("one long sequence", (ranks * long_tokens,), None, max(1, rounds // 4), 1),
     ]

@@ -70,10 +70,10 @@ class Ranks:
 
     def share_calls(self):
         """(forward, forward + backward) of this rank on K/V of all; they return out, and (dq, dk, dv)."""
-        batch = prepare_batch(self.cu_seqlens, self.rank, self.size)
+        batch, window_size = prepare_batch(self.cu_seqlens, self.rank, self.size), self.case.window_size
         return self._both(
             (self.q, self.k_all, self.v_all),
-            lambda q, k, v: zigzag_attention_gathered(q, k, v, batch, self.rank, self.size),
+            lambda q, k, v: zigzag_attention_gathered(q, k, v, batch, self.rank, self.size, window_size=window_size),
         )
 
     def calls(self, way):
@@ -81,8 +81,9 @@ class Ranks:
         if way[0] == PLANNED:
             return self._planned_calls()
         method, stride = way
-        batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD)
-        options = {"method": method, "heads_k_stride": stride}
+        window = {"window_size": self.case.window_size}
+        batch = prepare_batch(self.cu_seqlens, method=method, group=dist.group.WORLD, **window)
+        options = {"method": method, "heads_k_stride": stride} | window
         # The group is not kept: its threads end with it, in `leave`.
         return self._both(
             (self.q, self.k, self.v),

@@ -71,7 +71,7 @@ def test_a_tiny_run(framework, tmp_path):
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert measured["versions"]["ranks"] == ranks
     rows = {(row["workload"], row["method"], row["heads_k_stride"], row["direction"]): row for row in measured["rows"]}
-    assert len(rows) == len(measured["rows"]) == 2 * (6 + 4 + 3)
+    assert len(rows) == len(measured["rows"]) == 2 * (6 + 3 + 4 + 3)
     for (workload, *_, direction), row in rows.items():
         alone = rows[workload, *scaling.ALONE, direction]
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
