@@ -260,3 +260,5 @@ def _check_batch(batch: SegmentedBatch, around: Surroundings, q: Array, **wanted
     length = q.shape[1] * around.size(batch.axis) // around.parts(batch.axis)
     if length != batch.row_length:
         raise ValueError(f"q: expected rows of {batch.row_length} tokens, as the prepared batch has, got {length}")
+    if (rows := q.shape[0] // around.parts(batch.batch_axis)) != batch.rows:
+        raise ValueError(f"q: expected the {batch.rows} rows of a device in the prepared batch, got {rows}")

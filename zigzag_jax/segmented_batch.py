@@ -27,7 +27,7 @@ from .surroundings import under_own_promotion
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("batch",),
-    meta_fields=("row_length", "axis", "batch_axis"),
+    meta_fields=("row_length", "axis", "batch_axis", "rows"),
 )
 @dataclass(frozen=True)
 class SegmentedBatch:
@@ -41,12 +41,14 @@ class SegmentedBatch:
         row_length: tokens of a row on all devices of `axis`.
         axis: mesh axis, or axes, over which tokens are spread; None: one device has them all.
         batch_axis: mesh axis, or axes, over which rows are spread.
+        rows: rows of a device.
     """
 
     batch: Batch
     row_length: int
     axis: AxisName | None
     batch_axis: AxisName | None
+    rows: int
 
     @property
     def specs(self) -> "SegmentedBatch":
@@ -135,7 +137,7 @@ def prepare_segments(
     batch = Batch(P(), P(), size, method, **shared)  # pyright: ignore
     if choose_backend(backend) != Backend.REFERENCE:
         batch = dataclasses.replace(batch, segments=P(), sequences=P())  # pyright: ignore
-    segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis)
+    segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis, rows)
     arrays = {name: jnp.asarray(x) for name, x in given.items()}
     batch = around.call(prepare, arrays, dict.fromkeys(arrays, P(batch_axis, axis)), segmented.specs.batch)
     return dataclasses.replace(segmented, batch=batch)

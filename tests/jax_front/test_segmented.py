@@ -305,6 +305,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         attend(q, k, v, batch, positions)
     with pytest.raises(ValueError, match="q: expected rows of 16 tokens, as the prepared batch has, got 8"):
         attend(q[:, :8], k[:, :8], v[:, :8], batch)
+    alone = zigzag_jax.prepare_segments(ids[:1], max_segments=3)
+    with pytest.raises(ValueError, match="q: expected the 1 rows of a device in the prepared batch, got 4"):
+        zigzag_jax.segmented_attention(q, k, v, alone, backend="reference")
     spread = jax.device_put(q, NamedSharding(explicit, P(None, "context", "tensor")))
     with pytest.raises(ValueError, match=r"q: expected an array that is spread over .* 'tensor' too, .* or head_axis"):
         attend(spread, k, v, ids, mesh=explicit)
