@@ -100,10 +100,11 @@ def prepare_segments(
     given = {name: x for name, x in given.items() if x is not None}
     if not given:
         raise ValueError("segment_ids: expected integers [B, S], or positions, got None")
+    first = next(iter(given.values()))
     for name, x in given.items():
         check_array(name, x)
-        if x.ndim != 2 or x.shape != (model := next(iter(given.values()))).shape or not _is_integer(x):
-            expected = "[B, S]" if x is model else f"{model.shape} as segment_ids"
+        if x.ndim != 2 or x.shape != first.shape or not _is_integer(x):
+            expected = "[B, S]" if x is first else f"{first.shape} as segment_ids"
             raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
         check_held(name, x)
     layout = check_layout(layout)
@@ -129,8 +130,8 @@ def prepare_segments(
             options={"layout": layout.value, "method": method, "backend": backend, **reach},
         )
 
-    rows = model.shape[0] // around.parts(batch_axis)
-    row_length = model.shape[1] * size // around.parts(axis)
+    rows = first.shape[0] // around.parts(batch_axis)
+    row_length = first.shape[1] * size // around.parts(axis)
     form = batch_form(layout, row_length if layout is Layout.ROW else None, rows if layout is Layout.ROW else 1, size)
     # Of the shape and with the static fields of what `prepare` returns; the arrays are made below.
     shared = {"compared_by": axis_name, "lengths": P(), "halo": halo, "max_seqlen": promised, **form._asdict()}

@@ -148,10 +148,23 @@ IN_ROWS = {
     "validate": {**PACKED, **SIZE, "total": ("int", 16), **ROW, "lengths": ("real lengths", [5, 4])},
 }
 """Helpers of the row layout, where lengths are no multiples of anything."""
+SEGMENTS = {
+    "segment_ids": ("array", np.array([[1, 1, 2, 2, 2, 0, 0, 0]])),
+    "positions": ("optional array", np.array([[0, 1, 0, 1, 2, 0, 0, 0]])), "max_segments": ("int", 3),
+    "layout": ("name", "row"), "method": ("name", "ring"), "backend": ("name", "reference"),
+    "window_size": ("window", (5, -1)), "attention_chunk": ("int", 4),
+}  # fmt: skip
+SEGMENTED = {name: ("array", ones(1, 8, heads, 16)) for name, heads in {"q": 4, "k": 2, "v": 2}.items()}
 ONLY_JAX = {
     "make_zigzag_attention": {
         "mesh": ("none", None), "axis": ("name", "cp"), "head_axis": ("name", "tp"), "batch_axis": ("name", "dp"),
     },
+    "prepare_segments": SEGMENTS,
+    "segmented_attention": {
+        **SEGMENTED, **SEGMENTS, "heads_k_stride": BETWEEN["heads_k_stride"],
+        **{name: x for name, x in OPTIONS.items() if name not in (*SEGMENTS, "return_max_logits")},
+    },
+    "lower_for": {"target": ("name", "9.0")},
 }  # fmt: skip
 PAIR = {"chunk_idx_0": ("int", 0), "chunk_idx_1": ("int", 3)}
 IGNORED = dict.fromkeys(("max_seqlen_q", "max_seqlen_k", "local_k_slice"), ("ignored", 8))
@@ -222,6 +235,12 @@ OPTIONAL = {
     "max_split",
 }
 """Arguments for which None is a value."""
+MAY_BE_NONE = {
+    ("zigzag_attention", "cu_seqlens"),
+    ("prepare_segments", "segment_ids"),
+    ("segmented_attention", "segment_ids"),
+}
+"""And those of one function."""
 NOT_READ = {"replace_grouped_attention_with_fused_triton_v2": ("kv_slices", "chunk_cu_seqlens_q_list")}
 """Lists of which the fused path needs no entry: it computes the same whatever they are."""
 
@@ -262,12 +281,7 @@ def bad_values(framework, name, argument, kind):
         values.pop("range")
     values |= BAD[OF_KIND.get(kind, kind)]
     values |= {f"array {shape}": framework.array(x) for shape, x in ARRAYS.items() if shape != "float64"}
-    if (
-        argument in OPTIONAL
-        or (name, argument) == ("zigzag_attention", "cu_seqlens")
-        or kind == "none"
-        or (kind == "optional array")
-    ):
+    if argument in OPTIONAL or (name, argument) in MAY_BE_NONE or kind == "none" or (kind == "optional array"):
         values.pop("none", None)
     if kind in ("int", "scale", "flag", "fill") and framework is Torch:
         values["jax array"] = jnp.ones(3)
@@ -380,6 +394,7 @@ def test_every_public_function_is_called():
         assert public - {name for of, name in called if of is package} <= {
             "Batch",  # what `prepare_batch` makes
             "DocumentPlan",  # what `plan_documents` makes
+            "SegmentedBatch",  # what `prepare_segments` makes
             "ShardedBatch",  # what `shard_documents` makes
             "export_disabled_checks",  # without arguments
             "patch_ring_flash_attn",  # without arguments
