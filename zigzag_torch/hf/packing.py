@@ -34,8 +34,9 @@ def batch_of_rows(
         attention_mask: `[rows, tokens]`, 1 for tokens and 0 for padding at the end of a row.
         cu_seq_lens_q, cu_seq_lens_k: `[N + 1]` integers, the offsets of documents packed into one row, alike.
 
-    Raises `ValueError` for positions that are none of whole documents, for padding at the beginning of a row, and for
-    arguments that contradict each other. The host reads the values: once for all layers that are given the same tensor.
+    Offsets win over `position_ids`, as in transformers. Raises `ValueError` for positions that are none of whole
+    documents, for padding at the beginning of a row, and for offsets beside padding or other offsets of keys. The host
+    reads the values: once for all layers that are given the same tensor.
     """
     if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
         kind = type(attention_mask).__name__
