@@ -11,7 +11,7 @@ import torch
 
 import zigzag_torch
 from zigzag_kernels.layout import row_position
-from zigzag_torch import reference
+from zigzag_torch import dense, reference
 from zigzag_torch.shard import sequence_of_rows
 
 ROUNDS, CALLS = 7, 8
@@ -98,7 +98,7 @@ def exact(case, rank, kv_head, q, k, v, dout, cu_seqlens):
         one = q[chosen, mine].float().requires_grad_()
         chosen_rows = reference.Places(*(x[chosen] for x in rows))
         visible = reference.see(reference.Mask(case.causal, case.window_size), chosen_rows, reference.Places(*keys))
-        out, *_ = reference.dense_forward(one, k, v, visible, None, case.head_dim**-0.5, 0.0)
+        out, *_ = dense.dense_forward(one, k, v, visible, None, case.head_dim**-0.5, 0.0)
         dq, *more = torch.autograd.grad(out, (one, k, v), dout[chosen, mine].float())
         for total, x in zip((dk, dv), more, strict=True):
             total += x

@@ -381,8 +381,7 @@ def test_merge_partials_of_disjoint_keys():
         out = jnp.einsum("hts,shd->thd", weights / seen[..., None], v, precision="highest")
         return out, jnp.where(total > 0, jnp.log(seen), -jnp.inf)
 
-    def whole(scores):
-        return attend(scores, v, mask)
+    whole = functools.partial(attend, v=v, mask=mask)
 
     def merged(scores):
         parts = [attend(scores[..., part], v[part], mask[:, part]) for part in (slice(0, 6), slice(6, 12))]
