@@ -167,8 +167,8 @@ def test_programs_of_moderate_walks_take_several_heads(monkeypatch):
     """Forward at head_dim 128, dQ at 64; neither where keys are many, nor where few programs would be left."""
     monkeypatch.setenv(HOPPER.variable, "1")
 
-    def heads(head_dim, tokens, world_size=1, **options):
-        plain = problem(head_dim=head_dim, tokens=tokens, world_size=world_size)
+    def heads(head_dim, tokens, world_size=1, sequences=1, **options):
+        plain = problem(head_dim=head_dim, tokens=tokens, world_size=world_size, sequences=sequences)
         asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
         return [
             launches_of(asked, operation)[0].constexprs["HEADS_TOGETHER"]
@@ -182,6 +182,7 @@ def test_programs_of_moderate_walks_take_several_heads(monkeypatch):
     assert heads(128, 8192) == [1, 1]
     assert heads(64, 16384) == [1, 4]
     assert heads(64, 8192, world_size=8) == [1, 1]
+    assert heads(128, 16384, sequences=0) == [4, 1]
 
 
 @needs_triton

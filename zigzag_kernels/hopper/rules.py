@@ -95,7 +95,7 @@ def is_narrow(problem: Problem) -> bool:
 
 def has_moderate_walks(problem: Problem) -> bool:
     """Return whether programs should take several heads, as tiles of query rows are many and see few keys."""
-    keys = min(problem.kv_tokens / problem.sequences, _most_keys(problem))
+    keys = min(problem.kv_tokens / max(problem.sequences, 1), _most_keys(problem))
     return keys <= MODERATE_KEYS and problem.tokens * problem.group * problem.window >= MANY_ROWS
 
 
