@@ -361,7 +361,7 @@ def tables_of(batch: Batch, backend: str) -> Tables:
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()
     inputs = cu_seqlens, batch.rank, batch.world_size, layout, backend
     has_parts = batch.whole_cu_seqlens is not None
-    if batch.lengths is not None or batch.row_length or batch.halo or has_parts:
+    if batch.lengths is not None or batch.layout == Layout.ROW or batch.halo or has_parts:
         inputs = *inputs, batch.lengths, batch.layout, batch.row_length, batch.rows
     if has_parts or batch.halo:
         whole = None if batch.whole_cu_seqlens is None else batch.whole_cu_seqlens.contiguous()

@@ -11,6 +11,8 @@ from tests.support.cases import Case, make_inputs
 from tests.support.frameworks import attend_jax, attend_torch
 from tests.support.machine import GPU
 from tests.support.rank import assert_rank_is_right, rank_arrays
+from zigzag_kernels.modes import KVLayout
+from zigzag_kernels.problem import table_shapes
 
 ATTEND = {"torch": attend_torch, "jax": attend_jax}
 PACKAGES = {"torch": (zigzag_torch, torch.tensor), "jax": (zigzag_jax, jnp.asarray)}
@@ -94,6 +96,19 @@ def test_impossible_rows_give_nan_everywhere(package, offsets, rank, lengths, ke
         )
         assert np.isnan(np.asarray(out.tolist())).all()
         assert np.isnan(np.asarray(lse.tolist())).all()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tables_of_no_rows_are_as_long_as_others(package, kernel_backend):
+    """Kernels look for the entry of the padding, which the row layout has one more of, whatever the length of a row."""
+    module, array = PACKAGES[package]
+    on_device = (lambda x: array(x).cuda()) if GPU and package == "torch" else array
+    shapes = []
+    for length in (0, 8):
+        cu_seqlens = on_device(np.array([0, length, length], np.int32))
+        batch = module.prepare_batch(cu_seqlens, 0, 2, layout="row", row_length=length, backend=kernel_backend)
+        shapes.append((tuple(batch.segments.shape), tuple(batch.sequences.shape)))
+    assert shapes[0] == shapes[1] == table_shapes(KVLayout.GATHERED, 2, 2, row_layout=True)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
