@@ -6,7 +6,7 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import NamedTuple
 
-from .callspec import CallSpec
+from .callspec import NO_WINDOW, CallSpec
 from .checks import check_attention_chunk, check_int, check_window_size
 from .heuristics import halo_moves_less
 from .layout import MAX_OFFSET, chunk_length
@@ -154,3 +154,34 @@ def check_halo_in_chunk(halo: int, length: int, world_size: int) -> None:
             f"window_size: expected at most the {chunk} rows of a chunk with method 'halo', got {halo} positions "
             "before a row; method 'allgather' has no such limit"
         )
+
+
+def method_of_call(
+    prepared: tuple[str, int, int] | None,
+    mask: tuple[bool, tuple, int],
+    shape: tuple[int, int],
+    layout: str | None,
+    world_size: int,
+    heads_k_stride: int | None,
+) -> str:
+    """Return the method of a call that names none.
+
+    `prepared` is (method, halo, max_seqlen) of a prepared batch, None without one. Its halos serve unless the call sees
+    farther. `shape` is (sequences or packed rows, rows of each on this rank). `layout` is None for sequences of equal
+    length, which have no offsets.
+    """
+    if prepared is not None:
+        method, halo_rows, max_seqlen = prepared
+        if method != Method.HALO or world_size == 1:
+            return method
+        rows_seen = reach_of_mask(*mask, max_seqlen=max_seqlen)
+        return Method.ALLGATHER.value if rows_seen is None or rows_seen > halo_rows else method
+    _, window_size, attention_chunk = mask
+    if world_size == 1 or heads_k_stride is not None or (window_size is NO_WINDOW and attention_chunk == 0):
+        return Method.ALLGATHER.value
+    sizes, (number, rows) = None, shape
+    if layout is None:
+        sizes = HostSizes(number * rows, number, 0, rows // 2)
+    elif layout == Layout.ROW:
+        sizes = sizes_of_rows(rows * world_size, number, world_size)
+    return choose_method(reach_of_mask(*mask, max_seqlen=0), sizes, world_size).value

@@ -5,9 +5,7 @@ import dataclasses
 import torch
 
 from zigzag_kernels import halo
-from zigzag_kernels.callspec import NO_WINDOW, CallSpec
-from zigzag_kernels.halo import HostSizes
-from zigzag_kernels.modes import Layout, Method
+from zigzag_kernels.callspec import CallSpec
 
 from .batch import Batch
 
@@ -25,23 +23,14 @@ def choose_method(
     `shape` is (sequences or packed rows, rows of each on this rank). A prepared batch with halos becomes one of the
     method "allgather", without tables, if the call sees farther.
     """
+    prepared = None
     if isinstance(cu_seqlens, Batch):
-        if cu_seqlens.method != Method.HALO or world_size == 1:
-            return cu_seqlens, cu_seqlens.method
-        rows_seen = halo.reach_of_mask(*mask, max_seqlen=cu_seqlens.max_seqlen)
-        if rows_seen is None or rows_seen > cu_seqlens.halo:
-            method = Method.ALLGATHER.value
-            cu_seqlens = dataclasses.replace(cu_seqlens, method=method, segments=None, sequences=None, halo=0)
-        return cu_seqlens, cu_seqlens.method
-    _, window_size, attention_chunk = mask
-    if world_size == 1 or heads_k_stride is not None or (window_size is NO_WINDOW and attention_chunk == 0):
-        return cu_seqlens, Method.ALLGATHER.value
-    sizes, (number, rows) = None, shape
-    if cu_seqlens is None:
-        sizes = HostSizes(number * rows, number, 0, rows // 2)
-    elif layout == Layout.ROW:
-        sizes = halo.sizes_of_rows(rows * world_size, number, world_size)
-    return cu_seqlens, halo.choose_method(halo.reach_of_mask(*mask, max_seqlen=0), sizes, world_size).value
+        prepared = cu_seqlens.method, cu_seqlens.halo, cu_seqlens.max_seqlen
+    form = None if cu_seqlens is None else layout
+    method = halo.method_of_call(prepared, mask, shape, form, world_size, heads_k_stride)
+    if isinstance(cu_seqlens, Batch) and cu_seqlens.method != method:
+        cu_seqlens = dataclasses.replace(cu_seqlens, method=method, segments=None, sequences=None, halo=0)
+    return cu_seqlens, method
 
 
 def with_halo(call: CallSpec, batch: Batch, q: torch.Tensor, length: int) -> tuple[CallSpec, Batch]:
