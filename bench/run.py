@@ -3,7 +3,7 @@
     python bench/run.py [--quick] [--cases NAME ...] [--implementations NAME ...] [--json FILE] [--plots FOLDER]
 
 Needs a GPU. An implementation that cannot run here, or whose results are wrong, gets a row that says so. Ends with
-status 1 if that is one of this library's. docs/bench.md says how to read the table.
+status 1 if that is one of this library's. docs/guide/benchmarking.md says how to read the table.
 """
 
 import argparse

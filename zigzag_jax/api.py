@@ -163,10 +163,11 @@ def zigzag_attention(
             in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
         method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
             to rank. "halo" passes the last rows of each chunk to the rank of the next one, for causal windows,
-            `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say when it
-            serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by tables
-            of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves less,
-            which is without `cu_seqlens` and in the row layout, otherwise "allgather". With one rank all are the same.
+            `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/reference/methods.md` say
+            when it serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by
+            tables of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves
+            less, which is without `cu_seqlens` and in the row layout, otherwise "allgather". With one rank all are the
+            same.
         heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.

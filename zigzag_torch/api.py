@@ -67,7 +67,8 @@ def zigzag_attention_gathered(
         deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
             summation, and does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short,
             one kernel then does the work of two. The backward pass of medium sequences takes 4 % less time, that of
-            long ones as much as with two, and meanwhile 4 bytes more for each element of q (`docs/hopper.md`).
+            long ones as much as with two, and meanwhile 4 bytes more for each element of q
+            (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
             `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. Pass the layout of a
             prepared batch here too.
@@ -145,10 +146,11 @@ def zigzag_attention(
         method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
             holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
             with the number of ranks. "halo" passes the last rows of each chunk to the rank of the next one, for causal
-            windows, `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/parallel.md` say
-            when it serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by
-            tables of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves
-            less, which is with `cu_seqlens=None` and in the row layout, otherwise "allgather".
+            windows, `attention_chunk` and documents of a promised length: `prepare_batch` and
+            `docs/reference/methods.md` say when it serves. None is the method of a prepared batch; a call that sees
+            farther than its halos gathers, by tables of its own. Without a prepared batch None is "halo" where the host
+            knows that it serves and moves less, which is with `cu_seqlens=None` and in the row layout, otherwise
+            "allgather".
             The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.

@@ -2,8 +2,8 @@
 
     python -m bench.lab.predict
 
-Prints the tables of docs/cost.md and draws docs/efficiency.png. `zigzag_kernels.cost.Machine` says on which speeds the
-numbers rest, and which of those are assumptions.
+Prints the tables of docs/reference/cost.md and draws docs/efficiency.png. `zigzag_kernels.cost.Machine` says on which
+speeds the numbers rest, and which of those are assumptions.
 """
 
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""Every row of "When ranks disagree" in docs/parallel.md: at each point of a program, and with two and four ranks.
+"""Every row of the table for PyTorch in docs/reference/errors-between-ranks.md, with two and four ranks.
 
 A fault is what one rank, the odd one, does in place of a call that the others make. It comes in the first call of a
 group, in the first and in the third step, in place of a backward pass, or after an error that all ranks have caught.

@@ -116,8 +116,8 @@ def check_registration(tensors, rank, world_size, group):
 
 
 def check_documentation(rank, world_size, group):
-    """What docs/parallel.md prints, as printed."""
-    text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    """What docs/guide/several-gpus-torch.md prints, as printed."""
+    text = (ROOT / "docs" / "guide" / "several-gpus-torch.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if "zigzag_torch" in block)
     names = {}

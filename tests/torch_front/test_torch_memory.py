@@ -65,7 +65,7 @@ def test_memory_of_one_call(alone, method, stride):
     transport = transport_of(q, k, v, call, 1, WORLD_SIZE, KVLayout.PEER, "group")
     out, lse = torch.zeros_like(q), torch.zeros(HEADS, TOKENS)
 
-    # The sizes of docs/parallel.md, in bytes.
+    # The sizes of docs/reference/methods.md, in bytes.
     window = TOKENS * 2 * stride * HEAD_DIM  # elements of K and V of one rank
     statistics = 2 * TOKENS * HEADS * FLOAT32  # of all windows
     outputs, gradients = q.numel() * DTYPE + lse.numel() * FLOAT32, (q.numel() + 2 * k.numel()) * DTYPE

@@ -20,7 +20,7 @@ ELEMENTS = 4096  # numbers that a program of the two kernels around the fused on
 
 
 class Hopper(Family):
-    """Warp-specialised kernels that load tiles by the copy engine (TMA): see docs/hopper.md."""
+    """Warp-specialised kernels that load tiles by the copy engine (TMA): see docs/explain/hopper-kernels.md."""
 
     name = "hopper"
     variable = "ZIGZAG_HOPPER"

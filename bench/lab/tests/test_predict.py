@@ -7,12 +7,12 @@ import pytest
 from bench.lab import predict
 from tests.support.commands import ROOT
 
-PAGE = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "cost.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_what_the_model_says():
     for line in predict.efficiency_table() + predict.document_table() + predict.memory_table():
-        assert line in PAGE, f"docs/cost.md: run python -m bench.lab.predict; missing {line}"
+        assert line in PAGE, f"docs/reference/cost.md: run python -m bench.lab.predict; missing {line}"
 
 
 def test_the_page_prints_what_it_says(capsys):
