@@ -230,12 +230,10 @@ def zigzag_attention(
     batch = _batch_on(
         cu_seqlens, (rank, world_size), method, axis_name, _form(call, cu_seqlens, world_size, (size, length))
     )
-    if batch.whole_tokens and batch.tokens != q.shape[0]:
-        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {q.shape[0]}")
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if method == Method.HALO and world_size > 1:
-        call, batch = with_halo(call, batch, q, 0 if given else world_size * length)
+        call, batch = with_halo(call, batch, q, 0 if given else world_size * length, cu_seqlens if given else None)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
@@ -303,6 +301,8 @@ def _make_problem(
         gluon=launch.can_launch_gluon(call.backend),
         kv_layout=kv_layout,
     )
+    if batch.tokens not in (0, problem.tokens):
+        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {problem.tokens}")
     fits = problem.tokens * batch.world_size == batch.row_length * batch.rows and packed_rows in (None, batch.rows)
     if problem.row_layout and not fits:
         raise ValueError(

@@ -59,7 +59,7 @@ class Batch:
         max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
             `lengths` then count split documents alone. None: all documents are split.
-        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
+        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows; 0 unless it is of a plan.
     """
 
     cu_seqlens: jax.Array
@@ -178,7 +178,7 @@ def prepare_batch(
         raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
     rank = 0 if rank is None else rank
     by_default, backend = backend is None, launch.choose_backend(backend)
-    parts = None
+    parts, tokens = None, 0
     if isinstance(cu_seqlens, ShardedBatch):
         unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
         cu_seqlens, row_length = offsets_of(cu_seqlens, world_size, layout)
@@ -189,11 +189,13 @@ def prepare_batch(
                 raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
         if isinstance(cu_seqlens, DocumentPlan):
             cu_seqlens = Parts.of_plan(check_plan(cu_seqlens, world_size), rank)
+        tokens = cu_seqlens.tokens
         cu_seqlens, lengths, parts = one_part(cu_seqlens, world_size)
     if parts is not None:
         if axis_name is None:
             raise ValueError("axis_name: expected that of the ranks of a plan with whole and split documents, got None")
-        form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+        form = form._replace(whole_tokens=parts.whole_tokens)
+    form = form._replace(tokens=tokens)
     reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
     method, halo, promised = halo_of_batch(method, reach, (cu_seqlens, lengths), packed, world_size)
     batch = as_batch(cu_seqlens, rank, world_size, method, form)

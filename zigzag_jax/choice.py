@@ -8,6 +8,7 @@ from zigzag_kernels import halo
 from zigzag_kernels.callspec import CallSpec
 
 from .batch import Batch
+from .halos import check_documents
 
 
 def choose_method(
@@ -33,10 +34,16 @@ def choose_method(
     return cu_seqlens, method
 
 
-def with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int) -> tuple[CallSpec, Batch]:
-    """Return `call` and `batch` with the halo that they need; all documents have `length` tokens, 0 if unknown."""
+def with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int, given) -> tuple[CallSpec, Batch]:
+    """Return `call` and `batch` with the halo that they need; all documents have `length` tokens, 0 if unknown.
+
+    `given` is the argument `cu_seqlens` of the call. Raises `ValueError` if halos do not serve documents whose lengths
+    the host knows.
+    """
     sizes = {"tokens": q.shape[0] - batch.whole_tokens, "sequences": batch.cu_seqlens.shape[0] - 1}
     sizes |= {"packed_rows": batch.rows, "world_size": batch.world_size}
     call = halo.with_halo(call, batch.halo, batch.max_seqlen, **sizes)
     halo.check_halo_in_chunk(call.halo, length, batch.world_size)
+    if given is not None and not isinstance(given, Batch):
+        check_documents(given, batch.world_size, batch.row_length or None, call.halo)
     return call, batch if batch.halo else dataclasses.replace(batch, halo=call.halo)

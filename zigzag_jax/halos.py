@@ -35,6 +35,16 @@ def halo_of_batch(
     return method, rows, promised
 
 
+def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: int) -> None:
+    """Raise `ValueError` if the offsets of a call are on the host, and halos of `rows` rows do not serve its documents.
+
+    `row_length` is the tokens of a packed row in the row layout, otherwise None.
+    """
+    on_host = _values(cu_seqlens, None)
+    if on_host is not None:
+        check_halo(*on_host, world_size, row_length, (rows, 0))
+
+
 def _values(cu_seqlens, lengths) -> HostValues | None:
     """Return offsets and real lengths that are on the host; None for arrays of JAX, which nobody reads."""
     if isinstance(cu_seqlens, jax.Array) or isinstance(lengths, jax.Array):

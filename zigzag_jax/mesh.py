@@ -8,19 +8,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_sinks
 from zigzag_kernels.documents import DocumentPlan
-from zigzag_kernels.modes import Backend, Layout
+from zigzag_kernels.halo import reach_of_mask
+from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
 from .axes import AxisName, largest_along, largest_on
 from .batch import Batch, batch_form, prepare_batch
-from .halos import halo_of_batch
+from .halos import check_documents, halo_of_batch
 from .host import ShardedBatch
 from .launch import choose_backend
 from .plans import Parts, offsets_of, one_part, parts_of_all
@@ -103,6 +105,9 @@ def make_zigzag_attention(
             arrays["cu_seqlens"], specs["cu_seqlens"] = _spread_lengths(
                 cu_seqlens, mesh, axes, q.shape[: q.ndim - 3], layout
             )
+            if options.get("method") == Method.HALO:
+                row_length = q.shape[-3] if layout == Layout.ROW else None
+                _check_documents(cu_seqlens, size_on(mesh, axis), row_length, options)
         sinks = fixed_sinks if sinks is None else sinks
         if sinks is not None:
             check_array("sinks", sinks)
@@ -130,17 +135,19 @@ def make_zigzag_attention(
     ) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
         chosen = {name: options[name] for name in ("backend", "layout") if name in options}
-        size, parts = size_on(mesh, axis), None
+        size, parts, tokens = size_on(mesh, axis), None, 0
         if isinstance(cu_seqlens, ShardedBatch):
             unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
             cu_seqlens, row_length = offsets_of(cu_seqlens, size, layout)
         if isinstance(cu_seqlens, DocumentPlan | Parts):
             if lengths is not None:
                 raise ValueError("lengths: expected None with a plan, got an array")
-            cu_seqlens, lengths, parts = one_part(parts_of_all(cu_seqlens, size, layout), size)
+            of_all = parts_of_all(cu_seqlens, size, layout)
+            cu_seqlens, lengths, parts = one_part(of_all, size)
+            tokens = of_all.tokens
         form = batch_form(layout, row_length, rows, size)
         if parts is not None:
-            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+            form = form._replace(whole_tokens=parts.whole_tokens, tokens=tokens)
         window_size, attention_chunk = options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0)
         reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
         given = cu_seqlens, lengths
@@ -173,7 +180,7 @@ def make_zigzag_attention(
         shared |= {"halo": halo, "max_seqlen": promised}
         specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore
         mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(in_specs.values()), out_specs=specs)
-        return mapped(*arrays.values())
+        return dataclasses.replace(mapped(*arrays.values()), tokens=tokens)
 
     attention.prepare_batch = prepare
     return attention
@@ -196,6 +203,17 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
 def _cut(world_size: int, layout: Layout) -> int:
     """Return the number of ranks to which each sequence by itself is dealt out."""
     return 1 if layout == Layout.ROW else world_size
+
+
+def _check_documents(cu_seqlens: Array | Batch, world_size: int, row_length: int | None, options: dict) -> None:
+    """Raise `ValueError` if halos do not serve documents whose lengths the host knows: shards of them are arrays."""
+    rows = reach_of_mask(
+        options.get("causal", True), options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0), 0
+    )
+    if world_size == 1 or rows is None or isinstance(cu_seqlens, jax.Array | Batch):
+        return
+    for offsets in cu_seqlens if np.ndim(cu_seqlens) == 2 else [cu_seqlens]:
+        check_documents(offsets, world_size, row_length, rows)
 
 
 def _batch_specs(batch: Batch, axis: AxisName) -> Batch:

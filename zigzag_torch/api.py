@@ -98,7 +98,7 @@ def zigzag_attention_gathered(
     call = _call_spec(_head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic)
     if batch.lengths is None:
         check_unpadded(batch.cu_seqlens, call.causal)
-    if batch.row_length:
+    if batch.row_length or batch.tokens:
         _check_rows(batch, q)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
@@ -199,15 +199,15 @@ def zigzag_attention(
         )  # fmt: skip
         if batch.lengths is None:
             check_unpadded(batch.cu_seqlens, call.causal)
-        if batch.row_length:
+        if batch.row_length or batch.tokens:
             _check_rows(batch, q)
-        if batch.whole_tokens:
-            _check_parts(batch, q, place)
+        if batch.whole_tokens and batch.compared_by != place.group_name:
+            raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this group")
         q, k, v = _readable(q, k, v, backend)
         sequences = batch.cu_seqlens.shape[0] - 1
         if method == Method.HALO and place.world_size > 1:
             length = q.shape[0] // max(sequences, 1) * place.world_size if equal_lengths else 0
-            call, batch = with_halo(call, batch, q, length)
+            call, batch = with_halo(call, batch, q, length, cu_seqlens)
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
         transport = transport_of(q, k, v, call, sequences, place.world_size, kv_layout, place.group_name)
         sinks = None if sinks is None else as_sinks(sinks, q)
@@ -246,20 +246,15 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
 
 
 def _check_rows(batch: Batch, q: torch.Tensor) -> None:
-    """Raise `ValueError` unless q has as many rows as each rank holds of the packed rows of `batch`."""
-    if batch.row_length * batch.rows != batch.world_size * q.shape[0]:
+    """Raise `ValueError` unless q has as many rows as each rank holds of the packed rows or the plan of `batch`."""
+    tokens = q.shape[0] if q.ndim else 0
+    if batch.tokens not in (0, tokens):
+        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {tokens}")
+    if batch.row_length and batch.row_length * batch.rows != batch.world_size * tokens:
         raise ValueError(
             f"q: expected {batch.row_length * batch.rows // batch.world_size} rows of each rank, as row_length and "
-            f"rows of the prepared batch say, got {q.shape[0]}"
+            f"rows of the prepared batch say, got {tokens}"
         )
-
-
-def _check_parts(batch: Batch, q: torch.Tensor, place: Place) -> None:
-    """Raise `ValueError` unless q has the rows of a batch of two parts, and its group has prepared it."""
-    if batch.compared_by != place.group_name:
-        raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this group")
-    if batch.tokens != q.shape[0]:
-        raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {q.shape[0]}")
 
 
 def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method: str) -> Batch:

@@ -43,7 +43,7 @@ class Batch:
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
             `lengths` then count split documents alone. None: all documents are split.
-        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows, if there are whole documents.
+        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows; 0 unless it is of a plan.
         halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
         max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
     """
@@ -184,7 +184,7 @@ def prepare_batch(
             options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
             options |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
             return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
-    place, parts, plan, documents = place_in(group), None, cu_seqlens, None
+    place, parts, tokens, plan, documents = place_in(group), None, 0, cu_seqlens, None
     try:
         if method is not None:
             check_method(method)
@@ -196,6 +196,7 @@ def prepare_batch(
             if isinstance(cu_seqlens, DocumentPlan):
                 documents = [*cu_seqlens.split_cu_seqlens], [*cu_seqlens.split_lengths]
             parts = _as_parts(cu_seqlens, rank, world_size, place, device)
+            tokens = parts.tokens
             cu_seqlens, lengths, parts = _one_part(parts, place.world_size if world_size is None else world_size)
         given = cu_seqlens
         if place.group_name is None:
@@ -207,11 +208,11 @@ def prepare_batch(
         else:
             cu_seqlens = _check_place(cu_seqlens, rank, world_size, place, Layout(layout))
             rank, world_size = place.rank, place.world_size
-        form = _form_of(layout, row_length, rows, world_size)
+        form = _form_of(layout, row_length, rows, world_size)._replace(tokens=tokens)
         if parts is not None:
             if place.group_name is None:
                 raise ValueError("group: expected that of the ranks of a plan with whole and split documents, got None")
-            form = form._replace(whole_tokens=parts.whole_tokens, tokens=parts.tokens)
+            form = form._replace(whole_tokens=parts.whole_tokens)
         if form.row_length:
             _check_host_rows(given, form, world_size)
         reach = window_size, attention_chunk, max_seqlen
@@ -365,5 +366,5 @@ def tables_of(batch: Batch, backend: str) -> Tables:
         inputs = *inputs, batch.lengths, batch.layout, batch.row_length, batch.rows
     if has_parts or batch.halo:
         whole = None if batch.whole_cu_seqlens is None else batch.whole_cu_seqlens.contiguous()
-        inputs = *inputs, whole, batch.whole_tokens, batch.tokens, *batch.limits_of_halo
+        inputs = *inputs, whole, batch.whole_tokens, batch.tokens * has_parts, *batch.limits_of_halo
     return Tables(*segment_tables(*inputs))

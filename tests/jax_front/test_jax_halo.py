@@ -1,9 +1,12 @@
 """Halos between the devices of a mesh, against the float64 oracle of the whole batch, and what they do not serve."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
 from tests.support.halos import HALOS
@@ -83,6 +86,21 @@ def test_a_layer_with_a_smaller_window_may_use_the_halo_of_a_larger_one():
     for x, y, z in zip(small(q, k, v, batch), small(q, k, v, cu_seqlens), small(q, k, v), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
         np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_documents_on_the_host_that_halos_do_not_serve_are_refused_without_a_batch(apart):
+    """With whole arrays, of one packed row or of several, and inside `shard_map`."""
+    qkv, offsets = QKV, [0, 8, 40]
+    if apart:
+        qkv, offsets = [x[None] for x in QKV], np.array([offsets])
+    message = "cu_seqlens: expected chunks of at least the 4 rows of a halo, got 2 tokens in a chunk of the document"
+    with pytest.raises(ValueError, match=message):
+        on_mesh(window_size=(4, 0))(*qkv, offsets)
+    on_mesh(window_size=(2, 0), backend="reference")(*qkv, offsets)
+    attend = functools.partial(zigzag_jax.zigzag_attention, axis_name="cp", method="halo", window_size=(4, 0))
+    with pytest.raises(ValueError, match=message):
+        jax.shard_map(lambda *x: attend(*x, [0, 8, 40]), mesh=mesh_of(2), in_specs=P("cp"), out_specs=P("cp"))(*QKV)
 
 
 def test_what_halos_do_not_serve_is_refused_by_name():

@@ -80,6 +80,12 @@ def test_a_mesh_compares_the_whole_batch():
     batch = jax.jit(attend.prepare_batch)(offsets(CASE), unsharded=np.arange(len(q)))
     call = jax.jit(attend)
     assert_same([call(q, k, v, batch)], [call(q, k, v, offsets(CASE))])
+    mesh, tokens = mesh_of(2), np.arange(len(q))
+    for other, alike in ((tokens, True), (tokens[::-1], False)):  # as two processes make one of what each has read
+        parts = [jax.device_put(x, device) for x, device in zip((tokens, other), mesh.devices, strict=True)]
+        read = jax.make_array_from_single_device_arrays(tokens.shape, NamedSharding(mesh, P()), parts)
+        out = call(q, k, v, jax.jit(attend.prepare_batch)(offsets(CASE), unsharded=read))
+        assert np.isnan(out).any() == np.isnan(out).all() == (not alike)
     with pytest.raises(ValueError, match="unsharded: expected an array of JAX or NumPy, got list"):
         attend.prepare_batch(offsets(CASE), unsharded=[1])
 

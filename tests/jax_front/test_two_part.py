@@ -168,6 +168,8 @@ def test_a_plan_on_one_rank_is_one_part():
     for prepared in (zigzag_jax.prepare_batch(case.plan), zigzag_jax.prepare_batch(Parts.of_plan(case.plan, 0))):
         out = zigzag_jax.zigzag_attention(*(arrays[name] for name in "qkv"), prepared)
         assert_rank_is_right("one rank", case, 0, {"out": np.asarray(out)})
+        with pytest.raises(ValueError, match="q: expected the 62 rows that a rank has in the plan, got 61"):
+            zigzag_jax.zigzag_attention(*(arrays[name][:61] for name in "qkv"), prepared)
     assert zigzag_jax.prepare_batch(dataclasses.replace(case, split=(), split_tokens=0).plan).lengths is None
 
 

@@ -133,6 +133,9 @@ def check_broken_promises(rank):
             validate(offsets, 2, **form, group=dist.group.WORLD, **promise)
         with pytest.raises(ValueError, match=message):
             prepare_batch(offsets.tolist(), **limits, **form, group=dist.group.WORLD, method="halo")
+    with pytest.raises(ValueError, match="cu_seqlens: expected chunks of at least the 4 rows of a halo, got 2"):
+        zigzag_attention(q, k, v, offsets.tolist(), window_size=(4, 0), group=dist.group.WORLD, method="halo")
+    zigzag_attention(q, k, v, offsets.tolist(), window_size=(2, 0), group=dist.group.WORLD, method="halo")
 
 
 def check_disagreements(rank):

@@ -153,6 +153,8 @@ def test_a_plan_on_one_rank_is_one_part():
     batch = zigzag_torch.prepare_batch(case.plan)
     out = zigzag_torch.zigzag_attention(*(torch.tensor(arrays[name]) for name in "qkv"), batch)
     assert_rank_is_right("one rank", case, 0, {"out": torch_numpy(out)})
+    with pytest.raises(ValueError, match="q: expected the 62 rows that a rank has in the plan, got 61"):
+        zigzag_torch.zigzag_attention(*(torch.tensor(arrays[name][:61]) for name in "qkv"), batch)
     alone = zigzag_torch.prepare_batch(dataclasses.replace(case, split=(), split_tokens=0).plan)
     assert alone.lengths is None
 
