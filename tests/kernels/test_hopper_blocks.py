@@ -6,20 +6,7 @@ import types
 import numpy as np
 import pytest
 
-
-def in_numpy(function, **others):
-    """A device function as a plain one on NumPy arrays."""
-    language = types.SimpleNamespace(
-        maximum=np.maximum, minimum=np.minimum, where=np.where, load=lambda entry: entry[0], SliceLayout=lambda *_: None
-    )
-    names = function.fn.__globals__ | {"gl": language, "tl": language} | others
-    return types.FunctionType(function.fn.__code__, names)
-
-
-def struct_in_numpy(struct, **others):
-    """A struct of the kernels as a plain class, made with the same fields by name, whose methods run on NumPy."""
-    methods = {name: in_numpy(method, **others) for name, method in vars(struct).items() if hasattr(method, "fn")}
-    return type(struct.__name__, (types.SimpleNamespace,), methods)
+from tests.support.device_code import in_numpy, struct_in_numpy
 
 
 class Scores(np.ndarray):

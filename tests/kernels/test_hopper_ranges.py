@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from tests.kernels.test_hopper_blocks import Scores, in_numpy, struct_in_numpy
+from tests.kernels.test_hopper_blocks import Scores
+from tests.support.device_code import in_numpy, struct_in_numpy
 from zigzag_kernels.segments.ranges import Mask
 
 NOTHING, FOREIGN = -1, -2  # in a box: zeros behind its bound; another document, or padding, which may be NaN
