@@ -9,7 +9,6 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.planning import Planning
-from bench.timing import Calls, autograd_calls, places, torch_calls
+from bench.slices import form_of, slices
+from bench.timing import Calls, autograd_calls, options_of, places, sinks_of, torch_calls
 from tests.support import pieces
 from zigzag_torch import execute_grouped_attention
 from zigzag_torch.compat import flash2
 from zigzag_torch.parallel import Residuals
-from zigzag_torch.shard import position_order
 
 TORCH, JAX = FRAMEWORKS = ("torch", "jax")
 BACKEND = None  # of this library's calls: the kernels on a GPU
@@ -47,46 +46,13 @@ class Implementation:
     hopper: bool = False  # only of interest where a kernel for Hopper serves
 
 
-class Slices(NamedTuple):
-    """Every run of a rank's rows with the keys that it sees, as one ordinary packed batch.
-
-    Attention without zigzag can compute it.
-    """
-
-    rows: torch.Tensor  # of the gathered buffer, in the order in which they are copied together
-    lengths: flash2.Lengths
-
-    def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Gradients of the copied rows summed into the layout of the gathered buffer, in float32."""
-        return torch.zeros_like(like, dtype=torch.float32).index_add_(0, self.rows, x.float())
-
-
-def slices(case, rank, cu_seqlens) -> Slices:
-    """The runs are a rank's two chunks of each sequence, or whole sequences where their keys are the same."""
-    whole = case.world_size == 1 or not case.causal
-    queries, keys = [], []
-    for start, length in zip(case.cu_seqlens, case.lengths, strict=False):
-        if whole:
-            queries.append(length // case.world_size)
-            keys.append((start, start + length))
-            continue
-        chunk = length // (2 * case.world_size)
-        queries += [chunk, chunk]
-        keys += [(start, start + (i + 1) * chunk) for i in (rank, 2 * case.world_size - 1 - rank)]
-    order = position_order(cu_seqlens, case.world_size, case.total)
-    seen = [end - start for start, end in keys]
-    offsets = (cu_seqlens.new_tensor([*accumulate(x, initial=0)]) for x in (queries, seen))
-    return Slices(
-        torch.cat([order[start:end] for start, end in keys]), flash2.Lengths(*offsets, max(queries), max(seen))
-    )
-
-
 def ours_torch(case, rank, sets, deterministic=True):
     return [torch_calls(case, rank, *tensors, backend=BACKEND, deterministic=deterministic) for tensors in sets]
 
 
 def unfused(case, rank, sets):
     """The published path: keys put in position order, then sliced and attended chunk by chunk, all of it timed."""
+    _check_plain(case)
 
     def calls(q, k, v, dout, cu_seqlens):
         kv = torch.stack((k, v))
@@ -118,9 +84,10 @@ def unfused(case, rank, sets):
 
 def flash2_torch(case, rank, sets):
     """PyTorch's FlashAttention-2 operator, one call for all chunks."""
+    _check_plain(case)
 
     def calls(q, k, v, dout, cu_seqlens):
-        copied = slices(case, rank, cu_seqlens)
+        copied = slices(case, rank, cu_seqlens.device)
         keys, values = k[copied.rows], v[copied.rows]
         options = copied.lengths, flash2.Mask(case.causal), case.head_dim**-0.5
         out, lse = flash2.forward(q, keys, values, *options)
@@ -137,11 +104,47 @@ def flash2_torch(case, rank, sets):
     return [calls(*tensors) for tensors in sets]
 
 
+def flash4_torch(case, rank, sets, deterministic=False):
+    """FlashAttention-4 (flash_attn.cute), one call for all chunks."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    if case.attention_chunk:
+        raise Unavailable("not expressible: it has no chunks of attention")
+    window = tuple(None if side < 0 else side for side in case.window_size)
+    options = {"causal": case.causal, "window_size": window, "softcap": case.softcap, "deterministic": deterministic}
+
+    def calls(q, k, v, dout, cu_seqlens):
+        copied = slices(case, rank, q.device)
+        sizes = zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), copied.lengths, strict=False)
+        arguments = dict(sizes) | options
+
+        def attend(q, k, v, sinks=None):
+            out = flash_attn_varlen_func(q, k, v, learnable_sink=sinks, **arguments)
+            return out[0] if isinstance(out, tuple) else out
+
+        made = autograd_calls(attend, (q, k[copied.rows], v[copied.rows], *sinks_of(case, q.device)), dout)
+
+        def results():
+            out, dq, dk, dv, *dsinks = made.results()
+            return out, dq, copied.spread(dk, k), copied.spread(dv, v), *dsinks
+
+        return made._replace(results=results)
+
+    return [calls(*tensors) for tensors in sets]
+
+
+def _check_plain(case):
+    """Raise `Unavailable` for options that `make` does not hand on."""
+    if case.has_options:
+        raise Unavailable("compared only without windows, caps, sinks and the row layout")
+
+
 def _check_one_mask(case):
     """Raise `Unavailable` for cases whose causal mask both interfaces would place differently.
 
     They align the first row with the first key, but the last row of a late chunk belongs to the last key.
     """
+    _check_plain(case)
     if len(case.lengths) != 1 or (case.causal and case.world_size > 1):
         raise Unavailable(
             "not expressible: one sequence, and a causal mask that begins at the first key, is all it has"
@@ -157,11 +160,12 @@ def cudnn_torch(case, rank, sets):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads)
         return out[0].transpose(0, 1)
 
-    return [autograd_calls(attend, *tensors[:4]) for tensors in sets]
+    return [autograd_calls(attend, tensors[:3], tensors[3]) for tensors in sets]
 
 
 def flex_torch(case, rank, sets):
     """FlexAttention on the gathered buffer in place, with documents and zigzag positions as its mask."""
+    _check_plain(case)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     cu_seqlens = sets[0][-1]
@@ -181,28 +185,28 @@ def flex_torch(case, rank, sets):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=case.heads != case.kv_heads)[0].transpose(0, 1)
 
-    return [autograd_calls(attend, *tensors[:4]) for tensors in sets]
+    return [autograd_calls(attend, tensors[:3], tensors[3]) for tensors in sets]
 
 
 def jax_calls(attend, arrays, extra=()):
-    """`Calls` of `attend(q, k, v, *extra)` for each (q, k, v, dout) of `arrays`, compiled once; without `results`."""
+    """`Calls` of `attend(*leaves, *extra)` for each (*leaves, dout) of `arrays`, compiled once; without `results`."""
     import jax
 
     # A custom gradient remembers how it was traced, under whatever environment.
     jax.clear_caches()
-    qkv, dout = arrays[0][:3], arrays[0][3]
-    forward = jax.jit(attend).lower(*qkv, *extra).compile()
+    *leaves, dout = arrays[0]
+    forward = jax.jit(attend).lower(*leaves, *extra).compile()
 
     @jax.jit
-    def differentiate(q, k, v, *extra):
-        return jax.vjp(lambda *x: attend(*x, *extra), q, k, v)[1]
+    def differentiate(leaves, extra):
+        return jax.vjp(lambda *x: attend(*x, *extra), *leaves)[1]
 
-    differentiate = differentiate.lower(*qkv, *extra).compile()
-    pullbacks = [differentiate(*x[:3], *extra) for x in arrays]
+    differentiate = differentiate.lower(leaves, extra).compile()
+    pullbacks = [differentiate(x, extra) for *x, _ in arrays]
     backward = jax.jit(lambda pullback, dout: pullback(dout)).lower(pullbacks[0], dout).compile()
     return [
-        (functools.partial(forward, *x[:3], *extra), functools.partial(backward, pullback, x[3]))
-        for x, pullback in zip(arrays, pullbacks, strict=True)
+        (functools.partial(forward, *leaves, *extra), functools.partial(backward, pullback, dout))
+        for (*leaves, dout), pullback in zip(arrays, pullbacks, strict=True)
     ]
 
 
@@ -220,13 +224,16 @@ def ours_jax(case, rank, sets, deterministic=True):
 
     if sets[0][0].is_cuda and importlib.util.find_spec("jax_triton") is None:
         raise Unavailable("not installed: jax-triton")
-    arrays = [to_jax(*tensors) for tensors in sets]
-    batch = zigzag_jax.prepare_batch(arrays[0][-1], rank, case.world_size, backend=BACKEND)
+    sinks = sinks_of(case, sets[0][0].device)
+    arrays = [to_jax(q, k, v, *sinks, dout) for q, k, v, dout, _ in sets]
+    (cu_seqlens,) = to_jax(sets[0][-1])
+    batch = zigzag_jax.prepare_batch(cu_seqlens, rank, case.world_size, backend=BACKEND, **form_of(case))
+    options = options_of(case) | {"backend": BACKEND, "deterministic": deterministic}
 
-    def attend(q, k, v, batch):
-        return zigzag_jax.zigzag_attention_gathered(
-            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=BACKEND, deterministic=deterministic
-        )
+    def attend(q, k, v, *others):
+        *sinks, batch = others
+        sinks = sinks[0] if sinks else None
+        return zigzag_jax.zigzag_attention_gathered(q, k, v, batch, rank, case.world_size, sinks=sinks, **options)
 
     def with_results(forward, backward):
         return Calls(forward, backward, lambda: tuple(map(torch.from_dlpack, (forward(), *backward()))))
@@ -240,8 +247,9 @@ def flash3_jax(case, rank, sets):
         from flash_attn3_jax import flash_mha_varlen
     except ImportError as error:
         raise Unavailable(f"needs the package flash-attn3-jax: {error}") from error
-    copied = slices(case, rank, sets[0][-1])
-    _, _, max_q, max_k = copied.lengths
+    _check_plain(case)
+    copied = slices(case, rank, sets[0][-1].device)
+    _, _, max_q, max_k, _ = copied.lengths
 
     def attend(q, k, v, cu_seqlens_q, cu_seqlens_k):
         return flash_mha_varlen(
@@ -287,6 +295,8 @@ IMPLEMENTATIONS = {
     "unfused": Implementation(TORCH, unfused),
     "flash2-torch": Implementation(TORCH, flash2_torch),
     "flash3-jax": Implementation(JAX, flash3_jax),
+    "flash4-torch": Implementation(TORCH, flash4_torch),
+    "flash4-deterministic": Implementation(TORCH, functools.partial(flash4_torch, deterministic=True)),
     "cudnn-torch": Implementation(TORCH, cudnn_torch),
     "cudnn-jax": Implementation(JAX, cudnn_jax),
     "flex-torch": Implementation(TORCH, flex_torch),
@@ -294,8 +304,9 @@ IMPLEMENTATIONS = {
 
 
 class Ready(NamedTuple):
-    """An implementation with its calls for one case; to be entered around them."""
+    """An implementation with its calls for one case; `planning` is to be entered around them."""
 
+    name: str
     implementation: Implementation
     planning: Planning
     calls: list[Calls]
@@ -312,4 +323,4 @@ def prepare(name: str, case, rank: int, sets) -> Ready:
             raise Unavailable(f"not installed: {error}") from error
     if implementation.hopper and not planning.takes_hopper_kernels:
         raise Unavailable("no kernel for Hopper serves here")
-    return Ready(implementation, planning, calls)
+    return Ready(name, implementation, planning, calls)

@@ -1,8 +1,9 @@
 """The report of the benchmark: a table of its rows, lines that sum it up, and pictures.
 
 A row is a dict with case, implementation, direction ("forward", "backward") and status ("ok", or why there is no time).
-A row that is ok also has ms (median of the rounds), low_ms and high_ms (their quartiles), host_ms, tflops, of_matmul
-(share of the measured matrix product) and peak_mib (memory of one call beyond its inputs, None if unknown).
+A row that is ok also has ms (median of the rounds), low_ms and high_ms (their quartiles), graph_ms (the same median by
+CUDA graphs, None without them) and host_ms. Its other fields are tflops, of_matmul (share of the measured matrix
+product) and peak_mib (memory of one call beyond its inputs, None if unknown).
 """
 
 import statistics
@@ -24,10 +25,16 @@ HEADLINES = {
 }
 SMALL = {"packed64-d128": "64x128", "documents-d128": "real lengths"}
 LONG = "rectangle-d128"
+# The comparison with FlashAttention-4: (direction, our implementations, theirs); the first that serves counts.
+COMPARED = {
+    "forward": ("forward", ("torch-hopper", "torch"), "flash4-torch"),
+    "backward, deterministic": ("backward", ("torch-hopper", "torch"), "flash4-deterministic"),
+    "backward": ("backward", ("torch-fused", "torch-hopper", "torch"), "flash4-torch"),
+}
 # One for each implementation, this library's first: Okabe and Ito's colours, and more.
 COLOURS = (
     "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#999999", "#CC79A7", "#009E73", "#F0E442", "#222222", "#8A5A44",
-    "#7B3FA0", "#A8D08D",
+    "#7B3FA0", "#A8D08D", "#B22222", "#4682B4",
 )  # fmt: skip
 
 
@@ -59,7 +66,7 @@ def step(rows, case, implementation, field="ms"):
 
 def table(rows):
     """Markdown: a line for each case and implementation that was timed."""
-    columns = ["ms", "spread", "TFLOP/s", "of matmul", "host ms", "peak MiB"]
+    columns = ["ms", "spread", "graph ms", "TFLOP/s", "of matmul", "host ms", "peak MiB"]
     header = ["case", "implementation", *(f"{direction} {x}" for direction in DIRECTIONS for x in columns)]
     lines = [header, ["---"] * len(header)]
     for case in unique(rows, "case"):
@@ -85,7 +92,8 @@ def _cells(row):
     spread = 100 * (row["high_ms"] - row["low_ms"]) / row["ms"]
     peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
     share = f"{100 * row['of_matmul']:.0f} %"
-    return [f"{row['ms']:.3f}", f"{spread:.1f} %", f"{row['tflops']:.0f}", share, f"{row['host_ms']:.3f}", peak]
+    graph = "–" if row["graph_ms"] is None else f"{row['graph_ms']:.3f}"
+    return [f"{row['ms']:.3f}", f"{spread:.1f} %", graph, f"{row['tflops']:.0f}", share, f"{row['host_ms']:.3f}", peak]
 
 
 def headlines(rows, implementations):
@@ -105,6 +113,49 @@ def headlines(rows, implementations):
         lines.append(f"{name}: forward + backward against the unfused path: {', '.join(gains)}")
         lines.append(f"{name}: time per useful FLOP relative to the long rectangle: {', '.join(costs)}")
     return lines
+
+
+def winners(rows):
+    """Markdown: a line for each case that FlashAttention-4 was timed on, its time over this library's.
+
+    Both count by their CUDA graphs where both have one. This library counts by its kernels for Hopper where one serves,
+    by the portable ones otherwise.
+    """
+    header = ["case", *(f"{x}, × FlashAttention-4" for x in COMPARED), "JAX over PyTorch: forward, backward", "ahead"]
+    lines = []
+    for case in unique(rows, "case"):
+        ratios = [_times_as_fast(rows, case, *compared) for compared in COMPARED.values()]
+        if all(ratio is None for ratio in ratios):
+            continue
+        ahead = [name for name, ratio in zip(COMPARED, ratios, strict=True) if ratio and ratio >= 1]
+        whole = {len(COMPARED): "this library", 0: "FlashAttention-4"}.get(len(ahead), ", ".join(ahead))
+        cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append([case, *cells, _jax_over_torch(rows, case), whole])
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)] if lines else []
+
+
+def _first_row(rows, case, names, direction):
+    """Return the row of the first of `names` that was timed, or None."""
+    found = (find(rows, case, name).get(direction) for name in names)
+    return next((row for row in found if row), None)
+
+
+def _times_as_fast(rows, case, direction, names, theirs):
+    """Return the time of `theirs` over that of the first of `names` that was timed; None without one of both."""
+    own, other = _first_row(rows, case, names, direction), _first_row(rows, case, (theirs,), direction)
+    if own is None or other is None:
+        return None
+    field = "ms" if own["graph_ms"] is None or other["graph_ms"] is None else "graph_ms"
+    return other[field] / own[field]
+
+
+def _jax_over_torch(rows, case):
+    """Return how many percent longer JAX takes than PyTorch for the same kernels, forward and backward."""
+    for suffix in ("-hopper", ""):
+        jax, torch = find(rows, case, "jax" + suffix), find(rows, case, "torch" + suffix)
+        if jax and torch:
+            return ", ".join(f"{100 * (jax[x]['ms'] / torch[x]['ms'] - 1):+.1f} %" for x in DIRECTIONS)
+    return ""
 
 
 def _per_flop(rows, case, implementation):

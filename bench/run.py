@@ -1,24 +1,26 @@
 """Times one rank's attention, this library's and others', on the bench cases, after checking what each computes.
 
     python bench/run.py [--quick] [--cases NAME ...] [--implementations NAME ...] [--json FILE] [--plots FOLDER]
+                        [--processes N]
 
 Needs a GPU. An implementation that cannot run here, or whose results are wrong, gets a row that says so. Ends with
 status 1 if that is one of this library's. docs/guide/benchmarking.md says how to read the table.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import gc
 import importlib.metadata
 import json
-import multiprocessing
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,15 +30,17 @@ from tqdm import tqdm
 
 from bench import report, timing
 from bench.compare import IMPLEMENTATIONS, TORCH, Unavailable, prepare
-from tests.support.cases import BENCH, CASES, QUICK
+from bench.slices import scores_of
+from bench.waves import in_waves
+from tests.support.cases import BENCH, CASES, MASKS, QUICK
 from zigzag_kernels import cost
 
-PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "nvidia-cudnn-cu13"
+PACKAGES = "torch", "triton", "jax", "jax-triton", "flash-attn3-jax", "flash-attn-4", "nvidia-cudnn-cu13"
 FLOPS = dict(zip(report.DIRECTIONS, (cost.forward_flops, cost.backward_flops), strict=True))
 MOST_SETS = 8
 QUICK_ROUNDS = 9
-FLEX = "flex-torch"
-WORKERS = 8  # processes that compile at the same time, each with some GiB of host memory
+GRAPH_BELOW_MS = 5  # calls that take longer keep the GPU busy, however slow the host is
+PROCESSES = 8  # that compile at the same time, each with some GiB of host memory and the arrays of a case
 
 
 def rank_of(case):
@@ -100,6 +104,54 @@ def sampler(ready, direction, device):
     return one_round
 
 
+def graphs(ready, case, rank, sets, direction):
+    """Return replays of CUDA graphs, one for each set of inputs; `AssertionError` unless they equal eager calls.
+
+    All arrays are made anew on the stream of the capture: autograd goes back on the stream of the forward pass.
+    """
+    stream, replays = torch.cuda.Stream(), []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), ready.planning:
+        for calls in ready.implementation.make(case, rank, sets):
+            call = getattr(calls, direction)
+            expected = call()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                kept = call()
+            graph.replay()
+            both = ([x] if isinstance(x, torch.Tensor) else x for x in (kept, expected))
+            for got, wanted in zip(*both, strict=True):
+                timing.check_close(f"{case}: {direction} of a CUDA graph", got, wanted)
+            replays.append(functools.partial(_replay, graph, kept, calls))
+    return replays
+
+
+def _replay(graph, *kept):
+    """Replay `graph`; `kept` is memory that it uses."""
+    graph.replay()
+
+
+def graph_sampler(ready, case, rank, sets, direction, eager, device):
+    """Return a call that times one round of CUDA graphs; None for long calls, JAX, and what cannot be captured."""
+    if device != "cuda" or ready.implementation.framework != TORCH or eager() > GRAPH_BELOW_MS:
+        return None
+    try:
+        replays = graphs(ready, case, rank, sets, direction)
+    except Exception as error:  # of other libraries, too; of this one a wrong result is a failure
+        if ready.implementation.ours:
+            raise
+        print(f"{case}, {ready.name}: no CUDA graph: {_in_a_line(error)}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return None
+    count = timing.calls_per_round(timing.cuda_sample(replays, len(replays)))
+    return functools.partial(timing.cuda_sample, replays, count)
+
+
+def _in_a_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def check(case, rank, ready, expected, done):
     """Raise `AssertionError` unless the results are right, and equal the other framework's bit for bit.
 
@@ -111,16 +163,23 @@ def check(case, rank, ready, expected, done):
         timing.check(case, rank, kv_head, results, right)
     twin = ready.implementation.twin
     if twin in done:
-        for name, a, b in zip(timing.NAMES, results, done[twin], strict=True):
+        for name, a, b in zip(timing.NAMES[: len(results)], results, done[twin], strict=True):
             assert torch.equal(a, b), f"{name} is not that of {twin} bit for bit"
     return results
 
 
-def set_up(case, rank, sets, names, device, tick):
-    """Prepare the implementations `names`: return two dicts.
+class Timed(NamedTuple):
+    """One direction of an implementation that was checked: calls that time a round, and its other numbers."""
 
-    They are {name: {direction: (sampler, MiB, host ms)}} of the ones that work, and {name: reason} of the others.
-    """
+    eager: Callable[[], float]
+    graph: Callable[[], float] | None
+    peak_mib: float | None
+    host_ms: float
+
+
+def set_up(case, names, device):
+    """Check the implementations `names`: return {(name, direction): Timed} and {name: reason} of the others."""
+    rank, sets = rank_of(case), make_sets(case, device)
     expected = {kv_head: timing.exact(case, rank, kv_head, *sets[0]) for kv_head in {0, case.kv_heads - 1}}
     working, reasons, done = {}, {}, {}
     for name in names:
@@ -129,27 +188,28 @@ def set_up(case, rank, sets, names, device, tick):
             results = check(case, rank, ready, expected, done)
             if IMPLEMENTATIONS[name].ours:
                 done[name] = results
-            working[name] = {}
+            made = {}
             for x in report.DIRECTIONS:
                 with ready.planning:
                     memory = peak_mib(getattr(ready.calls[0], x), ready.implementation.framework, device)
-                working[name][x] = sampler(ready, x, device), memory, time_host(ready, x, device)
+                eager = sampler(ready, x, device)
+                graph = graph_sampler(ready, case, rank, sets, x, eager, device)
+                made[name, x] = Timed(eager, graph, memory, time_host(ready, x, device))
+            working |= made
         except Unavailable as error:
             reasons[name] = f"not available: {error}"
         except Exception as error:  # whatever another library raises is a row, not the end of the run
-            working.pop(name, None)
-            reasons[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        tick(f"{case}: {name}")
+            reasons[name] = f"failed: {_in_a_line(error)}"
     return working, reasons
 
 
-def measure(case, names, device, matmul, rounds, tick):
-    """The rows of one case; `tick(what)` is called len(names) + rounds + 1 times."""
-    rank = rank_of(case)
-    working, reasons = set_up(case, rank, make_sets(case, device), names, device, tick)
-    samplers = {(name, x): one_round for name, found in working.items() for x, (one_round, *_) in found.items()}
-    times = timing.in_turns(samplers, functools.partial(tick, f"{case}: timing"), rounds)
-    scores = cost.unmasked_scores(case.lengths, rank, case.world_size, case.causal)
+def measure(case, names, found, matmul, rounds):
+    """Return the rows of one case; `found` is its `set_up`."""
+    working, reasons = found
+    samplers = {(*key, False): timed.eager for key, timed in working.items()}
+    samplers |= {(*key, True): timed.graph for key, timed in working.items() if timed.graph}
+    times = timing.in_turns(samplers, rounds=rounds)
+    scores = scores_of(case, rank_of(case))
     rows = []
     for name in names:
         for direction in report.DIRECTIONS:
@@ -157,12 +217,18 @@ def measure(case, names, device, matmul, rounds, tick):
             if name in reasons:
                 rows.append(row | {"status": reasons[name]})
                 continue
-            summary = report.summarise(times[name, direction])
+            timed, summary = working[name, direction], report.summarise(times[name, direction, False])
             tflops = FLOPS[direction](scores, case.heads, case.head_dim) / summary["ms"] / 1e9
-            _, memory, host = working[name][direction]
-            row |= {"status": report.OK, **summary, "host_ms": host}
-            rows.append(row | {"tflops": tflops, "of_matmul": tflops / matmul, "peak_mib": memory})
+            graph = statistics.median(times[name, direction, True]) if timed.graph else None
+            row |= {"status": report.OK, **summary, "graph_ms": graph, "host_ms": timed.host_ms}
+            rows.append(row | {"tflops": tflops, "of_matmul": tflops / matmul, "peak_mib": timed.peak_mib})
     return rows
+
+
+def failed_rows(case, names, error):
+    """Return the rows of a case that could not be set up or timed at all."""
+    row = {"case": case.name, "status": f"failed: {_in_a_line(error)}"}
+    return [{**row, "implementation": name, "direction": x} for name in names for x in report.DIRECTIONS]
 
 
 def clean():
@@ -173,41 +239,22 @@ def clean():
         torch.cuda.empty_cache()
 
 
-def warm_one(name, case):
-    """Compile what `name` needs for `case`; what goes wrong here will again, where it is reported."""
-    with contextlib.suppress(Exception):
-        ready = prepare(name, case, rank_of(case), [timing.inputs(case)])
-        with ready.planning:
-            ready.calls[0].results()
+_found = {}  # {name of a case: its `set_up`} in this process
+
+
+def prepare_case(case, names, device):
+    _found[case.name] = set_up(case, names, device)
+
+
+def measure_case(case, names, matmul, rounds):
+    rows = measure(case, names, _found.pop(case.name), matmul, rounds)
     clean()
+    return rows
 
 
 def _one_thread():
     """Keep PyTorch from starting processes to compile in: this process compiles itself."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-
-
-def warm(cases, names):
-    """Compile for PyTorch in several processes, which leave it in caches on disk, and meanwhile for JAX in this one."""
-    kernels, shapes = {}, {}  # a case for each set of kernels, and for each shape: FlexAttention is compiled for one
-    for case in cases:
-        sizes = case.heads, case.kv_heads, case.head_dim, case.dtype, case.causal, case.world_size
-        kernels.setdefault(sizes, case)
-        shapes.setdefault((*sizes, case.tokens), case)
-    tasks = [(name, case) for name in names if IMPLEMENTATIONS[name].ours for case in kernels.values()]
-    tasks += [(name, case) for name in names if name == FLEX for case in shapes.values()]
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=len(tasks), desc="compiling", unit="case") as bar,
-        concurrent.futures.ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context, _one_thread) as pool,
-    ):
-        futures = [pool.submit(warm_one, *task) for task in tasks if IMPLEMENTATIONS[task[0]].framework == TORCH]
-        for task in tasks:
-            if IMPLEMENTATIONS[task[0]].framework != TORCH:
-                warm_one(*task)
-                bar.update()
-        for _ in concurrent.futures.as_completed(futures):
-            bar.update()
 
 
 def machine(device):
@@ -232,6 +279,7 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="only the few cases that matter most")
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
     parser.add_argument("--implementations", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
+    parser.add_argument("--processes", type=int, metavar="N", help="that compile side by side; one a case at a time")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--plots", type=Path, help="draw throughput.png and speedup.png into this folder")
     return parser.parse_args(arguments)
@@ -239,31 +287,31 @@ def parse(arguments):
 
 def main(arguments=None, device="cuda"):
     options, start = parse(arguments), time.monotonic()
-    cases = {case.name: case for case in CASES if case.tags & (QUICK if options.quick else BENCH)}
+    cases = {case.name: case for case in CASES + MASKS if case.tags & (QUICK if options.quick else BENCH)}
     cases = [cases[name] for name in chosen(list(cases), options.cases)]
     names = chosen(list(IMPLEMENTATIONS), options.implementations)
     ours = [name for name in names if IMPLEMENTATIONS[name].ours]
     about = machine(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    if device == "cuda":
-        warm(cases, names)
     about["matmul_tflops"] = matmul = timing.matmul_tflops(torch.bfloat16, 8192 if device == "cuda" else 64, device)
     rows, rounds = [], QUICK_ROUNDS if options.quick else timing.ROUNDS
-    with tqdm(total=len(cases) * (len(names) + rounds + 1), unit="step") as bar:
-
-        def tick(what):
-            bar.set_description(what)
-            bar.update()
-
-        for case in cases:
-            rows += measure(case, names, device, matmul, rounds, tick)
-            clean()
-            if options.json:  # after every case, so that a run cut short leaves what it has measured
-                written = {"machine": about, "headlines": report.headlines(rows, ours), "rows": rows}
-                options.json.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    processes = options.processes or (min(PROCESSES, os.cpu_count() or 1, len(cases)) if device == "cuda" else 1)
+    waves = in_waves(
+        cases,
+        processes,
+        functools.partial(prepare_case, names=names, device=device),
+        functools.partial(measure_case, names=names, matmul=matmul, rounds=rounds),
+        _one_thread,
+    )
+    for case, found in tqdm(waves, total=len(cases), unit="case"):
+        rows += failed_rows(case, names, found) if isinstance(found, Exception) else found
+        if options.json:  # after every case, so that a run cut short leaves what it has measured
+            written = {"machine": about, "headlines": report.headlines(rows, ours), "rows": rows}
+            options.json.write_text(json.dumps(written, indent=1), encoding="utf-8")
     print(f"\nmatrix product, bfloat16: {matmul:.1f} TFLOP/s\n", *report.table(rows), sep="\n")
     print("", *report.missing(rows), "", sep="\n")
     print(*report.headlines(rows, ours), sep="\n")
+    print("", *report.winners(rows), sep="\n")
     print(f"\n{time.monotonic() - start:.0f} s in all")
     if options.plots:
         report.save_plots(options.plots, rows, matmul)

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 
 import zigzag_torch
-from zigzag_kernels.layout import row_position
+from bench.slices import form_of
 from zigzag_torch import dense, reference
-from zigzag_torch.shard import sequence_of_rows
+from zigzag_torch.shard import place_of_rows
 
 ROUNDS, CALLS = 7, 8
 ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls takes, and how many it may be
 HOST_BURSTS, HOST_CALLS, HOST_SECONDS = 20, 8, 0.5  # to see what a call costs the host, and when fewer bursts will do
 SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
-NAMES = "out", "dq", "dk", "dv"
+NAMES = "out", "dq", "dk", "dv", "dsinks"  # the last one of cases with sinks
 CLOSE = 5e-3  # relative error that bfloat16 arithmetic may leave
 
 
@@ -27,7 +27,7 @@ class Calls(NamedTuple):
 
     forward: Callable[[], object]
     backward: Callable[[], object]  # of one forward pass, again and again
-    results: Callable[[], tuple[torch.Tensor, ...]]  # out, dq, dk, dv
+    results: Callable[[], tuple[torch.Tensor, ...]]  # of `NAMES`
 
 
 def require_gpu() -> str:
@@ -49,9 +49,22 @@ def inputs(case, device="cuda", seed=0):
     return *arrays, torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device)
 
 
-def autograd_calls(attend, q, k, v, dout):
-    """`Calls` of a differentiable `attend(q, k, v) -> out`, forward with what training keeps for the backward pass."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+def sinks_of(case, device="cuda"):
+    """Return (sinks `[heads]`,) of a case that has them, the same in each call, else ()."""
+    if not case.sinks:
+        return ()
+    generator = torch.Generator(device).manual_seed(0)
+    return (torch.randn(case.heads, device=device, generator=generator).to(getattr(torch, case.dtype)),)
+
+
+def options_of(case):
+    """Return the keyword arguments of an attention call that say which keys its rows see, besides sinks."""
+    return {name: getattr(case, name) for name in ("causal", "window_size", "attention_chunk", "softcap", "layout")}
+
+
+def autograd_calls(attend, leaves, dout):
+    """`Calls` of a differentiable `attend(*leaves) -> out`, forward with what training keeps for the backward pass."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
     out = attend(*leaves)
 
     def backward():
@@ -62,49 +75,50 @@ def autograd_calls(attend, q, k, v, dout):
 
 def torch_calls(case, rank, q, k, v, dout, cu_seqlens, *, backend=None, deterministic=True):
     """`Calls` of this library in PyTorch, for `rank`."""
-    batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend)
+    batch = zigzag_torch.prepare_batch(cu_seqlens, rank, case.world_size, backend=backend, **form_of(case))
+    options = options_of(case) | {"backend": backend, "deterministic": deterministic}
 
-    def attend(q, k, v):
-        return zigzag_torch.zigzag_attention_gathered(
-            q, k, v, batch, rank, case.world_size, causal=case.causal, backend=backend, deterministic=deterministic
-        )
+    def attend(q, k, v, sinks=None):
+        return zigzag_torch.zigzag_attention_gathered(q, k, v, batch, rank, case.world_size, sinks=sinks, **options)
 
-    return autograd_calls(attend, q, k, v, dout)
+    return autograd_calls(attend, (q, k, v, *sinks_of(case, q.device)), dout)
 
 
 def places(case, rank, cu_seqlens):
-    """(sequence, position) of the local rows of `rank`, and of the gathered ones; sequence -1 is padding."""
-    sequence, offset, length = sequence_of_rows(cu_seqlens, case.world_size, case.tokens)
-    slots = torch.arange(case.world_size, device=cu_seqlens.device)[:, None]
-    positions = row_position(offset, length, slots, case.world_size).expand(case.world_size, -1).flatten()
-    return (sequence, row_position(offset, length, rank, case.world_size)), (
-        sequence.repeat(case.world_size),
-        positions,
+    """(document, position) of the local rows of `rank`, and of the gathered ones; document -1 is padding."""
+    ranks, row_length = torch.arange(case.world_size, device=cu_seqlens.device), form_of(case).get("row_length")
+    both = (
+        place_of_rows(cu_seqlens, of, case.world_size, case.tokens, row_length)
+        for of in (ranks[rank : rank + 1], ranks[:, None])
     )
+    return [reference.Places(*(x.reshape(-1) for x in found)) for found in both]
 
 
 def exact(case, rank, kv_head, q, k, v, dout, cu_seqlens):
-    """out, dq `[T, group, head_dim]` and dk, dv `[W * T, 1, head_dim]` of one KV head and its query heads, in float32.
+    """out, dq `[T, group, head_dim]`, dk, dv `[W * T, 1, head_dim]` of one KV head and its query heads, in float32.
 
-    By plain PyTorch, a block of query rows at a time, because all scores of a long sequence would not fit.
+    With sinks, dsinks `[group]` too. By plain PyTorch, a block of query rows at a time, because all scores of a long
+    sequence would not fit.
     """
     rows, keys = places(case, rank, cu_seqlens)
     group = case.heads // case.kv_heads
     mine = slice(kv_head * group, (kv_head + 1) * group)
     k, v = (x[:, kv_head : kv_head + 1].float().requires_grad_() for x in (k, v))
-    outs, dqs, dk, dv = [], [], torch.zeros_like(k), torch.zeros_like(v)
+    sinks = [x[mine].float().requires_grad_() for x in sinks_of(case, q.device)]
+    outs, dqs, sums = [], [], [torch.zeros_like(x) for x in (k, v, *sinks)]
     block = max(1, SCORES // (group * case.total))
+    mask = reference.Mask(case.causal, case.window_size, case.attention_chunk)
     for chosen in torch.arange(case.tokens, device=q.device).split(block):
         one = q[chosen, mine].float().requires_grad_()
-        chosen_rows = reference.Places(*(x[chosen] for x in rows))
-        visible = reference.see(reference.Mask(case.causal, case.window_size), chosen_rows, reference.Places(*keys))
-        out, *_ = dense.dense_forward(one, k, v, visible, None, case.head_dim**-0.5, 0.0)
-        dq, *more = torch.autograd.grad(out, (one, k, v), dout[chosen, mine].float())
-        for total, x in zip((dk, dv), more, strict=True):
+        visible = reference.see(mask, reference.Places(*(x[chosen] for x in rows)), keys)
+        arguments = visible, *(sinks or [None]), case.head_dim**-0.5, case.softcap
+        out, *_ = dense.dense_forward(one, k, v, *arguments)
+        dq, *more = torch.autograd.grad(out, (one, k, v, *sinks), dout[chosen, mine].float())
+        for total, x in zip(sums, more, strict=True):
             total += x
         outs.append(out.detach())
         dqs.append(dq)
-    return torch.cat(outs), torch.cat(dqs), dk, dv
+    return torch.cat(outs), torch.cat(dqs), *sums
 
 
 def check_close(name, got, expected):
@@ -114,12 +128,13 @@ def check_close(name, got, expected):
 
 
 def check(case, rank, kv_head, results, expected):
-    """Raise `AssertionError` unless `results` (out, dq, dk, dv) agree with the results of `exact` in one KV head."""
+    """Raise `AssertionError` unless `results` of `NAMES` agree with the results of `exact` in one KV head."""
     group = case.heads // case.kv_heads
-    for name, got, right in zip(NAMES, results, expected, strict=True):
-        heads = group if name in ("out", "dq") else 1
-        mine = got[:, kv_head * heads : (kv_head + 1) * heads]
-        check_close(f"{case}, rank {rank}: {name} of KV head {kv_head}", mine, right)
+    for name, got, right in zip(NAMES[: len(expected)], results, expected, strict=True):
+        heads = 1 if name in ("dk", "dv") else group
+        mine = slice(kv_head * heads, (kv_head + 1) * heads)
+        of_head = got[mine] if name == "dsinks" else got[:, mine]
+        check_close(f"{case}, rank {rank}: {name} of KV head {kv_head}", of_head, right)
 
 
 def milliseconds(call, wait):

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from bench import compare, report, run, timing
 from bench.compare import IMPLEMENTATIONS, Unavailable
 from bench.planning import Planning
-from tests.support.cases import BENCH, CASES, QUICK, Case
+from bench.slices import scores_of
+from tests.support.cases import BENCH, CASES, MASKS, QUICK, Case
 from tests.support.machine import GPU
 from zigzag_kernels.modes import Operation
 from zigzag_kernels.plan import operation, planner
 from zigzag_kernels.tiles.config import KernelId, TileConfig
+from zigzag_torch import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, whose attentions are compared
 DEVICE, BACKEND = ("cuda", None) if GPU else ("cpu", "interpret")
@@ -33,6 +36,7 @@ PEERS = "unfused", "flash2-torch"
 @pytest.fixture
 def short_rounds(monkeypatch):
     monkeypatch.setattr(compare, "BACKEND", BACKEND)
+    monkeypatch.setattr(run, "MASKS", [])
     monkeypatch.setattr(timing, "ROUNDS", 2)
     monkeypatch.setattr(run, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(timing, "ROUND_MS", 1)
@@ -43,7 +47,7 @@ def make_rows(cases, times):
     """Rows as a run makes them; `times` {implementation: (forward ms, backward ms)} of every case, at 1e9 FLOPs."""
     return [
         {"case": case, "implementation": name, "direction": direction, "status": "ok", "ms": ms, "low_ms": ms,
-         "high_ms": 1.5 * ms, "host_ms": 0.1, "tflops": 1 / ms, "of_matmul": 0.5, "peak_mib": None}
+         "high_ms": 1.5 * ms, "graph_ms": None, "host_ms": 0.1, "tflops": 1 / ms, "of_matmul": 0.5, "peak_mib": None}
         for case in cases for name, both in times.items() for direction, ms in zip(report.DIRECTIONS, both, strict=True)
     ]  # fmt: skip
 
@@ -56,7 +60,15 @@ def test_a_whole_run(short_rounds, monkeypatch, tmp_path, capsys):
     """Every implementation gives a row, and what cannot run says why."""
     monkeypatch.setattr(run, "CASES", [replace(TINY, tags=BENCH | QUICK), replace(FULL, tags=BENCH)])
     names = "torch", "jax", "torch-hopper", "unfused", "flash2-torch", "cudnn-torch"
-    arguments = ["--quick", "--json", str(tmp_path / "rows.json"), "--plots", str(tmp_path / "plots")]
+    arguments = [
+        "--quick",
+        "--processes",
+        "1",
+        "--json",
+        str(tmp_path / "rows.json"),
+        "--plots",
+        str(tmp_path / "plots"),
+    ]
     assert run.main([*arguments, "--implementations", *names], DEVICE) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     keys = [(row["case"], row["implementation"], row["direction"]) for row in rows]
@@ -66,6 +78,7 @@ def test_a_whole_run(short_rounds, monkeypatch, tmp_path, capsys):
     assert status["torch-hopper"] == "not available: no kernel for Hopper serves here"
     assert status["cudnn-torch"].startswith("not available: not expressible")
     assert all(0 < row["low_ms"] <= row["ms"] <= row["high_ms"] for row in rows if row["status"] == "ok")
+    assert all((row["graph_ms"] is not None) == GPU for row in rows if row["implementation"] == "torch")
     assert all((tmp_path / "plots" / name).stat().st_size > 5000 for name in ("throughput.png", "speedup.png"))
     printed = capsys.readouterr().out
     assert "jax: forward + backward against the unfused path: long rectangle" in printed
@@ -100,13 +113,58 @@ def test_every_set_of_inputs_has_its_own_calls(name, monkeypatch):
 def test_the_mask_of_flex_attention(monkeypatch):
     """Its forward in plain PyTorch, as a CPU has no gradient of it."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(compare, "autograd_calls", lambda attend, q, k, v, dout: attend(q, k, v))
+    monkeypatch.setattr(compare, "autograd_calls", lambda attend, leaves, dout: attend(*leaves))
     for case in (replace(TINY, dtype="float32"), replace(FULL, dtype="float32")):
         tensors = timing.inputs(case, DEVICE)
         for rank in range(case.world_size):
             (out,) = compare.flex_torch(case, rank, [tensors])
             expected, *_ = timing.exact(case, rank, 1, *tensors)
             timing.check_close("out", out[:, 2:], expected)
+
+
+def small(case):
+    """A short batch of the kind of `case`, whose window hides keys."""
+    lengths = tuple(max(length // 512, 16) // 16 * 16 for length in case.lengths)
+    window = tuple(min(side, 21) for side in case.window_size)
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float16"}
+    return replace(case, lengths=lengths, window_size=window, **sizes)
+
+
+MASKED = [small(case) for case in MASKS if case.has_options and case.head_dim != 256]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_are_checked_in_both_frameworks(case, monkeypatch, each_launch_once):
+    monkeypatch.setattr(compare, "BACKEND", BACKEND)
+    tensors, done = timing.inputs(case, DEVICE), {}
+    expected = {kv_head: timing.exact(case, run.rank_of(case), kv_head, *tensors) for kv_head in range(2)}
+    for name in ("torch", "jax"):
+        ready = compare.prepare(name, case, run.rank_of(case), [tensors])
+        done[name] = run.check(case, run.rank_of(case), ready, expected, done)
+    wrong = ready._replace(calls=[ready.calls[0]._replace(results=lambda: [1.1 * x for x in done["torch"]])])
+    with pytest.raises(AssertionError, match="out of KV head 0 is off"):
+        run.check(case, run.rank_of(case), wrong, expected, {})
+
+
+def test_flash_attention_4_gets_the_keys_that_each_row_sees(monkeypatch):
+    """The stand-in knows packed batches alone; its mask too is aligned to the last key."""
+
+    def attend(q, k, v, *, learnable_sink, window_size, softcap, deterministic, causal, **lengths):
+        assert (learnable_sink, softcap, deterministic) == (None, 0.0, True)
+        window = tuple(-1 if side is None else side for side in window_size)
+        mask = compare.flash2.Mask(causal, window)
+        out, _ = compare.flash2.forward(q, k, v, compare.flash2.Lengths(*lengths.values()), mask, q.shape[-1] ** -0.5)
+        return out, None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace(flash_attn_varlen_func=attend))
+    for case in [TINY, FULL, THREE, *(case for case in MASKED if not case.sinks and not case.softcap)]:
+        for rank in range(case.world_size):
+            tensors = timing.inputs(case, DEVICE)
+            ready = compare.prepare("flash4-deterministic", case, rank, [tensors])
+            timing.check(case, rank, 1, ready.calls[0].results(), timing.exact(case, rank, 1, *tensors))
+            mask = compare.flash2.Mask(case.causal, case.window_size)
+            assert scores_of(case, rank) == reference.see(mask, *timing.places(case, rank, tensors[-1])).sum()
 
 
 def test_the_exact_one_in_blocks_of_rows(monkeypatch):
@@ -130,9 +188,10 @@ def test_wrong_results_and_errors_are_rows_and_the_run_goes_on(short_rounds, mon
     monkeypatch.setattr(run, "CASES", [replace(TINY, tags=BENCH)])
     for name, make in (("torch", wrong), ("flash2-torch", broken)):
         monkeypatch.setitem(IMPLEMENTATIONS, name, replace(IMPLEMENTATIONS[name], make=make))
-    assert run.main(["--implementations", "flash2-torch", "unfused"], DEVICE) == 0
+    here = "--processes", "1", "--implementations"
+    assert run.main([*here, "flash2-torch", "unfused"], DEVICE) == 0
     assert "flash2-torch: failed: MemoryError: out of memory (all cases)" in capsys.readouterr().out
-    assert run.main(["--implementations", "torch", "unfused"], DEVICE) == 1
+    assert run.main([*here, "torch", "unfused"], DEVICE) == 1
     printed = capsys.readouterr()
     assert "rectangle-d128, torch, forward: failed: AssertionError: rectangle-d128, rank 0: out of KV" in printed.err
     assert "| rectangle-d128 | unfused |" in printed.out
@@ -140,7 +199,8 @@ def test_wrong_results_and_errors_are_rows_and_the_run_goes_on(short_rounds, mon
 
 def test_frameworks_that_differ_fail(short_rounds, monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "jax", replace(IMPLEMENTATIONS["flash2-torch"], twin="torch", ours=True))
-    rows = run.measure(TINY, ["torch", "jax"], DEVICE, 1.0, 2, lambda _: None)
+    names = ["torch", "jax"]
+    rows = run.measure(TINY, names, run.set_up(TINY, names, DEVICE), 1.0, 2)
     for row in rows[2:]:  # which of the results differs first depends on the GPU
         assert re.match(r"failed: AssertionError: (out|dq|dk|dv) is not that of torch bit for bit", row["status"])
 
@@ -155,7 +215,8 @@ def test_filters():
 def test_cases_vary_one_thing_and_the_quick_ones_have_every_headline():
     quick = {case.name for case in CASES if case.tags & QUICK}
     assert {*report.HEADLINES, *report.SMALL, report.LONG} <= quick
-    timed = [case for case in CASES if case.tags & BENCH]
+    timed = [case for case in CASES + MASKS if case.tags & BENCH]
+    assert len({case.name for case in timed}) == len(timed)
     assert len({replace(case, name="") for case in timed}) == len(timed)
     assert quick <= {case.name for case in timed}
 
@@ -176,8 +237,28 @@ def test_table_and_what_is_missing():
     rows += [missing_row(case, "flex", x, "failed: Oops: x") for case in ("one", "two") for x in report.DIRECTIONS]
     rows += [missing_row("two", "cudnn", x, "not available: y") for x in report.DIRECTIONS]
     *_, line = report.table(rows)
-    assert line == "| two | torch | 2.000 | 50.0 % | 0 | 50 % | 0.100 | – | 4.000 | 50.0 % | 0 | 50 % | 0.100 | – |"
+    cells = "2.000 | 50.0 % | – | 0 | 50 % | 0.100 | – | 4.000 | 50.0 % | – | 0 | 50 % | 0.100 | –"
+    assert line == f"| two | torch | {cells} |"
     assert report.missing(rows) == ["flex: failed: Oops: x (all cases)", "cudnn: not available: y (two)"]
+
+
+def test_the_table_of_who_wins():
+    """CUDA graphs count where both have one, portable kernels where no kernel for Hopper was timed."""
+    theirs = {"flash4-torch": (2, 6), "flash4-deterministic": (2, 9)}
+    rows = make_rows(["long"], theirs | {"torch": (9, 9), "torch-hopper": (1, 6), "torch-fused": (9, 5)})
+    rows += make_rows(["wide"], theirs | {"torch": (4, 12), "jax": (4.1, 11)})
+    rows += make_rows(["alone"], {"torch": (4, 12)})
+    for row in rows:
+        if (row["case"], row["direction"], row["implementation"]) != ("wide", "forward", "torch"):
+            row["graph_ms"] = row["ms"] / (
+                4 if row["case"] == "long" and row["implementation"] == "torch-hopper" else 2
+            )
+    _, _, *lines = report.winners(rows)
+    assert lines == [
+        "| long | 4.00 | 3.00 | 1.20 |  | this library |",
+        "| wide | 0.50 | 0.75 | 0.50 | +2.5 %, -8.3 % | FlashAttention-4 |",
+    ]
+    assert report.winners(make_rows(["alone"], {"torch": (4, 12)})) == []
 
 
 def test_every_implementation_has_a_colour_of_its_own():

@@ -165,6 +165,25 @@ _BENCH_CASES = (
     _bench("rectangle-fp16", dtype="float16"),
 )
 
+# Masks of models: gpt-oss (window 128, sinks), Mistral (4,096), Gemma 2 (a cap) and Gemma 3 (1,024, head_dim 256); on
+# one device, and as the share of a rank. The same lengths without a mask show what a mask gains.
+MASKS = (
+    _bench("full-d128", (16384,), world_size=1),
+    _bench("full-4x4k-d128", (4096,) * 4, world_size=1),
+    _bench("window4096-d128", (16384,), world_size=1, window_size=(4095, 0)),
+    _bench("window1024-d128", (16384,), world_size=1, window_size=(1023, 0)),
+    _bench("softcap-d128", (16384,), world_size=1, softcap=50.0),
+    _bench("documents16-window-d128", (1024,) * 16, world_size=1, window_size=(1023, 0)),
+    _bench("full-d64", (16384,), world_size=1, heads=64, head_dim=64),
+    _bench("sinks-d64", (16384,), world_size=1, heads=64, head_dim=64, sinks=True),
+    _bench("window128-d64", (16384,), world_size=1, heads=64, head_dim=64, window_size=(127, 0)),
+    _bench("window128-sinks-d64", (16384,), world_size=1, heads=64, head_dim=64, window_size=(127, 0), sinks=True),
+    _bench("window1024-d256", (16384,), world_size=1, heads=16, head_dim=256, window_size=(1023, 0)),
+    _bench("softcap-d256", (16384,), world_size=1, heads=16, head_dim=256, softcap=50.0),
+    _bench("eighth-window1024-d128", window_size=(1023, 0)),
+    _bench("documents-row-d128", DOCUMENTS, layout="row"),
+)
+
 CASES = (
     # One device: plain packed attention, any length.
     Case(name="w1", world_size=1, lengths=(37, 11), heads=4, kv_heads=2, softmax_scale=0.4),
