@@ -156,7 +156,7 @@ def prepare_batch(
         rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
             of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.
         method: as in the attention calls. None is "halo" if the host knows that it serves the windows that are named
-            here, in the row layout or from offsets on the host, and otherwise "allgather".
+            here, in the row layout, for a plan or from offsets on the host, and otherwise "allgather".
         group: as in the attention calls. Every rank of it makes this call, and the ranks compare their `cu_seqlens` on
             the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
         backend: as in the attention calls.
@@ -184,7 +184,8 @@ def prepare_batch(
             options |= {"lengths": _copied(lengths), "layout": layout, "row_length": row_length, "rows": rows}
             options |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
             return prepare_batch(_copied(cu_seqlens), _copied(rank), world_size, **options)  # pyright: ignore
-    place, parts, tokens, plan, documents = place_in(group), None, 0, cu_seqlens, None
+    place, parts, plan, documents = place_in(group), None, cu_seqlens, None
+    tokens, sizes = 0, None
     try:
         if method is not None:
             check_method(method)
@@ -196,7 +197,7 @@ def prepare_batch(
             if isinstance(cu_seqlens, DocumentPlan):
                 documents = [*cu_seqlens.split_cu_seqlens], [*cu_seqlens.split_lengths]
             parts = _as_parts(cu_seqlens, rank, world_size, place, device)
-            tokens = parts.tokens
+            tokens, sizes = parts.tokens, parts.sizes
             cu_seqlens, lengths, parts = _one_part(parts, place.world_size if world_size is None else world_size)
         given = cu_seqlens
         if place.group_name is None:
@@ -217,7 +218,7 @@ def prepare_batch(
             _check_host_rows(given, form, world_size)
         reach = window_size, attention_chunk, max_seqlen
         packed = form.row_length, form.rows
-        method, halo, promised = halo_of_batch(method, reach, documents or (given, lengths), packed, world_size)
+        method, halo, promised = halo_of_batch(method, reach, documents or (given, lengths), packed, world_size, sizes)
         if lengths is not None:
             lengths = as_lengths(lengths, given, cu_seqlens.device)
         backend = launch.choose_backend(backend, cu_seqlens.device)

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 
 from zigzag_kernels.checks import check_int, check_layout, check_rank, check_world_size, dtype_name
 from zigzag_kernels.documents import DocumentPlan, check_labels, check_not_shifted, deal_documents, fingerprint
+from zigzag_kernels.halo import sizes_of_documents
 
 from .arguments import check_tensor
 from .batch import Batch, prepare_batch
@@ -42,6 +43,8 @@ class ShardedBatch:
         rank, world_size: the place that the rows are for.
         layout: "document" or "row". In the row layout all documents count as split.
         whole_tokens: rows for whole documents, the first ones of each rank.
+        shortest_chunk: the fewest rows of a chunk of split documents that needs a halo, by which `prepare` chooses a
+            method; 0 in the row layout.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +61,7 @@ class ShardedBatch:
     world_size: int
     layout: str
     whole_tokens: int
+    shortest_chunk: int = 0
 
     @property
     def row_length(self) -> int | None:
@@ -68,7 +72,7 @@ class ShardedBatch:
     def parts(self) -> Parts:
         """The offsets of whole and split documents, for `prepare_batch`, unless the layout is "row"."""
         offsets = self.whole_cu_seqlens, self.cu_seqlens, self.lengths
-        return Parts(*offsets, self.whole_tokens, len(self.input_ids))
+        return Parts(*offsets, self.whole_tokens, len(self.input_ids), self.shortest_chunk)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ShardedBatch":
         """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
@@ -144,7 +148,7 @@ class ShardedBatch:
         return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
 
 
-_CONSTANTS = "rank", "world_size", "layout", "whole_tokens"
+_CONSTANTS = "rank", "world_size", "layout", "whole_tokens", "shortest_chunk"
 _TENSORS = tuple(field.name for field in dataclasses.fields(ShardedBatch) if field.name not in _CONSTANTS)
 
 
@@ -250,6 +254,7 @@ def shard_documents(
         world_size=world_size,
         layout=layout.value,
         whole_tokens=packed.whole_tokens if is_plan else 0,
+        shortest_chunk=sizes_of_documents(*split, world_size).shortest_chunk if is_plan else 0,
     )
 
 

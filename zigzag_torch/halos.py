@@ -14,13 +14,18 @@ HostValues = tuple[list[int], list[int] | None]
 
 
 def halo_of_batch(
-    method: str | None, reach: tuple, documents: tuple, packed: tuple[int, int], world_size: int
+    method: str | None,
+    reach: tuple,
+    documents: tuple,
+    packed: tuple[int, int],
+    world_size: int,
+    sizes: HostSizes | None = None,
 ) -> tuple[str, int, int]:
     """Return (method, rows before a chunk that its rows may see, promised most real tokens of a document).
 
     `reach` is (window_size, attention_chunk, max_seqlen), `documents` are (cu_seqlens, lengths) as callers give them,
-    `packed` is (row_length, rows), 0 without a length. Method None is chosen. Raises `ValueError` for limits out of
-    range, and for documents on the host that halos do not serve.
+    `packed` is (row_length, rows), 0 without a length. Method None is chosen, by the `sizes` of a plan if there are
+    any. Raises `ValueError` for limits out of range, and for documents on the host that halos do not serve.
     """
     window_size, attention_chunk, max_seqlen = reach
     on_host = None
@@ -28,7 +33,7 @@ def halo_of_batch(
     if rows_seen is not None:  # nothing else depends on the documents
         on_host = _values(*documents)
     if method is None:
-        method = halo.choose_method(rows_seen, _sizes(on_host, packed, world_size), world_size).value
+        method = halo.choose_method(rows_seen, sizes or _sizes(on_host, packed, world_size), world_size).value
     rows, promised = halo.halo_of_batch(method, window_size, attention_chunk, max_seqlen, world_size)
     halo.check_halo_in_chunk(rows, packed[0], world_size)
     if rows and on_host is not None:

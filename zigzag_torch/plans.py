@@ -7,6 +7,7 @@ import torch
 from zigzag_kernels.batch_checks import check_parts
 from zigzag_kernels.checks import check_int, check_world_size
 from zigzag_kernels.documents import DocumentPlan, fingerprint
+from zigzag_kernels.halo import HostSizes, sizes_of_documents
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 
 from .arguments import check_device, check_int32, check_tensor
@@ -23,6 +24,7 @@ class Parts(NamedTuple):
         split_lengths: `[M]`, real tokens of the split documents.
         whole_tokens: rows of each rank for whole documents, padding included.
         tokens: rows of each rank.
+        shortest_chunk: the fewest rows of a chunk of split documents that needs a halo, 0 if unknown.
     """
 
     whole_cu_seqlens: torch.Tensor
@@ -30,19 +32,22 @@ class Parts(NamedTuple):
     split_lengths: torch.Tensor
     whole_tokens: int
     tokens: int
+    shortest_chunk: int = 0
 
     @staticmethod
     def of_plan(plan: DocumentPlan, rank: int, device: torch.device | str | int | None = None) -> "Parts":
         """Return the parts of `rank` in a plan, on `device`, by default the CPU."""
         offsets = plan.whole_cu_seqlens(rank), plan.split_cu_seqlens, plan.split_lengths
         whole, split, lengths = (torch.tensor(x, dtype=torch.int32, device=device or "cpu") for x in offsets)
-        return Parts(whole, split, lengths, plan.whole_tokens, plan.tokens)
+        shortest = sizes_of_documents(*offsets[1:], plan.world_size).shortest_chunk
+        return Parts(whole, split, lengths, plan.whole_tokens, plan.tokens, shortest)
 
     def checked(self) -> "Parts":
         """Return these parts; `ValueError` for types, shapes or sizes that no plan has."""
-        whole, split, _, whole_tokens, tokens = self
+        whole, split, _, whole_tokens, tokens, shortest = self
         tokens = check_int("tokens", tokens, 0, MAX_OFFSET, "a number of rows")
         check_int("whole_tokens", whole_tokens, 0, tokens, f"a number of the {tokens} rows")
+        check_int("shortest_chunk", shortest, 0, MAX_OFFSET, "a number of rows")
         for name, x in (("whole_cu_seqlens", whole), ("split_cu_seqlens", split)):
             check_int32(name, x)
         check_device("whole_cu_seqlens", whole, "split_cu_seqlens", split)
@@ -56,6 +61,12 @@ class Parts(NamedTuple):
         whole, offsets, real = (x.tolist() for x in self[:3])
         check_parts(whole, offsets, real, world_size, self.whole_tokens, self.tokens)
         return offsets, real
+
+    @property
+    def sizes(self) -> HostSizes | None:
+        """The sizes of the split documents; None if the host does not know their chunks."""
+        rows, documents = self.tokens - self.whole_tokens, self.split_lengths.shape[0]
+        return HostSizes(rows, documents, 0, self.shortest_chunk) if self.shortest_chunk else None
 
     @property
     def fault(self) -> torch.Tensor:

@@ -212,6 +212,24 @@ def test_a_batch_is_prepared_for_halos(reach, halo):
         assert prepared(method="halo", **reach).halo == halo
 
 
+def test_a_batch_takes_halos_where_they_serve_and_move_less():
+    """Halos serve windows up to the shortest chunk that needs one, here of 8 rows."""
+    batch = shard_documents([[1] * 80, [2] * 60], 0, 4, split_above=0)
+    plan = zigzag_torch.plan_documents([80, 60], 4, split_above=0)
+    for reach, method in (
+        ({}, "allgather"),
+        ({"window_size": (8, 0)}, "halo"),
+        ({"window_size": (9, 0)}, "allgather"),
+    ):
+        assert batch.prepare(**reach).method == method
+        assert batch.to("cpu").model_kwargs(**reach)["zigzag_batch"].method == method
+        assert zigzag_torch.prepare_batch(plan, 0, 4, **reach).method == method
+    many = shard_documents([[1] * 8] * 9, 0, 2, split_above=0)  # in chunks of 2 rows: halos would move as much
+    assert [many.prepare(window_size=(window, 0)).method for window in (1, 2)] == ["halo", "allgather"]
+    rows = shard_documents([[1] * 80, [2] * 60], 0, 4, layout="row")
+    assert [rows.prepare(window_size=(window, 0)).method for window in (18, 19)] == ["halo", "allgather"]
+
+
 def test_a_batch_moves_is_pinned_and_is_a_pytree(monkeypatch):
     batch = shard_documents([[1, 2, 3]], 1, 2)
     assert batch.to("meta").input_ids.device.type == "meta"
