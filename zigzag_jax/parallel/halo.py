@@ -12,7 +12,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Beside, Inputs, Residuals, Tables, behind, move_again
+from .transport import Beside, Inputs, Residuals, Tables, behind, move_again, rows_of_backward
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,11 @@ class Halo:
 
         problem = self.problem
         strides: Any = {"dout_strides": problem.q_strides}
-        (q, k, v, sinks), out, lse = residuals
+        q, k, v, _ = residuals.inputs
         k, v, dout = move_again(k, v, dout)
         k_near, v_near = self._bring(k, v, tables)
         start, *of_whole = (None,) if beside is None else beside(None)
-        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
-        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        rows, dsinks = rows_of_backward(problem, residuals, dout, dlse)
         of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
         own = launch.run, problem, q, k, v, dout, rows
         apart = launch.run, self.of_halo, q, k_near, v_near, dout, rows

@@ -9,7 +9,7 @@ from zigzag_kernels.problem import Problem
 
 from .. import launch
 from ..axes import AxisName
-from .transport import Beside, Inputs, Residuals, Tables, behind, move_again
+from .transport import Beside, Inputs, Residuals, Tables, behind, move_again, rows_of_backward
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class Ring:
         from zigzag_kernels import plan
 
         problem, strides = self.problem, {"dout_strides": self.problem.q_strides}
-        (q, k, v, sinks), out, lse = residuals
+        q, k, v, _ = residuals.inputs
         k, v, dout = move_again(k, v, dout)
-        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=plan.WHOLE, **strides)
-        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        rows, dsinks = rows_of_backward(problem, residuals, dout, dlse)
 
         into, *of_whole = (None,) if beside is None else beside("float32")
 

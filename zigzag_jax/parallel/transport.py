@@ -7,6 +7,9 @@ import jax
 from jax.lax import optimization_barrier
 
 from zigzag_kernels.modes import Layout
+from zigzag_kernels.problem import Problem
+
+from .. import launch
 
 
 class Packing(NamedTuple):
@@ -80,6 +83,17 @@ def behind(of_whole: Sequence[jax.Array], of_split: tuple[jax.Array, jax.Array])
     first = len(dk) - len(dk_split)
     update = jax.lax.dynamic_update_slice_in_dim
     return update(dk, dk_split, first, 0), update(dv, dv_split, first, 0)
+
+
+def rows_of_backward(
+    problem: Problem, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None
+) -> tuple[Any, jax.Array | None]:
+    """Return (what every row contributes to its gradients, the gradient of the sinks if there are some)."""
+    from zigzag_kernels import plan
+
+    sinks, strides = residuals.inputs.sinks, problem.q_strides
+    rows = plan.backward_rows(launch.run, problem, residuals.out, residuals.lse, dout, dlse, dout_strides=strides)
+    return rows, None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
 
 
 def move_again(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -11,7 +11,7 @@ from .. import launch
 from .allgather import AllGather
 from .halo import Halo
 from .ring import Ring
-from .transport import Inputs, Residuals, Tables
+from .transport import Inputs, Residuals, Tables, rows_of_backward
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,13 @@ class TwoPart:
         from zigzag_kernels import plan
 
         of_whole, of_split = self._parts_of(tables)
-        inputs, out, lse = residuals
-        q, k, v, sinks = inputs
+        q, k, v, _ = residuals.inputs
         strides: Any = {"dout_strides": self.whole.q_strides}
         dsinks = None
 
         def attend(dtype: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
             nonlocal dsinks
-            rows = plan.backward_rows(launch.run, self.whole, out, lse, dout, dlse, **strides)
-            if sinks is not None:
-                dsinks = plan.backward_sinks(launch.run, self.whole, rows, sinks)
+            rows, dsinks = rows_of_backward(self.whole, residuals, dout, dlse)
             arguments = launch.run, self.whole, q, k, v, dout, rows
             dk, dv = plan.backward_keys(*arguments, of_whole.sequences, **strides)
             part = plan.Part(dtype=dtype)
@@ -64,7 +61,7 @@ class TwoPart:
         if self.split is None:
             dq, dk, dv = attend(None)
             return Inputs(dq, dk, dv, dsinks)
-        split = residuals._replace(inputs=self._split_rows(inputs))
+        split = residuals._replace(inputs=self._split_rows(residuals.inputs))
         gradients = self.split.backward(split, dout, dlse, of_split, attend)
         return gradients if dsinks is None else gradients._replace(sinks=dsinks + gradients.sinks)
 

@@ -12,7 +12,7 @@ from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import gather_into, reduce_into
 from .streams import Streams, on, streams_of
-from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of_backward, readable
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class AllGather:
         # Allocated on the stream that it is returned to.
         dsinks = None if sinks is None else sinks.new_empty(sinks.shape)
         of_sinks = None if sinks is None or dsinks is None else (sinks, dsinks)
-        dout = launch.last_dim_contiguous(dout)
         dq, of_windows = self._window_gradients(residuals, dout, dlse, tables, of_sinks, beside)
         dkv = residuals.k.new_empty((2, *residuals.k.shape)) if into is None else into
         for x, window in zip(dkv.split(self.problem.window, 2), of_windows, strict=True):
@@ -110,12 +109,10 @@ class AllGather:
         """
         from zigzag_kernels import plan
 
-        q, k, v, out, lse = readable(residuals)
+        (q, k, v, out, lse), cotangents = readable(residuals, dout, dlse)
         group, window, reduce_dtype = resolve(self.group_name), self.problem.window, self.problem.call.grad_reduce_dtype
-        strides = {"dout_strides": row_strides(dout)}
-        problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
-        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # this package allocates the buffers, aligned
-        dlse = None if dlse is None else dlse.contiguous()
+        (dout, dlse), strides = cotangents, cotangents.strides
+        problem = problem_of_backward(self.problem, q, dout)
         contribution = k.new_empty((2, problem.kv_tokens, window, problem.head_dim), dtype=getattr(torch, reduce_dtype))
         sums = contribution.chunk(group.size(), 1)[group.rank()]  # take the place of this rank's part of them
         into, dkv = contribution.unbind(), []

@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange_with_neighbours, wait
-from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of_backward, readable, rows_of_backward
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,14 @@ class Halo:
         """
         from zigzag_kernels import plan
 
-        q, k, v, out, lse = readable(residuals)
         group, reduce_dtype = resolve(self.group_name), self.problem.call.grad_reduce_dtype
         agree_on_call(group, self.problem, call=BACKWARD)
-        dout = launch.last_dim_contiguous(dout)
-        strides: Any = {"dout_strides": row_strides(dout)}
-        problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
-        problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
-        of_halo = with_strides(self.of_halo, row_strides(q), self.of_halo.k_strides, self.of_halo.v_strides)
-        of_halo = launch.without_gluon_if_misaligned(of_halo, q, dout)  # this package allocates the buffer, aligned
-        dlse = None if dlse is None else dlse.contiguous()
+        residuals, cotangents = readable(residuals, dout, dlse)
+        (q, k, v, *_), dout, strides = residuals, cotangents.dout, cotangents.strides
+        problem, of_halo = (problem_of_backward(x, q, dout, y) for x, y in ((self.problem, (k, v)), (self.of_halo, ())))
         keys, works = self._exchange(problem, k, v, tables, group)
         dq: Any = None if beside is None else beside(None)
-        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
-        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
         of_slots = sums.new_empty((2, KEY_SLOTS, problem.call.halo_rows, *k.shape[1:]))
         received = torch.empty_like(of_slots[:, : HaloSlot.LATE_HALO])

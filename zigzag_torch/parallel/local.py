@@ -7,7 +7,7 @@ import torch
 from zigzag_kernels.problem import Problem
 
 from .. import launch
-from .transport import Gradients, Residuals, Tables, readable, row_strides, with_strides
+from .transport import Gradients, Residuals, Tables, problem_of_backward, readable
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,11 @@ class Local:
         """Return (dq, (dk, dv), dsinks) for the gradients of out and lse; `dlse` None means zeros."""
         from zigzag_kernels import plan
 
-        residuals = readable(residuals)
+        residuals, cotangents = readable(residuals, dout, dlse)
         q, k, v, *_ = residuals
-        dout = launch.last_dim_contiguous(dout)
-        problem = with_strides(self.problem, row_strides(q), row_strides(k), row_strides(v))
-        problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
-        dlse = None if dlse is None else dlse.contiguous()
+        problem = problem_of_backward(self.problem, q, cotangents.dout, (k, v))
         dq, dk, dv, *dsinks = plan.backward(
-            launch.run, problem, *residuals, dout, dlse=dlse, segments=tables.segments, sequences=tables.sequences,
-            dout_strides=row_strides(dout), sinks=sinks,
+            launch.run, problem, *residuals, cotangents.dout, dlse=cotangents.dlse, segments=tables.segments,
+            sequences=tables.sequences, sinks=sinks, **cotangents.strides,
         )  # fmt: skip
         return dq, (dk, dv), dsinks[0] if dsinks else None

@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange, wait
-from .transport import Beside, Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of_backward, readable, rows_of_backward
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,14 @@ class Ring:
         """
         from zigzag_kernels import plan
 
-        q, k, v, out, lse = readable(residuals)
         group, reduce_dtype = resolve(self.group_name), self.problem.call.grad_reduce_dtype
         agree_on_call(group, self.problem, call=BACKWARD)
-        dout = launch.last_dim_contiguous(dout)
-        strides: Any = {"dout_strides": row_strides(dout)}
-        problem = with_strides(self.problem, row_strides(q), self.problem.k_strides, self.problem.v_strides)
-        problem = launch.without_gluon_if_misaligned(problem, q, dout)  # this package allocates the buffers, aligned
-        dlse = None if dlse is None else dlse.contiguous()
+        residuals, cotangents = readable(residuals, dout, dlse)
+        (q, k, v, *_), dout, strides = residuals, cotangents.dout, cotangents.strides
+        problem = problem_of_backward(self.problem, q, dout)
         sums = [k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype)) for _ in range(2)]
         pairs = [x.unbind() for x in sums]
-        rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
-        dsinks = None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
+        rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         dq: Any = None
         works = []
 

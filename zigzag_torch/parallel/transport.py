@@ -72,11 +72,49 @@ Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor, torch.Ten
 """(dq, dk and dv, dsinks): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`; no sinks: None."""
 
 
-def readable(residuals: Residuals) -> Residuals:
-    """Return `residuals` as kernels can read them: hooks that keep tensors elsewhere may return them transposed."""
+class Cotangents(NamedTuple):
+    """Gradients of out and lse; `dlse` None means zeros."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+
+    @property
+    def strides(self) -> dict[str, Any]:
+        """The argument of the functions of `zigzag_kernels.plan` that read `dout`."""
+        return {"dout_strides": row_strides(self.dout)}
+
+
+def readable(residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None) -> tuple[Residuals, Cotangents]:
+    """Return what a backward pass is given as kernels can read it.
+
+    Hooks that keep tensors elsewhere may return them transposed, and gradients may have any strides.
+    """
     q, k, v, out, lse = residuals
     q, k, v = launch.last_dim_contiguous(q), launch.last_dim_contiguous(k), launch.last_dim_contiguous(v)
-    return Residuals(q, k, v, out.contiguous(), lse.contiguous())
+    cotangents = Cotangents(launch.last_dim_contiguous(dout), None if dlse is None else dlse.contiguous())
+    return Residuals(q, k, v, out.contiguous(), lse.contiguous()), cotangents
+
+
+def problem_of_backward(
+    problem: Problem, q: torch.Tensor, dout: torch.Tensor, keys: tuple[torch.Tensor, ...] = ()
+) -> Problem:
+    """Return `problem` for the strides and addresses of q, dout and of `keys`, which are k and v.
+
+    Without `keys` kernels read K/V in buffers that this package has allocated, aligned and with the strides of
+    `problem`.
+    """
+    strides = [row_strides(x) for x in keys] or [problem.k_strides, problem.v_strides]
+    return launch.without_gluon_if_misaligned(_with_strides(problem, row_strides(q), *strides), *keys, q, dout)
+
+
+def rows_of_backward(
+    problem: Problem, residuals: Residuals, cotangents: Cotangents, sinks: torch.Tensor | None
+) -> tuple[Any, torch.Tensor | None]:
+    """Return (what every row contributes to its gradients, the gradient of `sinks` if there are some)."""
+    from zigzag_kernels import plan
+
+    rows = plan.backward_rows(launch.run, problem, residuals.out, residuals.lse, *cotangents, **cotangents.strides)
+    return rows, None if sinks is None else plan.backward_sinks(launch.run, problem, rows, sinks)
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int]:
@@ -85,7 +123,7 @@ def row_strides(x: torch.Tensor) -> tuple[int, int]:
     return token, head
 
 
-def with_strides(problem: Problem, q: tuple[int, int], k: tuple[int, int], v: tuple[int, int]) -> Problem:
+def _with_strides(problem: Problem, q: tuple[int, int], k: tuple[int, int], v: tuple[int, int]) -> Problem:
     """Return `problem` with these (token, head) strides, which may have changed since the forward pass as well."""
     if q == problem.q_strides and k == problem.k_strides and v == problem.v_strides:
         return problem

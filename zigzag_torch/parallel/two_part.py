@@ -1,7 +1,7 @@
 """Attention to batches of two parts: whole documents, whose keys are all on this rank, and documents that are split."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +12,7 @@ from .agreement import BACKWARD, agree_on_call, resolve
 from .allgather import AllGather
 from .halo import Halo
 from .ring import Ring
-from .transport import Gradients, Residuals, Tables, part_of, readable, row_strides, with_strides
+from .transport import Gradients, Residuals, Tables, part_of, problem_of_backward, readable, rows_of_backward
 
 if TYPE_CHECKING:
     from zigzag_kernels.plan import Part
@@ -61,21 +61,15 @@ class TwoPart:
         from zigzag_kernels import plan
 
         of_whole, of_split = self._parts_of(tables)
-        residuals = readable(residuals)
-        q, k, v, out, lse = residuals
-        dout = launch.last_dim_contiguous(dout)
-        dlse = None if dlse is None else dlse.contiguous()
-        problem = with_strides(self.whole, row_strides(q), row_strides(k), row_strides(v))
-        problem = launch.without_gluon_if_misaligned(problem, k, v, q, dout)
-        strides: Any = {"dout_strides": row_strides(dout)}
+        residuals, cotangents = readable(residuals, dout, dlse)
+        (q, k, v, out, lse), dout, strides = residuals, cotangents.dout, cotangents.strides
+        problem = problem_of_backward(self.whole, q, dout, (k, v))
         dkv, first = k.new_empty((2, *k.shape)), self.whole.rows
         dsinks = None
 
         def attend(dtype: str | None) -> torch.Tensor:
             nonlocal dsinks
-            rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, **strides)
-            if sinks is not None:
-                dsinks = plan.backward_sinks(launch.run, problem, rows, sinks)
+            rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
             arguments = launch.run, problem, q, k, v, dout, rows
             plan.backward_keys(*arguments, of_whole.sequences, into=dkv.unbind(), **strides)
             return plan.backward_queries(*arguments, of_whole.segments, part=_part(dtype), **strides)
@@ -84,7 +78,7 @@ class TwoPart:
             agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
             return attend(None), dkv, dsinks
         own = Residuals(q, k[first:], v[first:], out, lse)
-        dq, _, more = self.split.backward(own, dout, dlse, of_split, sinks, beside=attend, into=dkv[:, first:])
+        dq, _, more = self.split.backward(own, *cotangents, of_split, sinks, beside=attend, into=dkv[:, first:])
         return dq, dkv, None if dsinks is None else dsinks.add_(more)
 
     def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
