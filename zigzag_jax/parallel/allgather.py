@@ -35,14 +35,18 @@ class AllGather:
 
         q, k, v, sinks = inputs
         results: Any = None
+        # The first transfer has nothing of this part to hide behind; whole documents run beside it.
         coming = self.gather(k, v, 0)
         start = (None, None) if beside is None else beside(None)  # the second gather does not wait for it
         for head in self.first_heads:
+            # The barrier makes the next gather wait for the window before this one: otherwise XLA could start all of
+            # them at once, and keep all in memory.
             here = coming
             if head + self.problem.window < self.problem.kv_heads:
                 k, v, here, results = optimization_barrier((k, v, here, results))
                 coming = self.gather(k, v, head + self.problem.window)
             part = plan.Part(first_kv_head=head)
+            # Each window writes its own heads of the same arrays.
             results = plan.forward(
                 launch.run, self.problem, q, *here, tables.segments, sinks=sinks, part=part, into=results or start
             )
@@ -91,6 +95,7 @@ class AllGather:
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""
+        # Rank-major: each rank gets the rows of its own slot.
         window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
         first_row = gradient.shape[0] - window.shape[0]  # rows before it belong to another part
         return jax.lax.dynamic_update_slice(gradient, window, (first_row, head, 0))

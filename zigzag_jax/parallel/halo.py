@@ -39,9 +39,13 @@ class Halo:
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
+        # XLA overlaps this transfer with the attention of the rows that need no halo, as neither reads the other's
+        # results.
         k_near, v_near = self._bring(k, v, tables)
         start = (None, None) if beside is None else beside(None)
         results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks, into=start)
+        # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
+        # once.
         apart = launch.run, self.of_halo, q, k_near, v_near, tables.segments[1]
         return plan.forward(*apart, sinks=sinks, into=results)
 
@@ -75,6 +79,8 @@ class Halo:
         sent = tuple(self._send_home(x) for x in in_slots)
         dq = plan.backward_queries(*own, tables.segments[0], into=start, **strides)
         dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
+        # home.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
         sums = plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums, slots=slots)
         dk, dv = plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums, slots=(0, 1))
@@ -93,6 +99,8 @@ class Halo:
     def _send_home(self, gradient: jax.Array) -> jax.Array:
         """Return `[2 * halo_rows, kv_heads, head_dim]`: the gradients of the rows that this rank sent as halos."""
         slots = self._slots(gradient, KEY_SLOTS)
+        # The early halo came from the rank before this one, and the late halo from the next one: their gradients go
+        # back there.
         late, early = self._exchange(slots[HaloSlot.LATE_HALO], slots[HaloSlot.EARLY_HALO])
         return jnp.concatenate((early, late))
 
@@ -101,6 +109,7 @@ class Halo:
 
     def _exchange(self, to_next: jax.Array, to_previous: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the arrays from the rank before this one and from the next; zeros where there is none."""
+        # No hop from the last rank to the first: the last rank's early chunk precedes its own late chunk.
         onward = [*itertools.pairwise(range(self.problem.world_size))]
         of_previous = jax.lax.ppermute(to_next, self.axis_name, onward)
         return of_previous, jax.lax.ppermute(to_previous, self.axis_name, [(to, source) for source, to in onward])

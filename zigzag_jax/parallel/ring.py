@@ -38,6 +38,7 @@ class Ring:
 
         def step(k, v, segments, results):
             part = plan.Part(accumulate=results is not None, dtype="float32")
+            # Steps add to the results in place. The first one allocates them, unless whole documents have.
             into = results or ((None, None) if beside is None else beside("float32"))
             return plan.forward(launch.run, self.problem, q, k, v, segments, sinks=sinks, part=part, into=into)
 
@@ -70,6 +71,7 @@ class Ring:
             arguments = launch.run, problem, q, k, v, dout, rows
             part = plan.Part(accumulate=gradients is not None, dtype=problem.call.grad_reduce_dtype)
             dk, dv = plan.backward_keys(*arguments, tables.sequences, part=part, into=(dk, dv), **strides)
+            # On their way to the next rank while dQ of this step is computed, which does not read them.
             dk, dv = self.pass_on(dk, dv)
             part = plan.Part(accumulate=gradients is not None, dtype="float32")
             return plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides), dk, dv

@@ -38,6 +38,7 @@ from .warps import specialize_warps
 @builtin
 def _add_to_global(desc, place, buffer, _semantic=None):
     """Add `buffer` to the box of `desc` at `place`, by the copy engine, asynchronously."""
+    # Triton 3.6 has this operation in its builder, but no function of Gluon for it, as later releases have.
     place = _semantic._convert_to_ir_values(place, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, buffer.handle)
 
@@ -56,7 +57,9 @@ class _SharedDs:
     @gluon.jit
     def put(self, warpgroup: gl.constexpr, ds, i):
         """Store dS of block `i` for the keys of consumer `warpgroup`."""
+        # Even and odd blocks take different buffers: see the class for why no barrier says that they are empty.
         self.buffers.index((i & 1) * 2 + warpgroup).store(ds)
+        # Tensor cores read shared memory by another path than the stores of a thread: the fence orders the two.
         hopper.fence_async_shared()
         # Both consumers wait until both have stored dS.
         hopper.mbarrier.arrive(self.full, count=1)
@@ -87,6 +90,7 @@ class _DqOut:
         ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
         # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffer is empty.
         hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
+        # Only the scores of the next block were issued behind dQ: they may still be under way.
         dq = hopper.warpgroup_mma_wait(1, [dq_token])
         buffer.reshape(ROWS).store(dq)
         hopper.fence_async_shared()
@@ -156,6 +160,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     if program.SOFTCAP > 0:
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
     p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
+    # dV takes P without the derivative of the cap, which is for dS: P is rounded before it is multiplied.
     if program.SOFTCAP > 0:
         p_operand = p.to(geometry.dtype)
         p *= 1.0 - scores * scores
@@ -177,6 +182,8 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     dk = hopper.warpgroup_mma(ds_operand, stream.q.block(i), dk, is_async=True)
     # This consumer multiplies dS of all 128 keys and half of the columns of K: it waits until the other has stored dS.
     program.ds.wait(i)
+    # Buffer 0 has the keys of consumer 0, buffer 1 the keys of consumer 1: the sum over both is the sum over all keys
+    # of the tile.
     k_upper = program.k_buffers.index(0).slice(warpgroup * HALF_D, HALF_D, 1)
     k_lower = program.k_buffers.index(1).slice(warpgroup * HALF_D, HALF_D, 1)
     dq = hopper.warpgroup_mma(program.ds.transposed(i, 0), k_upper, own.no_dq, use_acc=False, is_async=True)
@@ -197,6 +204,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     k = program.k_buffers.index(warpgroup)
     v = program.v_buffers.index(warpgroup)
     head = program.head.to(gl.int64)
+    # Copies are asynchronous: each thread waits for its own, and the fence then shows them to the tensor cores.
     own.copy(program.k.from_head(head), program.v.from_head(head), k, v)
     async_copy.wait_group(0)
     hopper.fence_async_shared()
@@ -234,6 +242,7 @@ def _writer(dq, sums, sequence, order, blocks, geometry, packing):
     BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
     descriptor = sequence.descriptor(sums, geometry, BOX)
     for i in range(blocks):
+        # The same order as the producer's, computed from block numbers, as nothing tells the writer where a block is.
         row, head = order.place(i, packing)
         dq.add_to(descriptor, row, head, i)
 
@@ -255,6 +264,7 @@ def backward_fused_hopper(
     """
     tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
+    # The grid is an upper bound: this program may have no tile.
     if tile.first_key >= tile.n_keys:
         return
 
@@ -272,6 +282,7 @@ def backward_fused_hopper(
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ: a tile that ends there masks all blocks.
     masked = (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     whole = gl.where(tile.first_key + BLOCK_N > tile.n_keys, 0, blocks - masked)
+    # delta and lse in base 2 are [window, T * GROUP].
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], geometry.dtype)
@@ -282,6 +293,7 @@ def backward_fused_hopper(
     ds_buffers = gl.allocate_shared_memory(geometry.dtype, [4, 64, BLOCK_M], DS)
     dq_buffers = gl.allocate_shared_memory(gl.float32, [2, packing.TOKENS, packing.HEADS, BLOCK_D // 2], DQ)
     stream = make_row_stream(geometry, packing, mask)
+    # Arrivals of a phase: two consumers for dS and for dQ, one writer for the empty buffers of dQ.
     ds = _SharedDs(buffers=ds_buffers, full=make_barrier(2))
     dq = _DqOut(buffers=dq_buffers, full=make_barrier(2), empty=make_barrier(1))
     hopper.fence_async_shared()
@@ -303,6 +315,8 @@ def backward_fused_hopper(
     order = order_blocks(late, early, sequence, mask)
     specialize_warps(
         _consumer, (program,), 2,
+        # From the last rows down: programs that run side by side then read the same rows, and add to them, while caches
+        # hold them.
         (produce_rows, (stream, tile, sequence, arrays, True), 1),
         (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
     )  # fmt: skip
@@ -333,6 +347,7 @@ def finish_dq(
     BLOCK: tl.constexpr,
 ):
     """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
+    # The sums say nothing about invalid tables: NaN times any sum is NaN.
     impossible = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < T.to(tl.int64) * ROW

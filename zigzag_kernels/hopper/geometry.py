@@ -51,6 +51,9 @@ class Geometry:
         self.BLOCK_BYTES = gl.constexpr(STREAMED * BLOCK_D * dtype.primitive_bitwidth // 8)
         self.SCORES = gl.constexpr(product_layout(STREAMED))
         self.SUMS = gl.constexpr(product_layout(BLOCK_D))
+        # A product leaves a thread two adjacent columns, and takes them as an operand in the same places: P needs no
+        # exchange between threads.
         self.OPERAND = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=product_layout(BLOCK_D), k_width=2))
+        # Eight elements of 16 bits are the widest load of a thread; a warp reads whole rows.
         self.LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0]))
         self.OWNED_BUFFER = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype))

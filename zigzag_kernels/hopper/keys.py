@@ -24,6 +24,7 @@ def box_shape(dimensions, BLOCK_N, BLOCK_D):
 @gluon.jit
 def count_keys(tile, geometry):
     """Return the number of keys that the last row of a `QueryTile` sees; no other row sees more."""
+    # The segment may end inside of the tile. A negative kv_len, which marks invalid tables, gives no keys.
     last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
     last_token = last_row // geometry.GROUP
     return gl.maximum(gl.minimum(tile.diagonal + last_token + 1, tile.kv_len), 0)
@@ -32,11 +33,13 @@ def count_keys(tile, geometry):
 @gluon.jit
 def find_key_range(tile, position, geometry, MASK: gl.constexpr):
     """Return (begin, end) of the keys that the rows of a ranged `QueryTile` see."""
+    # Both ends of a range grow with the position: the first row has the lowest range, the last real row the highest.
     document = position.document
     last_row = gl.minimum(tile.row + geometry.OWNED - 1, tile.q_len * geometry.GROUP - 1)
     first = position.first + tile.row // geometry.GROUP
     last = gl.minimum(position.first + last_row // geometry.GROUP, document.real - 1)
     end = keys_of_positions(last, document, MASK).end
+    # A tile of padding rows alone sees no key.
     end = gl.where(first <= last, end, 0)
     return gl.minimum(keys_of_positions(first, document, MASK).begin, end), end
 
@@ -67,6 +70,7 @@ class Keys:
         """Return (chunk, first key, number of blocks) of the block with the last key, from which the walk begins."""
         if self.SLOTS == 1:
             blocks = (self.seen + self.BLOCK_N - 1) // self.BLOCK_N
+            # Zero as a tensor: the walk carries the chunk through a loop.
             chunk = blocks * 0
             start = (blocks - 1) * self.BLOCK_N
         else:
@@ -90,6 +94,8 @@ class Keys:
             row = self.kv_row + start
             slot = start * 0
         else:
+            # The descriptor has slots as a dimension of their own. `chunk_row` with slots of no rows is the row inside
+            # of a slot; with slots of one row, and chunks of none, it is the number of the slot.
             row = self.kv_row + chunk_row(chunk, self.kv_chunk, 0, self.SLOTS) + start - chunk * self.kv_chunk
             slot = chunk_row(chunk, 0, 1, self.SLOTS)
         return KeyBlock(chunk=chunk, start=start, head=head, slot=slot, row=row)
@@ -102,6 +108,7 @@ class Keys:
             # Below the first block of a chunk is the last block of the chunk before, which may be ragged.
             crossed = below < chunk * self.kv_chunk
             chunk = gl.where(crossed, chunk - 1, chunk)
+            # The last block of a chunk has what is left of it, at least one key.
             last_start = chunk * self.kv_chunk + (self.kv_chunk - 1) // self.BLOCK_N * self.BLOCK_N
             below = gl.where(crossed, last_start, below)
         return chunk, below
@@ -116,8 +123,11 @@ class Keys:
         """
         BOX: gl.constexpr = box_shape(3, self.BLOCK_N, geometry.BLOCK_D)
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(BOX, geometry.dtype)
+        # Each of several slots has an early and a late chunk of the sequence, one behind the other: 2 * kv_chunk keys.
         end = self.kv_row + (self.seen if self.SLOTS == 1 else 2 * self.kv_chunk)
         return hopper.tma.make_tensor_descriptor(
+            # The heads of a program lie one behind the other in a row, so that `KeyStream.load` chooses a head by its
+            # column.
             array.ptr, [self.SLOTS, end, geometry.HEADS_TOGETHER * geometry.HEAD_DIM],
             [slot_rows.to(gl.int64) * array.STRIDE_T, array.STRIDE_T, 1], BOX, LAYOUT,
         )  # fmt: skip
@@ -158,6 +168,8 @@ class RangedKeys:
             per_chunk, lead = self.blocks_of(self.kv_chunk), self.lead()
             chunk = (key + lead) // self.kv_chunk
             later = chunk * per_chunk + (key + lead - chunk * self.kv_chunk) // self.BLOCK_N
+            # Chunk 0 has fewer keys of the document than others, and so maybe fewer blocks. It takes the last numbers
+            # of the first `per_chunk`, so that no number is left out between it and chunk 1.
             number = gl.where(chunk == 0, per_chunk - self.blocks_of(self.kv_chunk - lead) + number, later)
         return number
 
@@ -169,6 +181,7 @@ class RangedKeys:
         else:
             per_chunk, lead = self.blocks_of(self.kv_chunk), self.lead()
             chunk = number // per_chunk
+            # Keys are counted from the document's first key, which lies `lead` keys behind the beginning of chunk 0.
             end = (chunk + 1) * self.kv_chunk - lead
             start = end - self.kv_chunk + (number - chunk * per_chunk) * self.BLOCK_N
             # The first chunk has fewer blocks: they take the highest numbers of a chunk.
@@ -178,6 +191,7 @@ class RangedKeys:
     @gluon.jit
     def top(self):
         """Return (chunk, first key, number of blocks) of the block with the last key, from which the walk begins."""
+        # If no key is seen the number of blocks is 0, and the block that is returned is never loaded.
         number = self.number(gl.maximum(self.seen - 1, 0))
         start, _ = self.find(number)
         chunk = number * 0
@@ -207,6 +221,7 @@ class RangedKeys:
         if self.SLOTS > 1:
             end = chunk * self.kv_chunk - self.place  # of the chunk below
             crossed = below < end
+            # The chunk below begins with the document if it is the first one. Its last block may be ragged.
             begin = gl.maximum(end - self.kv_chunk, 0)
             chunk = gl.where(crossed, chunk - 1, chunk)
             below = gl.where(crossed, begin + (end - begin - 1) // self.BLOCK_N * self.BLOCK_N, below)
@@ -230,6 +245,7 @@ class RangedKeys:
             )  # fmt: skip
         else:
             BOX: gl.constexpr = box_shape(4, self.BLOCK_N, geometry.BLOCK_D)
+            # Rows behind a chunk belong to another chunk or document: the copy engine fills in zeros for them.
             rows = self.kv_chunk
             if TOP:
                 chunk, _, _ = self.top()
@@ -251,6 +267,7 @@ def next_block(keys, before, i, blocks, HEADS_TOGETHER: gl.constexpr):
     head = before.head
     if HEADS_TOGETHER > 1:
         top_chunk, top_start, _ = keys.top()
+        # Every head has the same blocks, in the same order.
         same_head = i - (head + 1) * blocks < 0
         chunk = gl.where(same_head, chunk, top_chunk)
         start = gl.where(same_head, start, top_start)
@@ -299,6 +316,7 @@ def make_key_stream(tile, position, geometry, MASK: gl.constexpr):
     BOX: gl.constexpr = box_shape(4 if CHUNKS else 3, BLOCK_N, geometry.BLOCK_D)
     k = make_ring(BOX, geometry, 1)
     v = make_ring(BOX, geometry, 1)
+    # Consumers read these numbers from shared memory where they mask, and need no registers for them elsewhere.
     numbers = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     return KeyStream(
         geometry=geometry,
@@ -331,6 +349,8 @@ def produce_keys(stream, k, v, slot_rows, V_BEHIND: gl.constexpr):
         v_desc = keys.descriptor(v, slot_rows, stream.geometry, V_BEHIND)
         if not V_BEHIND:
             stream.load(stream.v, v_desc, block, 0)
+        # The bound of the top descriptor fits the chunk of the last real key alone: with chunks, all other blocks need
+        # a descriptor whose rows are whole chunks.
         top_desc = v_desc if V_BEHIND else k_desc
         if CHUNKS:
             if V_BEHIND:

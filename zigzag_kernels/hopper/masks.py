@@ -14,14 +14,19 @@ def blocks_to_hide(keys, blocks, seen_by_all):
     If chunks are not whole blocks, the last block of each chunk extends past the end of its chunk: it is *ragged*. The
     second number is -1 if no block is ragged. The top block has number 0.
     """
+    # Blocks below key `whole` are seen by all rows. The walk goes down, so masked blocks come first.
     whole = gl.maximum(seen_by_all, 0)
     if keys.SLOTS == 1:
         return blocks - whole // keys.BLOCK_N, -1
     else:
         length = gl.maximum(keys.kv_chunk, 1)
         per_chunk = (length + keys.BLOCK_N - 1) // keys.BLOCK_N
+        # Chunks below that all rows see entirely, with `per_chunk` blocks each; then the whole blocks of the chunk
+        # above.
         below = whole // length
         masked = blocks - below * per_chunk - (whole - below * length) // keys.BLOCK_N
+        # The ragged block of a chunk is its last one, which the walk meets first. If the walk begins inside of a chunk,
+        # the blocks that it has there come before the first ragged one.
         return masked, gl.where(length % keys.BLOCK_N == 0, -1, blocks % per_chunk)
 
 
@@ -55,6 +60,7 @@ class HeadBlocks:
                 per_chunk = (kv_chunk + self.keys.BLOCK_N - 1) // self.keys.BLOCK_N
                 chunk = left // per_chunk
                 start = chunk * kv_chunk + (left - chunk * per_chunk) * self.keys.BLOCK_N
+                # Rows of the box behind the chunk are keys of another chunk, or zeros.
                 limit = gl.minimum(limit, (chunk + 1) * kv_chunk)
                 ragged = gl.where(i == ragged, ragged + per_chunk, ragged)
             numbers = self.numbers.load(gl.SliceLayout(0, x.type.layout))
@@ -97,6 +103,7 @@ class RangedHeadBlocks:
         is_low = i >= self.low
         is_high = (i < self.masked) | (i == ragged)
         if is_low | is_high:
+            # Block numbers of the document rise with the keys, and the walk goes down.
             start, chunk_end = self.keys.find(self.mirror - i)
             numbers = self.numbers.load(gl.SliceLayout(0, x.type.layout))
             if is_high:
@@ -145,6 +152,7 @@ class RangedRowMask:
         It is (first whole block, first block behind the whole ones, first ragged block, number of the top block in
         the document). If chunks are not whole blocks, the last block of each chunk counts as ragged.
         """
+        # `top` is block 0 of the walk. A block with a key from whole_end on, or below whole_begin, is masked.
         top = keys.number(gl.maximum(keys.seen - 1, 0))
         whole = top + 1 - keys.number(self.whole_end)
         low = top - keys.number(gl.maximum(self.whole_begin - 1, 0))
@@ -174,6 +182,8 @@ def mask_rows(own, LAYOUT: gl.constexpr):
         return RowMask(limit=own.keys_seen(rows), seen_by_all=own.keys_seen(own.first))
     else:
         seen = own.range_seen(rows)
+        # Both ends of a range grow with the position: all rows see from where the last row begins to where the first
+        # one ends.
         last = gl.minimum(own.first + 63, own.real_end() - 1)
         whole_begin, whole_end = own.range_seen(last).begin, own.range_seen(own.first).end
         return RangedRowMask(first=seen.begin, limit=seen.end, whole_begin=whole_begin, whole_end=whole_end)

@@ -90,6 +90,7 @@ class QueryRows:
         geometry = self.geometry
         GROUP: gl.constexpr = geometry.GROUP
         rows = self.numbers(geometry.LOADS)
+        # Packed row r of a segment is token r // GROUP and query head r % GROUP of the KV head.
         tokens, heads = (self.q_row + rows // GROUP).to(gl.int64), kv_head * GROUP + rows % GROUP
         places = tokens * array.STRIDE_T + heads * array.STRIDE_H
         dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))
@@ -140,6 +141,7 @@ class KeyRows:
         """Return the positions `[64]` of the keys in their document, for a tile in `LAYOUT`; none behind the last."""
         numbers = self.numbers(LAYOUT)
         document = load_document(self.tile)
+        # A position behind every limit: no row sees it.
         return gl.where(numbers < document.n_keys, key_position(document, numbers), 0x7FFFFFFF)
 
     @gluon.jit
@@ -151,6 +153,8 @@ class KeyRows:
         if self.geometry.SLOTS > 1:
             kv_chunk = self.tile.kv_chunk
             chunks = keys // kv_chunk
+            # Consecutive chunks lie in different slots: a key's row is the first row of its chunk, plus its place in
+            # the chunk.
             rows += chunk_row(chunks, kv_chunk, self.slot_rows, self.geometry.SLOTS) - chunks * kv_chunk
         return rows.to(gl.int64)
 

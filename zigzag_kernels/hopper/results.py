@@ -15,6 +15,8 @@ def result_layout(BLOCK_D, dtype):
     """
     wide = 128 // dtype.primitive_bitwidth
     own, pair = wide.bit_length() - 1, wide.bit_length() + 1
+    # A linear layout lists where each bit of the register, the thread of the warp and the warp moves an element: [row,
+    # column].
     columns = [[0, 2**i] for i in range(BLOCK_D.bit_length() - 1)]
     rows = [[2**i, 0] for i in range(6)]
     registers = [*columns[:own], rows[3], *columns[pair:]]
@@ -49,6 +51,7 @@ class KeyGradients:
         HEAD_DIM: gl.constexpr = own.geometry.HEAD_DIM
         LAYOUT: gl.constexpr = result_layout(own.geometry.BLOCK_D, self.dk_ptr.dtype.element_ty)
         keys = own.numbers(LAYOUT)
+        # Results are dense, with the rows of the K/V buffer, whatever the strides of K and V are.
         places = (own.buffer_rows(keys) * self.KV_HEADS + head + n) * HEAD_DIM
         valid = gl.where(own.tile.poison, float("nan"), 1.0)
         inside = keys < own.tile.n_keys

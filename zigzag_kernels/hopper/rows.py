@@ -32,6 +32,7 @@ class Packing:
     @gluon.constexpr_function
     def __init__(self, GROUP, BLOCK_M):
         power = GROUP & -GROUP  # the largest power of two that divides GROUP
+        # A group larger than a block is cut into several boxes of one token.
         heads = power if power < BLOCK_M else BLOCK_M
         self.HEADS = gl.constexpr(heads)
         self.TOKENS = gl.constexpr(BLOCK_M // heads)
@@ -132,6 +133,8 @@ def find_half_blocks(tile, half, mask):
         whole_begin = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_begin), real) - begin, 0)
         whole_end = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_end), real) - begin, 0)
         blocks = (end - begin + TOKENS - 1) // TOKENS
+        # Counted in blocks from `begin`: rounded up and down, so that a whole block has no row that misses a key. A
+        # narrow window may leave none; then every block is masked.
         first_whole, last_whole = (whole_begin + TOKENS - 1) // TOKENS, whole_end // TOKENS
         has_whole = first_whole < last_whole
         return HalfBlocks(
@@ -142,6 +145,8 @@ def find_half_blocks(tile, half, mask):
         # Whole blocks end with the segment; the first may begin before the first row that sees the key, or before
         # token 0. A block that would begin before token 0 is one of the masked ones.
         q_row, q_len, diagonal, kv_len = load_half(tile.halves_ptr, half, tile.n_keys, mask.CAUSAL)
+        # Token t sees the keys below diagonal + t + 1: token first_key - diagonal is the first to see a key of the
+        # tile, token last_key - diagonal the first to see all of them.
         begin = gl.minimum(gl.maximum(tile.first_key - diagonal, 0), q_len)
         begin = gl.where(tile.first_key < kv_len, begin, q_len)
         blocks = (q_len - begin + TOKENS - 1) // TOKENS
@@ -181,6 +186,8 @@ def find_sequence_rows(tile, kv_head, mask):
     if mask.RANGED:
         real = load_document(tile).real
         late, early = load_ranged_half(tile.halves_ptr, 0), load_ranged_half(tile.halves_ptr, 1)
+        # Without its padding the early half may be empty, or end before the late half begins: then nothing of the late
+        # half is real.
         late_tokens, early_tokens = tokens_before(late, real), tokens_before(early, real)
         first = gl.where(early_tokens > 0, early.q_row, late.q_row)
         end = gl.where(late_tokens > 0, late.q_row + late_tokens, early.q_row + early_tokens)
@@ -231,6 +238,7 @@ class RowStream:
         limit = self.numbers(self.limits, i)
         seen = keys[:, None] < limit[None, :]
         if self.mask.RANGED:
+            # The second half of `limits` has the first keys that rows see.
             first = self.geometry.STAGES + i % self.geometry.STAGES
             begin = self.limits.index(first).load(gl.SliceLayout(0, self.geometry.SCORES))
             seen = seen & (keys[:, None] >= begin[None, :])
@@ -280,9 +288,12 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
     # Descriptors are made while the consumers load their keys.
     q_desc = sequence.descriptor(arrays.q, geometry, BOX)
     dout_desc = sequence.descriptor(arrays.dout, geometry, BOX)
+    # Packed row r of a block is token r // PACK and head r % PACK of its box, as the box lies in shared memory.
     packed = gl.arange(0, geometry.STREAMED, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0
     for run in range(RUNS * geometry.HEADS_TOGETHER):
+        # Runs 0 and 1 of a head are the whole blocks of the late and of the early half, runs 2 and 3 the masked blocks
+        # before the whole ones. Under a ranged mask runs 4 and 5 are the masked blocks behind them.
         half = find_half_blocks(tile, run % 2, mask)
         head, is_whole = run // RUNS, run % RUNS < 2
         low, high = gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.whole_end, half.masked)
@@ -294,6 +305,8 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
             begin, end = half.tokens(block, mask)
             tokens = begin + packed // PACK
             seen = half.seen_by(tokens, mask)
+            # Rows of the box that are not of this block see no key. In whole blocks, where no mask is applied, there
+            # are none.
             limit = gl.where(tokens < end, seen.end, 0)
             row = half.q_row + begin - sequence.first
             for part in range(PARTS):
@@ -301,6 +314,7 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
                     head * arrays.T.to(gl.int64) * GROUP
                     + (half.q_row + tokens) * GROUP + part * PACK + packed % PACK
                 )  # fmt: skip
+                # With lse infinite such a row has probability exp2(-inf) = 0.
                 lse2 = gl.load(arrays.lse2_ptr + statistics, mask=tokens < end, other=float("inf"))
                 delta = gl.load(arrays.delta_ptr + statistics, mask=tokens < end, other=0.0)
                 stage = i % geometry.STAGES

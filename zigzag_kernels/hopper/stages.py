@@ -85,6 +85,7 @@ class Ring:
     def issue_scores(self, rows, i, zero, pred=True):
         """Wait for block `i`, and issue the product of `rows` and the block's rows, in the layout of `zero`."""
         self.wait(i, pred)
+        # A view: the tensor cores read the transposed block from the same memory.
         columns = self.block(i).permute((1, 0))
         return hopper.warpgroup_mma(rows, columns, zero, use_acc=False, is_async=True)
 

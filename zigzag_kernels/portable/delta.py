@@ -38,6 +38,7 @@ def backward_delta(
     With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
     """
     window_head = tl.program_id(1).to(tl.int64)  # the results have the heads of the window, the inputs all heads
+    # Row r is token r // GROUP and query head r % GROUP of a KV head, the order of rows in the tiles of other kernels.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows * GROUP
     rows += first_row * GROUP
@@ -49,6 +50,7 @@ def backward_delta(
     per_head = head * T + tokens
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + per_head, mask=inside, other=0.0)
+    # Callers get lse as [heads, T]. The kernels read it by packed row, and in base 2, as they compute exp2.
     lse = tl.load(lse_ptr + per_head, mask=inside, other=0.0)
     destination = window_head * T * GROUP + rows
     tl.store(delta_ptr + destination, delta, mask=inside)

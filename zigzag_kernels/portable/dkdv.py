@@ -64,6 +64,7 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
     places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_QT, CONSTANTS.STRIDE_QH)
     q = load_rows(arrays.q_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
     statistics = half.q_row * GROUP + rows
+    # [BLOCK_N, BLOCK_M]: P and dS then multiply Q and dO as they are, without a transposition.
     scores = dot(tile.k, tl.trans(q), None, INTERPRET)
     if CONSTANTS.SOFTCAP > 0:
         scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
@@ -78,6 +79,8 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
             by_row = keys_of_positions(half.position + places.tokens, document, CONSTANTS)
         else:
             by_row = keys_of_rows(places.tokens, half.diagonal, half.kv_len)
+        # A score that the mask hides may be larger than lse, and its exponential infinite: it is replaced, not
+        # multiplied by 0.
         p = tl.where(sees(by_row, tile.keys, CONSTANTS.RANGED, True), p, 0.0)
     places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_DOT, CONSTANTS.STRIDE_DOH)
     dout = load_rows(arrays.dout_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
@@ -91,6 +94,7 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
             delta = tl.load(arrays.delta_ptr + statistics)
         ds = p * (dp - delta[None, :])
         if CONSTANTS.SOFTCAP > 0:
+            # The derivative of the cap, 1 - tanh^2, as `scores` are the tanh. dV took the probabilities without it.
             ds *= 1.0 - scores * scores
         dk = dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET)
     return Sums(dk=dk, dv=dv)
@@ -181,6 +185,7 @@ def backward_dkdv(
     if RANGED:  # padding keys may hold any bits
         document = load_document(found)
         place, loaded_keys = document.place, inside & (numbers < key_index(document, document.real))
+    # A tile of keys may cross borders of chunks, which lie in different slots, so that each key finds its own row.
     key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows, place)
     first_row, rows = key_places(key_rows, found.first_key, SLOTS, BLOCK_N, False)
     rows += first_row
@@ -188,6 +193,7 @@ def backward_dkdv(
     v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, loaded_keys, True, HEAD_DIM, BLOCK_D)
     tile = KeyBlock(keys=numbers, k=k, v=v)
     arrays = QueryArrays(
+        # Q and dO have all heads; delta and lse2 were written for the window, whose heads `window_head` counts.
         q_ptr=q_ptr + kv_head * GROUP * STRIDE_QH,
         dout_ptr=dout_ptr + kv_head * GROUP * STRIDE_DOH,
         delta_ptr=delta_ptr + window_head * T * GROUP,
@@ -211,11 +217,13 @@ def backward_dkdv(
                 for row in range(begin, end, BLOCK_M):
                     sums = _add_rows(sums, tile, rows_of, arrays, row, end, CONSTANTS, RUN)
 
+    # Scores were scaled inside of the exponential; the chain rule scales their gradient once, here.
     dk = sums.dk * SOFTMAX_SCALE
     dv = sums.dv
     if found.poison:  # invalid tables: every result becomes NaN
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
+    # Every key of the tile is written: keys that no row sees, and padding, have gradients of zero.
     destination = (rows * KV_HEADS + window_head) * HEAD_DIM
     if HAS_DK:
         if ACCUMULATE:

@@ -33,12 +33,16 @@ def _add_keys(dq, rows, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.co
     scores = dot(rows.q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
         scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
+    # The forward pass left lse, so that the probabilities need no maximum and no total here.
     p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - rows.lse2[:, None])
+    # A score that the mask hides may be larger than lse, and its exponential infinite: it is replaced, not multiplied
+    # by 0.
     if EDGE:
         p = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), p, 0.0)
     dp = dot(rows.dout, tl.trans(block.v), None, CONSTANTS.INTERPRET)
     ds = p * (dp - rows.delta[:, None])
     if CONSTANTS.SOFTCAP > 0:
+        # The derivative of the cap, 1 - tanh^2, as `scores` are the tanh.
         ds *= 1.0 - scores * scores
     return dot(cast(ds, block.k.dtype, CONSTANTS.INTERPRET), block.k, dq, CONSTANTS.INTERPRET)
 
@@ -130,8 +134,10 @@ def backward_dq(
     dout = load_rows(
         dout_ptr + kv_head * GROUP * STRIDE_DOH + places.start, places.offsets, loaded_rows, True, HEAD_DIM, BLOCK_D
     )
+    # delta and lse in base 2 are [window, T * GROUP]: packed rows of one KV head lie one after another.
     window_head = window_head.to(tl.int64)
     statistics = window_head * T * GROUP + queries.q_row * GROUP + rows
+    # Rows that are not loaded get probability exp2(-inf) = 0, and so add nothing.
     lse2 = tl.load(lse2_ptr + statistics, mask=loaded_rows, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=loaded_rows, other=0.0)
     loaded = QueryRows(q=q, dout=dout, lse2=lse2, delta=delta)
@@ -156,6 +162,7 @@ def backward_dq(
             for start in range(begin, end, BLOCK_N):
                 dq = _add_keys(dq, loaded, visible.by_row, keys, start, CONSTANTS, RUN)
 
+    # Scores were scaled inside of the exponential; the chain rule scales their gradient once, here.
     dq *= SOFTMAX_SCALE
     if queries.kv_len < 0:  # invalid tables: every result becomes NaN
         dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)

@@ -31,6 +31,7 @@ class Results(NamedTuple):
 def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return `running` after adding the keys `[start, start + BLOCK_N)`, a block of run number `RUN`."""
     EDGE: tl.constexpr = is_edge(RUN)
+    # Only blocks at an edge of the mask can reach behind the last key, so only they load with a mask.
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
@@ -43,11 +44,14 @@ def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN:
 @triton.jit
 def _merge(out, lse2, results, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Merge (out, lse in base 2) with the `results` in memory, which earlier launches wrote for other keys."""
+    # Each of the two outputs is an average by its own total, exp(lse): their sum weighs each by its share of both
+    # totals. The larger lse is subtracted before exp2, so that nothing overflows.
     before = tl.load(results.lse_ptr + results.lse_places, mask=results.inside, other=0.0) * LOG2_E
     maximum = tl.maximum(lse2, before)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     now, then = tl.math.exp2(lse2 - maximum), tl.math.exp2(before - maximum)
     total = now + then
+    # A row that saw no key, neither before nor now, keeps output 0 and lse -inf.
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
     out_before = load_rows(results.out_ptr, results.out_places, results.inside, True, HEAD_DIM, BLOCK_D)
@@ -109,6 +113,7 @@ def attention_forward(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
+        # `cap_scores` returns capped scores divided by the cap, so that the cap is then their scale.
         SCALE_LOG2=(SOFTCAP if SOFTCAP > 0 else SOFTMAX_SCALE) * LOG2_E,
         CAP_LOG2=2 * SOFTMAX_SCALE * LOG2_E / SOFTCAP if SOFTCAP > 0 else 0.0,
         STRIDE_KT=STRIDE_KT,
@@ -135,11 +140,15 @@ def attention_forward(
     kv_head = (first_kv_head + window_head).to(tl.int64)
     rows = queries.row + tl.arange(0, BLOCK_M)
     inside = rows < queries.q_len * GROUP
+    # Row r of the segment is token r // GROUP and query head r % GROUP: the heads that share a KV head share its keys.
     head = kv_head * GROUP + rows % GROUP
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
+    # Q has all heads, and `kv_head` counts all KV heads. K and V have the heads of the window, and `window_head`
+    # counts them.
     q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + places.start, places.offsets, inside, True, HEAD_DIM, BLOCK_D)
     if RANGED:
         visible = visible_key_range(queries, position, document, places.tokens, CONSTANTS)
+        # Keys from the document's real length on are padding, which may hold any bits: they are never read.
         n_keys, place = key_index(document, document.real), document.place
     else:
         visible = visible_keys(queries, places.tokens, CONSTANTS)
@@ -164,6 +173,7 @@ def attention_forward(
         running = add_sinks(running, tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2_E)
     out, lse2 = finish_softmax(running)
     lse_places = head * T + queries.q_row + places.tokens
+    # Results are dense, whatever the strides of Q are.
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
     out_start = places.start + kv_head * GROUP * HEAD_DIM
     if ACCUMULATE:

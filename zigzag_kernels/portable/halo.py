@@ -25,11 +25,15 @@ def _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK: tl.constexpr):
     Return (`[BLOCK]` int64 rows of K/V, `[BLOCK]` rows of the slot, whether the slot belongs to a late chunk, `[BLOCK]`
     false for rows that do not exist). With invalid tables no row exists.
     """
+    # GROUP is 1: tiles are rows of K/V, which query heads do not share.
     entry, block = locate(segments_ptr, n_segments, tl.program_id(0), SEGMENT_FIELDS, 1, BLOCK)
     entry_ptr = segments_ptr + entry * SEGMENT_FIELDS
     rows = block * BLOCK + tl.arange(0, BLOCK)
+    # The last entry is padding, which no neighbour needs.
     no_run = (entry == n_segments - 1) | tables_are_invalid(segments_ptr, n_segments, T)
     inside = rows < tl.where(no_run, 0, tl.load(entry_ptr + SEGMENT_Q_LEN))
+    # The buffer is like four chunks of one document: the early halo and the early rows are chunks 0 and 1, the late
+    # ones chunks 2 and 3.
     late = tl.load(entry_ptr + SEGMENT_PLACE) >= 2 * tl.load(entry_ptr + SEGMENT_KV_CHUNK)
     kv_rows = (tl.load(entry_ptr + SEGMENT_Q_ROW) - first_row + rows).to(tl.int64)
     return kv_rows, tl.load(entry_ptr + SEGMENT_KV_ROW) + rows, late, inside
@@ -69,6 +73,7 @@ def copy_halo_rows(
     slot = tl.where(sent == 0, tl.where(late, LATE_ROWS, EARLY_ROWS), tl.where(late, LATE_SENT, EARLY_SENT))
     k = load_rows(k_ptr + head * STRIDE_KH, kv_rows * STRIDE_KT, inside, True, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + head * STRIDE_VH, kv_rows * STRIDE_VT, inside, True, HEAD_DIM, BLOCK_D)
+    # A row of the buffer has the heads of K, then the heads of V, so that one message carries both.
     places = ((slot * slot_rows + rows).to(tl.int64) * 2 * KV_HEADS + head) * HEAD_DIM
     places = rows_ptr + places[:, None] + tl.arange(0, BLOCK_D)[None, :]
     mask = inside[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
@@ -106,6 +111,7 @@ def add_halo_rows(
     slot = tl.where(late, LATE_SLOT, EARLY_SLOT)
     sources = ((slot * slot_rows + rows).to(tl.int64) * KV_HEADS + head) * HEAD_DIM
     places = (kv_rows * KV_HEADS + head) * HEAD_DIM
+    # Added in float32 and rounded once, whichever type the sums have.
     dk = load_rows(dk_ptr, places, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
     dk += load_rows(dk_rows_ptr, sources, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
     store_rows(dk_ptr, places, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)

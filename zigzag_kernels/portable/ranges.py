@@ -77,6 +77,8 @@ def sees(by_row, keys, RANGED: tl.constexpr, TRANSPOSED: tl.constexpr):
 def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
     """Return the `VisibleKeys` of the tile `queries`, whose rows have the `tokens`, numbered in its segment."""
     kv_len = tl.maximum(queries.kv_len, 0)
+    # A tile has the rows of whole tokens and maybe parts of the first and last one; a segment may end inside of the
+    # tile.
     first_token = queries.row // CONSTANTS.GROUP
     last_row = tl.minimum(queries.row + CONSTANTS.BLOCK_M - 1, queries.q_len * CONSTANTS.GROUP - 1)
     last_token = last_row // CONSTANTS.GROUP
@@ -84,6 +86,7 @@ def visible_keys(queries, tokens, CONSTANTS: tl.constexpr):
     whole_end = keys_of_rows(first_token, queries.diagonal, kv_len).end // CONSTANTS.BLOCK_N * CONSTANTS.BLOCK_N
     end = keys_of_rows(last_token, queries.diagonal, kv_len).end
     if CONSTANTS.SLOTS == 1:
+        # One slot has no chunks: every whole block is aligned. Otherwise all whole blocks are aligned, or none is.
         aligned_end = whole_end
     else:
         aligned_end = tl.where(queries.kv_chunk % CONSTANTS.BLOCK_N == 0, whole_end, 0)
@@ -108,17 +111,21 @@ def visible_key_range(queries, position, document, tokens, CONSTANTS: tl.constex
     lowest = keys_of_positions(first, document, CONSTANTS)
     highest = keys_of_positions(last_real, document, CONSTANTS)
     end = tl.where(first <= last_real, highest.end, 0)  # a tile of padding rows has no keys
+    # Rounded down: the first block may begin with keys that no row sees, and the mask hides them.
     begin = tl.minimum(lowest.begin, end) // BLOCK_N * BLOCK_N
     # All rows see the keys from the highest begin to the lowest end. Padding rows do not, so their tile masks all
     # blocks.
     whole_begin = (highest.begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     whole_end = lowest.end // BLOCK_N * BLOCK_N
+    # A window narrower than a tile and a block leaves no whole block: then all blocks are masked, in one run.
     has_whole = (whole_begin < whole_end) & (last == last_real)
     low_end = tl.where(has_whole, whole_begin, end)
     whole_end = tl.where(has_whole, whole_end, end)
     if CONSTANTS.SLOTS == 1:
         aligned_end = whole_end
     else:
+        # Blocks are counted from the document's first key, which lies `place` keys behind the beginning of a chunk: if
+        # both are whole blocks, no block crosses a border.
         aligned = (queries.kv_chunk % BLOCK_N == 0) & (document.place % BLOCK_N == 0)
         aligned_end = tl.where(aligned, whole_end, low_end)
     by_row = keys_of_positions(position + tokens, document, CONSTANTS)
@@ -168,6 +175,8 @@ def seeing_rows(half, first_key, n_keys, CONSTANTS: tl.constexpr):
     """
     end_key = tl.minimum(first_key + CONSTANTS.BLOCK_N, n_keys)
     begin = tl.maximum(first_key - half.diagonal, 0)  # first token that sees the first key of the tile
+    # A tile behind the last key that any row of this half sees has no rows: the range is empty, at the end of the
+    # segment.
     begin = tl.where(first_key < half.kv_len, tl.minimum(begin, half.q_len), half.q_len)
     begin_full = tl.maximum(end_key - 1 - half.diagonal, begin)  # first token that sees them all
     begin_full = tl.where(end_key <= half.kv_len, tl.minimum(begin_full, half.q_len), half.q_len)

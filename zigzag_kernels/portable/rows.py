@@ -57,6 +57,7 @@ def query_places(
     first = row // GROUP
     tokens = inner // GROUP
     return RowPlaces(
+        # The place of the tile needs 64 bits; from there to a row 32 are enough, and cost half of the registers.
         start=(q_row + first).to(tl.int64) * STRIDE_T,
         offsets=tokens * STRIDE_T + inner % GROUP * STRIDE_H,
         tokens=first + tokens,
@@ -82,16 +83,20 @@ def key_places(key_rows, start, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, ALIG
     kv_row, kv_chunk, slot_rows, place = key_rows
     offsets = tl.arange(0, BLOCK_N)
     if SLOTS == 1:
+        # All keys of the sequence lie in position order.
         return (kv_row + start).to(tl.int64), offsets
     elif ALIGNED:
         start += place
         chunk = start // kv_chunk
+        # The whole block lies in one chunk: one division finds its rows.
         row = kv_row + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
         return row.to(tl.int64), offsets
     else:
         start += place
         first = start // kv_chunk
         left = (first + 1) * kv_chunk - start  # keys of the block that lie in the first chunk
+        # How many borders lie between the block's first key and each key. Half a key is added so that rounding cannot
+        # change the floor.
         crossed = tl.floor(((offsets - left).to(tl.float32) + 0.5) * (1.0 / kv_chunk.to(tl.float32))) + 1.0
         chunk = first + tl.where(offsets < left, 0, crossed.to(tl.int32))  # [BLOCK_N]
         rows = offsets + chunk_row(chunk, kv_chunk, slot_rows, SLOTS) + start - chunk * kv_chunk
@@ -111,6 +116,7 @@ def load_keys(keys, start, CONSTANTS: tl.constexpr, MASKED: tl.constexpr, ALIGNE
     numbers = start + tl.arange(0, CONSTANTS.BLOCK_N)
     row, rows = key_places(keys.rows, start, CONSTANTS.SLOTS, CONSTANTS.BLOCK_N, ALIGNED)
     k_ptr = keys.k_ptr + row * STRIDE_KT
+    # K and V have the same rows, but each its own strides.
     k = load_rows(k_ptr, rows * STRIDE_KT, numbers < keys.n_keys, MASKED, HEAD_DIM, BLOCK_D)
     v_ptr = keys.v_ptr + row * STRIDE_VT
     v = load_rows(v_ptr, rows * STRIDE_VT, numbers < keys.n_keys, MASKED, HEAD_DIM, BLOCK_D)

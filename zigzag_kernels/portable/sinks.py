@@ -34,6 +34,7 @@ def sum_sink_rows(
     window_head = tl.program_id(1).to(tl.int64)
     tokens = part * BLOCK_T + tl.arange(0, BLOCK_T)
     heads = tl.arange(0, HEADS_PADDED)
+    # Rows behind `n_rows` are of another part, or do not exist; padded heads would be of the next KV head.
     inside = (tokens < n_rows)[:, None] & (heads < GROUP)[None, :]
     rows = (window_head * T + first_row + tokens)[:, None] * GROUP + heads[None, :]
     delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
@@ -42,6 +43,7 @@ def sum_sink_rows(
     blind = lse2 == float("-inf")  # a row that sees no key has no sink either
     probability = tl.math.exp2(sinks[None, :] * LOG2_E - tl.where(blind, float("inf"), lse2))
     sums = tl.sum(tl.where(blind, 0.0, -probability * delta), 0)
+    # One program writes one sum for each head: no atomics, and so the same order of additions in every run.
     tl.store(parts_ptr + (window_head * GROUP + heads) * n_parts + part, sums, mask=heads < GROUP)
 
 
@@ -60,5 +62,6 @@ def sum_sink_parts(
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n_parts, BLOCK):
         parts = first + tl.arange(0, BLOCK)
+        # Each lane adds every BLOCK-th part, and the lanes are added last: an order that only `n_parts` decides.
         sums += tl.load(parts_ptr + head.to(tl.int64) * n_parts + parts, mask=parts < n_parts, other=0.0)
     tl.store(dsinks_ptr + first_kv_head * GROUP + head, tl.sum(sums, 0))

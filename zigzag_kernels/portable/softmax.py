@@ -41,6 +41,7 @@ def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.con
     return RunningSoftmax(
         maximum=maximum,
         total=running.total * rescale + tl.sum(p, 1),
+        # P is rounded to the type of V for the matrix instruction; the total above sums it unrounded, in float32.
         acc=dot(cast(p, v.dtype, INTERPRET), v, running.acc * rescale[:, None], INTERPRET),
     )
 
@@ -63,6 +64,7 @@ def add_sinks(running, sinks):
 @triton.jit
 def finish_softmax(running):
     """Return (out `[BLOCK_M, BLOCK_D]`, lse in base 2 `[BLOCK_M]`): zero and -inf for rows that see no key."""
+    # No key was added: an average of nothing is zero, and not 0 / 0.
     blind = running.total == 0.0
     total = tl.where(blind, 1.0, running.total)
     lse2 = tl.where(blind, float("-inf"), running.maximum + tl.math.log2(total))

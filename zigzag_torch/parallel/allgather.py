@@ -48,6 +48,8 @@ class AllGather:
         agree_on_call(group, self.problem)
         streams = streams_of(k.device)
         results: Any = (None, None)
+        # Even windows are attended to on the caller's stream, odd ones on the second: the last programs of one run
+        # beside the first programs of the next.
         readers: Any = ((streams.current,), (streams.side,))
         if beside is not None:  # its launches are on the caller's stream, and the first window starts before their end
             readers = readers[::-1]
@@ -141,6 +143,7 @@ class AllGather:
             with on(side):
                 plan.backward_keys(*arguments, tables.sequences, part=summed, into=into, **strides)
             dq = plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides)
+            # The sum over ranks waits for dK/dV of this window, and runs while dQ is computed on the caller's stream.
             transfers.wait_stream(side)
             with on(transfers):
                 for total, x in zip(sums, contribution, strict=True):
@@ -170,6 +173,7 @@ def windows(
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
+    # Two buffers, or one if a single window has all heads: a window is read in one while the next arrives in the other.
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
     current, side, transfers = streams
     readers = readers or ((current, side), (current, side))
@@ -181,6 +185,8 @@ def windows(
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
         own = own_slot(buffers[index % 2], group)
         with on(transfers):
+            # The own rows are copied straight into their slot, from which the collective sends: no other copy is
+            # needed.
             torch.cat((k[:, heads], v[:, heads]), 1, out=own)
             gather_into(buffers[index % 2], own, group)
 

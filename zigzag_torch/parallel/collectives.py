@@ -27,6 +27,8 @@ def gather_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
     """Write `x` of all ranks, one after the other, into `output`."""
     timeout = transfer_timeout(group)
     if timeout is None:
+        # With NCCL the host goes on. With gloo it waits, at most for the timeout, and then `finish` names the missing
+        # ranks.
         _gather_into(output, x, group=group)
     else:
         options = _with(AllgatherOptions(), timeout)
@@ -67,6 +69,7 @@ def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup
     way at the same time have different tags.
     """
     rank, size = group.rank(), group.size()
+    # Both in one batch: if every rank began with a send that waits for its receiver, none would receive.
     return dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, send, group=group, group_peer=(rank + hops) % size, tag=tag),
@@ -141,6 +144,7 @@ def fingerprint(x: torch.Tensor) -> torch.Tensor:
     elements = x.detach().contiguous().view(-1)
     if elements.is_floating_point() or elements.is_complex():
         elements = elements.view(torch.uint8)
+    # Every element is mixed with its place, so that the sum over elements tells orders apart.
     mixed = torch.arange(1, len(elements) + 1, device=x.device).mul_(_STEP).add_(elements)
     mixed = mixed.bitwise_xor_(mixed >> 30).mul_(_FIRST_FACTOR)
     mixed = mixed.bitwise_xor_(mixed >> 27).mul_(_SECOND_FACTOR)

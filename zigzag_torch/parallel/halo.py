@@ -49,7 +49,10 @@ class Halo:
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
         problem = launch.without_gluon_if_misaligned(self.problem, k, v)
+        # Halos travel while the rows that need none are attended to.
         keys, works = self._exchange(problem, k, v, tables, group)
+        # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
+        # once.
         apart = launch.run, self.of_halo, q, *keys, tables.segments[1]
         results: Any = (None, None) if beside is None else beside(None)
         results = plan.forward(launch.run, problem, q, k, v, tables.segments[0], sinks=sinks, into=results)
@@ -83,8 +86,10 @@ class Halo:
         dq: Any = None if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
+        # dK and dV of the four slots: two halos, which go home, and two copies of own rows, which are added here.
         of_slots = sums.new_empty((2, KEY_SLOTS, problem.call.halo_rows, *k.shape[1:]))
         received = torch.empty_like(of_slots[:, : HaloSlot.LATE_HALO])
+        # The table of own keys has half as many entries as the table of the buffer, and lies at the end of its place.
         of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
         own = (launch.run, problem, q, k, v, dout, rows)
         apart = (launch.run, of_halo, q, *keys, dout, rows)
@@ -93,6 +98,8 @@ class Halo:
         wait(works, group)
         in_slots: Any = of_slots.flatten(1, 2).unbind()
         plan.backward_keys(*apart, of_halos, part=part, into=in_slots, **strides)
+        # The gradient of the early halo goes to the rank before this one, of the late halo to the next one: where the
+        # rows came from. dQ is computed meanwhile.
         works = exchange_with_neighbours(
             (of_slots[:, HaloSlot.EARLY_HALO].unbind(), of_slots[:, HaloSlot.LATE_HALO].unbind()),
             (received[:, 1].unbind(), received[:, 0].unbind()),
@@ -100,6 +107,8 @@ class Halo:
         )
         dq = plan.backward_queries(*own, tables.segments[0], into=dq, **strides)
         dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
+        # home.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
         plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums.unbind(), slots=slots)
         wait(works, group)

@@ -45,6 +45,8 @@ class Ring:
 
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
+        # Each step reads and writes these float32 results in place; the first one allocates them, unless whole
+        # documents have.
         results: Any = (None, None)
 
         def start() -> None:
@@ -57,6 +59,7 @@ class Ring:
             part = part_of(0, step > 0, "float32")
             results = plan.forward(launch.run, self.problem, q, *keys, segments, sinks=sinks, part=part, into=results)
         out, statistics = results
+        # Rounded once, at the end: steps add in float32.
         return out.to(q.dtype), statistics
 
     def backward(
@@ -95,16 +98,21 @@ class Ring:
 
         steps = zip(_around(k, v, group, start), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
         for step, (keys, segments, sequences) in enumerate(steps):
+            # One buffer sends the sums so far while the other receives the next ones.
             here, there = step % 2, (step + 1) % 2
             wait(works, group)
             arguments = launch.run, problem, q, *keys, dout, rows
             part = part_of(0, step > 0, reduce_dtype)
+            # Added to the sums that came with the hop before. The first step has none, and writes.
             plan.backward_keys(*arguments, sequences, part=part, into=pairs[here], **strides)
+            # dK/dV of these keys go on to the rank that attends to them next, behind the keys, and dQ is computed
+            # meanwhile. The tag keeps them apart from K/V, which are under way at the same time.
             works = exchange(sums[here], sums[there], group, tag=1)
             part = part_of(0, step > 0, "float32")
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
         wait(works, group)
         assert dq is not None
+        # After W hops the sums are back on the rank of their keys, in the buffer that the last hop wrote.
         dkv = sums[problem.world_size % 2]
         return dq.to(q.dtype), dkv.to(k.dtype) if into is None else into.copy_(dkv), dsinks
 
@@ -116,11 +124,13 @@ def _around(
 
     `start` is called when the first transfer is under way.
     """
+    # K and V travel as one message. This rank's own are copied, because the buffer is overwritten in the second step.
     own, heads, steps = torch.cat((k, v), 1), k.shape[1], group.size()
     buffers = own, torch.empty_like(own)
     keys = [(x[:, :heads], x[:, heads:]) for x in buffers]
     for step in range(steps):
         here, there = step % 2, (step + 1) % 2
+        # The last K/V are not passed on: every rank has attended to them then.
         works = exchange(buffers[here], buffers[there], group) if step + 1 < steps else []
         if step == 0:
             start()

@@ -46,6 +46,8 @@ class TwoPart:
         if self.split is None:
             agree_on_call(resolve(self.group_name), self.problem)
             return attend(None)
+        # Kernels of the split part read all rows of q by its tables, but its transfers move these rows of k and v
+        # alone.
         first = self.whole.rows
         return self.split.forward(q, k[first:], v[first:], of_split, sinks, beside=attend)
 
@@ -67,6 +69,7 @@ class TwoPart:
         dkv, first = k.new_empty((2, *k.shape)), self.whole.rows
         dsinks = None
 
+        # The transport of the split part calls this when its first transfer is under way.
         def attend(dtype: str | None) -> torch.Tensor:
             nonlocal dsinks
             rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
@@ -84,6 +87,8 @@ class TwoPart:
     def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
         """Return views of the tables of both parts, which `tables` has one after the other."""
         call, sequences = self.problem.call, self.problem.sequences
+        # `prepare_batch` lays both parts out in one array for each kind of table, so that a batch is two tensors in any
+        # case.
         (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
         whole = Tables(tables.segments[:segments], tables.sequences[:keys])
         if self.split is None:
