@@ -246,7 +246,7 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
 
 
 def _check_rows(batch: Batch, q: torch.Tensor) -> None:
-    """Raise `ValueError` unless q has as many rows as each rank holds of the packed rows or the plan of `batch`."""
+    """Raise `ValueError` unless q has as many rows as a rank holds of the rows or plan of `batch`."""
     tokens = q.shape[0] if q.ndim else 0
     if batch.tokens not in (0, tokens):
         raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {tokens}")

@@ -42,7 +42,7 @@ def halo_of_batch(
 
 
 def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: int) -> None:
-    """Raise `ValueError` if the offsets of a call are on the host, and halos of `rows` rows do not serve its documents.
+    """Raise `ValueError` if offsets on the host name documents that halos of `rows` rows do not serve.
 
     `row_length` is the tokens of a packed row in the row layout, otherwise None.
     """
