@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from . import layouts, measured, pipeline, ranges, segments
+from . import layouts, measured, pipeline, prediction, ranges, segments
 from .style import save, settings
 
 PICTURES: dict[str, Callable[[], Figure]] = {
@@ -19,6 +19,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "efficiency": measured.draw_efficiency,
     "speed": measured.draw_speed,
     "masks": measured.draw_masks,
+    "prediction": prediction.draw_prediction,
+    "memory": prediction.draw_memory,
 }
 
 
