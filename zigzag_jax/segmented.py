@@ -72,8 +72,8 @@ def segmented_attention(
         layout: "row": each row is cut into chunks as a whole, as MaxText's load-balanced reordering does. "document":
             each document is cut, and every device has as many tokens of it.
         max_segments: the most documents of a row, which segment ids and positions need.
-        causal, window_size, attention_chunk, softcap, sinks, softmax_scale, heads_k_stride, backend, grad_reduce_dtype,
-            deterministic: as in `zigzag_attention`. `sinks` are `[heads]`.
+        causal, window_size, attention_chunk, softcap, sinks: as in `zigzag_attention`. `sinks` are `[heads]`.
+        softmax_scale, heads_k_stride, backend, grad_reduce_dtype, deterministic: as in `zigzag_attention`.
         method: as in `zigzag_attention`; None: "allgather". "halo" moves only the rows that windows need.
         return_lse: whether to return lse too.
 

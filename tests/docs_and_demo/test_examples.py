@@ -1,4 +1,4 @@
-"""What the README prints runs as printed, and the demo does what it says."""
+"""Tests that every block of the README and of docs/ runs as printed, and that the demo does what it says."""
 
 import ast
 import importlib.util
@@ -24,7 +24,16 @@ BLOCKS = [
         re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     )
 ]
-KINDS = {"python", "python torchrun", "python ring_flash_attn", "sh", "sh gpu", "sh nsys", "sh install", "text"}
+PYTHON_KINDS = {"python", "python torchrun", "python group", "python ring_flash_attn"}
+KINDS = PYTHON_KINDS | {"sh", "sh gpu", "sh nsys", "sh install", "text"}
+# Around a block that takes the group of its process as it finds it.
+WITH_GROUP = """import torch.distributed as dist
+dist.init_process_group()
+{block}
+dist.barrier()
+dist.destroy_process_group()
+del group
+"""
 
 
 def blocks(*kinds):
@@ -60,22 +69,23 @@ def assert_ran(result):
 
 def test_every_block_says_what_it_is():
     assert {kind for _, _, kind, _ in BLOCKS} <= KINDS
-    readme = [block for page, _, _, block in BLOCKS if page == "README.md"]
-    assert [("import torch" in block, "import jax" in block) for block in readme] == [(True, False), (False, True)] * 2
+    torch_block, jax_block = (block for page, _, kind, block in BLOCKS if page == "README.md" and "python" in kind)
+    assert "zigzag_attention(q, k, v, batch, group=group)" in torch_block
+    assert 'zigzag_attention(q, k, v, batch, axis_name="cp")' in jax_block
 
 
 @pytest.mark.slow
-@blocks("python", "python torchrun")
+@blocks("python", "python torchrun", "python group")
 def test_python_block_runs(kind, block):
     assert_ran(run_python("-W", "error", "-W", NO_GPU, "-c", block))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="as many GPUs as ranks are needed")
-@blocks("python torchrun")
+@blocks("python torchrun", "python group")
 def test_python_block_runs_on_two_ranks(kind, block, tmp_path):
     file = tmp_path / "block.py"
-    file.write_text(block)
+    file.write_text(WITH_GROUP.format(block=block) if kind == "python group" else block)
     command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)
     assert_ran(run_python(*command, OMP_NUM_THREADS="1"))
 
