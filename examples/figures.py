@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/; the demo adds its loss curves to the first two panels."""
+"""Draws the picture of the demo: the layout, the work of each rank, and the loss curves of both frameworks."""
 
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from zigzag_kernels.cost import causal_scores, unmasked_scores
@@ -80,47 +80,6 @@ def draw_work(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_segments(axes: Axes, rank: int) -> None:
-    """Draw the keys that the rows of `rank` see under a causal mask: a band for each segment."""
-    left, ticks = 0, []
-    for start, end in pairwise(accumulate(LENGTHS, initial=0)):
-        length = end - start
-        axes.add_patch(Polygon([(left, 0), (left, length), (left + length, length)], color=FAINT, linewidth=0))
-        axes.add_patch(Rectangle((left, 0), length, length, fill=False, edgecolor=INK, linewidth=0.8))
-        for chunk, row, local_row, tokens in chunks(rank):
-            position = row - start
-            if not 0 <= position < length:
-                continue
-            seen = [(left, position), (left, position + tokens), (left + position + tokens, position + tokens)]
-            axes.add_patch(Polygon([*seen, (left + position, position)], color=RANK_COLOURS[rank], linewidth=0))
-            label = f"chunk {chunk}: local rows {local_row} to {local_row + tokens - 1}"
-            axes.text(left + length + 1, position + tokens / 2, label, va="center", fontsize=8, color=INK)
-        axes.text(left + length / 2, -2, f"sequence {len(ticks)}", ha="center", va="bottom", color=INK)
-        ticks.append((left, length))
-        left += length + 38
-    axes.set(xlim=(-5, left - 2), ylim=(max(LENGTHS) + 6, -9), xticks=[], yticks=[], aspect="equal")
-    axes.set_xlabel("keys in position order, for each sequence")
-    axes.set_ylabel("queries")
-    axes.set_title(f"The segments of rank {rank}: what its rows see of all that is causal (grey)")
-    axes.spines[:].set_visible(False)
-
-
-def draw_tiles(axes: Axes, rank: int, tokens: int = 256, tile: int = 32) -> None:
-    """Draw the keys that tiles of the early and late chunk see, paired from opposite ends to equal sums."""
-    first, last = np.arange(0, tokens, tile), np.arange(tile, tokens + 1, tile)  # rows of each tile, as positions
-    early, late = rank * tokens + last, (2 * WORLD_SIZE - 1 - rank) * tokens + last[::-1]
-    pairs = np.arange(len(first))
-    colour = RANK_COLOURS[rank]
-    axes.bar(pairs, late, 0.8, color=colour, edgecolor=INK, linewidth=0.6, label="late chunk, from its end")
-    axes.bar(pairs, early, 0.8, late, color="white", edgecolor=INK, linewidth=0.6, hatch="///", label="early chunk")
-    axes.set_xticks(pairs, [f"{i}" for i in pairs])
-    axes.set_ylim(0, 2.75 * WORLD_SIZE * tokens)
-    axes.set_xlabel("pair of tiles")
-    axes.set_title(f"rank {rank}: {late[0] + early[0]} keys a pair")
-    axes.legend(frameon=False, fontsize=8, loc="upper center")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def draw_losses(loss_axes: Axes, difference_axes: Axes, losses: dict[str, np.ndarray], tolerance: float) -> None:
     """`losses` of PyTorch and JAX by step, and how far apart they are."""
     steps = np.arange(1, len(losses["PyTorch"]) + 1)
@@ -142,29 +101,6 @@ def draw_losses(loss_axes: Axes, difference_axes: Axes, losses: dict[str, np.nda
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_layout(path: Path) -> None:
-    figure = Figure(figsize=(13, 3.2), dpi=150, layout="constrained")
-    layout_axes, work_axes = figure.subplots(1, 2, width_ratios=(3, 1.1))
-    draw_layout(layout_axes)
-    draw_work(work_axes)
-    figure.savefig(path)
-
-
-def save_segments(path: Path) -> None:
-    figure = Figure(figsize=(13, 4.4), dpi=150, layout="constrained")
-    draw_segments(figure.subplots(), rank=1)
-    figure.savefig(path)
-
-
-def save_tiles(path: Path) -> None:
-    figure = Figure(figsize=(13, 2.8), dpi=150, layout="constrained")
-    panels = figure.subplots(1, WORLD_SIZE, sharey=True)
-    for rank, axes in enumerate(panels):
-        draw_tiles(axes, rank)
-    panels[0].set_ylabel("keys seen")
-    figure.savefig(path)
-
-
 def save_demo(path: Path, losses: dict[str, np.ndarray], tolerance: float) -> None:
     figure = Figure(figsize=(13, 6.8), dpi=150, layout="constrained")
     panels = figure.subplots(2, 2, width_ratios=(3, 1.4))
@@ -174,10 +110,3 @@ def save_demo(path: Path, losses: dict[str, np.ndarray], tolerance: float) -> No
     for letter, axes in zip("abcd", panels.flat, strict=True):
         axes.set_title(f"({letter}) {axes.get_title()}", fontsize=11)
     figure.savefig(path)
-
-
-if __name__ == "__main__":
-    docs = Path(__file__).parents[1] / "docs"
-    save_layout(docs / "layout.png")
-    save_segments(docs / "segments.png")
-    save_tiles(docs / "tiles.png")

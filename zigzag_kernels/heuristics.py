@@ -5,7 +5,7 @@ Thresholds change speed and memory, never results.
 
 from typing import Protocol
 
-# How many KV heads an all-gather brings, on H200 and H100: docs/log/between-gpus.md, "Two KV heads".
+# How many KV heads an all-gather brings, on H200 and H100: docs/log/bench.md, "Between two GPUs".
 FILLING_ROWS = 2**16
 """Query rows that fill a GPU: 512 tiles of 128 rows, several for each multiprocessor of any GPU so far."""
 LASTING_SCORES = 2**30
