@@ -86,9 +86,11 @@ def _hold_keys(batch, held, FORM: tl.constexpr):
         if FORM.ROW:
             early_row = local_row(held, peer, False, early_position)
             late_row = local_row(held, 2 * WORLD_SIZE - 1 - peer, True, late_position)
+            # The first key in the buffer; a document that the peer holds no token of has no keys, and any row will do.
             kv_row = tl.where(early_keys > 0, early_row, tl.where(late_keys > 0, late_row, 0))
         return HeldKeys(kv_row, keys, early_position, early_keys, late_position)
     else:
+        # All keys are in the buffer: the early part is the whole sequence, and nothing follows it.
         kv_row = held.start if FORM.CONTIGUOUS else held.first_row
         return HeldKeys(kv_row, held.length, nothing, held.length, held.length)
 
@@ -110,6 +112,7 @@ def _make_segment(batch, index, FORM: tl.constexpr):
     keys = _hold_keys(batch, held, FORM).keys
     kv_len = keys
     if WORLD_SIZE == 1:
+        # One rank has whole sequences: the late segment is the sequence, the early one is empty.
         q_row = held.first_row
         q_len = tl.where(late, held.length, 0)
         first_position = tl.zeros_like(held.length)
@@ -124,6 +127,9 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         elif FORM.PEER:
             own = batch.step == 0
             earlier = (batch.step > 0) & (batch.step <= batch.rank)
+            # `position` and `kv_len` count keys of the peer, not of the sequence. Each chunk of another rank lies
+            # entirely before or behind a chunk of this one, so that `position` cuts nothing off there, and `kv_len`
+            # says which are seen.
             position = tl.where(own, tl.where(late, held.chunk_length, 0), keys)
             seen_late = own | (late & (batch.step > batch.rank))
             kv_len = tl.where(seen_late, keys, tl.where(earlier, held.chunk_length, 0))
@@ -138,6 +144,8 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         position=position,
         kv_len=kv_len,
         first_position=first_position,
+        # The last row sees the most keys. Under a window it may see fewer; the order is then less good, but results do
+        # not depend on it.
         weight=first_position + q_len if FORM.ROW or FORM.HALO else tl.minimum(position + q_len, kv_len),
         keys=keys,
     )
@@ -184,6 +192,7 @@ def build_segments(
     index = tl.program_id(0) * BLOCK + offsets
     step = tl.program_id(1)
     segments_ptr += step * (2 * n_sequences + 1) * SEGMENT_FIELDS
+    # Every step has tables of its own, one behind the other.
     sequences_ptr += (n_sequences if HALO else step * (n_sequences + 1)) * SEQUENCE_FIELDS
     rank = tl.load(rank_ptr)
     pointers, rows = (cu_seqlens_ptr, lengths_ptr), (row_length, total, first_row, end_row)
@@ -199,11 +208,14 @@ def build_segments(
         other = first + offsets
         others = _make_segment(batch, other, FORM)
         earlier = other[None, :] < index[:, None]
+        # All pairs of entries, a block at a time. Of two equal ones the earlier comes first, so that each has a place
+        # of its own.
         heavier = others.weight[None, :] > segment.weight[:, None]
         before = heavier | ((others.weight[None, :] == segment.weight[:, None]) & earlier)
         before = before & (other < 2 * n_sequences)[None, :]
         place += tl.sum(before.to(tl.int32), 1)
         rows_before += tl.sum(tl.where(before, others.q_len[None, :], 0), 1)
+        # The same for the sequences, whose numbers are those below n_sequences.
         longer = others.keys[None, :] > segment.keys[:, None]
         longer = longer | ((others.keys[None, :] == segment.keys[:, None]) & earlier)
         longer = longer & (other < n_sequences)[None, :]
@@ -243,6 +255,7 @@ def build_segments(
     tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, held_keys.early_keys, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, held_keys.late_position, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_PLACE, slot_place, mask=late)
+    # The entry of a sequence also has both of its segments, late and early, for tiles of keys.
     for half in tl.static_range(2):
         halved = _make_segment(batch, index + half * n_sequences, FORM)
         half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half
@@ -253,8 +266,11 @@ def build_segments(
         tl.store(half_ptrs + HALF_FIRST_POSITION, halved.first_position, mask=late)
 
     if tl.program_id(0) == 0:
+        # One program writes the last entry of each table: the rows and keys behind the last sequence.
         used = batch.total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
         used = tl.where(valid, used, 0)
+        # -1 keys tell every kernel that the batch is invalid: `load_segment` then gives all rows to this entry, and
+        # they become NaN.
         no_keys = tl.where(valid, 0, -1)
         padding_ptr = segments_ptr + 2 * n_sequences * SEGMENT_FIELDS
         tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used // WORLD_SIZE)

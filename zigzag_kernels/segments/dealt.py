@@ -60,14 +60,17 @@ def load_held(batch, sequence, mask, FORM: tl.constexpr):
     """
     start = tl.load(batch.cu_seqlens_ptr + sequence, mask=mask, other=0)
     if FORM.ROW:
+        # The last sequence is the padding behind the documents, and ends with the last packed row.
         listed = mask & (sequence < batch.n_sequences - 1)
         end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
         length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
         row = start // tl.maximum(batch.row_length, 1)  # row_length is 0 if there are no tokens
         place = start - row * batch.row_length
         chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
+        # A rank holds two chunks of every packed row, one row after the other.
         first_row = row * (2 * chunk_length)
     else:
+        # Every document is cut by itself, so that no other tokens lie before it.
         listed = mask
         length = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=mask, other=0) - start
         place = tl.zeros_like(start)
@@ -76,6 +79,7 @@ def load_held(batch, sequence, mask, FORM: tl.constexpr):
     if FORM.HAS_LENGTHS:
         real = tl.load(batch.lengths_ptr + sequence, mask=listed, other=0)
     else:
+        # Without real lengths every listed token is real.
         real = tl.where(listed, length, 0)
     return Sequence(start, length, real, place, chunk_length, first_row)
 
@@ -84,6 +88,7 @@ def load_held(batch, sequence, mask, FORM: tl.constexpr):
 def part_in_chunk(held, chunk):
     """Return (position of the first token, tokens) of the part of each sequence that lies in chunk number `chunk`."""
     begin = chunk * held.chunk_length - held.place
+    # From places in the packed row to positions in the document, cut to the tokens that it has: the part may be empty.
     end = tl.minimum(tl.maximum(begin + held.chunk_length, 0), held.length)
     begin = tl.minimum(tl.maximum(begin, 0), held.length)
     return begin, end - begin
@@ -132,6 +137,7 @@ def lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
         if FORM.HALO:
             uneven = uneven | ((held.chunk_length < batch.halo) & (held.real > 2 * held.chunk_length))
             uneven = uneven | ((batch.longest > 0) & (held.real > batch.longest))
+        # Counted by lane and added up once, behind the loop.
         faults += uneven.to(tl.int32)
     return tl.sum(faults) == 0
 

@@ -113,6 +113,7 @@ def build_halos(
     slot_row = tl.zeros([BLOCK], tl.int32)
     all_keys = tl.zeros([BLOCK], tl.int32)
     slot_keys_used = tl.zeros([BLOCK], tl.int32)
+    # First columns of the tables are sums over all earlier entries, which each program computes by itself.
     for first in range(0, 2 * n_sequences, BLOCK):
         other = first + offsets
         _, other_held, _, other_own, other_others, other_sent = _halo(batch, other, FORM)
@@ -126,11 +127,13 @@ def build_halos(
         slot_keys_used += slot_keys
     slot_keys = _slot_keys(batch, held, FORM)
     if ROW:
+        # In the row layout every packed row has `halo` rows of a slot, whichever documents lie there.
         slot_row = held.start // tl.maximum(batch.row_length, 1) * batch.halo
 
     first_position, q_len = part_in_chunk(held, chunk)
     q_row = batch.first_row + local_row(held, chunk, late, first_position)
     keys = own + others
+    # The keys lie in slots 0 and 1, or 2 and 3 for a late chunk, and begin so that the halo ends with its slot.
     place = tl.where(late, 2 * slot_keys, 0) + slot_keys - others
     is_segment = index < 2 * n_sequences
     entries = 2 * n_sequences + 1
@@ -172,6 +175,7 @@ def build_halos(
     for field in tl.static_range(SEGMENT_FIELDS):
         tl.store(sent_ptrs + field, tl.zeros([BLOCK], tl.int32), mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_TOKENS_BEFORE, sent_before, mask=is_segment)
+    # The last rows of the chunk; in the message they end with their place in the slot, as the receiver's halo does.
     tl.store(sent_ptrs + SEGMENT_Q_ROW, q_row + q_len - sent, mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_Q_LEN, sent, mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_KV_ROW, slot_row + slot_keys - sent, mask=is_segment)

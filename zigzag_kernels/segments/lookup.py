@@ -107,6 +107,7 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
     low = 0
     high = n_entries - 1
     while low < high:
+        # Four parts a round instead of two: a round costs one latency, however many loads it has.
         step = (high - low) // 4 + 1
         passed = 0
         for i in tl.static_range(1, 4):  # three loads that do not wait for each other
@@ -150,6 +151,7 @@ def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP
     end = tl.load(padding_ptr + SEGMENT_Q_LEN)
     end = tl.where(end > 0, end, T)
     segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
+    # Sequences that need more rows than the arrays have would be written behind their end.
     overfull = used > T
     segment = tl.where(overfull, n_segments - 1, segment)
     block = tl.where(overfull, tile, block)
@@ -158,8 +160,10 @@ def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP
     q_row = tl.where(overfull, 0, tl.load(entry_ptr + SEGMENT_Q_ROW))
     q_len = tl.where(padding, end - q_row, tl.load(entry_ptr + SEGMENT_Q_LEN))
     kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (SEGMENT_KV_LEN if CAUSAL else SEGMENT_KEYS)))
+    # Without a causal mask the diagonal lies behind all keys, and only kv_len bounds what is seen.
     diagonal = tl.load(entry_ptr + SEGMENT_POSITION) if CAUSAL else kv_len
     last_block = (q_len * GROUP - 1) // BLOCK_M
+    # Numbers behind the last tile stay as they are: these programs find no rows, and return.
     block = tl.where(block <= last_block, last_block - block, block)
     queries = QueryTile(
         row=block * BLOCK_M,
@@ -283,6 +287,7 @@ def load_sequence_rows(halves_ptr):
 def key_index(document, position):
     """Return how many keys of the `Document` in the K/V buffer lie before `position`: a scalar or a vector."""
     early = tl.minimum(tl.maximum(position - document.early_position, 0), document.early_keys)
+    # Positions between both parts, which another rank holds, count as the end of the early part.
     late = tl.minimum(tl.maximum(position - document.late_position, 0), document.n_keys - document.early_keys)
     return early + late
 

@@ -86,6 +86,7 @@ def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
     """
     CHUNK: tl.constexpr = MASK.CHUNK
     real = document.real
+    # No row sees padding keys, so only the real keys of the tile count.
     last_key = tl.minimum(end_key, key_index(document, real)) - 1
     first, last = key_position(document, first_key), key_position(document, last_key)
     begin, whole_begin = first * 0, first * 0
@@ -97,10 +98,13 @@ def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
     if MASK.LEFT >= 0:
         end, whole_end = tl.minimum(end, last + MASK.LEFT + 1), tl.minimum(end, first + MASK.LEFT + 1)
     if CHUNK > 0:
+        # Rows see keys of their own chunk alone: rows from the chunk of the first key to the chunk of the last one see
+        # some key, and only rows in the chunk of both see all.
         begin = tl.maximum(begin, first // CHUNK * CHUNK)
         whole_begin = tl.maximum(whole_begin, last // CHUNK * CHUNK)
         end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
         whole_end = tl.minimum(whole_end, (first // CHUNK + 1) * CHUNK)
+    # A tile of padding keys alone has no rows; a tile with some padding keys has no whole rows.
     end = tl.where(first_key <= last_key, end, begin)
     whole_end = tl.where(last_key == end_key - 1, whole_end, whole_begin)
     return RowRange(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
