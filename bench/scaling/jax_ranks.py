@@ -30,6 +30,7 @@ class Ranks:
 
     framework = "jax"
     chief = True
+    has_graphs = False  # XLA records its own
 
     def __init__(self):
         self.size = jax.device_count()

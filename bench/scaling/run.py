@@ -1,11 +1,12 @@
 """Times attention between all GPUs of a machine against one GPU that does its share of the work alone.
 
-    torchrun --nproc_per_node=8 bench/scaling/run.py --framework torch [--json FILE] [--trace DIR]
+    torchrun --nproc_per_node=8 bench/scaling/run.py --framework torch [--only NAME ...] [--json FILE] [--trace DIR]
     python bench/scaling/run.py --framework jax [--json FILE] [--trace DIR]
 
 Efficiency is the time of one GPU for 1 / W of the attention, with the same kernels on K/V gathered beforehand, the mean
 over the shares of all ranks, over the time of a step between the ranks, that of the slowest. Results are checked before
-anything is timed; then all ways take turns. On a machine without a GPU it runs on the CPU, which says nothing of GPUs.
+anything is timed; then all ways take turns. In PyTorch a short step is a CUDA graph, as a GPU waits for the host of its
+calls, whose time stands beside. On a machine without a GPU it runs on the CPU, which says nothing of GPUs.
 """
 
 import argparse
@@ -107,8 +108,14 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
         own = ranks.calls(way)
         ranks.check(way, *own)
         calls |= {(way, i): call for i, call in enumerate(own)}
-    times = in_turns(calls, workload.rounds, lambda call: ranks.milliseconds(call, workload.steps))
-    times = {(way, i): ranks.mean(ms) if way == ALONE else ranks.slowest(ms) for (way, i), ms in times.items()}
+
+    def timed(calls: dict) -> dict:
+        times = in_turns(calls, workload.rounds, lambda call: ranks.milliseconds(call, workload.steps))
+        return {(way, i): ranks.mean(ms) if way == ALONE else ranks.slowest(ms) for (way, i), ms in times.items()}
+
+    in_graphs = ranks.has_graphs and workload.steps > 1
+    times = timed({key: ranks.graph(call) for key, call in calls.items()} if in_graphs else calls)
+    of_calls = timed(calls) if in_graphs else times
     rows = [
         {
             "workload": workload.name,
@@ -116,7 +123,7 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
             "heads_k_stride": way[1],
             "direction": DIRECTIONS[direction],
             "ms": ms,
-            "per_second": 1e3 / ms,
+            "call_ms": of_calls[way, direction],
             "efficiency": times[ALONE, direction] / ms,
         }
         for (way, direction), ms in times.items()
@@ -126,11 +133,12 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown: a line for each way, both directions side by side."""
-    header = ["", "method", "stride", *(f"{x}{unit}" for x in DIRECTIONS for unit in (", ms", ", 1/s", ", efficiency"))]
+    units = ", ms", ", by calls, ms", ", efficiency"
+    header = ["", "method", "stride", *(f"{x}{unit}" for x in DIRECTIONS for unit in units)]
     lines = {}
     for row in rows:
         place = row["workload"], row["method"], str(row["heads_k_stride"] or "")
-        cells = f"{row['ms']:.3f}", f"{row['per_second']:.1f}", f"{100 * row['efficiency']:.1f} %"
+        cells = f"{row['ms']:.3f}", f"{row['call_ms']:.3f}", f"{100 * row['efficiency']:.1f} %"
         lines.setdefault(place, []).extend(cells)
     lines = [[*place, *cells] for place, cells in lines.items()]
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
@@ -201,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a GPU (default 8192)")
     parser.add_argument("--long-tokens", type=int, default=65536, help="of a GPU, the long sequence (default 65536)")
     parser.add_argument("--rounds", type=int, default=20, help="of which the median is taken (default 20)")
+    parser.add_argument("--only", nargs="+", default=[""], help="batches whose name begins with one of these")
     parser.add_argument("--json", type=Path, help="write what was measured to this file too")
     parser.add_argument("--trace", type=Path, help="write the timeline of a step of each way into this directory")
     options = parser.parse_args()
@@ -216,7 +225,8 @@ def main() -> None:
     say(", ".join(f"{name} {value}" for name, value in ranks.versions.items()))
     file = options.json if ranks.chief else None
     measured = {"versions": ranks.versions, "rows": [], "timelines": []}
-    for i, workload in enumerate(workloads(ranks.size, options.tokens, options.long_tokens, options.rounds)):
+    batches = workloads(ranks.size, options.tokens, options.long_tokens, options.rounds)
+    for i, workload in enumerate(x for x in batches if x.name.startswith(tuple(options.only))):
         rows, calls = measure(ranks, workload)
         measured["rows"] += rows
         say("\n".join(["", *table(rows)]), flush=True)

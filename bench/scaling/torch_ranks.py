@@ -40,6 +40,7 @@ class Ranks:
         dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.chief = self.rank == 0
+        self.has_graphs = self.gpu
         self.versions = {
             "ranks": self.size,
             "gpu": torch.cuda.get_device_name() if self.gpu else "none",
@@ -125,6 +126,19 @@ class Ranks:
             results = [self._zigzag_rows(x) for x in results]
         for name, got, wanted in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
+
+    def graph(self, call):
+        """Return the replay of a CUDA graph of `call`, transfers included."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # kernels are compiled, ranks agree
+        torch.cuda.synchronize()
+        dist.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+        return graph.replay
 
     def milliseconds(self, call, steps):
         """Return the time of one of `steps` consecutive calls, which all ranks begin together."""

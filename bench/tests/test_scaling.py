@@ -75,7 +75,7 @@ def test_a_tiny_run(framework, tmp_path):
     for (workload, *_, direction), row in rows.items():
         alone = rows[workload, *scaling.ALONE, direction]
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
-        assert row["per_second"] == pytest.approx(1e3 / row["ms"])
+        assert row["call_ms"] > 0
     assert len(list((tmp_path / "traces").iterdir())) == 5
     assert len(measured["timelines"]) == (5 if GPU else 0)
     for timeline in measured["timelines"]:

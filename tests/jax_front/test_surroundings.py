@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
+from tests.support.machine import GPU
 
 W, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 CU_SEQLENS = np.array([0, 8, 8, 24], np.int32)
@@ -138,6 +139,12 @@ def assert_same_bits(where, ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{where}: {i}"
 
 
+def assert_close(where, ours, theirs):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype, f"{where}: {i}"
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-5, err_msg=f"{where}: {i}")
+
+
 def ways(calls, apart):
     """(name, call, whether to compile it): all compiled, those in `apart` operation by operation as well."""
     return [
@@ -162,7 +169,11 @@ def check(name, make_calls, kernel_backend, apart=()):
     for call_name, call, compiled in ways(make_calls(kernel_backend), apart):
         for forward, backward in ((there, nothing), (nothing, there)):
             ours = results(call, inputs(dtype), compiled, forward, backward)
-            assert_same_bits(f"{call_name}, compiled: {compiled}", ours, expected[call_name, compiled])
+            where, theirs = f"{call_name}, compiled: {compiled}", expected[call_name, compiled]
+            if GPU and "reference" in call_name:  # XLA's own reductions there may take another order
+                assert_close(where, ours, theirs)
+            else:
+                assert_same_bits(where, ours, theirs)
 
 
 @pytest.mark.usefixtures("each_launch_once")

@@ -140,6 +140,17 @@ def test_short_documents_stay_whole_and_move_nothing():
         plan.moved_bytes(8, 128, "int8")
 
 
+def test_where_documents_nearly_fill_the_ranks_the_shortest_is_split():
+    """Two whole documents on each rank, and chunks of the fifth in a few rows more than the tokens need."""
+    plan = plan_documents([4092, 3820, 3872, 4060, 540], 2)
+    assert plan.split == (4,)
+    assert plan.tokens == round(1.005 * 8192)
+    assert plan.moved_rows == plan.split_tokens == 270
+    assert plan.balance < 1.01
+    at_least = plan_documents([4092, 3820, 3872, 4060, 540], 2, tokens=8233, split_above=4070)
+    assert 0 in at_least.split
+
+
 def test_one_long_document_is_split():
     plan = plan_documents([4000] + [10] * 40, 4, tokens=1110)
     assert plan.split == (0,)

@@ -13,9 +13,12 @@ from ..checks import (
 )
 from ..cost.counts import Mask
 from ..layout import MAX_OFFSET
+from .placing import Document, Placement
 from .plan import DocumentPlan
 from .splitting import Batch
 
+MOVED_ROW = 1 / 8
+"""Cost of a row whose K/V move, in rows of padding, which all layers of a model compute for nothing."""
 ROOM = 1.0, 1.005, 1.01, 1.02, 1.04, 1.08, 1.16, 1.32, 1.64, 2.3  # of the mean rows, where `tokens` is for us to choose
 
 
@@ -37,7 +40,8 @@ def plan_documents(
     Args:
         lengths: tokens of each document of the batch, on the host.
         world_size: W, the number of ranks.
-        tokens: rows of each rank, padding included; None is as few as a plan is found for.
+        tokens: rows of each rank, padding included. None is as few as there must be, or a few more where fewer rows
+            then move.
         split_above: split the documents longer than this, and no others unless they do not fit; None is as few as make
             work equal.
         split_tokens: rows of each rank for chunks of split documents, padding included; None is as few as they need.
@@ -70,9 +74,7 @@ def plan_documents(
     else:
         least = max(-(-real // world_size), split_tokens or 0)
         trials = [round(share * least) for share in ROOM] + [batch.enough_rows]
-        tokens, found = next(
-            ((rows, found) for rows in trials if (found := batch.search(rows, hard=rows == trials[-1]))), (least, None)
-        )
+        tokens, found = _fewest_rows(batch, trials)
         if found is None:
             raise ValueError(batch.too_many(real, None))
     split, placement = found
@@ -88,6 +90,19 @@ def plan_documents(
         max_split=len(split) if max_split is None else max_split,
         mask=mask,
     )
+
+
+def _fewest_rows(batch: Batch, trials: list[int]) -> tuple[int, tuple[list[Document], Placement] | None]:
+    """Return (rows of a rank, what `Batch.search` found for them) that cost least; the last trial is the most rows."""
+    least, chosen = float("inf"), (trials[0], None)
+    for rows in trials:
+        if rows >= least:
+            break
+        found = batch.search(rows, hard=rows == trials[-1])
+        cost = rows + MOVED_ROW * batch.split_rows(found[0]) if found else least
+        if cost < least:
+            least, chosen = cost, (rows, found)
+    return chosen
 
 
 def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]:

@@ -133,11 +133,26 @@ class Batch:
         return None
 
     def _fewest(self, tokens: int, balance: float) -> tuple[list[Document], Placement] | None:
-        """Return a split of few documents, and a placement of the others that keeps all limits, or None."""
+        """Return a split of few tokens, and a placement of the other documents that keeps all limits, or None.
+
+        The longest documents make work unequal. Of documents that are about as long as each other, and nearly fill the
+        ranks, the shortest are split instead: the rows that whole ones leave free have room for their chunks.
+        """
+        found = [x for order in self._orders if (x := self._fewest_of(order, tokens, balance))]
+        return min(found, key=lambda x: self.split_rows(x[0]), default=None)
+
+    @cached_property
+    def _orders(self) -> list[list[Document]]:
+        """The documents in the orders in which they are split: longest first, and shortest first of those we choose."""
+        must = self.documents[: self._counts[0]]
+        return [self.documents, [*must, *self.documents[len(must) :][::-1]]]
+
+    def _fewest_of(self, order: list[Document], tokens: int, balance: float) -> tuple[list[Document], Placement] | None:
+        """Return what `_fewest` does if the first documents of `order` are split."""
         found: dict[int, tuple[list[Document], Placement]] = {}
 
         def succeeds(count: int) -> bool:
-            candidate = self._candidate(self.documents, count, tokens)
+            candidate = self._candidate(order, count, tokens)
             if candidate is None:
                 return False
             for by_sum in (False, True):

@@ -11,6 +11,7 @@ from zigzag_kernels.problem import Problem
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange_with_neighbours, wait
+from .streams import on, streams_of
 from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of_backward, readable, rows_of_backward
 
 
@@ -19,9 +20,10 @@ class Halo:
     """Sends the last rows of each chunk to the rank of the next chunk while other rows are attended to.
 
     Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
-    behind it a copy of their own K/V, so that no row is computed in two parts. The backward pass moves halos again, as
-    keeping them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There
-    they are added after the gradients of the copies, in this order.
+    behind it a copy of their own K/V, so that no row is computed in two parts. Each kind of rows has a stream, so that
+    the few programs of one start before the last ones of the other end. The backward pass moves halos again, as keeping
+    them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There they
+    are added after the gradients of the copies, in this order.
 
     `problem` describes the rank's own K/V, and `of_halo` the buffer.
     """
@@ -51,13 +53,18 @@ class Halo:
         problem = launch.without_gluon_if_misaligned(self.problem, k, v)
         # Halos travel while the rows that need none are attended to.
         keys, works = self._exchange(problem, k, v, tables, group)
+        current, side, _ = streams_of(k.device)
+        # The next launch allocates the results, in memory that no work after this point has used: `side` may write it.
+        side.wait_stream(current)
+        results: Any = (None, None) if beside is None else beside(None)
         # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
         # once.
-        apart = launch.run, self.of_halo, q, *keys, tables.segments[1]
-        results: Any = (None, None) if beside is None else beside(None)
         results = plan.forward(launch.run, problem, q, k, v, tables.segments[0], sinks=sinks, into=results)
-        wait(works, group)
-        return plan.forward(*apart, sinks=sinks, into=results)
+        with on(side):
+            wait(works, group)
+            plan.forward(launch.run, self.of_halo, q, *keys, tables.segments[1], sinks=sinks, into=results)
+        current.wait_stream(side)
+        return results
 
     def backward(
         self,
@@ -83,7 +90,7 @@ class Halo:
         (q, k, v, *_), dout, strides = residuals, cotangents.dout, cotangents.strides
         problem, of_halo = (problem_of_backward(x, q, dout, y) for x, y in ((self.problem, (k, v)), (self.of_halo, ())))
         keys, works = self._exchange(problem, k, v, tables, group)
-        dq: Any = None if beside is None else beside(None)
+        dq = q.new_empty(q.shape) if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
         # dK and dV of the four slots: two halos, which go home, and two copies of own rows, which are added here.
@@ -94,19 +101,24 @@ class Halo:
         own = (launch.run, problem, q, k, v, dout, rows)
         apart = (launch.run, of_halo, q, *keys, dout, rows)
         part = part_of(0, False, reduce_dtype)
-        plan.backward_keys(*own, of_own, part=part, into=sums.unbind(), **strides)
-        wait(works, group)
         in_slots: Any = of_slots.flatten(1, 2).unbind()
-        plan.backward_keys(*apart, of_halos, part=part, into=in_slots, **strides)
-        # The gradient of the early halo goes to the rank before this one, of the late halo to the next one: where the
-        # rows came from. dQ is computed meanwhile.
-        works = exchange_with_neighbours(
-            (of_slots[:, HaloSlot.EARLY_HALO].unbind(), of_slots[:, HaloSlot.LATE_HALO].unbind()),
-            (received[:, 1].unbind(), received[:, 0].unbind()),
-            group,
-        )
-        dq = plan.backward_queries(*own, tables.segments[0], into=dq, **strides)
-        dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        current, side, _ = streams_of(k.device)
+        side.wait_stream(current)  # for the rows, and for all work on the memory that it writes
+        plan.backward_keys(*own, of_own, part=part, into=sums.unbind(), **strides)
+        with on(side):
+            wait(works, group)
+            plan.backward_keys(*apart, of_halos, part=part, into=in_slots, **strides)
+            # The gradient of the early halo goes to the rank before this one, of the late halo to the next one: where
+            # the rows came from. dQ is computed meanwhile.
+            works = exchange_with_neighbours(
+                (of_slots[:, HaloSlot.EARLY_HALO].unbind(), of_slots[:, HaloSlot.LATE_HALO].unbind()),
+                (received[:, 1].unbind(), received[:, 0].unbind()),
+                group,
+            )
+        plan.backward_queries(*own, tables.segments[0], into=dq, **strides)
+        with on(side):
+            plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        current.wait_stream(side)
         # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
         # home.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
