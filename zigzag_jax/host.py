@@ -266,7 +266,10 @@ def pack_rows(
 
 
 def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
-    """Return `x [W * T, ...]`, rows of all ranks, in the order of the documents, one after another, without padding."""
+    """Return `x [W * T, ...]` in the order of the documents of `batch`, one after another, without padding.
+
+    `x` has the rows of all ranks, in the order of the ranks. Raises `ValueError` for another number of rows.
+    """
     x, rows = np.asarray(x), np.asarray(batch.rows)
     if not x.ndim or len(x) != len(rows):
         raise ValueError(f"x: expected [W * T, ...] with the {len(rows)} rows of the batch, got shape {x.shape}")

@@ -62,6 +62,7 @@ def zigzag_attention_gathered(
         sinks: `[heads]` of a floating-point type, differentiable. Each row's softmax gets one more logit, which has no
             value vector, so that a row may attend to little. `lse` includes it; -inf is no sink.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
+        return_lse: also return lse, the logarithm of each row's sum of exponentials.
         return_max_logits: also return the largest score of each head, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
@@ -153,6 +154,7 @@ def zigzag_attention(
             "allgather".
             The backward pass moves K/V again, and dK/dV the other way.
         heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
+        return_lse, backend: as in `zigzag_attention_gathered`.
         grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
         layout: as in `zigzag_attention_gathered`. With `cu_seqlens=None` the call uses the document layout.

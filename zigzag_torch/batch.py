@@ -85,7 +85,7 @@ class Batch:
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
-        """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
+        """Return this batch with its tensors on `device`; `non_blocking` as in `torch.Tensor.to`."""
         tensors = ((name, getattr(self, name)) for name in _TENSORS)
         return dataclasses.replace(
             self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors if x is not None}

@@ -75,19 +75,19 @@ class ShardedBatch:
         return Parts(*offsets, self.whole_tokens, len(self.input_ids), self.shortest_chunk)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ShardedBatch":
-        """Return this batch with its tensors on `device`, as `torch.Tensor.to` moves them."""
+        """Return this batch with its tensors on `device`; `non_blocking` as in `torch.Tensor.to`."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: torch.device | str | None = None) -> "ShardedBatch":
-        """Return this batch in pinned memory; data loaders call it."""
+        """Return this batch in pinned memory, for `device` if it is given; data loaders call it."""
         return self._map(lambda x: x.pin_memory() if device is None else x.pin_memory(device))
 
     def prepare(self, group=None, *, method: str | None = None, backend: str | None = None, **reach) -> Batch:
         """Return the `Batch` that attention takes, for all layers and both passes.
 
         With a `group` ranks compare lengths and `fingerprint`, so that attention is NaN if they hold rows of different
-        batches; `validate` says so in words. `reach` are the arguments of `prepare_batch` about windows, for halos.
-        Raises `ValueError` if the rows belong to another rank of the group.
+        batches; `validate` says so in words. `method`, `backend` and `reach` are arguments of `prepare_batch`; `reach`
+        are its arguments about windows, for halos. Raises `ValueError` if the rows belong to another rank of the group.
         """
         return prepare_batch(
             self.cu_seqlens if self.layout == "row" else self.parts,
@@ -113,11 +113,11 @@ class ShardedBatch:
     ) -> dict:
         """Return what a transformers model takes by `model(**...)`, once `zigzag_torch.hf.use_mesh` has seen it.
 
-        Rows are `[1, T]`, and `zigzag_batch` is the result of `prepare` with these arguments. The empty
-        `attention_mask` stands for it, so that any other attention implementation raises an error. With `gradients`
-        labels come along as `shift_labels`, and the model's `loss` is the share of this rank: the mean loss is the sum
-        of all shares, or their mean, as for `token_mean_loss`. Without, call that with the logits, as for models whose
-        loss shifts labels itself.
+        Rows are `[1, T]`, and `zigzag_batch` is the result of `prepare` with `group`, `method`, `backend` and `reach`.
+        The empty `attention_mask` stands for it, so that any other attention implementation raises an error. With
+        `gradients` labels come along as `shift_labels`, and the model's `loss` is the share of this rank: the mean loss
+        is the sum of all shares, or their mean, as for `token_mean_loss`. Without `gradients`, call `token_mean_loss`
+        with the logits, as for models whose loss shifts labels itself.
         """
         if gradients not in (None, "sum", "mean"):
             raise ValueError(f"gradients: expected None, 'sum' or 'mean', got {gradients!r}")

@@ -31,6 +31,7 @@ def pad_to_zigzag(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad a batch with `value` so that it can be dealt out; return (the padded `x`, its `cu_seqlens`).
 
+    `x [total, ...]` has the documents of `cu_seqlens [N + 1]`, and W is `world_size`.
     In the document layout the lengths become multiples of 2W, and `total` pads the end too, to a fixed number of rows
     (a multiple of W). In the row layout the documents stay as they are, and only the end is padded: to `total`, to
     whole rows of `row_length` tokens, or to a multiple of 2W. The host reads the lengths. One rank takes any lengths.
@@ -61,7 +62,11 @@ def _limits(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def unpad(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int, *, layout: str = "document") -> torch.Tensor:
-    """Undo `pad_to_zigzag`: return the rows of the original batch, whose offsets are `cu_seqlens`."""
+    """Undo `pad_to_zigzag`: return the rows of the original batch, whose offsets are `cu_seqlens`.
+
+    `x` has the rows of the padded batch; it was padded with the same `world_size` and `layout`. Raises
+    `ValueError` if `x` has fewer rows.
+    """
     layout = check_layout(layout)
     lengths = _host_lengths(None, cu_seqlens, world_size)
     padded = lengths if layout is Layout.ROW else [padded_length(length, world_size) for length in lengths]

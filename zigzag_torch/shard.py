@@ -100,10 +100,11 @@ def local_cu_seqlens(
 ) -> torch.Tensor:
     """Return the offsets, int32, of the pieces of documents in the local rows of a rank.
 
-    In the document layout every document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In
-    the row layout it is `[2 * N + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the
-    rank's early chunk and in the late one, which are counted in the order of the local rows. Most of them are empty.
-    Rows behind the last offset are padding. One rank has the document layout.
+    `cu_seqlens [N + 1]` counts the whole batch, and `world_size` is the number of ranks. In the document layout every
+    document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In the row layout it is `[2 * N
+    + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the rank's early chunk and in the
+    late one, which are counted in the order of the local rows. Most of them are empty. Rows behind the last offset are
+    padding. One rank has the document layout.
 
     Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and in the row layout without
     `row_length`; if the values are on a GPU, all of the result is -1 instead.
@@ -132,11 +133,11 @@ def position_ids(
 ) -> torch.Tensor:
     """Return `[T]` int32: the position in its document of every local row of `rank` (for RoPE); 0 for padding.
 
-    `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and padding is not counted, except
-    the padding of the last row of `row_length`. In the row layout `row_length` None is one row of all tokens. Raises
-    `ValueError` for offsets that `validate` refuses, for a rank that is none, and for fewer `tokens` than the documents
-    have; if the values are on a GPU, all positions are -1 instead. In place of `cu_seqlens` it takes a plan of
-    `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
+    `world_size` is the number of ranks. `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and
+    padding is not counted, except the padding of the last row of `row_length`. In the row layout `row_length` None is
+    one row of all tokens. Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and for
+    fewer `tokens` than the documents have; if the values are on a GPU, all positions are -1 instead. In place of
+    `cu_seqlens` it takes a plan of `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         return positions_of_plan(cu_seqlens, _host_rank(rank), world_size, tokens)
@@ -243,10 +244,10 @@ def shard(
 ) -> torch.Tensor:
     """Return the zigzag rows `[total / W, ...]` of `rank` from the unsharded batch `x [total, ...]`; differentiable.
 
-    Rows of `x` behind the last document are padding, which ranks share evenly in the document layout. In the row layout
-    packed rows of `row_length` tokens are dealt out, and only the last may have padding; None is one row of all tokens.
-    There `x` may also be `[B, row_length, ...]`, whose rows follow one another in `cu_seqlens`; the result is `[B,
-    row_length / W, ...]`.
+    W is `world_size`. Rows of `x` behind the last document are padding, which ranks share evenly in the document
+    layout. In the row layout packed rows of `row_length` tokens are dealt out, and only the last may have padding; None
+    is one row of all tokens. There `x` may also be `[B, row_length, ...]`, whose rows follow one another in
+    `cu_seqlens`; the result is `[B, row_length / W, ...]`.
 
     Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` refuses, and for a rank that is
     none. If those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
@@ -276,6 +277,7 @@ def unshard(
 ) -> torch.Tensor:
     """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks.
 
+    `cu_seqlens` and `world_size`, W, are as in `shard`.
     In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind another's; the
     result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does. With a plan of
     documents the result has the tokens of all documents and no padding.

@@ -1,5 +1,6 @@
-"""Tests that the reference of the site has every public name and environment variable, and that links hold."""
+"""Tests that the reference of the site has every public name, option and environment variable, and that links hold."""
 
+import inspect
 import re
 import shlex
 import shutil
@@ -39,6 +40,30 @@ def shown(page: str, module: str) -> set[str]:
 @pytest.mark.parametrize(("module", "page"), API.items())
 def test_the_reference_shows_every_public_name(module, page):
     assert shown(page, module) == set(public(import_module(module)))
+
+
+def functions(module) -> dict[str, object]:
+    """Return the public functions of a module, and the public methods of its classes."""
+    found = {}
+    for name, value in public(module).items():
+        if inspect.isclass(value):
+            methods = {f"{name}.{key}": x for key, x in vars(value).items() if not key.startswith("_")}
+            found |= {key: x for key, x in methods.items() if inspect.isfunction(x)}
+        else:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("module", API)
+def test_every_option_is_described(module):
+    """The page of a function is its docstring, which names each of its parameters."""
+    missing = [
+        f"{name}: {option}"
+        for name, function in functions(import_module(module)).items()
+        for option in inspect.signature(function).parameters
+        if option != "self" and not re.search(rf"\b{option}\b", inspect.getdoc(function) or "")
+    ]
+    assert missing == []
 
 
 def test_the_reference_has_every_environment_variable():

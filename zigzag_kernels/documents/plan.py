@@ -116,7 +116,10 @@ class DocumentPlan(Places):
         return Undivided(rows, (self.world_size - 1) * rows)
 
     def moved_bytes(self, kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> int:
-        """Return the bytes of K and V that each rank receives in one layer forward."""
+        """Return the bytes of K and V that each rank receives in one layer forward.
+
+        K and V have `kv_heads` heads of `head_dim` elements of `dtype`: "float16", "bfloat16" or "float32".
+        """
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype: expected {', '.join(DTYPE_BYTES)}, got {dtype!r}")
         kv_heads, head_dim = check_int("kv_heads", kv_heads, 1), check_int("head_dim", head_dim, 1)

@@ -44,11 +44,15 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
     """Attend from this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
 
     Args:
-        q: `[T, heads, head_dim]`; k, v: `[T, kv_heads, head_dim]`, all of this rank. Inside `torch.autocast` they are
-            cast to its type first.
-        cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q. `cu_seqlens_k` is global, W times that.
+        q: `[T, heads, head_dim]` of this rank. Inside `torch.autocast` q, k and v are cast to its type first.
+        k, v: `[T, kv_heads, head_dim]` of this rank.
+        cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q.
+        cu_seqlens_k: `[N + 1]` int32, global: W times `cu_seqlens_q`.
         max_seqlen_q, max_seqlen_k, local_k_slice: any value will do, as they follow from the others.
         heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
+        dropout_p, alibi_slopes: not supported, other values than the defaults raise.
+        softmax_scale: positive; `1 / sqrt(head_dim)` if None.
+        causal: a row sees the keys of its sequence up to its own position; all of them if False.
         window_size: (left, right), keys on each side of a row, -1 for all, as in FlashAttention.
         deterministic: repeat the backward pass bit for bit, which the fused kernels always do.
         return_attn_probs: return (out, lse, None).
@@ -183,7 +187,12 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(  # noqa: PLR0917  (a publishe
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Call `zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`."""
+    """Call `zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`.
+
+    All other arguments are as there: `q`, `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
+    `heads_k_stride`, `local_k_slice`, `dropout_p`, `softmax_scale`, `causal`, `window_size`, `alibi_slopes`,
+    `deterministic`, `return_attn_probs`, `group` and `n_chunks`. Results and errors are the same too.
+    """
     k, v = _unpacked("kv", kv, 2)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
@@ -225,7 +234,12 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(  # noqa: PLR0917  (a publish
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`."""
+    """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`.
+
+    All other arguments are as there: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
+    `heads_k_stride`, `local_k_slice`, `dropout_p`, `softmax_scale`, `causal`, `window_size`, `alibi_slopes`,
+    `deterministic`, `return_attn_probs`, `group` and `n_chunks`. Results and errors are the same too.
+    """
     q, k, v = _unpacked("qkv", qkv, 3)
     return zigzag_llama3_flash_attn_varlen_func(
         q,
@@ -278,8 +292,18 @@ def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a publish
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Compute `execute_grouped_attention` in one launch that reads `kv_buffer` in place.
 
-    `chunk_idx_0, chunk_idx_1` are the chunks of the rank, r and 2W - 1 - r; `ValueError` if they are no rank's. Left
-    out, as by code that puts this function in the place of `execute_grouped_attention`, they follow from `kv_slices`.
+    Args:
+        chunk_q_list, chunk_cu_seqlens_q_list, chunk_indices_list, kv_buffer, kv_slices, nheads, head_dim: as there.
+        softmax_scale, dropout_p, causal, window_size, alibi_slopes, deterministic, world_size, cu_seqlens_k: as there.
+        chunk_idx_0, chunk_idx_1: the chunks of the rank, r and 2W - 1 - r. None, as by code that puts this function in
+            the place of `execute_grouped_attention`: they follow from `kv_slices`.
+
+    Returns:
+        As `execute_grouped_attention`.
+
+    Raises:
+        ValueError: chunks that no rank has, and as `zigzag_attention_gathered`.
+        NotImplementedError: `dropout_p` or `alibi_slopes` other than 0 and None.
     """
     mask = mask_of(causal, dropout_p, window_size, alibi_slopes)
     world_size = check_world_size(world_size)

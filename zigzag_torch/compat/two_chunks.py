@@ -41,6 +41,9 @@ def fused_zigzag_llama3_flash_attn_forward_v2(  # noqa: PLR0917  (a published na
             `chunk_idx_g * length // total_chunks` of its `length` keys, and end at or before its end.
         k, v: `[keys, kv_heads, head_dim]`, every sequence in position order.
         cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: `[N + 1]` int32, where the sequences start in q0, in q1, and in k.
+        chunk_idx_0, chunk_idx_1: the chunk that each group begins with, from 0 to `total_chunks - 1`.
+        total_chunks: the number of equal chunks of a sequence.
+        softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         causal: a row sees the keys up to its own position; all of its sequence if False.
 
     Returns:

@@ -94,7 +94,10 @@ class ZigzagTrainerMixin(_Trainer):
         return self.get_eval_dataloader(test_dataset)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the loss of a batch; `NotImplementedError` for logits, whose rows are in zigzag order."""
+        """Return the loss of `model` for `inputs`, as `Trainer.prediction_step` does with `prediction_loss_only`.
+
+        Raises `NotImplementedError` without it: rows of logits are in zigzag order. `ignore_keys` are of logits alone.
+        """
         if not prediction_loss_only:
             raise NotImplementedError("prediction_loss_only: expected True, got False: take unshard_group for logits")
         return super().prediction_step(model, inputs, True, ignore_keys)
