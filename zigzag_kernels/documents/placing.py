@@ -83,8 +83,11 @@ class Placement:
                 self.unplaced += document.tokens
                 continue
             passed = []
+            # Ranks with a small load may yet have too few rows, where they have little work: they are passed over.
             while heap and len(passed) < TRIED_RANKS and self.rows[heap[0][1]] + document.tokens > limits.rows:
                 passed.append(heapq.heappop(heap))
+            # If no rank that was tried has rows, the document goes to the one with the smallest load, and exceeds its
+            # limit.
             chosen = heapq.heappop(heap) if heap and len(passed) < TRIED_RANKS else passed.pop(0)
             for entry in passed:
                 heapq.heappush(heap, entry)
@@ -93,6 +96,7 @@ class Placement:
             if gives_up and limits.excess(self.rows[rank], self.work[rank]) > 1:
                 self.unplaced += document.tokens
                 return
+            # A rank without a free entry leaves the heap.
             if len(self.documents[rank]) < limits.documents:
                 heapq.heappush(heap, (load(self.rows[rank], self.work[rank]), rank))
 
@@ -123,6 +127,7 @@ class Placement:
         """Give one document of `worst` away for none, one or two of another rank; return whether any exchange helps."""
         limits, best, chosen = self.limits, excess[worst], None
         rows, work = self.rows, self.work
+        # Partners are the ranks with the smallest sums: an exchange should ease rows or work, whichever is in excess.
         load = [*map(limits.total, rows, work)]
         effort.spend(2 * len(rows))
         for rank in heapq.nsmallest(PARTNERS, range(len(rows)), key=load.__getitem__):
@@ -132,11 +137,13 @@ class Placement:
             for given in self.documents[worst]:
                 for returned, tokens, scores in returns:
                     more, heavier = given.tokens - tokens, given.work - scores
+                    # An exchange that takes neither rows nor work from the worst rank cannot help it.
                     if not (more > 0 or heavier > 0):
                         continue
                     grown = rank if not returned else worst
                     if len(returned) != 1 and len(self.documents[grown]) >= limits.documents:
                         continue
+                    # Both ranks count: the excess must not just move to the other one.
                     after = max(
                         limits.excess(rows[worst] - more, work[worst] - heavier),
                         limits.excess(rows[rank] + more, work[rank] + heavier),
@@ -169,6 +176,7 @@ def _up_to_two(documents: list[Document]) -> list[tuple[tuple[Document, ...], in
     """Return (documents, tokens, work) of no document, of each one, and of each pair of the first 16."""
     result: list[tuple[tuple[Document, ...], int, int]] = [((), 0, 0)]
     result += [((x,), x.tokens, x.work) for x in documents]
+    # All pairs of many documents would be too many; the first ones are mostly the longest.
     few = documents[:16]
     for i, x in enumerate(few):
         result += [((x, y), x.tokens + y.tokens, x.work + y.work) for y in few[i + 1 :]]

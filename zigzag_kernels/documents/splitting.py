@@ -35,6 +35,8 @@ class Candidate:
         """Return the other documents on their ranks, where the slowest may have `balance` times the mean work."""
         allowed = max(balance * self.work / self.world_size - self.share, 1)
         documents = len(self.others) if self.max_documents is None else self.max_documents
+        # The share of split documents, the same on every rank, was subtracted from the limit. Ranks with padding have
+        # less of it: they begin below 0, and may take more whole documents.
         work = [0] * self.world_size
         for rank, missing in self.missing:
             work[rank] -= missing
@@ -94,6 +96,7 @@ class Batch:
     def _least_excess(self, tokens: int) -> int:
         """Return how many tokens have no row, at least, whichever documents are split."""
         least, most = self._counts
+        # By number of split documents, longest first: tokens with padding of these, and tokens of the others.
         padded = (padded_length(document.tokens, self.world_size) for document in self.documents)
         taken = [*accumulate(padded, initial=0)]
         left = [*accumulate((-document.tokens for document in self.documents), initial=sum(self.lengths))]
@@ -110,6 +113,7 @@ class Batch:
         Few split documents are tried before many, and work may be unequal only in a plan that is `hard` to find.
         """
         balances = BALANCES if self.split_above is None else BALANCES[-1:]
+        # Quick searches first; long ones where these find no plan.
         for balance in balances[:2]:
             found = self._fewest(tokens, balance)
             if found:
@@ -165,6 +169,8 @@ class Batch:
         least, most = self._counts
         if most < least:
             return None
+        # Steps that double until one count succeeds, then a bisection between it and the last that failed. A larger
+        # count may fail where a smaller one succeeds, so that the result is not always the smallest.
         failed, count, step = least - 1, least, 1
         while not succeeds(count) and count < most:
             failed, count, step = count, min(count + step, most), 2 * step
@@ -188,6 +194,7 @@ class Batch:
         taken = self.split_rows(split)
         room = taken if self.split_tokens is None else self.split_tokens
         rows = tokens - room
+        # Too few rows for split documents, or for the others even without any waste.
         if taken > room or rows < 0 or rows * self.world_size < sum(document.tokens for document in others):
             return None
         shares = [self._share(document.tokens) for document in split]
@@ -220,6 +227,8 @@ class Batch:
             late = above is not None and document.tokens <= above
             return late, weight * padding[document.number] - document.tokens
 
+        # A split document is padded by up to 2 * W - 1 tokens. Where rows are scarce, a shorter one that needs less may
+        # be the better choice.
         order = sorted(self.documents, key=first) if weight else self.documents
         taken = [*accumulate((padding[x.number] + x.tokens for x in order), initial=0)]
         left = [*accumulate((-x.tokens for x in order), initial=sum(x.tokens for x in order))]
@@ -228,9 +237,11 @@ class Batch:
             room = taken[count] if self.split_tokens is None else self.world_size * self.split_tokens
             if taken[count] <= room and self.world_size * tokens - room >= left[count]:
                 possible.append(count)
+        # Evenly spread over the range, both ends among them.
         if len(possible) > COUNTS:
             possible = [possible[i * (len(possible) - 1) // (COUNTS - 1)] for i in range(COUNTS)]
         tried = []
+        # From many split documents down: what is left to place is then smallest, and fits most easily.
         for count in reversed(possible):
             candidate = self._candidate(order, count, tokens)
             assert candidate is not None  # as many rows as tokens

@@ -37,6 +37,7 @@ def count_heads_together(problem: Problem, config: TileConfig, tiles: int) -> in
     """
     strides = problem.k_strides[1], problem.v_strides[1], block_d(problem.head_dim)
     heads = math.gcd(config.heads_together, problem.window) if {*strides} == {problem.head_dim} else 1
+    # Halved, not lowered by one, so that it still divides the window.
     while heads > 1 and tiles * problem.window < heads * MANY_PROGRAMS:
         heads //= 2
     return heads
@@ -44,5 +45,6 @@ def count_heads_together(problem: Problem, config: TileConfig, tiles: int) -> in
 
 def make_grid(config: TileConfig, tiles: int, heads: int) -> tuple[int, int, int]:
     """Return the programs for all `tiles` of so many heads, or groups of heads: see `segments.lookup`."""
+    # Rounded up to whole groups of tiles: programs of the last group may have no tile, and return.
     together = config.tiles_together or 1
     return -(-tiles // together) * together * heads, 1, 1

@@ -184,6 +184,7 @@ def agree(group: "ProcessGroup", facts: Facts, digest: int | None = None) -> Non
     """
     history = _history(group)
     digest = _digest(facts) if digest is None else digest
+    # Under NCCL this is all that a call costs whose facts are known.
     if history.reach is Reach.STORE and digest in history.seen:
         return
     compare(group, dict(facts))
@@ -212,6 +213,7 @@ def reach_of(group: "ProcessGroup") -> Reach:
     """Return how the ranks of `group` reach each other: of several backends, the one for the accelerator counts."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     on_host = _backend_name(group, torch.device("cpu"))
+    # A group may have gloo for the CPU and NCCL for the GPU: data moves by the latter.
     backend = on_host if accelerator is None else _backend_name(group, accelerator) or on_host
     if backend == Reach.NOBODY.value:
         return Reach.NOBODY
@@ -241,6 +243,7 @@ def refuse(group: "ProcessGroup", error: Exception, timeout: float | None = None
         compare(group, {"error": str(error)}, REFUSAL_SECONDS, timeout)
     except ValueError as joint:
         if isinstance(error, ValueError):
+            # All ranks raise one error, in the same words.
             raise joint from None
     except RuntimeError as alone:
         error.add_note(f"The other ranks could not be told: {alone}")
@@ -277,6 +280,8 @@ def compare(
             timeout = timeout_seconds()
         except ValueError as error:
             refuse(group, error, TIMEOUT_SECONDS)
+    # The first call of a group meets in the store even with gloo: a rank that does not come is named there, and no
+    # connection has to be closed for it.
     words = _in_words(report)
     if history.has_agreed and history.reach is Reach.MESSAGES:
         started = time.monotonic()
@@ -313,6 +318,8 @@ def _same_everywhere(group: "ProcessGroup", digest: int, timeout: float) -> bool
     hops = 1
     while hops < size:  # the extremes of `hops` ranks are here
         received = torch.empty_like(extremes)
+        # After each round a rank knows the extremes of twice as many ranks before it; the maximum does not mind ranks
+        # that it hears of twice.
         to, source = (rank + hops) % size, (rank - hops) % size
         works = (
             dist.isend(extremes, group=group, group_dst=to, tag=_MESSAGE_TAG),
@@ -369,6 +376,7 @@ def _raise_lost(group: "ProcessGroup", error: Exception, started: float, timeout
 
     apart = f"ranks made this call, or one before, more than {timeout:g} s ({TIMEOUT_VARIABLE}) apart, or failed in it"
     try:
+        # The ranks that lost their connections meet once more in the store: the ones that do not come are missing.
         roll_call = max(_ROLL_CALL_SECONDS, _ROLL_CALL_SHARE * timeout)
         message = _meet(group, {"call": "roll call"}, roll_call, absence).message
     except RuntimeError as of_store:

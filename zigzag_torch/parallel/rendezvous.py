@@ -53,6 +53,8 @@ def meet(
     """
     started = time.monotonic()
     while True:
+        # A round can end without this rank, by the verdict of ranks that waited longer: then it reports again, in the
+        # next one.
         number = _join(seat, report, absence)
         verdict = _hear(seat, number, started, timeout, absence, patience)
         if verdict is not None:
@@ -72,9 +74,14 @@ def _join(seat: Seat, report: Report, absence: Callable[[list[int]], str]) -> in
     while rank in _reports(seat, number, [rank]):  # of an earlier call, which did not wait for the end of the round
         _end(seat, number, _judge(seat, number, absence))
         number = store.add(_ROUND, 0)
+    # The report is written before it is counted: whoever counts the last one finds all of them.
     store.set(_report_key(rank), json.dumps((number, report)))
     digest = str(digest_of(report))
+    # The first report of a round is the one that others are compared with, by digest: whoever finds another counts as
+    # differing.
     differs = store.compare_set(_first_key(number), "", digest) != digest.encode()
+    # One counter has both numbers, so that one atomic addition says whether this report was the last, and whether any
+    # differed.
     differing, reported = divmod(store.add(_count_key(number), 1 + _DIFFERENT * differs), _DIFFERENT)
     if reported == size:
         _end(seat, number, _judge(seat, number, absence) if differing else Verdict(AGREED, "", None))
@@ -100,6 +107,8 @@ def _hear(
             absent = [peer for peer in range(size) if peer not in _reports(seat, number, range(size))]
             return Verdict(ABSENCE, absence(absent), [rank])
         if waited >= timeout:
+            # Adding 0 reads the number. A round that has moved on without a verdict that this rank can see is over for
+            # it.
             if store.add(_ROUND, 0) == number:
                 _end(seat, number, _judge(seat, number, absence))
             elif not store.check([_verdict_key(number)]):  # the verdict may be newer than the look for it above
@@ -111,6 +120,8 @@ def _hear(
 def _end(seat: Seat, number: int, verdict: Verdict) -> None:
     """End round `number` with `verdict`, unless it has ended."""
     store = seat.store
+    # Only the first verdict is kept, so that every rank hears the same one. The number of the round is raised once,
+    # whoever ends it.
     store.compare_set(_verdict_key(number), "", json.dumps(verdict))
     store.compare_set(_ROUND, str(number), str(number + 1))
     for key in (_first_key, _count_key, _verdict_key):  # ranks may still have to read the last verdict, not older ones
@@ -138,6 +149,7 @@ def _reports(seat: Seat, number: int, ranks) -> dict[int, Report]:
 
 def _compare(reports: dict[int, Report], absent: list[int], absence: Callable[[list[int]], str]) -> tuple[str, str]:
     """Return (kind, message) of the verdict on `reports`."""
+    # A fault that a rank reports outweighs everything else: the other reports are then of calls that were right.
     errors = _ranks_by({rank: report.get("error") for rank, report in reports.items()})
     if list(errors) != [None]:
         if len(errors) == 1 and not absent:
