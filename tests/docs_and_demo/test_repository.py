@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import zigzag_kernels
 from tests.support.commands import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,7 +19,11 @@ def anchors_of(text: str) -> set[str]:
     return {f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # whose entries name files of their time
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_every_file_that_a_page_names_exists(page):
     named = re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -29,6 +34,13 @@ def test_every_heading_that_a_page_links_to_exists(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
         text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
         assert anchor in anchors_of(text), f"{target}#{anchor}"
+
+
+def test_the_changelog_and_the_citation_have_the_version():
+    changelog, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    version, date = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", changelog, re.MULTILINE).groups()
+    assert version == zigzag_kernels.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
 
 
 def test_the_hosted_checks_run_the_targets_of_the_makefile():

@@ -50,9 +50,8 @@ def split_q_by_zigzag_chunk_index(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Sort the local rows of `rank` into `n_chunks` groups by the index of their chunk, early chunks first.
 
-    `q [T, heads, head_dim]`; `cu_seqlens_q [N + 1]` int32, local; W is `world_size`. The 2W chunks of a sequence are
-    divided among the groups: with two, the early chunk of every sequence is in the first and the late one in the
-    second.
+    `q [T, heads, head_dim]`; `cu_seqlens_q [N + 1]` int32, local. The `2 * world_size` chunks of a sequence are divided
+    among the groups: with two, the early chunk of every sequence is in the first and the late one in the second.
 
     Returns:
         For each group its rows `[rows, heads, head_dim]` (differentiable), their `cu_seqlens` (one entry per chunk,
@@ -81,8 +80,8 @@ def rearrange_kv_from_zigzag_to_contiguous(
 ) -> torch.Tensor:
     """Gathered, rank-major `kv_buffer [2, W * T, kv_heads, head_dim]` with every sequence in position order.
 
-    `cu_seqlens [N + 1]` int32 is local; offsets that end with W * T are taken for global ones. W is `world_size`. Rows
-    of padding come last. Differentiable.
+    `cu_seqlens [N + 1]` int32 is local; offsets that end with `world_size * T` are taken for global ones. Rows of
+    padding come last. Differentiable.
     """
     world_size = check_world_size(world_size)
     check_tensor("kv_buffer", kv_buffer)
@@ -159,19 +158,10 @@ def execute_grouped_attention(  # noqa: PLR0917  (a published name)
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Attend group by group, and put the results in local order; differentiable, also through lse.
 
-    Args:
-        chunk_q_list, chunk_cu_seqlens_q_list, chunk_indices_list: from `split_q_by_zigzag_chunk_index`.
-        kv_buffer: `[2, W * T, kv_heads, head_dim]`, gathered and rank-major.
-        kv_slices: from `compute_kv_slices_for_groups`.
-        nheads, head_dim: the heads of the rows, and the size of each.
-        softmax_scale: positive; `1 / sqrt(head_dim)` if None.
-        dropout_p, alibi_slopes: not supported, other values than 0 and None raise.
-        causal: a row sees the keys up to its own position. If False, every row sees its whole sequence, or the window
-            around it, whatever `kv_slices` says.
-        window_size: (left, right), keys on each side of a row; -1 for all.
-        deterministic: repeat the backward pass bit for bit.
-        world_size: W, the number of ranks.
-        cu_seqlens_k: `[N + 1]` int32, local.
+    `chunk_q_list`, `chunk_cu_seqlens_q_list` and `chunk_indices_list` come from `split_q_by_zigzag_chunk_index`,
+    `kv_slices` from `compute_kv_slices_for_groups`. `kv_buffer [2, W * T, kv_heads, head_dim]` is gathered and
+    rank-major, `cu_seqlens_k [N + 1]` local; W is `world_size`. Without `causal` every row sees its whole sequence, or
+    the window around it. `softmax_scale`, `dropout_p`, `window_size`, `alibi_slopes`, `deterministic`: as published.
 
     Returns:
         out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict of the
