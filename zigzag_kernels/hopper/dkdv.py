@@ -85,6 +85,8 @@ def _block(program, head, scores, dk, dv, i):
     if program.SOFTCAP == 0:
         if i >= head.whole_end:
             p = gl.where(stream.sees(head.numbers, i), p, 0.0)
+    # Transposed scores, [keys, rows], lie in the registers as a product over rows takes them: P and dS need no shared
+    # memory.
     p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
     if program.SOFTCAP > 0:
         p *= 1.0 - scores * scores  # the derivative of tanh, for dS alone: dV takes P without it
@@ -137,6 +139,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     v_buffer = program.v_buffers.index(warpgroup)
     k = program.k.from_head(program.head.to(gl.int64))
     v = program.v.from_head(program.head.to(gl.int64))
+    # The copies run while this consumer sets up; inside of the loop it waits for them.
     own.copy(k, v, k_buffer, v_buffer)
     for n in range(HEADS_TOGETHER):
         begin, end = n * program.blocks, (n + 1) * program.blocks
@@ -147,6 +150,7 @@ def _consumer(warpgroup: gl.constexpr, program):
         # The warps of this consumer wait for each other: a product reads keys that all of them copied.
         thread_barrier()
         numbers = own.positions(geometry.SCORES) if RANGED else own.numbers(geometry.SCORES)
+        # Products of scores do not add to `zero`: it gives them their layout.
         zero = gl.zeros([64, geometry.STREAMED], gl.float32, geometry.SCORES)
         head = _HeadKeys(
             k=k_buffer, v=v_buffer, numbers=numbers, zero=zero, begin=begin, end=end, whole_end=whole_end
@@ -196,6 +200,7 @@ def backward_dkdv_hopper(
     whole = blocks - (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     kv_head = (first_kv_head + window_head).to(gl.int64)
     sequence = find_sequence_rows(tile, kv_head, mask)
+    # delta and lse in base 2 are [window, T * GROUP].
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]

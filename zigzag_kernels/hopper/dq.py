@@ -149,6 +149,7 @@ def _consumer(warpgroup: gl.constexpr, program):
         # The warps of this consumer wait for each other: a product reads rows that all of them stored.
         thread_barrier()
         statistics = n * program.T.to(gl.int64) * GROUP + own.q_row * GROUP + rows
+        # Rows behind the last one, and padding rows, have probability exp2(-inf) = 0.
         lse2 = gl.load(program.lse2_ptr + statistics, mask=rows < end, other=float("inf"))
         delta = gl.load(program.delta_ptr + statistics, mask=rows < end, other=0.0)
         head = _HeadRows(dout=dout, lse2=lse2, delta=delta, zero=zero, blocks=blocks)
@@ -193,6 +194,7 @@ def backward_dq_hopper(
     head = window_head.to(gl.int64)
     k = Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH).from_head(head)
     v = Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH).from_head(head)
+    # delta and lse in base 2 are [window, T * GROUP].
     delta_ptr += head * T * GROUP
     lse2_ptr += head * T * GROUP
     OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]

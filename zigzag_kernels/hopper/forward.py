@@ -71,6 +71,7 @@ class _Softmax:
     @gluon.jit
     def add(self, scores):
         """Add a block: return (its exponentials, the factor for earlier sums, the next `_Softmax`)."""
+        # Scores stay unscaled: the scale is a part of the one multiply-add before each exponential.
         maximum = gl.maximum(self.maximum, gl.max(scores, 1) * self.SCALE_LOG2)
         rescale = gl.exp2(self.maximum - maximum)
         p = gl.exp2(scores * self.SCALE_LOG2 - maximum[:, None])
@@ -165,6 +166,7 @@ def _attend(forward, blocks, q_buffer, zero):
             acc = hopper.warpgroup_mma_wait(0, [acc_token])
             # The producer waits until all consumers have left K of block i and V of the block before.
             stream.empty.leave(i)
+            # The sums over V so far are relative to the maximum before this block.
             acc = acc * gl.convert_layout(rescale, SUM_ROWS)[:, None]
             p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
         # This consumer waits until the producer has brought the last V. It leaves that V by its arrival for the first K
@@ -183,6 +185,7 @@ def _fold(result, before):
     """
     largest = gl.maximum(result.lse2, before)
     largest = gl.where(largest == float("-inf"), 0.0, largest)
+    # Each output is an average by its own total: together they weigh as much as their share of both totals.
     now, then = gl.exp2(result.lse2 - largest), gl.exp2(before - largest)
     sums = now + then
     none = sums == 0.0
@@ -236,6 +239,7 @@ def _finish(forward, own, mask, softmax, sinks):
         blind = mask.first >= mask.limit
     if forward.HAS_SINKS:
         with_sinks = softmax.add_sinks(sinks)
+        # The sums over V are relative to the maximum without the sinks.
         factor = gl.exp2(softmax.maximum - with_sinks.maximum)
         return with_sinks.finish(blind, softmax.maximum, own.kv_len, factor)
     else:
@@ -295,6 +299,8 @@ def attention_forward_hopper(
     # A segment without keys keeps the results of earlier launches.
     if ACCUMULATE and tile.kv_len == 0:
         return
+    # K and V have the heads of the window, and Q and the results all heads: `kv_head` counts all, `window_head` the
+    # heads of the window.
     kv_head = (first_kv_head + window_head).to(gl.int64)
     geometry = Geometry(
         dtype=k_ptr.dtype.element_ty, SLOTS=SLOTS, GROUP=GROUP, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, OWNED=BLOCK_M,
