@@ -76,7 +76,7 @@ class Halo:
         part = plan.Part(dtype=problem.call.grad_reduce_dtype)
         sums = plan.backward_keys(*own, of_own, part=part, **strides)
         in_slots = plan.backward_keys(*apart, of_halos, part=part, **strides)
-        sent = tuple(self._send_home(x) for x in in_slots)
+        sent = self._send_home(*in_slots)
         dq = plan.backward_queries(*own, tables.segments[0], into=start, **strides)
         dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
         # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
@@ -96,13 +96,14 @@ class Halo:
         rows = jnp.concatenate((early, slots[HaloSlot.EARLY_ROWS], late, slots[HaloSlot.LATE_ROWS]))
         return rows[:, : k.shape[1]], rows[:, k.shape[1] :]
 
-    def _send_home(self, gradient: jax.Array) -> jax.Array:
-        """Return `[2 * halo_rows, kv_heads, head_dim]`: the gradients of the rows that this rank sent as halos."""
-        slots = self._slots(gradient, KEY_SLOTS)
+    def _send_home(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return (dk, dv) `[2 * halo_rows, kv_heads, head_dim]` of the rows that this rank sent as halos."""
+        slots = self._slots(jnp.concatenate((dk, dv), 1), KEY_SLOTS)  # in one transfer each way, like K and V
         # The early halo came from the rank before this one, and the late halo from the next one: their gradients go
         # back there.
         late, early = self._exchange(slots[HaloSlot.LATE_HALO], slots[HaloSlot.EARLY_HALO])
-        return jnp.concatenate((early, late))
+        rows = jnp.concatenate((early, late))
+        return rows[:, : dk.shape[1]], rows[:, dk.shape[1] :]
 
     def _slots(self, x: jax.Array, count: int) -> jax.Array:
         return x.reshape(count, self.problem.call.halo_rows, *x.shape[1:])
