@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
+from bench.scaling.ways import PLANNED, plan_of
 from zigzag_jax import Batch, zigzag_attention, zigzag_attention_gathered
 
-PLANNED = "plan of documents"  # the way whose rows are dealt out by a plan
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 
 
@@ -80,7 +80,7 @@ class Ranks:
 
     def calls(self, way):
         """(forward, forward + backward) of a step between the ranks; they return out, and (dq, dk, dv)."""
-        if way[0] == PLANNED:
+        if way == PLANNED:
             return self._planned_calls()
         method, stride = way
         rows, replicated = P("cp"), P()
@@ -103,7 +103,7 @@ class Ranks:
 
     def _planned_calls(self):
         """Return the calls of a step on the same documents in the rows of a plan."""
-        self.plan, rows = zigzag_jax.plan_documents(self.case.lengths, self.size), NamedSharding(self.mesh, P("cp"))
+        self.plan, rows = plan_of(self.case.lengths, self.size), NamedSharding(self.mesh, P("cp"))
 
         def dealt(x):
             x = zigzag_jax.unshard(x, self.cu_seqlens, self.size)
@@ -128,7 +128,7 @@ class Ranks:
     def check(self, way, forward, both):
         """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
         results = forward(), *both()
-        out, dq, *gradients = map(self._zigzag_rows, results) if way[0] == PLANNED else results
+        out, dq, *gradients = map(self._zigzag_rows, results) if way == PLANNED else results
         for rank, (wanted_out, wanted_dq, *_) in enumerate(self.alone):
             for name, got, wanted in (("out", out, wanted_out), ("dq", dq, wanted_dq)):
                 check_close(f"{self.case}, rank {rank}, {way}: {name}", self._rows(got, rank), wanted)

@@ -4,9 +4,10 @@
     python bench/scaling/run.py --framework jax [--json FILE] [--trace DIR]
 
 Efficiency is the time of one GPU for 1 / W of the attention, with the same kernels on K/V gathered beforehand, the mean
-over the shares of all ranks, over the time of a step between the ranks, that of the slowest. Results are checked before
-anything is timed; then all ways take turns. In PyTorch a short step is a CUDA graph, as a GPU waits for the host of its
-calls, whose time stands beside. On a machine without a GPU it runs on the CPU, which says nothing of GPUs.
+over the shares of all ranks, over the time of a step between the ranks, that of the slowest. Beside it stands what the
+cost model predicts for the measured rate of one GPU. Results are checked before anything is timed; then all ways take
+turns. In PyTorch a short step is a CUDA graph, as a GPU waits for the host of its calls, whose time stands beside. On a
+machine without a GPU it runs on the CPU, which says nothing of GPUs.
 """
 
 import argparse
@@ -23,21 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tqdm import tqdm
 
+from bench.scaling.ways import ALONE, HEADS, PLANNED, Way, predictions, step_of
 from examples.text import documents
 from tests.support.cases import Case
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.cost import Step
 from zigzag_kernels.modes import Method
 
-HEADS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
 STRIDES = (1, 2, 4, 8)
 LONGEST_DOCUMENT = 4096
 WINDOW = 1024
 DIRECTIONS = "forward", "forward + backward"
-ALONE = "one GPU's share", None
-PLANNED = "plan of documents", None  # most documents whole on one rank, the others by all-gather
 OUR_KERNELS = "attention_", "backward_"  # how their names begin
-Way = tuple[str, int | None]  # method and heads_k_stride
 Interval = tuple[float, float]
 
 
@@ -59,11 +56,11 @@ def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Wo
     """One sequence, at all strides; a window, a long one and documents, at the stride that is chosen by default."""
 
     def workload(name, lengths, strides, rounds, steps, *more, window_size=NO_WINDOW):
-        sizes = {"world_size": ranks, "lengths": lengths, "window_size": window_size} | HEADS
-        strides = strides or (Step(**sizes).window,)
+        case = Case(name=name, world_size=ranks, lengths=lengths, window_size=window_size, **HEADS)
+        strides = strides or (step_of(case, (Method.ALLGATHER.value, None)).window,)
         moving = Method.RING if window_size == NO_WINDOW else Method.HALO
         ways = *((Method.ALLGATHER.value, stride) for stride in strides), (moving.value, None), *more
-        return Workload(Case(name=name, **sizes), ways, rounds, steps)
+        return Workload(case, ways, rounds, steps)
 
     window = min(WINDOW, tokens // 2) - 1, -1  # a halo lies in one chunk
     return [
@@ -116,6 +113,7 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
     in_graphs = ranks.has_graphs and workload.steps > 1
     times = timed({key: ranks.graph(call) for key, call in calls.items()} if in_graphs else calls)
     of_calls = timed(calls) if in_graphs else times
+    predicted = predictions(workload.case, workload.ways, [times[ALONE, i] for i in range(len(DIRECTIONS))])
     rows = [
         {
             "workload": workload.name,
@@ -125,6 +123,7 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
             "ms": ms,
             "call_ms": of_calls[way, direction],
             "efficiency": times[ALONE, direction] / ms,
+            "predicted": predicted.get((way, direction)),
         }
         for (way, direction), ms in times.items()
     ]
@@ -133,12 +132,13 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown: a line for each way, both directions side by side."""
-    units = ", ms", ", by calls, ms", ", efficiency"
+    units = ", ms", ", by calls, ms", ", efficiency", ", predicted"
     header = ["", "method", "stride", *(f"{x}{unit}" for x in DIRECTIONS for unit in units)]
     lines = {}
     for row in rows:
         place = row["workload"], row["method"], str(row["heads_k_stride"] or "")
-        cells = f"{row['ms']:.3f}", f"{row['call_ms']:.3f}", f"{100 * row['efficiency']:.1f} %"
+        shares = ("" if x is None else f"{100 * x:.1f} %" for x in (row["efficiency"], row["predicted"]))
+        cells = f"{row['ms']:.3f}", f"{row['call_ms']:.3f}", *shares
         lines.setdefault(place, []).extend(cells)
     lines = [[*place, *cells] for place, cells in lines.items()]
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]

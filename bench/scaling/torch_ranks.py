@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from bench import timing
+from bench.scaling.ways import PLANNED, plan_of
 from zigzag_torch import (
-    plan_documents,
     prepare_batch,
     shard,
     unshard,
@@ -23,7 +23,6 @@ from zigzag_torch import (
 )
 from zigzag_torch.parallel.collectives import gather_into, reduce_into
 
-PLANNED = "plan of documents"  # the way whose rows are dealt out by a plan
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 
 
@@ -79,7 +78,7 @@ class Ranks:
 
     def calls(self, way):
         """Return the calls of a step between the ranks, like `share_calls`."""
-        if way[0] == PLANNED:
+        if way == PLANNED:
             return self._planned_calls()
         method, stride = way
         window = {"window_size": self.case.window_size}
@@ -93,7 +92,7 @@ class Ranks:
 
     def _planned_calls(self):
         """Return the calls of a step on the same documents in the rows of a plan."""
-        self.plan = plan_documents(self.case.lengths, self.size)
+        self.plan = plan_of(self.case.lengths, self.size)
         q, k, v, dout = (
             shard(unshard(self._gathered(x), self.cu_seqlens, self.size), self.plan, self.rank, self.size)
             for x in (self.q, self.k, self.v, self.dout)
@@ -122,7 +121,7 @@ class Ranks:
             expected.append(self.k.new_empty(self.k.shape, dtype=torch.float32))
             reduce_into(expected[-1], x.float(), dist.group.WORLD)
         results = forward(), *both()
-        if way[0] == PLANNED:
+        if way == PLANNED:
             results = [self._zigzag_rows(x) for x in results]
         for name, got, wanted in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)

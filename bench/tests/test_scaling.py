@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench.scaling import run as scaling
+from bench.scaling import ways
 from tests.support.cases import Case
 from tests.support.commands import finish, start
 from tests.support.machine import GPU, GPUS
@@ -30,6 +31,19 @@ def test_communication_beside_attention():
         "beside_attention": 0.5,
     }
     assert scaling.overlap(kernels[1:2]) is None
+
+
+def test_predictions_are_made_for_every_way_at_the_measured_rate():
+    """A GPU that is slower waits less for its links; no rank waits for whole documents."""
+    for workload in scaling.workloads(2, 8192, 65536, 1):
+        assert ways.ALONE not in workload.ways
+        fast, slow = (ways.predictions(workload.case, workload.ways, (ms, 3.5 * ms)) for ms in (1.0, 100.0))
+        assert fast.keys() == {(way, i) for way in workload.ways for i in range(2)}
+        for key, share in fast.items():
+            assert 0 < share <= slow[key] + 1e-9 <= 1 + 2e-9
+        if ways.PLANNED in workload.ways:
+            assert fast[ways.PLANNED, 0] > fast[workload.ways[0], 0]  # all of them split, and gathered
+            assert ways.plan_of(workload.case.lengths, 2).tokens > workload.case.tokens
 
 
 def test_documents_fill_the_batch():
@@ -76,6 +90,7 @@ def test_a_tiny_run(framework, tmp_path):
         alone = rows[workload, *scaling.ALONE, direction]
         assert row["efficiency"] == pytest.approx(alone["ms"] / row["ms"])
         assert row["call_ms"] > 0
+        assert (row["predicted"] is None) == (row["method"] == ways.ALONE[0])
     assert len(list((tmp_path / "traces").iterdir())) == 5
     assert len(measured["timelines"]) == (5 if GPU else 0)
     for timeline in measured["timelines"]:

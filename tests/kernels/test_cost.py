@@ -11,6 +11,7 @@ from tests.support import oracle
 from tests.support.cases import CASES, INTERPRET
 from zigzag_kernels import cost
 from zigzag_kernels.cost import Machine, Step, prediction
+from zigzag_kernels.documents import plan_documents
 
 UNEVEN = {"lengths": (48, 0, 96, 16), "heads": 6, "kv_heads": 2, "head_dim": 16}
 LONG = {"heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -128,6 +129,60 @@ def test_halos_cost_no_more_with_more_ranks():
     ):
         with pytest.raises(ValueError, match=message):
             Step(world_size=4, **HALO | changed)
+
+
+PLANNED = (90, 700, 33, 340, 12, 260, 64, 410, 5, 150, 120, 81)
+
+
+@pytest.mark.parametrize("mask", [{}, {"window_size": (20, -1)}, {"causal": False}])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_a_plan_costs_the_scores_of_its_documents_and_the_bytes_of_split_ones(world_size, mask):
+    plan = plan_documents(PLANNED, world_size, tokens=-(-sum(PLANNED) // world_size) + 150, **mask)
+    step = plan.step(heads=6, kv_heads=2, head_dim=16)
+    of_a_row = 2 * 2 * 16  # elements of K and V
+    for rank in range(world_size):
+        ahead, back = (direction(step, rank) for direction in DIRECTIONS)
+        seen = 0
+        for piece in plan.pieces(rank):
+            positions = np.arange(piece.position, piece.position + piece.tokens)
+            seen += oracle_mask(plan.mask, positions, plan.lengths[piece.document]).sum()
+        assert (step.scores(rank), ahead.flops, back.flops) == (seen, 4 * 16 * 6 * seen, 10 * 16 * 6 * seen)
+        assert ahead.moved_bytes == (world_size - 1) * plan.split_tokens * of_a_row * 2
+        assert back.moved_bytes == (world_size - 1) * plan.split_tokens * of_a_row * (2 + 4)
+    assert step.tokens == plan.tokens
+    assert (ahead.transfers > 0) == (plan.split_tokens > 0 and world_size > 1)
+
+
+def test_a_plan_takes_as_long_as_its_slowest_rank_and_hides_its_first_transfer():
+    """Whole documents alone wait for nobody; beside split ones they take the time in which the GPU had waited."""
+    plan = plan_documents([5000, 4000, 3000] * 4, 4, tokens=14000)
+    whole = cost.predict_slowest(plan.step(**LONG), Machine())
+    assert plan.split_tokens == 0
+    assert whole.efficiency == pytest.approx(whole.forward_efficiency) == pytest.approx(1 / plan.balance)
+    plan = plan_documents([30000, *[2000] * 9], 4, tokens=14000)
+    for method in ("allgather", "ring"):
+        for machine in (Machine(), Machine(nvlink=5e9)):
+            step = plan.step(method=method, **LONG)
+            for rank in range(4):
+                both, split = (cost.predict(x, machine, rank) for x in (step, step.split))
+                own = cost.predict(step.whole_of(rank), machine)
+                for together, alone, local in (
+                    (both.forward, split.forward, own.forward),
+                    (both.backward, split.backward, own.backward),
+                ):
+                    assert max(alone, local) <= together <= (alone + local) * (1 + 1e-9)
+                    assert together < alone + local or method == "ring"  # whose first transfer is hidden anyway
+
+
+def test_parts_of_a_plan_that_do_not_fit_are_refused():
+    for changes, message in (
+        ({"whole_tokens": 9}, "whole: expected the documents of each rank if there are rows for some, got \\(\\)"),
+        ({"whole": ((3,), (4,))}, "whole: expected the documents of each rank"),
+        ({"whole_tokens": 9, "whole": ((3,), (4, 6))}, "whole: expected documents of 9 tokens for each rank"),
+        ({"whole_tokens": -1}, "whole_tokens: expected at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Step(lengths=(8,), world_size=2, **LONG | changes)
 
 
 def test_all_ranks_of_a_batch_cost_the_same():

@@ -14,6 +14,7 @@ from tests.support import plan_cases
 from tests.support.machine import GPU
 from tests.support.plan_cases import CASES, assert_rank_is_right
 from tests.support.processes import run_ranks, torch_numpy
+from zigzag_kernels import cost
 from zigzag_torch.parallel import collectives
 from zigzag_torch.plans import Parts
 
@@ -92,29 +93,41 @@ def check_one_graph(rank):
 
 
 def check_moved_rows(rank):
-    """Only the rows of split documents are sent, forward and backward, and none if there are none."""
-    moved = []
+    """Only the rows of split documents move, as many bytes as the cost model counts, and none if there are none."""
+    moved, received, send = [], [], dist.batch_isend_irecv
 
     def spy(function, output, x, group):
         moved.append((len(output), len(x)))
+        received.append(abs(output.nbytes - x.nbytes))
         return function(output, x, group)
+
+    def spy_on_messages(operations):
+        received.extend(x.tensor.nbytes for x in operations if x.op is dist.irecv)
+        return send(operations)
 
     from zigzag_torch.parallel import allgather
 
-    both, whole_only = (next(case for case in CASES if case.name == name) for name in ("w2", "w2-whole-only"))
     originals = {name: getattr(collectives, name) for name in ("gather_into", "reduce_into")}
     for name, function in originals.items():
         setattr(allgather, name, functools.partial(spy, function))
+    dist.batch_isend_irecv = spy_on_messages
+    sizes = {"heads": plan_cases.HEADS, "kv_heads": plan_cases.KV_HEADS, "head_dim": plan_cases.HEAD_DIM}
     try:
-        for case in (both, whole_only):
-            common = {"group": dist.group.WORLD, "backend": KERNELS}
-            batch = zigzag_torch.prepare_batch(case.plan, device=DEVICE, **common)
-            attend(case, rank, batch, heads_k_stride=2, **common)
+        for case in (case for case in CASES if case.name in ("w2", "w2-window", "w2-whole-only")):
+            for method in case.methods:
+                common = {"group": dist.group.WORLD, "method": method, "backend": KERNELS}
+                batch = zigzag_torch.prepare_batch(case.plan, device=DEVICE, **common, **case.reach)
+                received.clear()
+                attend(case, rank, batch, heads_k_stride=2 if method == "allgather" else None, **common)
+                step = case.plan.step(method=method, dtype="float32", **sizes, **case.reach)
+                passes = (direction(step, rank) for direction in (cost.forward, cost.backward))
+                assert sum(received) == sum(x.moved_bytes for x in passes), (case, method)
     finally:
+        dist.batch_isend_irecv = send
         for name, function in originals.items():
             setattr(allgather, name, function)
-    rows = both.split_tokens
-    assert moved == [*[(2 * rows, rows)] * 2, *[(rows, 2 * rows)] * 2]  # K/V in both passes, then dK and dV
+    rows = next(case for case in CASES if case.name == "w2").split_tokens
+    assert moved[:4] == [*[(2 * rows, rows)] * 2, *[(rows, 2 * rows)] * 2]  # K/V in both passes, then dK and dV
 
 
 def check_broken_plans(rank):

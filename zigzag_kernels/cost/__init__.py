@@ -18,7 +18,7 @@ from .counts import (
     visible_scores,
 )
 from .machine import Machine
-from .prediction import Prediction, predict
+from .prediction import Prediction, predict, predict_slowest
 
 __all__ = [
     "Arrays",
@@ -34,6 +34,7 @@ __all__ = [
     "forward",
     "forward_flops",
     "predict",
+    "predict_slowest",
     "unmasked_scores",
     "visible_scores",
 ]

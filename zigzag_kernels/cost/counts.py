@@ -3,6 +3,7 @@
 Needs the standard library alone, so that a laptop can plan a cluster.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -73,16 +74,20 @@ def unmasked_scores(
     *,
     window_size: tuple[int, int] = (-1, -1),
     attention_chunk: int = 0,
+    real_lengths: tuple[int, ...] | None = None,
 ) -> int:
-    """Return the scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global."""
+    """Return the scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global.
+
+    `real_lengths` are the tokens of each document that are no padding, None for all.
+    """
     check_lengths([*accumulate(lengths, initial=0)], world_size)
     check_rank(rank, world_size, False)
     mask = Mask(causal, check_window_size(window_size), check_attention_chunk(attention_chunk))
     scores = 0
-    for length in lengths:
+    for length, real in zip(lengths, lengths if real_lengths is None else real_lengths, strict=True):
         rows = chunk_length(length, world_size)
         for offset in range(0, length // world_size, rows or 1):
-            scores += visible_scores(row_position(offset, length, rank, world_size), rows, length, mask)
+            scores += visible_scores(row_position(offset, length, rank, world_size), rows, real, mask)
     return scores
 
 
@@ -103,8 +108,10 @@ def backward_flops(scores: int, heads: int, head_dim: int) -> int:
 class Step:
     """One attention layer, forward and backward, over a packed batch that `world_size` zigzag ranks share.
 
-    `lengths` are global; `padding` are local rows behind the last sequence. Raises `ValueError` for values that no call
-    accepts.
+    `lengths` are global, `real_lengths` their tokens that are no padding, None for all; `padding` are local rows behind
+    the last sequence. A rank of a batch of two parts has `whole_tokens` rows more, for documents of the lengths
+    `whole[rank]`, which no other rank has a part of: `DocumentPlan.step` makes such a step. Raises `ValueError` for
+    values that no call accepts.
     """
 
     lengths: tuple[int, ...]
@@ -120,6 +127,9 @@ class Step:
     heads_k_stride: int | None = None
     grad_reduce_dtype: str = "float32"
     padding: int = 0
+    real_lengths: tuple[int, ...] | None = None
+    whole: tuple[tuple[int, ...], ...] = ()
+    whole_tokens: int = 0
 
     def __post_init__(self):
         check_world_size(self.world_size)
@@ -130,7 +140,7 @@ class Step:
         for name in ("dtype", "grad_reduce_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
                 raise ValueError(f"{name}: expected {', '.join(DTYPE_BYTES)}, got {getattr(self, name)}")
-        for name, least in (("kv_heads", 1), ("heads", 1), ("head_dim", 1), ("padding", 0)):
+        for name, least in (("kv_heads", 1), ("heads", 1), ("head_dim", 1), ("padding", 0), ("whole_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.heads % self.kv_heads:
@@ -138,18 +148,36 @@ class Step:
         if self.method != Method.ALLGATHER and self.heads_k_stride is not None:
             raise ValueError(f"heads_k_stride: expected None with method {self.method!r}, got {self.heads_k_stride}")
         if self.method == Method.HALO:
-            check_halo([*accumulate(self.lengths, initial=0)], None, self.world_size, None, (self._reach, 0))
+            offsets, real = [*accumulate(self.lengths, initial=0)], [*(self.real_lengths or self.lengths)]
+            check_halo(offsets, real, self.world_size, None, (self._reach, 0))
+        if len(self.whole) != (self.world_size if self.whole_tokens else 0):
+            raise ValueError(f"whole: expected the documents of each rank if there are rows for some, got {self.whole}")
+        if any(sum(lengths) > self.whole_tokens for lengths in self.whole):
+            raise ValueError(f"whole: expected documents of {self.whole_tokens} tokens for each rank, got {self.whole}")
         choose_heads_k_stride(self.heads_k_stride, self)
 
     @property
     def tokens(self) -> int:
         """Local rows T."""
-        return sum(self.lengths) // self.world_size + self.padding
+        return self.rows + self.whole_tokens
 
     @property
     def rows(self) -> int:
-        """Query rows that launches cover."""
-        return self.tokens
+        """Local rows of split documents and of the padding behind them."""
+        return sum(self.lengths) // self.world_size + self.padding
+
+    @property
+    def split(self) -> "Step":
+        """The step of the split documents alone."""
+        return dataclasses.replace(self, whole=(), whole_tokens=0)
+
+    def whole_of(self, rank: int) -> "Step | None":
+        """Return the step of the whole documents of `rank`, for which nothing moves; None if there are no rows."""
+        if not self.whole_tokens:
+            return None
+        own = self.whole[check_rank(rank, self.world_size, False)]
+        alone = {"method": Method.ALLGATHER, "heads_k_stride": None, "padding": self.whole_tokens - sum(own)}
+        return dataclasses.replace(self.split, lengths=own, real_lengths=None, world_size=1, **alone)
 
     @property
     def sequences(self) -> int:
@@ -180,7 +208,7 @@ class Step:
     @property
     def halo_rows(self) -> int:
         """Rows of K and V in a message to a neighbour."""
-        return message_rows(self.halo, self.tokens, self.sequences, 0)
+        return message_rows(self.halo, self.rows, self.sequences, 0)
 
     @property
     def parts(self) -> int:
@@ -201,17 +229,22 @@ class Step:
         mask = Mask(True, check_window_size(self.window_size), self.attention_chunk)
         chunks = [rank] * (rank > 0) + [2 * self.world_size - 1 - rank] * (rank < self.world_size - 1)
         scores = 0
-        for length in self.lengths:
+        for length, real in zip(self.lengths, self.real_lengths or self.lengths, strict=True):
             rows = chunk_length(length, self.world_size)
-            scores += sum(visible_scores(chunk * rows, min(rows, self.halo), length, mask) for chunk in chunks)
+            scores += sum(visible_scores(chunk * rows, min(rows, self.halo), real, mask) for chunk in chunks)
         return scores
 
     def scores(self, rank: int) -> int:
         """Return the scores of one query head that the mask leaves to `rank`."""
         mask = {"window_size": self.window_size, "attention_chunk": self.attention_chunk}
-        return unmasked_scores(self.lengths, rank, self.world_size, self.causal, **mask)
+        whole = self.whole_of(rank)
+        split = unmasked_scores(
+            self.lengths, rank, self.world_size, self.causal, real_lengths=self.real_lengths, **mask
+        )
+        return split if whole is None else split + whole.scores(0)
 
     def arrays(self) -> "Arrays":
+        """Return the sizes of the arrays of all local rows."""
         size, sum_size = DTYPE_BYTES[self.dtype], DTYPE_BYTES[self.grad_reduce_dtype]
         q, kv = self.tokens * self.heads * self.head_dim, 2 * self.tokens * self.kv_heads * self.head_dim
         rows, slot = self.tokens * self.heads, 2 * self.halo_rows * self.kv_heads * self.head_dim
@@ -234,7 +267,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Pass:
-    """The cost of one direction for one rank."""
+    """The cost of one direction for one rank; costs of parts of a batch add up."""
 
     flops: int
     hbm_bytes: int  # the arrays of each launch, read or written once, and what arrives: caches cannot do with less
@@ -242,9 +275,19 @@ class Pass:
     launches: int  # of attention kernels; the tables of a batch are built once for all layers
     transfers: int  # collectives, or hops of the ring; K and V (or dK and dV) move together
 
+    def __add__(self, other: "Pass") -> "Pass":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Pass(*(a + b for a, b in pairs))
+
+
+NOTHING = Pass(0, 0, 0, 0, 0)
+
 
 def forward(step: Step, rank: int = 0) -> Pass:
     """Return the cost of the forward pass of `rank`."""
+    whole = step.whole_of(rank)
+    if whole is not None:
+        return forward(whole) + (forward(step.split, rank) if step.rows else NOTHING)
     x, ranks = step.arrays(), step.world_size
     moved = (ranks - 1) * x.kv
     if step.ring:
@@ -266,6 +309,9 @@ def backward(step: Step, rank: int = 0) -> Pass:
 
     Each part has dK/dV and dQ; delta is computed once on the ring, and otherwise for each window.
     """
+    whole = step.whole_of(rank)
+    if whole is not None:
+        return backward(whole) + (backward(step.split, rank) if step.rows else NOTHING)
     x, ranks = step.arrays(), step.world_size
     delta, reads = 2 * x.q + 3 * x.rows, 2 * x.q + 2 * x.rows  # of delta; of each of the others, besides K/V
     if step.ring:
@@ -294,6 +340,10 @@ def extra_memory(step: Step) -> dict[str, int]:
     Between ranks these are the bytes that JAX needs. In PyTorch rows that are sent and received are part of the buffers
     of all ranks, and there are delta and lse of two windows.
     """
+    whole = step.whole_of(0)
+    if whole is not None:
+        (rows,) = extra_memory(whole).values()
+        return {"delta, lse of whole documents": rows} | (extra_memory(step.split) if step.rows else {})
     x, ranks = step.arrays(), step.world_size
     memory = {"delta, lse in base 2": 2 * x.rows if step.ring or step.halo else 2 * x.rows // step.parts}
     if step.ring:

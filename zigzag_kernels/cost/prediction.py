@@ -8,49 +8,82 @@ from .machine import Machine
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one layer on one rank; `efficiency` compares with one GPU that does a share of 1 / W alone."""
+    """Seconds of one layer; `ideal` are seconds of one GPU that does a share of 1 / W alone."""
 
     forward: float
     backward: float
-    ideal: float
+    ideal_forward: float
+    ideal_backward: float
+
+    @property
+    def forward_efficiency(self) -> float:
+        return self.ideal_forward / self.forward
 
     @property
     def efficiency(self) -> float:
-        return self.ideal / (self.forward + self.backward)
+        return (self.ideal_forward + self.ideal_backward) / (self.forward + self.backward)
 
 
 def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
-    """Return how long `step` takes if nothing but compute and links takes time.
+    """Return how long `step` takes on `rank` if nothing but compute and links takes time.
 
     That leaves out the host, and the multiprocessors that communication takes from the attention while both run: a
     prediction is a bound. Every part of an attention is taken to run at the rate of the whole.
     """
-    x, ranks, parts = step.arrays(), step.world_size, step.parts
-    ahead, back = forward(step, rank), backward(step, rank)
-    compute = max(ahead.flops / machine.forward_rate, ahead.hbm_bytes / machine.hbm) / parts
-    gradients = max(back.flops / machine.backward_rate, back.hbm_bytes / machine.hbm) / parts
+    x, ranks, parts = step.split.arrays(), step.world_size, step.parts
+    compute, gradients = (seconds / parts for seconds in _compute(step.split, machine, rank))
     keys, queries = machine.dkdv_share * gradients, (1 - machine.dkdv_share) * gradients
-    ideal = ahead.flops / machine.forward_rate + back.flops / machine.backward_rate
+    ideal_forward = forward(step, rank).flops / machine.forward_rate
+    ideal_backward = backward(step, rank).flops / machine.backward_rate
+    whole = step.whole_of(rank)
+    # Whole documents are attended to while the first transfer of the split ones is under way.
+    beside, beside_back = (0.0, 0.0) if whole is None else _compute(whole, machine, 0)
+    if not step.rows:
+        return Prediction(beside, beside_back, ideal_forward, ideal_backward)
     if step.halo:
         # Rows that need a halo wait for it, and dK/dV travel home beside dQ.
-        near = step.halo_scores(rank) / max(step.scores(rank), 1)
+        near = step.halo_scores(rank) / max(step.split.scores(rank), 1)
         arriving, leaving = machine.neighbours(ranks, x.slot), machine.neighbours(ranks, x.slot_sum)
         both, keys, queries = 2 * compute, 2 * keys, 2 * queries
-        return Prediction(
-            forward=max((1 - near) * both, arriving) + near * both,
-            backward=max((1 - near) * keys, arriving) + near * keys + max(queries, leaving),
-            ideal=ideal,
-        )
+        ahead = max(beside + (1 - near) * both, arriving) + near * both
+        back = max(beside_back + (1 - near) * keys, arriving) + near * keys + max(queries, leaving)
+        return Prediction(ahead, back, ideal_forward, ideal_backward)
     if step.ring:
-        first, arriving, leaving = 0.0, machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
+        # The first step has the keys of this rank; the keys of the next rank arrive beside it.
+        arriving, leaving = machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
+        first, first_back = _hidden(beside, compute, arriving), _hidden(beside_back, keys, arriving)
     else:
-        first = arriving = machine.collective(ranks, x.kv / parts)
-        leaving = machine.collective(ranks, x.kv_sum / parts)
+        arriving, leaving = machine.collective(ranks, x.kv / parts), machine.collective(ranks, x.kv_sum / parts)
+        first, first_back = max(arriving, beside), max(arriving, beside_back)
+    ahead = first + overlap(parts, compute, 0.0, arriving, 0.0)
+    back = first_back + overlap(parts, keys, queries, arriving, leaving)
+    return Prediction(ahead, back, ideal_forward, ideal_backward)
+
+
+def predict_slowest(step: Step, machine: Machine) -> Prediction:
+    """Return the prediction of `step` for ranks that wait for the slowest of them, forward and backward.
+
+    `ideal` is the mean over all ranks: work that one rank has more than the others costs efficiency too.
+    """
+    ranks = [predict(step, machine, rank) for rank in range(step.world_size)]
     return Prediction(
-        forward=first + overlap(parts, compute, 0.0, arriving, 0.0),
-        backward=first + overlap(parts, keys, queries, arriving, leaving),
-        ideal=ideal,
+        forward=max(x.forward for x in ranks),
+        backward=max(x.backward for x in ranks),
+        ideal_forward=sum(x.ideal_forward for x in ranks) / len(ranks),
+        ideal_backward=sum(x.ideal_backward for x in ranks) / len(ranks),
     )
+
+
+def _compute(step: Step, machine: Machine, rank: int) -> tuple[float, float]:
+    """Return the seconds that the attention of a rank computes, forward and backward, by its slower resource."""
+    passes = (forward(step, rank), machine.forward_rate), (backward(step, rank), machine.backward_rate)
+    ahead, back = (max(cost.flops / rate, cost.hbm_bytes / machine.hbm) for cost, rate in passes)
+    return ahead, back
+
+
+def _hidden(beside: float, compute: float, arriving: float) -> float:
+    """Return by how much `beside` makes a first part longer, in which `arriving` hides behind it and `compute`."""
+    return max(beside + compute, arriving) - max(compute, arriving)
 
 
 def overlap(parts: int, before: float, after: float, arriving: float, leaving: float) -> float:

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from ..checks import DTYPE_BYTES, check_int, check_rank
-from ..cost.counts import Mask, visible_scores
+from ..cost.counts import Mask, Step, visible_scores
 from ..layout import chunk_length, padded_length
 from .places import Piece, Places, filled, split_pieces
 
@@ -124,6 +124,24 @@ class DocumentPlan(Places):
             raise ValueError(f"dtype: expected {', '.join(DTYPE_BYTES)}, got {dtype!r}")
         kv_heads, head_dim = check_int("kv_heads", kv_heads, 1), check_int("head_dim", head_dim, 1)
         return 2 * self.moved_rows * kv_heads * head_dim * DTYPE_BYTES[dtype]
+
+    def step(self, *, heads: int, kv_heads: int, head_dim: int, **options) -> Step:
+        """Return the attention of this batch for the cost model; `options` are other arguments of `cost.Step`."""
+        offsets = self.split_cu_seqlens
+        shares: dict[str, Any] = self.mask._asdict()
+        if self.whole_tokens:
+            shares |= {"whole": tuple(tuple(self.whole_lengths(rank)) for rank in range(self.world_size))}
+        return Step(
+            lengths=tuple(end - start for start, end in pairwise(offsets)),
+            real_lengths=tuple(self.split_lengths),
+            padding=self.split_tokens - offsets[-1] // self.world_size,
+            whole_tokens=self.whole_tokens,
+            world_size=self.world_size,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            **shares | options,
+        )
 
     def _scores(self, document: int) -> int:
         length = self.lengths[document]
