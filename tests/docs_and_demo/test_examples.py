@@ -114,7 +114,7 @@ def test_shell_block_runs(kind, block):
 @blocks("sh install")
 def test_what_is_installed_exists(kind, block):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    asked = re.findall(r"pip install -e \.\[(.*?)\]", block)
+    asked = re.findall(r"pip install -e '\.\[(.*?)\]'", block)
     assert asked
     assert {extra for group in asked for extra in group.split(",")} <= set(extras)
 
