@@ -30,6 +30,16 @@ def triton_cache(tmp_path_factory) -> dict[str, str]:
     return {"TRITON_CACHE_DIR": str(shared / "triton")}
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Runs scripts in forks of a process that has imported the frameworks; see `tests/support/forks.py`."""
+    from tests.support.forks import Forks
+
+    forks = Forks()
+    yield forks
+    forks.end()
+
+
 @pytest.fixture
 def each_launch_once():
     """Launches that are repeated in this test are interpreted once; see `tests/support/remembered.py`."""

@@ -47,7 +47,7 @@ def blocks(*kinds):
     )
 
 
-NO_GPU = "ignore:ZIGZAG_VERIFY_CORRECTNESS"  # there, and told so, the published names compare the reference with itself
+NO_GPU = "ZIGZAG_VERIFY_CORRECTNESS"  # there, and told so, the published names compare the reference with itself
 
 
 def run(*command, **environment):
@@ -67,6 +67,13 @@ def assert_ran(result):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def run_block(forks, block, directory, ranks=1):
+    file = directory / "block.py"
+    file.write_text(block)
+    for code, lines, errors in forks.run(file, ranks=ranks, strict=ranks == 1, ignored=[NO_GPU]):
+        assert code == 0, "\n".join([*lines, errors])
+
+
 def test_every_block_says_what_it_is():
     assert {kind for _, _, kind, _ in BLOCKS} <= KINDS
     torch_block, jax_block = (block for page, _, kind, block in BLOCKS if page == "README.md" and "python" in kind)
@@ -76,18 +83,15 @@ def test_every_block_says_what_it_is():
 
 @pytest.mark.slow
 @blocks("python", "python torchrun", "python group")
-def test_python_block_runs(kind, block):
-    assert_ran(run_python("-W", "error", "-W", NO_GPU, "-c", block))
+def test_python_block_runs(kind, block, forks, tmp_path):
+    run_block(forks, block, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="as many GPUs as ranks are needed")
 @blocks("python torchrun", "python group")
-def test_python_block_runs_on_two_ranks(kind, block, tmp_path):
-    file = tmp_path / "block.py"
-    file.write_text(WITH_GROUP.format(block=block) if kind == "python group" else block)
-    command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)
-    assert_ran(run_python(*command, OMP_NUM_THREADS="1"))
+def test_python_block_runs_on_two_ranks(kind, block, forks, tmp_path):
+    run_block(forks, WITH_GROUP.format(block=block) if kind == "python group" else block, tmp_path, ranks=2)
 
 
 @pytest.mark.slow
@@ -153,12 +157,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.slow
-def test_the_demo_runs_and_refuses_no_steps(tmp_path):
+def test_the_demo_runs_and_refuses_no_steps(forks, tmp_path):
     picture = tmp_path / "demo.png"
     result = run_python("examples/demo.py", "--steps", "2", "--picture", str(picture))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "All is well" in result.stdout
     assert picture.stat().st_size > 10_000
-    result = run_python("examples/demo.py", "--steps", "0")
-    assert result.returncode == 2
-    assert "expected at least 1, got 0" in result.stderr
+    ((code, _, errors),) = forks.run("examples/demo.py", "--steps", "0")
+    assert code == 2
+    assert "expected at least 1, got 0" in errors

@@ -9,7 +9,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from tests.support.commands import ROOT, finish, start
+from tests.support.commands import ROOT
 from tests.support.machine import GPUS
 
 SCRIPT = "examples/train_hf.py", "--tokens", "256", "--context", "128", "--dtype", "float32"
@@ -17,15 +17,14 @@ SCRIPT = "examples/train_hf.py", "--tokens", "256", "--context", "128", "--dtype
 TOLERANCE = 5e-5
 
 
-def losses(tmp_path, *arguments, ranks=1):
+def losses(forks, tmp_path, *arguments, ranks=1):
     """(number of the first step, losses) of a run on so many ranks, which counts the tokens of each step."""
     file = tmp_path / "results.json"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    [ended] = finish(start(*torchrun, *SCRIPT, *arguments, "--json", str(file), **environment))
-    assert ended.code == 0, ended.errors
+    ended = forks.run(*SCRIPT, *arguments, "--json", file, ranks=ranks, HF_HUB_OFFLINE="1")
+    for code, _, errors in ended:
+        assert code == 0, errors
     results = json.loads(file.read_text())
-    assert sum("loss" in line for line in ended.lines) == len(results["losses"])
+    assert sum("loss" in line for _, lines, _ in ended for line in lines) == len(results["losses"])
     assert all(128 < tokens <= 512 for tokens in results["tokens"])  # of one batch or two
     assert results["tokens_per_second"] > 0
     return results["first"], results["losses"]
@@ -33,12 +32,12 @@ def losses(tmp_path, *arguments, ranks=1):
 
 @pytest.mark.slow
 @pytest.mark.multigpu
-def test_another_number_of_ranks_goes_on_from_a_checkpoint(tmp_path):
-    first, alone = losses(tmp_path, "--steps", "5", "--checkpointing", "none")
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(forks, tmp_path):
+    first, alone = losses(forks, tmp_path, "--steps", "5", "--checkpointing", "none")
     assert (first, len(alone)) == (0, 5)
     save = "--save", str(tmp_path / "checkpoints")
-    _, begun = losses(tmp_path, "--steps", "3", *save, "--method", "ring", ranks=2)
-    first, resumed = losses(tmp_path, "--steps", "5", *save)
+    _, begun = losses(forks, tmp_path, "--steps", "3", *save, "--method", "ring", ranks=2)
+    first, resumed = losses(forks, tmp_path, "--steps", "5", *save)
     assert (first, len(resumed)) == (3, 2)
     np.testing.assert_allclose(begun + resumed, alone, rtol=0, atol=TOLERANCE)
 
@@ -46,10 +45,10 @@ def test_another_number_of_ranks_goes_on_from_a_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.multigpu
 @pytest.mark.skipif(0 < len(GPUS) < 4, reason="needs four GPUs, or none")
-def test_replicas_of_groups_have_the_losses_of_stock_attention_in_replicas(tmp_path):
+def test_replicas_of_groups_have_the_losses_of_stock_attention_in_replicas(forks, tmp_path):
     model = "--model", "tiny-llama", "--layers", "1", "--steps", "3"
-    _, ours = losses(tmp_path, *model, "--replicas", "2", "--checkpointing", "full", ranks=4)
-    _, stock = losses(tmp_path, *model, "--attention", "sdpa", ranks=2)
+    _, ours = losses(forks, tmp_path, *model, "--replicas", "2", "--checkpointing", "full", ranks=4)
+    _, stock = losses(forks, tmp_path, *model, "--attention", "sdpa", ranks=2)
     np.testing.assert_allclose(ours, stock, rtol=0, atol=TOLERANCE)
 
 
