@@ -14,6 +14,7 @@ from tests.support.machine import HANGS
 # Modules that ranks need before they do anything: pytest is imported by their tests, the settings of Inductor by
 # `torch.use_deterministic_algorithms`, which takes the better part of a second.
 PRELOADED = ["zigzag_kernels.plan", "zigzag_torch", "torch._inductor.config", "tests.support.rank", "pytest"]
+PRELOADED += ["tests.support.hf_models", "torch._functorch.aot_autograd", "transformers.trainer"]
 
 
 def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
