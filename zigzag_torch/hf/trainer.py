@@ -27,7 +27,7 @@ class ZigzagTrainerMixin(_Trainer):
     with "input_ids" and perhaps "labels", in their own places. `per_device_train_batch_size` counts the documents of a
     batch, which all ranks of a group hold together.
     The loss is the mean over the targets of all ranks and accumulated batches, and the gradients are its own, as
-    DistributedDataParallel and FSDP average them.
+    DistributedDataParallel and FSDP2 average them over all processes, as they do if `TrainingArguments` say no more.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class ZigzagTrainerMixin(_Trainer):
         """Take the `group`, a process group or 1-D DeviceMesh, and `tokens`: rows of each rank, padding included.
 
         `method`, `heads_k_stride` and `backend` are as in `zigzag_attention`; all else is for the Trainer. Raises
-        `NotImplementedError` for a `data_collator`, `compute_metrics` or `compute_loss_func` of one's own, and for
-        label smoothing.
+        `NotImplementedError` for a `data_collator`, `compute_metrics` or `compute_loss_func` of one's own, for label
+        smoothing, and for context, sequence or tensor parallelism of accelerate's `ParallelismConfig`.
         """
         for name in ("data_collator", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -64,6 +64,15 @@ class ZigzagTrainerMixin(_Trainer):
             raise ValueError(
                 f"group: expected a part of the {self.args.world_size} processes, got {place.world_size} ranks"
             )
+        for name, size in (
+            ("cp_size", super().get_cp_size()),
+            ("sp_size", self.get_sp_size()),
+            ("tp_size", self.get_tp_size()),
+        ):
+            if size > 1:
+                raise NotImplementedError(
+                    f"{name}: expected 1, got {size}: `group` alone says which ranks share a batch"
+                )
         if not self.model_accepts_loss_kwargs:
             raise NotImplementedError(f"{type(self.model).__name__}: expected a forward that takes num_items_in_batch")
         model: Any = self.model
