@@ -15,7 +15,7 @@ STEPS, BATCH, SIZES = 20, 4, {"num_hidden_layers": 1}
 
 
 class ZigzagTrainer(ZigzagTrainerMixin, Trainer):
-    """As the docs have it."""
+    """A Trainer whose ranks share each batch of documents."""
 
 
 def examples(kind):
