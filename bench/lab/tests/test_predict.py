@@ -1,4 +1,4 @@
-"""The page that shows what the cost model predicts says what the model says, and its picture is drawn."""
+"""The page that shows what the cost model predicts says what the model says."""
 
 import re
 
@@ -21,8 +21,3 @@ def test_the_page_prints_what_it_says(capsys):
     said = re.findall(r"[\d.]+", " ".join(re.findall("# (.*)", block)))
     printed = capsys.readouterr().out.split()
     assert [float(x) for x in printed] == pytest.approx([float(x) for x in said], rel=1e-4)
-
-
-def test_the_picture_of_the_prediction(tmp_path):
-    predict.save(tmp_path / "efficiency.png")
-    assert (tmp_path / "efficiency.png").stat().st_size > 10_000
