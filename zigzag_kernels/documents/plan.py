@@ -126,7 +126,10 @@ class DocumentPlan(Places):
         return 2 * self.moved_rows * kv_heads * head_dim * DTYPE_BYTES[dtype]
 
     def step(self, *, heads: int, kv_heads: int, head_dim: int, **options) -> Step:
-        """Return the attention of this batch for the cost model; `options` are other arguments of `cost.Step`."""
+        """Return the attention of this batch for the cost model.
+
+        `heads`, `kv_heads`, `head_dim` and `options` are arguments of `cost.Step`; the plan has the others.
+        """
         offsets = self.split_cu_seqlens
         shares: dict[str, Any] = self.mask._asdict()
         if self.whole_tokens:
