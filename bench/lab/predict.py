@@ -2,7 +2,7 @@
 
     python -m bench.lab.predict
 
-Prints the tables of docs/reference/cost.md; `docs/pictures/prediction.py` draws them. `zigzag_kernels.cost.Machine` says
+Prints the tables of docs/reference/cost.md; docs/pictures/prediction.py draws them. `zigzag_kernels.cost.Machine` says
 on which speeds the numbers rest, and which of those are assumptions.
 """
 

@@ -21,7 +21,7 @@ class Forks:
     def run(self, script, *arguments, ranks=1, strict=False, ignored=(), **environment):
         """Return `Ended` of each of the `ranks` processes that run `script`; with several, as torchrun starts them.
 
-        `strict` makes errors of warnings, except of those that begin with an `ignored` message.
+        `strict` makes errors of warnings, except where a message begins with an `ignored` one.
         """
         self.process = self.process or self._start()
         of_ranks = [{}] if ranks == 1 else _as_launched(ranks)
@@ -49,7 +49,7 @@ class Forks:
 
 
 def _as_launched(ranks):
-    """What torchrun tells each of so many ranks, which are all on this machine."""
+    """Return the environment that torchrun gives each of so many ranks on this machine."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
     common |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
