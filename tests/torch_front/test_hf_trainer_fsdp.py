@@ -32,7 +32,7 @@ SIZES = {"num_hidden_layers": 2}
 
 def train(directory, data, group, **changes):
     """The Trainer after training, whose weights were in shards."""
-    arguments = training_arguments(directory, **FSDP, **changes)
+    arguments = training_arguments(directory, **(FSDP | changes))
     if not GPU:  # accelerate shards between GPUs alone, and takes these processes for some
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
     trainer = make_trainer(arguments, data, group, **SIZES)
@@ -52,18 +52,28 @@ def assert_sharded(model, world_size):
 
 
 def check_group(rank, world_size, directory):
-    """All ranks share each batch; layers are computed again but for attention; a checkpoint is resumed."""
+    """All ranks share each batch; the backward pass computes layers again but for attention."""
     as_launched(rank, world_size)
-    data, expected = examples("unequal"), plain_curve(examples("unequal"), order()[:6], **SIZES)
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": CHECKPOINTING}
-    kwargs |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    data, group = examples("unequal"), dist.group.WORLD
     with pytest.raises(NotImplementedError, match=f"cp_size: expected 1, got {world_size}"):
-        train(directory, data, dist.group.WORLD, parallelism_config=ParallelismConfig(cp_size=world_size))
-    trainer = train(directory, data, dist.group.WORLD, **kwargs)
+        train(directory, data, group, parallelism_config=ParallelismConfig(cp_size=world_size))
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": CHECKPOINTING}
+    trainer = train(directory, data, group, max_steps=6, **checkpointing)
     assert_sharded(trainer.model, world_size)
-    assert_same(curve(trainer), expected)
-    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-4"))
-    assert_same(curve(trainer)[-2:], expected[-2:])
+    assert_same(curve(trainer), plain_curve(data, order()[:6], **SIZES))
+
+
+def check_checkpoints(rank, world_size, directory):
+    """Training goes on from checkpoints of both kinds."""
+    as_launched(rank, world_size)
+    data = examples("unequal")
+    expected = plain_curve(data, order()[:4], **SIZES)
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        saving["fsdp_config"] = FSDP["fsdp_config"] | {"state_dict_type": kind}
+        trainer = train(directory / kind, data, dist.group.WORLD, **saving)
+        trainer.train(resume_from_checkpoint=str(directory / kind / "checkpoint-2"))
+        assert_same(curve(trainer), expected)
 
 
 def check_replicas(rank, world_size, directory):
@@ -78,7 +88,7 @@ def check_replicas(rank, world_size, directory):
     assert_same(curve(trainer), plain_curve(data, order_of_two()[:6], **SIZES))
 
 
-@pytest.mark.parametrize("check", [check_group, check_replicas])
+@pytest.mark.parametrize("check", [check_group, check_replicas, check_checkpoints])
 def test_two_ranks(tmp_path, check):
     run_ranks(2, tmp_path, check, tmp_path / "trainer", backend="nccl" if GPU else "gloo")
 
