@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,3 +59,20 @@ class Launch:
             raise TypeError(
                 f"{self.kernel.fn.__name__}: expected arguments {expected}, got {given} and {sorted(self.constexprs)}"
             )
+
+
+def inputs_by_name(launch: Launch, arrays: Mapping[str, Any]) -> list:
+    """Return the inputs of `launch` among `arrays`: `into_x` is the array x, or None until there is one."""
+    return [arrays.get(name[5:]) if name.startswith("into_") else arrays[name] for name in launch.inputs]
+
+
+def run_by_name(run: Callable[..., tuple], launches: Sequence[Launch], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Execute `launches` in turn by `run`, and return {name: output}.
+
+    An input is the last output of its name, or else one of `arrays`.
+    """
+    outputs: dict[str, Any] = {}
+    for launch in launches:
+        made = run(launch, *inputs_by_name(launch, {**arrays, **outputs}))
+        outputs |= zip((output.name for output in launch.outputs), made, strict=True)
+    return outputs

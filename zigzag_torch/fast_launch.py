@@ -7,16 +7,19 @@ call comes to, if this release of Triton is known.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch._C._autograd import _profiler_enabled as profiler_runs
 from torch._C._functorch import is_functorch_wrapped_tensor as belongs_to_transform
 from torch.autograd.function import _SingleLevelFunction as Function
 
+from zigzag_kernels.launch import inputs_by_name
+
 if TYPE_CHECKING:
-    from zigzag_kernels.plan import Launch
+    from zigzag_kernels.launch import Launch, Output
 
 __all__ = [
     "DeviceGuard",
@@ -29,7 +32,9 @@ __all__ = [
     "is_zero_tensor",
     "profiler_runs",
     "remember",
+    "remember_together",
     "start_again",
+    "start_together",
     "traced_graph",
     "transforms_run",
 ]
@@ -42,6 +47,8 @@ dispatch_modes, function_modes = _private._len_torch_dispatch_stack, _private._l
 traced_graph, transforms_run = _private._get_tracing_state, _private._are_functorch_transforms_active
 is_negated, is_zero_tensor = torch.Tensor.is_neg, torch.Tensor._is_zerotensor
 
+_pointer_of, _dtype_of = torch.Tensor.data_ptr, operator.attrgetter("dtype")
+
 FORMAT_3_6 = "iiiKKppOOOOOO"
 """Arguments that Triton 3.6 declares for its function in C, before the arguments of the kernel."""
 LATER_RELEASES = ("3.7.", "3.8.", "3.9.")
@@ -51,15 +58,15 @@ LATER_RELEASES = ("3.7.", "3.8.", "3.9.")
 def start_again(launch: "Launch", inputs: list, outputs: list, scratch: Callable[[int], torch.Tensor]) -> bool:
     """Start the kernel that `remember` was given for such arrays; False if there is none yet.
 
-    Triton compiles one kernel for inputs of the same dtypes on the same devices, aligned alike, under the same
+    Triton compiles one kernel for inputs of the same dtypes on the same device, aligned alike, under the same
     settings. Outputs are among the inputs, or new and so always aligned alike.
     """
-    knobs, kernels = _remembered(launch)
-    pointers = [x.data_ptr() for x in inputs]
-    start = kernels.get(_key(knobs, inputs, pointers))
+    remembered = _remembered(launch)
+    pointers = [*map(_pointer_of, inputs)]
+    start = remembered.starts.get(_key(remembered.knobs, inputs, pointers))
     if start is None:
         return False
-    start(scratch, *pointers, *launch.scalars.values(), *[x.data_ptr() for x in outputs])
+    start(scratch, [*pointers, *remembered.scalars, *map(_pointer_of, outputs)])
     return True
 
 
@@ -68,29 +75,105 @@ def remember(launch: "Launch", inputs: list, compiled: Any, through_triton: Call
 
     `through_triton` starts it too: without Triton's look at each argument, but with all hooks.
     """
-    knobs, kernels = _remembered(launch)
+    remembered = _remembered(launch)
     constants = [launch.constexprs[name] for name in launch.kernel.arg_names if name in launch.constexprs]
     start = _make_start(compiled, launch.grid, inputs[0].get_device(), constants, through_triton)
-    kernels[_key(knobs, inputs, [x.data_ptr() for x in inputs])] = start
+    remembered.starts[_key(remembered.knobs, inputs, [*map(_pointer_of, inputs)])] = start
+
+
+class _Remembered(NamedTuple):
+    """Constants for starting one launch again."""
+
+    knobs: Any  # Triton's settings
+    scalars: tuple[int, ...]
+    starts: dict[tuple, Callable[..., None]]  # the functions that start its kernels, by `_key`
 
 
 @functools.lru_cache(maxsize=4096)
-def _remembered(launch: "Launch") -> tuple[Any, dict[tuple, Callable[..., None]]]:
-    """Return (Triton's settings, the functions that start the kernels of `launch`, by `_key`)."""
+def _remembered(launch: "Launch") -> _Remembered:
     from triton import knobs
 
-    return knobs, {}
+    return _Remembered(knobs, tuple(launch.scalars.values()), {})
+
+
+class _Together(NamedTuple):
+    """Constants for starting several launches again."""
+
+    knobs: Any  # Triton's settings
+    given: tuple[str, ...]  # names of the arrays that no launch makes
+    new: "tuple[Output, ...]"
+    scalars: tuple[int, ...]
+    arguments: tuple[Callable[[tuple], tuple], ...]  # of each launch, from (given pointers, new ones, scalars)
+    starts: dict[tuple, tuple[Callable[..., None], ...]]  # of each launch, by the `_key` of the given arrays
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_together(launches: "tuple[Launch, ...]") -> _Together:
+    from triton import knobs
+
+    new: dict[str, Output] = {}
+    for launch in launches:
+        new = {output.name: output for output in launch.outputs} | new
+    names = [name.removeprefix("into_") for launch in launches for name in launch.inputs]
+    given = tuple(dict.fromkeys(name for name in names if name not in new))
+    places = {name: i for i, name in enumerate((*given, *new))}
+    scalars, arguments = [], []
+    for launch in launches:
+        inputs = [places[name.removeprefix("into_")] for name in launch.inputs]
+        numbers = range(len(places) + len(scalars), len(places) + len(scalars) + len(launch.scalars))
+        outputs = [places[output.name] for output in launch.outputs]
+        arguments.append(operator.itemgetter(*inputs, *numbers, *outputs))
+        scalars += launch.scalars.values()
+    return _Together(knobs, given, tuple(new.values()), tuple(scalars), tuple(arguments), {})
+
+
+def start_together(
+    launches: "tuple[Launch, ...]", arrays: dict[str, torch.Tensor], allocate: Callable, scratch: Callable
+) -> dict[str, torch.Tensor] | None:
+    """Start launches that `remember_together` was given for such arrays; None if they were not.
+
+    Returns their new arrays by name, made by `allocate` of `launch`.
+    """
+    remembered = _remembered_together(launches)
+    given = [arrays[name] for name in remembered.given]
+    pointers = [*map(_pointer_of, given)]
+    starts = remembered.starts.get(_key(remembered.knobs, given, pointers))
+    if starts is None:
+        return None
+    new = {output.name: allocate(output, given[0]) for output in remembered.new}
+    numbers = (*pointers, *map(_pointer_of, new.values()), *remembered.scalars)
+    for start, arguments_of in zip(starts, remembered.arguments, strict=True):
+        start(scratch, arguments_of(numbers))
+    return new
+
+
+def remember_together(
+    launches: "tuple[Launch, ...]", arrays: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+) -> None:
+    """Keep what started `launches` one by one, for `start_together`; nothing if one of them is not remembered."""
+    remembered, starts = _remembered_together(launches), []
+    for launch in launches:
+        inputs = inputs_by_name(launch, {**arrays, **outputs})
+        pointers = [*map(_pointer_of, inputs)]
+        starts.append(_remembered(launch).starts.get(_key(remembered.knobs, inputs, pointers)))
+    if None not in starts:
+        given = [arrays[name] for name in remembered.given]
+        key = _key(remembered.knobs, given, [*map(_pointer_of, given)])
+        remembered.starts[key] = tuple(starts)
 
 
 def _key(knobs: Any, inputs: list, pointers: list[int]) -> tuple:
+    """Return what tells apart the kernels of a launch; all inputs are on one device."""
+    bits = functools.reduce(operator.or_, pointers) & 15
+    alignment = tuple(x & 15 for x in pointers) if bits else None
     settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    return *settings, *[x.dtype for x in inputs], *[x.get_device() for x in inputs], *[x & 15 for x in pointers]
+    return *settings, inputs[0].get_device(), alignment, *map(_dtype_of, inputs)
 
 
 def _make_start(
     compiled: Any, grid: tuple[int, int, int], device: int, constants: list, through_triton: Callable[..., None]
 ) -> Callable[..., None]:
-    """Return `start(scratch, *arguments)` for pointers and numbers, on the current `device`.
+    """Return `start(scratch, arguments)` for pointers and numbers, on the current `device`.
 
     It calls Triton's function in C, if that is known, without the preparations for hooks; if there are hooks, the call
     is Triton's.
@@ -98,24 +181,26 @@ def _make_start(
     import triton
     from triton import knobs
 
-    function = _find_c_function(compiled, grid, triton.__version__)
+    function = _find_c_function(compiled, grid, constants, triton.__version__)
     if function is None:
-        return lambda _, *arguments: through_triton(*arguments, *constants)
+        return lambda _, arguments: through_triton(*arguments, *constants)
     size = compiled.run.global_scratch_size * compiled.run.num_ctas * math.prod(grid)
     stream_of, runtime = cast(Any, triton.runtime.driver.active).get_current_stream, knobs.runtime
 
-    def start(scratch, *arguments) -> None:
+    def start(scratch: Callable[[int], torch.Tensor], arguments: list) -> None:
         before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(before, "calls", before) or getattr(after, "calls", after):
             through_triton(*arguments, *constants)
             return
-        function(stream_of(device), scratch(size) if size else None, *arguments, *constants)
+        function(stream_of(device), scratch(size) if size else None, arguments)
 
     return start
 
 
-def _find_c_function(compiled: Any, grid: tuple[int, int, int], release: str) -> Callable[..., None] | None:
-    """Return `function(stream, memory, *arguments)` by Triton's function in C; None for an unknown `release`."""
+def _find_c_function(
+    compiled: Any, grid: tuple[int, int, int], constants: list, release: str
+) -> Callable[..., None] | None:
+    """Return `function(stream, memory, arguments)` by Triton's function in C; None for an unknown `release`."""
     from triton.backends.nvidia import driver
 
     launcher = compiled.run
@@ -124,12 +209,11 @@ def _find_c_function(compiled: Any, grid: tuple[int, int, int], release: str) ->
     launch, metadata = launcher.launch, compiled.packed_metadata
     flags = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl
     if getattr(driver, "_BASE_ARGS_FORMAT", None) == FORMAT_3_6:
-        return lambda stream, memory, *arguments: launch(
-            *grid, stream, *flags, memory, None, metadata, None, None, None, *arguments
-        )
+        behind = None, metadata, None, None, None
+        return lambda stream, memory, arguments: launch(*grid, stream, *flags, memory, *behind, *arguments, *constants)
     if not release.startswith(LATER_RELEASES) or getattr(launcher, "gsan_enabled", False):
         return None
     kinds = launcher.arg_annotations, launcher.kernel_signature
-    return lambda stream, memory, *arguments: launch(
-        *grid, stream, *flags, metadata, None, None, None, memory, None, *kinds, arguments
+    return lambda stream, memory, arguments: launch(
+        *grid, stream, *flags, metadata, None, None, None, memory, None, *kinds, (*arguments, *constants)
     )

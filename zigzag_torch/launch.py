@@ -4,11 +4,12 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zigzag_kernels import backends
+from zigzag_kernels.launch import run_by_name
 from zigzag_kernels.modes import Backend
 from zigzag_kernels.problem import ArraySpec, Problem
 
@@ -111,11 +112,31 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
             x = None if place is None else inputs[place]
             if x is None:
                 x = allocate(output, first)
-            if place is not None:
-                inputs[place] = x
+                if place is not None:
+                    inputs[place] = x
             outputs.append(x)
         execute(launch, inputs, outputs)
     return tuple(outputs)
+
+
+def run_together(launches: "tuple[Launch, ...]", arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Execute `launches` in turn, which begin with one for q, k or v of `arrays`: see `run_by_name`.
+
+    Launches that were started before look at their arrays only once, as one.
+    """
+    quickly = fast_launch is not None and launches[0].target != Backend.INTERPRET and not profiling.is_on()
+    if fast_launch is not None and quickly:
+        with fast_launch.DeviceGuard(arrays["q"].get_device()):
+            outputs = fast_launch.start_together(launches, arrays, allocate, scratch)
+        if outputs is not None:
+            return outputs
+    outputs = run_by_name(run, launches, arrays)
+    if fast_launch is not None and quickly:
+        fast_launch.remember_together(launches, arrays, outputs)
+    return outputs
+
+
+run.together = run_together  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _interpret(launch: "Launch", inputs: list, outputs: list) -> None:

@@ -24,9 +24,14 @@ def record_while(wanted: Callable[[], bool]) -> None:
     _wanted = wanted
 
 
+def is_on() -> bool:
+    """Return whether launches are recorded now."""
+    return _wanted()
+
+
 def region(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return the context for the launch of `name` on `device`, which does nothing unless launches are recorded."""
-    return _recorded(name, device) if _wanted() else _OFF
+    """Return the context for the launch of `name` on `device`, which does nothing unless `is_on`."""
+    return _recorded(name, device) if is_on() else _OFF
 
 
 @contextlib.contextmanager

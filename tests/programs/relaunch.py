@@ -8,6 +8,7 @@ launcher calls, writes down what it is to launch. With --slowly the fast path is
 
 import argparse
 import contextlib
+import functools
 import itertools
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from triton.runtime import _allocation
 
 from tests.support.problems import launches, launches_of, small_problem
 from zigzag_kernels.hopper import rules
+from zigzag_kernels.launch import run_by_name
 from zigzag_kernels.modes import Operation
+from zigzag_kernels.plan.steps import make_backward
 from zigzag_kernels.segments.columns import SEGMENT_FIELDS
 from zigzag_torch import launch as torch_launch
 
@@ -100,7 +103,7 @@ def misaligned(x):
 
 
 def refused(*_):
-    raise AssertionError("the user's allocator was asked")
+    raise AssertionError("the user's allocator was asked, or one launch after another")
 
 
 def scratch(size):
@@ -129,6 +132,40 @@ def hopper_cases():
     into = torch.zeros_like(q), torch.zeros(8, 512)
     table = torch.zeros(7, SEGMENT_FIELDS, dtype=torch.int32)
     return [(forward, (q, kv, kv.clone(), q, table, *into)), (forward, (q, kv, kv.clone(), q, table, None, None))]
+
+
+def check_backward_pass(made):
+    """A pass that was started before is started as one, with what its launches are started with one by one."""
+    launches = make_backward(made, made.q_strides, False).launches
+    q, kv = (torch.zeros(rows, heads, made.head_dim) for rows, heads in ((made.tokens, 8), (2 * made.tokens, 2)))
+    q, kv = q.to(getattr(torch, made.dtype)), kv.to(getattr(torch, made.dtype))
+    lse, table = torch.zeros(8, made.tokens), torch.zeros(7, SEGMENT_FIELDS, dtype=torch.int32)
+    arrays = {"q": q, "k": kv, "v": kv.clone(), "out": q.clone(), "lse": lse, "dlse": lse, "dout": q.clone()}
+    arrays |= {"segments": table, "sequences": table.clone()}
+    outputs = {x.name: torch_launch.allocate(x, like) for launch in launches for x in launch.outputs}
+
+    def pass_of(arrays, run):
+        recorded.clear()
+        sizes.clear()
+        run(launches, arrays)
+        assert len(recorded) == len(launches)
+        return [plain(arguments) for arguments in recorded], tuple(sizes)
+
+    with (
+        mock.patch.object(torch_launch, "allocate", lambda output, like: outputs[output.name]),
+        mock.patch.object(torch_launch, "scratch", scratch),
+    ):
+        for given in (arrays, arrays | {"dout": misaligned(q), "k": misaligned(kv)}):
+            if made.gluon and given is not arrays:  # the plan is another one
+                continue
+            expected = pass_of(given, functools.partial(run_by_name, torch_launch.run))
+            assert pass_of(given, torch_launch.run_together) == expected
+            refused_run = mock.patch.object(torch_launch, "run", refused)
+            with contextlib.nullcontext() if SLOWLY else refused_run:
+                assert pass_of(given, torch_launch.run_together) == expected
+                moved = {name: x if x.data_ptr() % 16 else x.clone() for name, x in given.items()}
+                others = pass_of(moved, torch_launch.run_together)
+            assert others == pass_of(moved, functools.partial(run_by_name, torch_launch.run)) != expected
 
 
 if IN_C:  # until 3.6 a function for each kernel, then one for all that is told of each kernel's arguments
@@ -185,6 +222,8 @@ for launch, arrays in portable_cases() + (hopper_cases() if has_gluon else []):
                 expected = launched(tritons, *arrays)
                 assert [launched(ours, *arrays) for _ in range(2)] == [expected] * 2, (gpu, launch)
                 loaded.add((gpu, expected[0][4]))
+for made in (small_problem(16, "float32"), *([small_problem(128, gluon=True)] if has_gluon else [])):
+    check_backward_pass(made)
 # One for each kind of arrays, with and without debugging.
 assert len(kernels) == 2 * (4 + has_gluon), kernels
 assert len({kernel for _, kernel in loaded}) == len(loaded) == 2 * (4 + has_gluon), loaded  # every GPU has its own

@@ -1,16 +1,19 @@
 """The steps of attention that front ends call: each looks up its launches and passes them to `run`.
 
 `run(launch, *arrays) -> tuple of arrays` is a front end's only launch site. All front ends call the functions here, so
-they launch the same kernels, with the same constants, in the same order.
+they launch the same kernels, with the same constants, in the same order. A `run` may have a function `together` that
+takes several launches at once, with the arguments and results of `launch.run_by_name`.
 
 Across ranks attention comes in parts. A *window* is K/V of a few KV heads: its results are written `into` arrays of all
 heads. A *ring step* has the keys of one rank: its results are folded into float32 ones. `backward` is then its three
 pieces, with communication between them.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from ..launch import Launch, run_by_name
 from ..modes import KVLayout, Layout, Operation
 from ..problem import Problem
 from . import planner
@@ -187,17 +190,14 @@ def backward(
 
     `dlse` may be None.
     """
-    rows, fused, dkdv, dq = planner.current.plan(make_backward, problem, dout_strides, dlse is not None)
-    statistics = _run_rows(run, rows, out, lse, dout, dlse)
-    inputs = q, k, v, dout, *statistics
-    dsinks = () if sinks is None else (backward_sinks(run, problem, statistics, sinks),)
-    if fused.launches:
-        clear, compute, finish = fused.launches
-        (sums,) = run(clear, q)
-        dk, dv, sums = run(compute, *inputs, sequences, None, None, sums)
-        return *run(finish, sums, segments), dk, dv, *dsinks
-    dk, dv = _run_dkdv(run, dkdv, (*inputs, sequences), (None, None))
-    return *run(dq.launches[0], *inputs, segments, None), dk, dv, *dsinks
+    planned = planner.current.plan(make_backward, problem, dout_strides, dlse is not None)
+    arrays = {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout, "dlse": lse if dlse is None else dlse,
+        "segments": segments, "sequences": sequences, "sinks": sinks,
+    }  # fmt: skip
+    together = getattr(run, "together", None) or functools.partial(run_by_name, run)
+    outputs = together(planned.launches, arrays)
+    return outputs["dq"], outputs["dk"], outputs["dv"], *(() if sinks is None else (outputs["dsinks"],))
 
 
 def _run_rows(run: Run, planned: Planned, out, lse, dout, dlse) -> tuple:
@@ -210,24 +210,37 @@ def _run_dkdv(run: Run, planned: Planned, inputs: tuple, into: tuple) -> tuple:
     return into
 
 
-class BackwardPlan(NamedTuple):
+@dataclass(frozen=True)
+class BackwardPlan:
     """The launches of a whole backward pass: FUSED_BACKWARD, or the two operations DKDV and DQ."""
 
     rows: Planned
     fused: Planned
     dkdv: Planned
     dq: Planned
+    sinks: Planned
+
+    def __iter__(self) -> Iterator[Planned]:
+        """Iterate over the operations that launch something."""
+        operations = self.rows, self.fused, self.dkdv, self.dq, self.sinks
+        return iter([planned for planned in operations if planned is not NOTHING])
+
+    @functools.cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        """All launches in order, each with the arrays of the names that it has for them."""
+        return tuple(launch for planned in self for launch in planned.launches)
 
 
 def make_backward(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool) -> BackwardPlan:
     """Return the plan of the whole backward pass, so that a call looks up one."""
     rows = make_rows(problem, dout_strides, has_dlse, WHOLE)
+    sinks = make_sinks(problem, WHOLE) if problem.call.has_sinks else NOTHING
     if not problem.call.deterministic:
         fused = make_operation(problem, Operation.FUSED_BACKWARD, WHOLE, dout_strides)
         if fused is not NOTHING:
-            return BackwardPlan(rows, fused, NOTHING, NOTHING)
+            return BackwardPlan(rows, fused, NOTHING, NOTHING, sinks)
     dkdv = make_operation(problem, Operation.DKDV, WHOLE, dout_strides)
-    return BackwardPlan(rows, NOTHING, dkdv, make_operation(problem, Operation.DQ, WHOLE, dout_strides))
+    return BackwardPlan(rows, NOTHING, dkdv, make_operation(problem, Operation.DQ, WHOLE, dout_strides), sinks)
 
 
 def plan_step(
@@ -247,9 +260,9 @@ def plan_step(
     tables = make_tables(form._replace(has_lengths=problem.call.has_lengths), problem.target)
     forward = make_operation(problem, Operation.FORWARD, part)
     if part == WHOLE:
-        backward = make_backward(problem, strides, has_dlse)
+        backward = (*make_backward(problem, strides, has_dlse),)
     else:
         dkdv, dq = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
-        backward = make_rows(problem, strides, has_dlse, part), dkdv, dq
-    sinks = (make_sinks(problem, part),) if problem.call.has_sinks else ()
-    return tables, forward, *(planned for planned in backward if planned is not NOTHING), *sinks, *halos
+        sinks = (make_sinks(problem, part),) if problem.call.has_sinks else ()
+        backward = make_rows(problem, strides, has_dlse, part), dkdv, dq, *sinks
+    return tables, forward, *backward, *halos
