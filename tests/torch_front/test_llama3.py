@@ -307,34 +307,40 @@ def test_all_ranks_of_a_group(flags, cases, backend, tmp_path):
     run_ranks(4, tmp_path, check_rank, cases, flags, backend)
 
 
-def check_compiled(rank, world_size, backend, every):
-    """In one graph, with the default group and with a group, the same as eagerly."""
+def check_compiled(rank, world_size, backend, by_default):
+    """In one graph the same as eagerly; the names `by_default` without a group, the others with one."""
     local = torch.tensor([0, 4, 12], dtype=torch.int32)
     values = torch.randn(3, 12, 2, 16, generator=torch.Generator().manual_seed(rank))
     packed = {"func": (0, 1, 2), "kvpacked_func": (0, [1, 2]), "qkvpacked_func": ([0, 1, 2],)}
     with pieces.kernels(backend):
         for name, arguments in packed.items():
             function = getattr(zigzag_torch, f"zigzag_llama3_flash_attn_varlen_{name}")
-            for group in (None, dist.group.WORLD) if every else (None if name == "func" else dist.group.WORLD,):
+            group = None if name in by_default else dist.group.WORLD
 
-                def step(x, arguments=arguments, function=function, group=group):
-                    tensors = (x[i] if isinstance(i, int) else x[i].transpose(0, 1) for i in arguments)
-                    call = local, world_size * local, 8, 8 * world_size, 1, slice(0, 12)
-                    return function(*tensors, *call, causal=True, return_attn_probs=True, group=group)[:2]
+            def step(x, arguments=arguments, function=function, group=group):
+                tensors = (x[i] if isinstance(i, int) else x[i].transpose(0, 1) for i in arguments)
+                call = local, world_size * local, 8, 8 * world_size, 1, slice(0, 12)
+                return function(*tensors, *call, causal=True, return_attn_probs=True, group=group)[:2]
 
-                results = []
-                for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-                    x = values.clone().requires_grad_()
-                    out, lse = call(x)
-                    results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), x)])
-                for eager, compiled in zip(*results, strict=True):
-                    torch.testing.assert_close(compiled, eager)
+            results = []
+            for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+                x = values.clone().requires_grad_()
+                out, lse = call(x)
+                results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), x)])
+            for eager, compiled in zip(*results, strict=True):
+                torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
-@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "interpret"])
-def test_published_names_compile_into_one_graph(backend, tmp_path):
-    run_ranks(2, tmp_path, check_compiled, backend, backend == "reference")
+@pytest.mark.parametrize(
+    ("backend", "by_default"),
+    [
+        pytest.param("reference", ("kvpacked_func", "qkvpacked_func"), marks=pytest.mark.slow, id="reference"),
+        pytest.param("interpret", ("func",), id="interpret"),
+    ],
+)
+def test_published_names_compile_into_one_graph(backend, by_default, tmp_path):
+    run_ranks(2, tmp_path, check_compiled, backend, by_default)
 
 
 @contextlib.contextmanager
