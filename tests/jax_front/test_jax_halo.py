@@ -134,8 +134,9 @@ def test_calls_that_name_no_method_take_halos_where_they_serve():
     assert (batch.method, batch.halo) == ("halo", 11)
     assert make(window_size=(11, 0), method="ring").prepare_batch(cu_seqlens, **rows).method == "ring"
     assert make().prepare_batch(cu_seqlens, **rows).method == "allgather"
-    gathered = make(method="allgather", window_size=(11, 0))(q, k, v, cu_seqlens)
-    np.testing.assert_allclose(local(q, k, v, batch), gathered, atol=1e-5)
-    np.testing.assert_array_equal(local(q, k, v, cu_seqlens), local(q, k, v, batch))
-    everywhere = make(method="allgather")(q, k, v, cu_seqlens)
-    np.testing.assert_array_equal(make()(q, k, v, batch), everywhere)
+    gathered = jax.jit(make(method="allgather", window_size=(11, 0)))(q, k, v, cu_seqlens)
+    with_batch, without = (jax.jit(local)(q, k, v, given) for given in (batch, cu_seqlens))
+    np.testing.assert_allclose(with_batch, gathered, atol=1e-5)
+    np.testing.assert_array_equal(without, with_batch)
+    everywhere = jax.jit(make(method="allgather"))(q, k, v, cu_seqlens)
+    np.testing.assert_array_equal(jax.jit(make())(q, k, v, batch), everywhere)
