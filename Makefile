@@ -22,9 +22,10 @@ help: ## list the targets
 demo: $(INSTALLED) ## check the kernels, train a small model in both frameworks (ARGS=--steps=20)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# On a GPU the time goes into compiling, on the host; the workers share the GPU's memory. Some tests take a minute: a worker
-# that is done takes what others have not begun.
-PYTEST := $(BIN)/python -m pytest -n $(if $(GPU),8,auto) --dist worksteal
+# One worker more than there are cores, as some tests wait. On a GPU the time goes into compiling, on the host; the workers
+# share the GPU's memory. Some tests take a minute: a worker that is done takes what others have not begun.
+WORKERS = $(if $(GPU),8,$(shell $(BIN)/python -c 'import os; print(os.cpu_count() + 1)'))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(INSTALLED) ## the tests of the library (ARGS="-k name" picks some)
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -2,9 +2,16 @@
 
 import os
 
+import hypothesis
 import pytest
 
 from tests.support.machine import GPU, GPUS
+
+# No clock decides about a test: a busy machine makes an example late, and slow to draw.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):

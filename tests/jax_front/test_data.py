@@ -30,7 +30,7 @@ def made_documents(lengths, seed=0):
     layout=st.sampled_from(["document", "row", {"split_above": 0}, {"split_tokens": 12}]),
     masked=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_rows_are_those_of_pytorch(lengths, world_size, layout, masked):
     documents = made_documents(lengths)
     options = {"pad_token_id": 7, "max_documents": len(lengths) + 1, "ignore_index": -1}
@@ -200,7 +200,7 @@ def test_rows_of_another_batch_are_not_put_in_order():
             make_zigzag_attention(mesh, **options).prepare_batch(batch)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 24), max_size=12), st.integers(1, 3), st.integers(1, 3))
 def test_packed_rows_hold_whole_documents(lengths, rows, world_size):
     """In the order of the tokens each document is in one place, its labels are its next tokens, and ids count up."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.machine import CHOSEN, COMPILE_QUICKLY, GPU, HANGS
+from tests.support.machine import CHOSEN, GPU, HANGS, XLA_ON_CPU
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def shell_environment():
     """
     env = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     if not GPU:
-        env["XLA_FLAGS"] = " ".join(COMPILE_QUICKLY)
+        env["XLA_FLAGS"] = " ".join(XLA_ON_CPU)
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))}
 
 

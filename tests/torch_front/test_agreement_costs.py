@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zigzag_torch
-from tests.support.machine import GPU
+from tests.support.machine import GPU, HANGS
 from tests.support.processes import run_ranks
 from tests.support.steps import HEAD_DIM, HEADS, KV_HEADS, TOKENS, Program, error_of, expect
 from zigzag_torch.parallel import agreement
@@ -94,11 +94,11 @@ def check_timeouts(rank, world_size):
     program = Program(dist.new_group(list(range(world_size))), "ring")
     for text in WRONG_TIMEOUTS:
         for call in (program.first_call, program.step):
-            os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = text if rank == 1 else "60"
+            os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = text if rank == 1 else str(HANGS)
             error = error_of(call)
             words = f"^rank 1: ZIGZAG_AGREEMENT_TIMEOUT: expected a positive, finite number of seconds, got '{text}'$"
             expect(error, ValueError, words)
-            os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = "60"
+            os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(HANGS)
         program.step()
 
 
@@ -126,7 +126,7 @@ def check_fork(world_size):
 
 
 def check_costs(rank, world_size):
-    os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = "60"
+    os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(HANGS)
     check_packing(world_size)
     check_threads(rank, world_size)
     check_timeouts(rank, world_size)

@@ -37,7 +37,7 @@ def next_tokens(documents, labels=None):
     layout=st.sampled_from(LAYOUTS),
     masked=st.booleans(),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_rows_are_those_of_the_padded_batch(lengths, world_size, spare, layout, masked):
     if layout == "document":
         lengths = [max(length, 1) for length in lengths]  # a plan has no entries for empty documents
@@ -81,7 +81,7 @@ def test_rows_are_those_of_the_padded_batch(lengths, world_size, spare, layout, 
     split=st.sampled_from([{}, {"split_above": 20}, {"split_tokens": 30}, {"window_size": (5, 0)}]),
     fixed=st.booleans(),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_rows_of_all_ranks_are_the_documents_whole_or_in_zigzag_chunks(lengths, world_size, spare, split, fixed):
     documents = made_documents(lengths)
     tokens = 30 + spare + -(-(sum(lengths) + 2 * world_size * len(lengths)) // world_size)

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from tests.support.machine import HANGS
 from zigzag_torch.parallel import rendezvous
 from zigzag_torch.parallel.rendezvous import ABSENCE, AGREED, DIFFERENCE, Seat
 
@@ -31,7 +32,7 @@ class Counted:
         return self.store.get(key)
 
 
-def meet(seat, report=REPORT, timeout=20.0, patience=None):
+def meet(seat, report=REPORT, timeout=HANGS, patience=None):
     return rendezvous.meet(seat, report, timeout, lambda ranks: f"{rendezvous.named(ranks)} did not come", patience)
 
 
@@ -151,16 +152,24 @@ def test_what_a_meeting_costs(size):
 def test_random_programs_end_and_agree(store):
     """Each rank makes calls at times of its own, gives up, and goes on: a call succeeds on all ranks or on none."""
     size, rounds = 4, 12
+    for seed in range(10):  # on a busy machine ranks may give up in every call
+        heard = heard_by_random_programs(store, size, rounds, seed)
+        agreed = [kinds.count(AGREED) for kinds in heard]
+        assert len(set(agreed)) == 1, heard
+        if 0 < agreed[0] < rounds:
+            return
+    raise AssertionError(f"ranks have agreed in {agreed[0]} of {rounds} calls, ten times")
+
+
+def heard_by_random_programs(store, size, rounds, seed):
     heard = [[] for _ in range(size)]
 
     def program(seat):
-        generator = random.Random(seat.rank)
+        generator = random.Random(size * seed + seat.rank)
         for _ in range(rounds):
             time.sleep(generator.random() * 0.05)
             verdict = meet(seat, timeout=generator.choice((0.02, 1.0, 1.0)))
             heard[seat.rank].append(verdict.kind)
 
     together(*(lambda s=s: program(s) for s in seats(store, size)))
-    agreed = [kinds.count(AGREED) for kinds in heard]
-    assert len(set(agreed)) == 1, heard
-    assert 0 < agreed[0] < rounds
+    return heard

@@ -5,7 +5,7 @@ import torch
 
 from bench.lab import stress
 from tests.support.hopper import needs_hopper
-from tests.support.machine import GPU
+from tests.support.machine import GPU, LATENESS
 from zigzag_torch import launch
 
 TINY = {
@@ -125,12 +125,12 @@ def test_the_watchdog_names_the_packing_that_hangs(capsys):
         codes.append(code)
         event.queries = 0
 
-    with stress.Watchdog(2, end) as watchdog:
+    with stress.Watchdog(LATENESS, end) as watchdog:
         assert not stress.Played(case, ["fused and pair"], right, Event(3)).finish(watchdog)
         assert not codes
         stress.Played(hangs, ["fused and pair"], right, event).finish(watchdog)
     assert codes == [stress.HUNG]
-    assert f"no progress for 2 s: {hangs}" in capsys.readouterr().out
+    assert f"no progress for {LATENESS:g} s: {hangs}" in capsys.readouterr().out
     assert not watchdog.thread.is_alive()
 
 
