@@ -1,5 +1,6 @@
 """Models of transformers for `train_hf.py`: their configuration, their sharding, and their loss of a batch."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -53,14 +54,19 @@ def make_model(name: str, config: PreTrainedConfig, attention: str, device: torc
 
 
 class TokenLoss(torch.nn.Module):
-    """A model and its loss: the cross entropy of the next tokens, summed over the rows of this process."""
+    """A model and its loss: the cross entropy of the next tokens, summed over the rows of this process.
 
-    def __init__(self, model: torch.nn.Module):
+    With `offload` the inputs of checkpointed layers wait in the memory of the host for the backward pass.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, offload: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.offload = model, offload
 
     def forward(self, labels: torch.Tensor, **inputs) -> torch.Tensor:
-        hidden = self.model.get_decoder()(**inputs).last_hidden_state[0]
+        kept = torch.autograd.graph.save_on_cpu(pin_memory=labels.is_cuda) if self.offload else contextlib.nullcontext()
+        with kept:
+            hidden = self.model.get_decoder()(**inputs).last_hidden_state[0]
         parts = zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
         return torch.stack([checkpoint(self._part, *part, use_reentrant=False) for part in parts]).sum()
 
@@ -76,9 +82,20 @@ def checkpointed(model: torch.nn.Module, what: str) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def sharded(model: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> TokenLoss:
+def in_parts(model: torch.nn.Module, rows: int) -> None:
+    """Let the MLP of each layer take `rows` rows at a time, and take them again in the backward pass."""
+    for layer in model.get_decoder().layers:
+        layer.mlp.forward = functools.partial(_by_parts, layer.mlp.forward, rows)
+
+
+def _by_parts(forward, rows: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return `forward` of `hidden [1, T, hidden_size]`, with the activations of one part in memory at a time."""
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in hidden.split(rows, 1)], 1)
+
+
+def sharded(model: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> TokenLoss:
     """The model with its weights in shards over all processes of `mesh`, which compute in `dtype`."""
-    whole = TokenLoss(model)
+    whole = TokenLoss(model, offload=offload)
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
     for layer in model.get_decoder().layers:
         fully_shard(layer, **options)

@@ -52,6 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="computed in (default bfloat16, without a GPU float32)")
     add("--checkpointing", choices=("none", "full", "attention"), default="attention",
         help="what is computed again: nothing, all of a layer, or all but attention (default)")  # fmt: skip
+    add("--mlp-rows", type=int, help="rows that an MLP has in memory at a time, to be computed once more (default all)")
+    add("--offload", action="store_true", help="keep the inputs of layers in the memory of the host")
     add("--steps", type=int, default=20, help="steps in all, those before resuming too (default 20)")
     add("--learning-rate", type=float, default=1e-3)
     add("--seed", type=int, default=0, help="of the weights and the order of the text (default 0)")
@@ -62,8 +64,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--peak", type=float, help="operations a second of a device, for MFU (default: by its name)")
     add("--json", type=Path, help="write losses, tokens a second, MFU and peak memory to this file")
     arguments = parser.parse_args()
-    for name in ("steps", "tokens", "documents", "context", "replicas", "save_every"):
-        if getattr(arguments, name) < 1:
+    if arguments.offload and arguments.checkpointing == "none":
+        parser.error("--offload: expected --checkpointing full or attention, got none")
+    for name in ("steps", "tokens", "documents", "context", "replicas", "save_every", "mlp_rows"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     return arguments
 
@@ -165,13 +169,15 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
     if arguments.attention == "zigzag":
         hf.use_mesh(model, group, method=arguments.method)
     hf_model.checkpointed(model, arguments.checkpointing)
+    if arguments.mlp_rows:
+        hf_model.in_parts(model, arguments.mlp_rows)
     embedding = model.get_input_embeddings().weight
     weights = sum(x.numel() for x in model.parameters() if x.ndim > 1 and x is not embedding)
     if model.get_output_embeddings().weight is embedding:
         weights += embedding.numel()
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     everybody = init_device_mesh(device.type, (world_size,))
-    model = hf_model.sharded(model, everybody, dtype)
+    model = hf_model.sharded(model, everybody, dtype, offload=arguments.offload)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=fused)
     checkpoints = Checkpoints(arguments.save, model, optimizer)
