@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs" / "reference" / "cost.md").read_text(encoding="utf-8")
 
 
 def test_the_page_shows_what_the_model_says():
-    for line in predict.efficiency_table() + predict.document_table() + predict.memory_table():
+    for line in predict.efficiency_table() + predict.document_table() + predict.plan_table() + predict.memory_table():
         assert line in PAGE, f"docs/reference/cost.md: run python -m bench.lab.predict; missing {line}"
 
 
