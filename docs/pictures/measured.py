@@ -9,21 +9,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .style import BLUE, FAINT, INK, ON_COLOUR, ORANGE, PAPER, RANKS, SMALL, TEXT, WHITE, new_figure
+from .style import BLUE, FAINT, INK, ORANGE, PAPER, RANKS, SMALL, WHITE, new_figure
 
 LOG = Path(__file__).parents[1] / "log" / "bench.md"
 
 
-def read_table(heading: str, number: int = 0) -> list[dict[str, str]]:
-    """Return the rows of table `number` below a `heading` of the log, each as cells by column."""
+def read_table(heading: str, number: int = 0) -> list[list[str]]:
+    """Return the cells of table `number` below a `heading` of the log, row by row; the first row has the columns."""
     section = re.split(r"^## ", LOG.read_text(encoding="utf-8"), flags=re.MULTILINE)
     (text,) = (part for part in section if part.startswith(f"{heading}\n"))
     lines = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number].splitlines()
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return [dict(zip(header, row, strict=True)) for row in rows]
+    return [header, *rows]
 
 
-FRAMEWORKS, METHODS = ("PyTorch", "JAX"), ("all-gather", "ring")
+def read_rows(heading: str, number: int = 0) -> dict[str, dict[str, str]]:
+    """Return the rows of a table whose columns have different names: cells by first cell and column."""
+    header, *rows = read_table(heading, number)
+    return {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows}
 
 
 class Peer(NamedTuple):
@@ -60,8 +63,8 @@ def step_ms(cell: str) -> float:
 
 def relative_times() -> dict[str, dict[str, float]]:
     """Return for each case and implementation the time of a step over this library's time in PyTorch."""
-    rows = [read_table("One run", number) for number in (0, 1)]
-    times = {own["case"]: own | others for own, others in zip(*rows, strict=True)}
+    own, others = read_rows("One run", 0), read_rows("One run", 1)
+    times = {case: own[case] | others[case] for case in own}
     return {
         case: {peer.column: step_ms(cells[peer.column]) / step_ms(cells[OWN]) for peer in PEERS}
         for case, cells in times.items()
@@ -108,46 +111,57 @@ def _compare(axes: Axes, names: list[str], ticks: tuple[float, ...]) -> None:
     axes.set_facecolor("none")
 
 
-def efficiencies() -> dict[str, dict[str, str]]:
-    """Return the efficiency of a step between two GPUs, by tokens of a GPU and way: "PyTorch, ring" and the like."""
-    result: dict[str, dict[str, str]] = {}
-    for row in read_table("Between two GPUs"):
-        bars = result.setdefault(row["tokens of a GPU"], {})
-        for framework in FRAMEWORKS:
-            for method in METHODS:
-                if row["way"] == method or (row["way"].startswith(method) and row["way"].endswith("(default)")):
-                    bars[f"{framework}, {method}"] = row[f"{framework} step"]
-    return result
+WAYS = {
+    "one sequence": {"all-gather": "2 KV heads", "ring": "ring"},
+    "window of 1,024": {
+        "all-gather": "window of 1,024, all-gather, 2 KV heads",
+        "halo": "window of 1,024, halo",
+    },
+    "documents": {
+        "all-gather": "documents, all-gather, 8 KV heads",
+        "ring": "documents, ring",
+        "plan": "documents, plan",
+    },
+}
+FRAMEWORKS = {"PyTorch": (3, BLUE), "JAX": (6, ORANGE)}  # column of forward + backward, and colour
 
 
-BARS = {"PyTorch, all-gather": BLUE, "PyTorch, ring": RANKS[0], "JAX, all-gather": ORANGE, "JAX, ring": RANKS[1]}
+def efficiencies() -> dict[tuple[str, str, str], float]:
+    """Return the percents of efficiency of a step between two H200, by (batch, way, framework)."""
+    rows = {row[0]: row for row in read_table("Predictions beside measurements")[1:]}
+    return {
+        (batch, way, framework): float(rows[name][column])
+        for batch, ways in WAYS.items()
+        for way, name in ways.items()
+        for framework, (column, _) in FRAMEWORKS.items()
+    }
 
 
 def draw_efficiency() -> Figure:
-    """Draw the share of time that two GPUs compute as fast as one alone."""
-    figure = new_figure(400)
+    """Draw how fast two GPUs compute a step, compared with one GPU that computes its share alone."""
+    figure = new_figure(490)
     axes = figure.subplots()
-    groups = efficiencies()
-    y, middles = 0.0, []
-    for group in groups.values():
-        cells = {name: cell for name, cell in group.items() if cell}
-        middles.append(y + (len(cells) - 1) / 2)
-        for name, cell in cells.items():
-            percent = float(cell.removesuffix(" %"))
-            ink = ON_COLOUR if BARS[name] in RANKS else WHITE
-            axes.barh(y, percent, 0.86, color=BARS[name])
-            axes.text(percent - 1, y, cell, ha="right", va="center", color=ink, fontsize=SMALL)
-            y += 1
-        y += 0.7
-    axes.set_yticks(middles, [name.replace(", ", " tokens\n") for name in groups], fontsize=TEXT)
+    y, places = 0.0, {}
+    for (batch, way, framework), percent in efficiencies().items():
+        if (batch, way) not in places:
+            y += 0.35 if batch in {b for b, _ in places} else 1.5
+            places[batch, way] = y + 0.5
+        axes.barh(y, percent, 0.92, color=FRAMEWORKS[framework][1])
+        axes.text(percent - 1, y, f"{percent:.1f} %", ha="right", va="center", color=WHITE, fontsize=SMALL)
+        y += 1
+    names = [way for _, way in places]
+    axes.set_yticks(list(places.values()), names, fontsize=SMALL)
+    for batch in WAYS:
+        first = min(place for (b, _), place in places.items() if b == batch)
+        axes.text(0, first - 1.45, batch, va="center")
+    axes.axvline(100, color=INK, linewidth=1.5, linestyle="--", zorder=0)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(y - 0.9, -0.6)
-    axes.set_xlim(0, 101)
+    axes.set_ylim(y - 0.3, 0)
     axes.set_facecolor("none")
-    axes.set_title("A step between two H100, compared with one GPU's share")
-    axes.set_xlabel("efficiency, %")
+    axes.set_title("Efficiency of a step between two H200, 8,192 tokens on each")
+    axes.set_xlabel("% of the speed of one GPU's share")
     figure.legend(
-        handles=[Rectangle((0, 0), 1, 1, facecolor=colour, label=name) for name, colour in BARS.items()],
+        handles=[Rectangle((0, 0), 1, 1, facecolor=colour, label=name) for name, (_, colour) in FRAMEWORKS.items()],
         loc="outside lower center", ncols=2, handlelength=1.2,
     )  # fmt: skip
     return figure
@@ -171,7 +185,7 @@ def draw_masks() -> Figure:
     """Draw the time of FlashAttention-4 under masks, beside this library's on the same H200."""
     figure = new_figure(440)
     axes = figure.subplots()
-    rows = {row["case"].strip("`"): row for row in read_table("Masks beside FlashAttention-4")}
+    rows = read_rows("Masks beside FlashAttention-4")
     for direction, colour, marker in (("forward", BLUE, "o"), ("backward", ORANGE, "s")):
         cells = [rows[case][direction] for case in MASKS]  # "milliseconds (ratio)"
         _dots(axes, [float(cell.split("(")[1].rstrip(")")) for cell in cells], (direction, colour, marker))
