@@ -11,7 +11,7 @@ from zigzag_kernels.problem import Problem
 from .. import launch
 from .agreement import BACKWARD, agree_on_call, resolve
 from .collectives import exchange_with_neighbours, wait
-from .streams import Streams, on, streams_of
+from .streams import on, streams_of
 from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of_backward, readable, rows_of_backward
 
 
@@ -51,10 +51,11 @@ class Halo:
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
         problem = launch.without_gluon_if_misaligned(self.problem, k, v)
-        current, side, _ = streams = streams_of(k.device)
-        # Halos travel while the rows that need none are attended to. From here `side` may write memory that the next
-        # launch allocates, the results: all work that used it before has ended there too.
-        keys, works = self._exchange(problem, k, v, tables, group, streams)
+        # Halos travel while the rows that need none are attended to.
+        keys, works = self._exchange(problem, k, v, tables, group)
+        current, side, _ = streams_of(k.device)
+        # The next launch allocates the results, in memory that no work after this point has used: `side` may write it.
+        side.wait_stream(current)
         results: Any = (None, None) if beside is None else beside(None)
         # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
         # once.
@@ -88,8 +89,7 @@ class Halo:
         residuals, cotangents = readable(residuals, dout, dlse)
         (q, k, v, *_), dout, strides = residuals, cotangents.dout, cotangents.strides
         problem, of_halo = (problem_of_backward(x, q, dout, y) for x, y in ((self.problem, (k, v)), (self.of_halo, ())))
-        current, side, _ = streams = streams_of(k.device)
-        keys, works = self._exchange(problem, k, v, tables, group, streams)
+        keys, works = self._exchange(problem, k, v, tables, group)
         dq = q.new_empty(q.shape) if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
@@ -102,6 +102,7 @@ class Halo:
         apart = (launch.run, of_halo, q, *keys, dout, rows)
         part = part_of(0, False, reduce_dtype)
         in_slots: Any = of_slots.flatten(1, 2).unbind()
+        current, side, _ = streams_of(k.device)
         side.wait_stream(current)  # for the rows, and for all work on the memory that it writes
         plan.backward_keys(*own, of_own, part=part, into=sums.unbind(), **strides)
         with on(side):
@@ -128,25 +129,17 @@ class Halo:
         return dq, sums.to(k.dtype) if into is None else into.copy_(sums), dsinks
 
     def _exchange(
-        self, problem: Problem, k: torch.Tensor, v: torch.Tensor, tables: Tables, group, streams: Streams
+        self, problem: Problem, k: torch.Tensor, v: torch.Tensor, tables: Tables, group
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], list]:
-        """Return ((k, v) `[4 * halo_rows, kv_heads, head_dim]` of the buffer, transfers that fill its halos).
-
-        `streams.side` has then waited for all other work so far, the copies of own rows included.
-        """
+        """Return ((k, v) `[4 * halo_rows, kv_heads, head_dim]` of the buffer, transfers that fill its halos)."""
         from zigzag_kernels import plan
 
-        streams.transfers.wait_stream(streams.current)
-        # A launch on the caller's stream need not wait for these copies. Their memory is of `transfers`, which waits
-        # for the caller's stream before it uses that memory again.
-        with on(streams.transfers):
-            rows = plan.halo_rows(launch.run, problem, k, v, tables.segments[1:])
-            slots = rows.unflatten(0, (len(HaloSlot), problem.call.halo_rows))
-            works = exchange_with_neighbours(
-                ((slots[HaloSlot.LATE_SENT],), (slots[HaloSlot.EARLY_SENT],)),
-                ((slots[HaloSlot.EARLY_HALO],), (slots[HaloSlot.LATE_HALO],)),
-                group,
-            )
-        streams.side.wait_stream(streams.transfers)
+        rows = plan.halo_rows(launch.run, problem, k, v, tables.segments[1:])
+        slots = rows.unflatten(0, (len(HaloSlot), problem.call.halo_rows))
+        works = exchange_with_neighbours(
+            ((slots[HaloSlot.LATE_SENT],), (slots[HaloSlot.EARLY_SENT],)),
+            ((slots[HaloSlot.EARLY_HALO],), (slots[HaloSlot.LATE_HALO],)),
+            group,
+        )
         k_near, v_near = slots[:KEY_SLOTS].flatten(0, 1).split(k.shape[1], 1)
         return (k_near, v_near), works
