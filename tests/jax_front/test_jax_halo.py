@@ -60,7 +60,12 @@ QKV = [np.ones((40, heads, 16), np.float32) for heads in (2, 1, 1)]
 @pytest.mark.parametrize(
     ("options", "form", "promise", "message"),
     [
-        ({"window_size": (4, 0)}, {}, None, "cu_seqlens: expected chunks of at least the 4 rows of a halo, got 2"),
+        (
+            {"window_size": (4, 0)},
+            {"lengths": np.array([5, 32])},  # the third chunk of the first document has one token
+            None,
+            "cu_seqlens: expected chunks of at least the 4 rows of a halo, got 2",
+        ),
         ({"window_size": (2, 0)}, {}, 31, "max_seqlen: expected at least the 32 tokens of document 1, got 31"),
         ({"layout": "row"}, {"row_length": 40}, 8, "max_seqlen: expected at least the 32 tokens of document 1, got 8"),
     ],

@@ -1,5 +1,7 @@
 """Between ranks q, k and v are read where a projection left them, and cotangents as autograd hands them on."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +60,32 @@ def check_views(rank, world_size):
                 where = f"rank {rank}, {method}, {name}: {result}"
                 assert_close(where, torch_numpy(x), exact[result], straightforward[result])
             assert not others.any()
+
+
+def check_views_apart(rank, world_size):
+    """K and V have strides of their own: tokens before heads, and heads before tokens."""
+    case = dataclasses.replace(CASE, window_size=(2, -1))
+    inputs = make_inputs(case)
+    exact, straightforward = (
+        rows_of_results(batch_results(case, inputs, x), rank_rows(case, rank))
+        for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    arrays = rank_arrays(case, inputs, rank, key_rows=rank_rows(case, rank))
+    q, k, v, dout = (torch.tensor(x) for x in arrays[:4])
+    v = v.transpose(0, 1).contiguous().transpose(0, 1)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert k.stride() != v.stride()
+    options = {"group": dist.group.WORLD, "window_size": case.window_size, "backend": "interpret"}
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    for method in ("allgather", "ring", "halo"):
+        out, lse = zigzag_torch.zigzag_attention(*leaves, cu_seqlens, method=method, return_lse=True, **options)
+        gradients = torch.autograd.grad((out, lse), leaves, (dout, torch.tensor(arrays.dlse)))
+        for name, x in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True):
+            assert_close(f"rank {rank}, {method}: {name}", torch_numpy(x), exact[name], straightforward[name])
+
+
+def test_k_and_v_of_different_strides_are_read_where_they_are(tmp_path):
+    run_ranks(CASE.world_size, tmp_path, check_views_apart)
 
 
 def test_views_of_one_projection_and_expanded_cotangents_give_the_gradients_of_the_whole_batch(tmp_path):
