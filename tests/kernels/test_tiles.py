@@ -10,6 +10,7 @@ from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, tensor
 from tests.support.problems import hopper_problem, launches
 from zigzag_kernels import plan
+from zigzag_kernels.segments.columns import SegmentColumn
 from zigzag_kernels.segments.lookup import load_segment, load_sequence, tile_and_head
 from zigzag_torch import launch
 
@@ -33,6 +34,23 @@ def test_the_heaviest_segment_comes_first_and_its_last_rows():
     _place_of_tile[(tiles,)](segments, len(segments), tokens, places, GROUP=group, BLOCK_M=block)
     found = [(q_row, row) for q_row, row in places.tolist() if q_row >= 0]
     assert found == [(10, 16), (10, 0), (24, 0), (0, 16), (0, 0), (20, 0), (28, 0)]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "form"),
+    [([0, 14, 30, 50, 64], {"layout": "row", "row_length": 64}), ([0, 40, 64], {"kv_layout": "halo", "halo": 4})],
+    ids=["row", "halo"],
+)
+def test_segments_whose_last_rows_come_latest_in_their_document_come_first(offsets, form):
+    """In the row layout and with halos as well, where longer segments may come before them; rank 0 of two."""
+    target = launch.target("triton" if GPU else "interpret", torch.device(DEVICE))
+    cu_seqlens, rank, sizes = tensor(offsets, "int32"), tensor([0], "int32"), {"sequences": len(offsets) - 1}
+    tables = plan.segment_tables(launch.run, cu_seqlens, rank, **sizes, world_size=2, target=target, **form)
+    segments = tables[0].flatten(0, -3)[0] if tables[0].ndim == 3 else tables[0]
+    columns = [SegmentColumn.FIRST_POSITION, SegmentColumn.Q_LEN]
+    ends = segments[:-1, columns].sum(1)[segments[:-1, SegmentColumn.Q_LEN] > 0].tolist()
+    assert len(ends) >= 3
+    assert ends == sorted(ends, reverse=True)
 
 
 @triton.jit
