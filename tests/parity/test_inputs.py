@@ -262,6 +262,7 @@ def test_an_old_gpu_is_refused():
         ([0, 8, 4], 0, 4),  # decreasing
         ([4, 8], 0, 4),  # does not begin with 0
         ([0, 16], 0, 4),  # more than there are rows
+        ([0, 2**31 - 8, -(2**31)], 0, 4),  # a difference that wraps around to 8
         ([0, 8], 2, 4),  # no such rank
         ([0, 8], -1, 4),
     ],

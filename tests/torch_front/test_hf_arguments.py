@@ -267,6 +267,21 @@ SMALL |= {"shared_expert_intermediate_size": 8, "intermediate_size": 8}
 T5 = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
 
 
+def test_all_that_use_mesh_is_told_reaches_attention(monkeypatch):
+    told, attend = {"method": "ring", "heads_k_stride": 1, "backend": "interpret"}, hf.attention.zigzag_attention
+    seen = []
+
+    def recorded(*arguments, **options):
+        seen.append({name: options[name] for name in told})
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(hf.attention, "zigzag_attention", recorded)
+    model = make_model("llama", num_hidden_layers=2)
+    hf.use_mesh(model, None, **told)
+    model(**flattened())
+    assert seen == [told] * 2
+
+
 def test_a_batch_of_ranks_needs_use_mesh_and_a_model_of_ranks_needs_a_batch(monkeypatch):
     batch = shard_documents(IDS, 0, 2, split_above=0)
     model = make_model("llama", "zigzag")

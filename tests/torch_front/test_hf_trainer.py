@@ -21,6 +21,7 @@ from tests.support.hf_trainer import (
 )
 from tests.support.machine import GPU
 from tests.support.processes import run_ranks
+from zigzag_torch import unshard_group
 
 pytestmark = pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
 
@@ -39,8 +40,11 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("kind", ["unequal", "equal"])
 def test_one_device(tmp_path, kind):
     data = examples(kind)
-    _, found = train(tmp_path, data, None)
+    trainer, found = train(tmp_path, data, None)
     assert_same(found, plain_curve(data, order()))
+    batch = next(iter(trainer.get_eval_dataloader()))["zigzag_sharded"]
+    in_order = [x for document in data[: trainer.args.eval_batch_size] for x in document["input_ids"]]
+    assert unshard_group(batch.input_ids, batch).tolist() == in_order
 
 
 def check_curve(rank, world_size, directory):
