@@ -1,5 +1,6 @@
 """Checks that the documents of a batch can be dealt out to ranks, for values that the host knows."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from .checks import (
@@ -13,6 +14,20 @@ from .checks import (
 )
 from .layout import MAX_OFFSET, chunk_length, padded_length
 from .modes import Layout
+
+
+def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths of documents as ints; `ValueError` unless int32 offsets hold all of them."""
+    try:
+        values = [python_value(length) for length in lengths]
+    except TypeError:
+        raise ValueError(f"{name}: expected the tokens of each document, got {lengths!r}") from None
+    for i, length in enumerate(values):
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= MAX_OFFSET:
+            raise ValueError(f"{name}: expected numbers of tokens, got {length!r} (document {i})")
+    if sum(values) > MAX_OFFSET:
+        raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in a batch, got {sum(values)}")
+    return tuple(values)
 
 
 def check_row_length(
@@ -82,7 +97,7 @@ def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | Non
 
 
 def check_halo(
-    cu_seqlens: list[int], lengths: list[int] | None, world_size: int, row_length: int | None, halo: tuple[int, int]
+    cu_seqlens: list[int], lengths: Sequence[int] | None, world_size: int, row_length: int | None, halo: tuple[int, int]
 ) -> None:
     """Raise `ValueError` unless halos serve documents of these offsets and real lengths, on the host.
 

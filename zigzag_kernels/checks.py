@@ -5,6 +5,7 @@ arrays of a call fit each other.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from .layout import MAX_OFFSET
@@ -147,6 +148,13 @@ def dtype_name(x) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def check_dtype(name: str, dtype: str) -> str:
+    """Return `dtype`; `ValueError` unless it is the name of a type that the kernels take."""
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{name}: expected {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    return dtype
+
+
 def check_cu_seqlens(shape: tuple[int, ...], dtype: str, name: str = "cu_seqlens") -> None:
     """Raise `ValueError` unless an array of this shape and dtype name can be `cu_seqlens [N + 1]`."""
     if len(shape) != 1 or shape[0] < 1:
@@ -208,7 +216,7 @@ def check_real_lengths_array(shape: tuple[int, ...], dtype: str, sequences: int)
         raise ValueError(f"lengths: expected dtype int32, or other integers, got {dtype}")
 
 
-def check_real_lengths(lengths: list[int], cu_seqlens: list[int]) -> None:
+def check_real_lengths(lengths: Sequence[int], cu_seqlens: list[int], name: str = "lengths") -> None:
     """Raise `ValueError` unless each sequence has at least as many rows as real tokens.
 
     The host must know all values.
@@ -216,7 +224,7 @@ def check_real_lengths(lengths: list[int], cu_seqlens: list[int]) -> None:
     for i, (length, (start, end)) in enumerate(zip(lengths, pairwise(cu_seqlens), strict=True)):
         if not 0 <= length <= end - start:
             raise ValueError(
-                f"lengths: expected real lengths from 0 to the {end - start} rows of the sequence, "
+                f"{name}: expected real lengths from 0 to the {end - start} rows of the sequence, "
                 f"got {length} (sequence {i})"
             )
 

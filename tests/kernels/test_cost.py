@@ -179,7 +179,10 @@ def test_parts_of_a_plan_that_do_not_fit_are_refused():
         ({"whole_tokens": 9}, "whole: expected the documents of each rank if there are rows for some, got \\(\\)"),
         ({"whole": ((3,), (4,))}, "whole: expected the documents of each rank"),
         ({"whole_tokens": 9, "whole": ((3,), (4, 6))}, "whole: expected documents of 9 tokens for each rank"),
-        ({"whole_tokens": -1}, "whole_tokens: expected at least 0, got -1"),
+        ({"whole_tokens": 9, "whole": ((3,), (4, 1.5))}, "whole: expected numbers of tokens, got 1.5"),
+        ({"whole_tokens": 9, "whole": (3, 4)}, "whole: expected the tokens of each document, got 3"),
+        ({"whole_tokens": 9, "whole": 2}, "whole: expected the documents of each rank"),
+        ({"whole_tokens": -1}, "whole_tokens: expected an int of at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             Step(lengths=(8,), world_size=2, **LONG | changes)
@@ -254,9 +257,19 @@ def test_links():
     [
         ({"lengths": (20,)}, "multiples of 2 \\* world_size = 16, got 20"),
         ({"method": "tree"}, "method: expected"),
-        ({"dtype": "int8"}, "dtype: expected float16, bfloat16, float32, got int8"),
+        ({"dtype": "int8"}, "dtype: expected float16, bfloat16, float32, got 'int8'"),
         ({"heads": 3}, "heads: expected a multiple of the 2 KV heads, got 3"),
-        ({"padding": -1}, "padding: expected at least 0, got -1"),
+        ({"heads": 6.0}, "heads: expected an int of at least 1, got 6.0"),
+        ({"head_dim": None}, "head_dim: expected an int of at least 1, got None"),
+        ({"padding": -1}, "padding: expected an int of at least 0, got -1"),
+        ({"padding": 1.5}, "padding: expected an int of at least 0, got 1.5"),
+        ({"causal": "no"}, "causal: expected True or False, got 'no'"),
+        ({"dtype": []}, "dtype: expected float16, bfloat16, float32, got \\[\\]"),
+        ({"lengths": 48}, "lengths: expected the tokens of each document, got 48"),
+        ({"lengths": (-16, 16)}, "lengths: expected numbers of tokens, got -16"),
+        ({"real_lengths": (48, 0, 97, 16)}, "real_lengths: expected real lengths from 0 to the 96 rows"),
+        ({"real_lengths": (48, 0, -1, 16)}, "real_lengths: expected numbers of tokens, got -1"),
+        ({"real_lengths": (48,)}, "real_lengths: expected one for each of 4 documents, got 1"),
         ({"heads_k_stride": 3}, "heads_k_stride: expected a divisor of the 2 KV heads, got 3"),
     ],
 )
@@ -265,3 +278,32 @@ def test_refusals(changes, message):
         Step(**UNEVEN | {"world_size": 8} | changes)
     with pytest.raises(ValueError, match="rank: expected 0 to 7, got 8"):
         cost.forward(Step(world_size=8, **UNEVEN), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hbm": 0}, "hbm: expected a positive finite number, got 0"),
+        ({"nvlink": -1}, "nvlink: expected a positive finite number, got -1"),
+        ({"network": float("nan")}, "network: expected a positive finite number, got nan"),
+        ({"forward_rate": "513e12"}, "forward_rate: expected a number, got '513e12'"),
+        ({"call_latency": -1e-6}, "call_latency: expected seconds, 0 or more"),
+        ({"dkdv_share": 1.5}, "dkdv_share: expected a number from 0 to 1, got 1.5"),
+        ({"node": 0}, "node: expected an int of at least 1, got 0"),
+    ],
+)
+def test_machines_that_do_not_exist_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Machine(**changes)
+
+
+def test_a_window_that_ends_with_its_row_is_causal():
+    """Calls accept halos with it, and so do steps."""
+    step = Step(world_size=4, **HALO)
+    same = dataclasses.replace(step, causal=False, window_size=(3, 0))
+    assert [direction(step, 1) for direction in DIRECTIONS] == [direction(same, 1) for direction in DIRECTIONS]
+
+
+def test_a_step_without_rows_takes_no_time():
+    found = cost.predict_slowest(plan_documents([], 2).step(**LONG), Machine())
+    assert (found.forward, found.backward, found.efficiency, found.forward_efficiency) == (0, 0, 1, 1)

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from ..batch_checks import check_halo
+from ..batch_checks import check_document_lengths, check_halo
 from ..checks import (
     DTYPE_BYTES,
     check_attention_chunk,
+    check_dtype,
+    check_flag,
+    check_int,
     check_lengths,
     check_method,
     check_rank,
+    check_real_lengths,
     check_window_size,
     check_world_size,
 )
@@ -80,15 +84,30 @@ def unmasked_scores(
 
     `real_lengths` are the tokens of each document that are no padding, None for all.
     """
-    check_lengths([*accumulate(lengths, initial=0)], world_size)
+    _check_documents(lengths, real_lengths, world_size)
     check_rank(rank, world_size, False)
-    mask = Mask(causal, check_window_size(window_size), check_attention_chunk(attention_chunk))
+    mask = Mask(check_flag("causal", causal), check_window_size(window_size), check_attention_chunk(attention_chunk))
     scores = 0
     for length, real in zip(lengths, lengths if real_lengths is None else real_lengths, strict=True):
         rows = chunk_length(length, world_size)
         for offset in range(0, length // world_size, rows or 1):
             scores += visible_scores(row_position(offset, length, rank, world_size), rows, real, mask)
     return scores
+
+
+def _check_documents(
+    lengths: tuple[int, ...], real_lengths: tuple[int, ...] | None, world_size: int
+) -> tuple[list[int], tuple[int, ...] | None]:
+    """Return the offsets of documents and their real lengths; `ValueError` unless they are those of a batch."""
+    offsets = [*accumulate(check_document_lengths("lengths", lengths), initial=0)]
+    check_lengths(offsets, world_size)
+    if real_lengths is None:
+        return offsets, None
+    real = check_document_lengths("real_lengths", real_lengths)
+    if len(real) != len(lengths):
+        raise ValueError(f"real_lengths: expected one for each of {len(lengths)} documents, got {len(real)}")
+    check_real_lengths(real, offsets, "real_lengths")
+    return offsets, real
 
 
 def forward_flops(scores: int, heads: int, head_dim: int) -> int:
@@ -136,23 +155,22 @@ class Step:
         check_method(self.method)
         check_window_size(self.window_size)
         check_attention_chunk(self.attention_chunk)
-        check_lengths([*accumulate(self.lengths, initial=0)], self.world_size)
+        check_flag("causal", self.causal)
+        offsets, real = _check_documents(self.lengths, self.real_lengths, self.world_size)
         for name in ("dtype", "grad_reduce_dtype"):
-            if getattr(self, name) not in DTYPE_BYTES:
-                raise ValueError(f"{name}: expected {', '.join(DTYPE_BYTES)}, got {getattr(self, name)}")
+            check_dtype(name, getattr(self, name))
         for name, least in (("kv_heads", 1), ("heads", 1), ("head_dim", 1), ("padding", 0), ("whole_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            check_int(name, getattr(self, name), least)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads: expected a multiple of the {self.kv_heads} KV heads, got {self.heads}")
         if self.method != Method.ALLGATHER and self.heads_k_stride is not None:
             raise ValueError(f"heads_k_stride: expected None with method {self.method!r}, got {self.heads_k_stride}")
         if self.method == Method.HALO:
-            offsets, real = [*accumulate(self.lengths, initial=0)], [*(self.real_lengths or self.lengths)]
             check_halo(offsets, real, self.world_size, None, (self._reach, 0))
-        if len(self.whole) != (self.world_size if self.whole_tokens else 0):
+        ranks = self.world_size if self.whole_tokens else 0
+        if not isinstance(self.whole, tuple | list) or len(self.whole) != ranks:
             raise ValueError(f"whole: expected the documents of each rank if there are rows for some, got {self.whole}")
-        if any(sum(lengths) > self.whole_tokens for lengths in self.whole):
+        if any(sum(check_document_lengths("whole", lengths)) > self.whole_tokens for lengths in self.whole):
             raise ValueError(f"whole: expected documents of {self.whole_tokens} tokens for each rank, got {self.whole}")
         choose_heads_k_stride(self.heads_k_stride, self)
 
@@ -201,9 +219,10 @@ class Step:
 
     @property
     def _reach(self) -> int:
-        if not self.causal:
-            raise ValueError("causal: expected True with method 'halo', got False")
-        return check_reach(check_window_size(self.window_size)[0], self.attention_chunk, 0)
+        left, right = check_window_size(self.window_size)
+        if not self.causal and right != 0:
+            raise ValueError("causal: expected True, or a window that ends with its row, with method 'halo', got False")
+        return check_reach(left, self.attention_chunk, 0)
 
     @property
     def halo_rows(self) -> int:

@@ -1,6 +1,9 @@
 """The speeds that predictions rest on, and how long transfers take at them."""
 
+import math
 from dataclasses import dataclass
+
+from ..checks import check_int, python_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,7 +12,8 @@ class Machine:
 
     Measured on an H100 at head_dim 128 (README, docs/log/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`;
     `hbm` is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what
-    collectives may be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings.
+    collectives may be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings. Raises
+    `ValueError` unless speeds are positive, latencies not negative, and `dkdv_share` is a share.
     """
 
     forward_rate: float = 513e12
@@ -23,6 +27,17 @@ class Machine:
     call_latency: float = 8.4e-6
     nvlink_latency: float = 3.4e-6  # a hop
     network_latency: float = 14e-6
+
+    def __post_init__(self):
+        check_int("node", self.node, 1)
+        for name in ("forward_rate", "backward_rate", "hbm", "memory", "nvlink", "network"):
+            if not 0 < _number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a positive finite number, got {getattr(self, name)}")
+        for name in ("call_latency", "nvlink_latency", "network_latency"):
+            if not 0 <= _number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected seconds, 0 or more, got {getattr(self, name)}")
+        if not 0 <= _number("dkdv_share", self.dkdv_share) <= 1:
+            raise ValueError(f"dkdv_share: expected a number from 0 to 1, got {self.dkdv_share}")
 
     def _nodes(self, world_size: int) -> int:
         if world_size > self.node and world_size % self.node:
@@ -65,3 +80,10 @@ class Machine:
         if self._nodes(world_size) == 1:
             return self.call_latency + self.nvlink_latency + size / self.nvlink
         return self.call_latency + self.network_latency + size / self.network
+
+
+def _number(name: str, x) -> float:
+    x = python_value(x)
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise ValueError(f"{name}: expected a number, got {x!r}")
+    return x

@@ -8,7 +8,10 @@ from .machine import Machine
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one layer; `ideal` are seconds of one GPU that does a share of 1 / W alone."""
+    """Seconds of one layer; `ideal` are seconds of one GPU that does a share of 1 / W alone.
+
+    Efficiencies are 1 if a step has no rows, and so takes no time.
+    """
 
     forward: float
     backward: float
@@ -17,11 +20,12 @@ class Prediction:
 
     @property
     def forward_efficiency(self) -> float:
-        return self.ideal_forward / self.forward
+        return self.ideal_forward / self.forward if self.forward else 1.0
 
     @property
     def efficiency(self) -> float:
-        return (self.ideal_forward + self.ideal_backward) / (self.forward + self.backward)
+        seconds = self.forward + self.backward
+        return (self.ideal_forward + self.ideal_backward) / seconds if seconds else 1.0
 
 
 def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:

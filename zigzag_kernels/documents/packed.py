@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from ..batch_checks import check_document_lengths
 from ..checks import MAX_ROWS, check_int, check_layout, check_rank, check_world_size
 from ..layout import MAX_OFFSET, padded_length
 from ..modes import Layout
 from .places import Piece, Places, chunks_of, filled, split_pieces
-from .planner import check_document_lengths
 
 
 @dataclass(frozen=True)

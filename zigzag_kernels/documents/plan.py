@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from ..checks import DTYPE_BYTES, check_int, check_rank
+from ..checks import DTYPE_BYTES, check_dtype, check_int, check_rank
 from ..cost.counts import Mask, Step, visible_scores
 from ..layout import chunk_length, padded_length
 from .places import Piece, Places, filled, split_pieces
@@ -120,8 +120,7 @@ class DocumentPlan(Places):
 
         K and V have `kv_heads` heads of `head_dim` elements of `dtype`: "float16", "bfloat16" or "float32".
         """
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype: expected {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        dtype = check_dtype("dtype", dtype)
         kv_heads, head_dim = check_int("kv_heads", kv_heads, 1), check_int("head_dim", head_dim, 1)
         return 2 * self.moved_rows * kv_heads * head_dim * DTYPE_BYTES[dtype]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..batch_checks import check_document_lengths
 from ..checks import (
     MAX_ROWS,
     check_attention_chunk,
@@ -9,7 +10,6 @@ from ..checks import (
     check_int,
     check_window_size,
     check_world_size,
-    python_value,
 )
 from ..cost.counts import Mask
 from ..layout import MAX_OFFSET
@@ -103,17 +103,3 @@ def _fewest_rows(batch: Batch, trials: list[int]) -> tuple[int, tuple[list[Docum
         if cost < least:
             least, chosen = cost, (rows, found)
     return chosen
-
-
-def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Return the lengths of documents as ints; `ValueError` unless int32 offsets hold all of them."""
-    try:
-        values = [python_value(length) for length in lengths]
-    except TypeError:
-        raise ValueError(f"{name}: expected the tokens of each document, got {lengths!r}") from None
-    for i, length in enumerate(values):
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= MAX_OFFSET:
-            raise ValueError(f"{name}: expected numbers of tokens, got {length!r} (document {i})")
-    if sum(values) > MAX_OFFSET:
-        raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in a batch, got {sum(values)}")
-    return tuple(values)
