@@ -129,6 +129,8 @@ def test_the_loss_is_the_mean_of_all_targets_or_nan():
     wanted = torch.nn.functional.cross_entropy(torch.tensor(np.asarray(logits)), torch.tensor(labels).long())
     np.testing.assert_allclose(token_mean_loss(logits, labels, 4), wanted, rtol=1e-6)
     assert token_mean_loss(logits, np.full(6, IGNORE, np.int32), 0) == 0
+    one = np.array([IGNORE, 2, *[IGNORE] * 4], np.int32)
+    np.testing.assert_allclose(token_mean_loss(logits, one, 1), -jax.nn.log_softmax(logits)[1, 2], rtol=1e-6)
     assert jnp.isnan(token_mean_loss(logits, np.where(labels == IGNORE, 0, labels), 4))  # padded with token 0
     assert jnp.isnan(token_mean_loss(logits, labels, 2))  # of one rank: a mean of means
 

@@ -265,6 +265,8 @@ def test_what_ids_and_positions_cannot_be_is_nan():
     out = np.asarray(attend(*rows[:3], ids, None))
     assert np.isnan(out[:2]).all()
     assert np.isfinite(out[2:]).all()
+    skipping = rows.positions + (rows.positions > 2)  # tokens that are not there
+    assert np.isnan(attend(*rows[:3], rows.segment_ids, skipping)).all()
     # Positions in the order of the tokens, where q is in that of the ranks.
     in_order = make_rows([[(1, 16)]] * 4, 16)
     assert np.isnan(attend(*rows[:3], in_order.segment_ids, in_order.positions)).all()

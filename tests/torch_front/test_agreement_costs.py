@@ -89,6 +89,15 @@ def check_threads(rank, world_size):
     dist.barrier()
 
 
+def check_swapped(rank, world_size):
+    """Tensors of one rank are compared with those of the same name on another."""
+    program = Program(dist.new_group(list(range(world_size))), "ring")
+    numbers = torch.tensor([2, 6], dtype=torch.int32), torch.tensor([4, 8], dtype=torch.int32)
+    lengths, unsharded = numbers if rank == 0 else numbers[::-1]
+    program.prepare(lengths=lengths, unsharded=unsharded)
+    assert program.forward().isnan().all()
+
+
 def check_timeouts(rank, world_size):
     """A time that is none is an error with a name, on every rank, in the first call and later."""
     program = Program(dist.new_group(list(range(world_size))), "ring")
@@ -129,6 +138,7 @@ def check_costs(rank, world_size):
     os.environ["ZIGZAG_AGREEMENT_TIMEOUT"] = str(HANGS)
     check_packing(world_size)
     check_threads(rank, world_size)
+    check_swapped(rank, world_size)
     check_timeouts(rank, world_size)
     check_fork(world_size)
 

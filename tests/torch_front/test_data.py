@@ -319,6 +319,8 @@ def test_the_loss_is_the_mean_of_all_targets_and_no_mean_of_means():
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(logits, labels), logits)[0])
     assert token_mean_loss(logits, torch.full((6,), IGNORE), 0) == 0
+    one = torch.tensor([IGNORE, 2, *[IGNORE] * 4])
+    torch.testing.assert_close(token_mean_loss(logits, one, 1), -logits.log_softmax(1)[1, 2])
 
 
 ALREADY = [np.array([2, 3, 4, IGNORE]), np.array([6, 7, IGNORE])]

@@ -5,8 +5,10 @@ import torch
 import triton
 
 from tests.support.commands import run_program
+from tests.support.problems import small_problem
 from zigzag_torch.fast_launch import LATER_RELEASES
 from zigzag_torch.launch import can_launch_gluon
+from zigzag_torch.parallel.transport import problem_of_backward
 
 
 def run_relaunch(triton_cache, *options):
@@ -24,6 +26,19 @@ def test_a_compiled_kernel_is_launched_again_as_triton_would(triton_cache, in_c)
 
 def test_without_the_fast_path_triton_is_handed_the_same(triton_cache):
     run_relaunch(triton_cache, "--slowly")
+
+
+def test_a_backward_pass_takes_the_copy_engine_if_it_can_read_all_arrays():
+    """Where residuals and gradients begin is known when the backward pass runs."""
+    made = small_problem(128, gluon=True)
+    for odd in ("q", "k", "v", "dout", None):
+        rows = {"q": made.q_strides, "k": made.k_strides, "v": made.v_strides, "dout": made.q_strides}
+        arrays = {}
+        for name, (token, head) in rows.items():
+            memory = torch.zeros(3 * token + 8, dtype=torch.bfloat16)[4 if name == odd else 0 :]
+            arrays[name] = memory.as_strided((2, token // head, head), (token, head, 1))
+        keys = arrays["k"], arrays["v"]
+        assert problem_of_backward(made, arrays["q"], arrays["dout"], keys).gluon == (odd is None), odd
 
 
 def test_only_arrays_that_begin_at_multiples_of_16_bytes_are_for_the_copy_engine():

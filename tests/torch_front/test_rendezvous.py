@@ -106,6 +106,32 @@ class EndsMeanwhile(Counted):
         return self.store.add(key, amount)
 
 
+class LooksLate(Counted):
+    """A store in which a rank first looks for a verdict when another rank has ended one more round."""
+
+    def __init__(self, store, ended):
+        super().__init__(store)
+        self.ended = ended
+
+    def check(self, keys):
+        if "verdict" in keys[0]:
+            self.ended.wait()
+        return self.store.check(keys)
+
+
+def test_a_rank_that_looks_late_hears_the_verdict_of_its_own_round(store):
+    ended = threading.Event()
+    first, late = Seat(Counted(store), 0, 2), Seat(LooksLate(store, ended), 1, 2)
+
+    def goes_on():
+        verdicts = [meet(first), meet(first, timeout=0.2)]
+        ended.set()
+        return verdicts
+
+    (agreed, alone), heard = together(goes_on, lambda: meet(late))
+    assert (agreed.kind, alone.kind, heard.kind) == (AGREED, ABSENCE, AGREED)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_two_ranks_that_wait_no_longer_at_the_same_time_hear_the_same(store, size):
     others = seats(store, size)

@@ -31,7 +31,8 @@ class Transfers:
         for x in (send, receive):
             assert place(x) not in self.received(), "moves what has not arrived"
         assert place(receive) not in self.sent(), "overwrites what has not left"
-        transfer = SimpleNamespace(sent=send, received=receive)
+        assert all(tag != x.tag for x in self.under_way), "has the tag of another message that is under way"
+        transfer = SimpleNamespace(sent=send, received=receive, tag=tag)
         self.under_way.append(transfer)
         return [transfer]
 

@@ -66,6 +66,7 @@ def check_views_apart(rank, world_size):
     """K and V have strides of their own: tokens before heads, and heads before tokens."""
     case = dataclasses.replace(CASE, window_size=(2, -1))
     inputs = make_inputs(case)
+    inputs["dlse"][:] = 2
     exact, straightforward = (
         rows_of_results(batch_results(case, inputs, x), rank_rows(case, rank))
         for x in (oracle.EXACT, oracle.straightforward(case.dtype))
@@ -79,9 +80,24 @@ def check_views_apart(rank, world_size):
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32)
     for method in ("allgather", "ring", "halo"):
         out, lse = zigzag_torch.zigzag_attention(*leaves, cu_seqlens, method=method, return_lse=True, **options)
-        gradients = torch.autograd.grad((out, lse), leaves, (dout, torch.tensor(arrays.dlse)))
+        gradients = torch.autograd.grad((out * dout).sum() + 2 * lse.sum(), leaves)  # dlse is one number, expanded
         for name, x in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True):
             assert_close(f"rank {rank}, {method}: {name}", torch_numpy(x), exact[name], straightforward[name])
+
+
+def test_one_cotangent_for_all_of_lse_gives_the_gradients_on_one_device():
+    case = dataclasses.replace(CASE, world_size=1)
+    inputs = make_inputs(case)
+    inputs["dlse"][:] = 2
+    exact, straightforward = (
+        batch_results(case, inputs, x) for x in (oracle.EXACT, oracle.straightforward(case.dtype))
+    )
+    leaves = [torch.tensor(inputs[name], requires_grad=True) for name in "qkv"]
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    out, lse = zigzag_torch.zigzag_attention(*leaves, cu_seqlens, return_lse=True, backend="interpret")
+    gradients = torch.autograd.grad((out * torch.tensor(inputs["dout"])).sum() + 2 * lse.sum(), leaves)
+    for name, x in zip(("dq", "dk", "dv"), gradients, strict=True):
+        assert_close(name, torch_numpy(x), exact[name], straightforward[name])
 
 
 def test_k_and_v_of_different_strides_are_read_where_they_are(tmp_path):
