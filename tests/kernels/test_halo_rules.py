@@ -3,7 +3,14 @@
 import pytest
 
 from zigzag_kernels.batch_checks import check_halo
-from zigzag_kernels.halo import choose_method, message_rows, reach_of_mask, sizes_of_documents, sizes_of_rows
+from zigzag_kernels.halo import (
+    choose_method,
+    message_rows,
+    method_of_call,
+    reach_of_mask,
+    sizes_of_documents,
+    sizes_of_rows,
+)
 from zigzag_kernels.modes import Method
 
 
@@ -31,6 +38,14 @@ def test_halos_are_chosen_where_the_host_knows_that_they_serve_and_move_less():
     two = sizes_of_rows(32, 1, 2)
     assert choose_method(7, two, 2) is Method.HALO
     assert choose_method(8, two, 2) is Method.ALLGATHER  # both neighbours' messages are as much as the other rank has
+
+
+@pytest.mark.parametrize(("seen", "method"), [((4, 0), "halo"), ((5, 0), "allgather"), ((-1, -1), "allgather")])
+def test_halos_of_a_prepared_batch_serve_calls_that_see_no_farther(seen, method):
+    call = {"shape": (1, 24), "layout": "document", "world_size": 2, "heads_k_stride": None}
+    assert method_of_call(("halo", 4, 0), (True, seen, 0), **call) == method
+    assert method_of_call(("halo", 4, 0), (False, seen, 0), **call) == method  # ends with its row all the same
+    assert method_of_call(("ring", 0, 0), (True, seen, 0), **call) == "ring"
 
 
 def test_documents_that_end_before_their_third_chunk_limit_no_halo():

@@ -1,9 +1,13 @@
-"""Halos in both frameworks: the same bits."""
+"""Halos in both frameworks: the same bits, and the same choice."""
+
+import importlib
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+import zigzag_jax
+import zigzag_torch
 from tests.support.cases import make_inputs
 from tests.support.frameworks import call_options, prepare_torch
 from tests.support.halos import HALOS, reach_options
@@ -38,3 +42,22 @@ def test_both_frameworks_give_the_same_bits(name, tmp_path):
     for result, of_jax in zip(NAMES, spread_halos(case, KERNELS)(*halo_arrays(case)), strict=False):
         of_torch = np.concatenate([x[result] for x in ranks], 1 if result == "lse" else 0)
         np.testing.assert_array_equal(of_torch, of_jax, err_msg=result)
+
+
+@pytest.mark.parametrize("package", [zigzag_torch, zigzag_jax], ids=["torch", "jax"])
+def test_a_call_that_sees_farther_takes_the_batch_without_its_halos(package):
+    choose = importlib.import_module(f"{package.__name__}.choice").choose_method
+    batch = package.prepare_batch([0, 48], 0, 2, window_size=(4, 0), backend="interpret")
+    assert (batch.method, batch.halo) == ("halo", 4)
+    rest = (1, 24), "document", 2, None
+    same, method = choose(batch, (True, (4, 0), 0), *rest)
+    assert same is batch
+    assert method == "halo"
+    other, method = choose(batch, (True, (5, 0), 0), *rest)
+    assert (method, other.method, other.halo, other.segments, other.sequences) == (
+        "allgather",
+        "allgather",
+        0,
+        None,
+        None,
+    )
