@@ -13,7 +13,11 @@ PRELOADED = ["torch.distributed", "torch._dynamo", "zigzag_torch", "zigzag_torch
 
 
 class Forks:
-    """Starts the process when a script is first run. Scripts see the environment of `shell_environment`."""
+    """Starts the process when a script is first run.
+
+    Scripts see the environment of `shell_environment`. What a framework reads when it is imported, such as the settings
+    of JAX and TRITON_INTERPRET, is as in that environment: a script that changes it needs a process of its own.
+    """
 
     def __init__(self):
         self.process = None
