@@ -1,4 +1,4 @@
-"""The choice of the backend, for both front ends: one rule, and no silent change from one to another."""
+"""The rule by which both front ends choose a backend; a backend that cannot run raises an error."""
 
 import functools
 import importlib.util
@@ -9,11 +9,11 @@ _DEVICE = {Backend.TRITON: "gpu", Backend.INTERPRET: "cpu"}
 
 
 def choose_backend(backend: str | None, device: str, packages: tuple[str, ...]) -> str:
-    """Return the name of the backend that runs on `device` when `backend` is asked for.
+    """Return the name of the backend that runs a call on `device` whose caller passed `backend`.
 
-    `device` is "gpu", "cpu" or another platform's name. None is "triton" on a GPU and "reference" elsewhere. `packages`
-    are the packages that "triton" needs. Raises `ValueError` for an unknown name or a device that the backend does not
-    serve, `RuntimeError` if this process cannot run it.
+    `device` is "gpu", "cpu" or another platform's name. A `backend` of None selects "triton" on a GPU and "reference"
+    elsewhere. `packages` are the packages that "triton" needs. Raises `ValueError` for an unknown name or a device that
+    the backend does not support, and `RuntimeError` if this process cannot run the backend.
     """
     if backend is None:
         backend = Backend.TRITON if device == "gpu" else Backend.REFERENCE

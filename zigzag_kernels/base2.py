@@ -1,4 +1,4 @@
-"""Constants of a softmax in base 2: the kernels compute `exp2` of scores that are scaled by `LOG2_E`."""
+"""Constants of a softmax in base 2: the kernels multiply scores by `LOG2_E` and compute `exp2` instead of `exp`."""
 
 import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""Checks that the documents of a batch can be dealt out to ranks, for values that the host knows."""
+"""Checks, on the host, that the documents of a batch can be distributed over the ranks in a layout."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,10 +33,11 @@ def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]
 def check_row_length(
     layout: str, row_length: int | None, world_size: int, total: int | None, name: str = "total"
 ) -> int | None:
-    """Return the tokens of one packed row, None in the document layout; `ValueError` unless rows can be dealt out.
+    """Return the tokens of one packed row, or None in the document layout.
 
-    `row_length` None means one row of all `total` tokens, and `total` None that their number is unknown. `name` is the
-    argument that says the total.
+    A `row_length` of None means one row of all `total` tokens; a `total` of None means that the number of tokens is
+    unknown. Errors about the total name the argument `name`. Raises `ValueError` unless packed rows of this length can
+    be distributed over the ranks.
     """
     if check_layout(layout) is Layout.DOCUMENT:
         if row_length is not None:
@@ -64,9 +65,10 @@ def check_row_length(
 def check_documents_in_rows(
     cu_seqlens: list[int], world_size: int, row_length: int, total: int | None = None, name: str = "cu_seqlens"
 ) -> None:
-    """Raise `ValueError` unless documents of these offsets, on the host, lie in packed rows of `row_length` tokens.
+    """Raise `ValueError` unless every document lies within one packed row of `row_length` tokens.
 
-    `total` is the number of tokens of all rows; only the last row may have padding, behind the last document.
+    `cu_seqlens` are the offsets of the documents, on the host. `total` is the number of tokens of all rows. Only the
+    last row may have padding, behind the last document.
     """
     check_lengths(cu_seqlens, 1, total, name)
     if world_size == 1:
@@ -84,9 +86,9 @@ def check_documents_in_rows(
 
 
 def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | None, row_length: int | None) -> None:
-    """Raise `ValueError` unless offsets on the host describe a batch of `tokens` local rows; None: of any number.
+    """Raise `ValueError` unless `cu_seqlens`, on the host, describe a batch of `tokens` local rows.
 
-    `row_length` is None in the document layout.
+    `tokens` None allows any number of rows. `row_length` is None in the document layout.
     """
     check_lengths(cu_seqlens, world_size if row_length is None else 1)
     if tokens is not None and cu_seqlens[-1] > tokens * world_size:
@@ -99,9 +101,10 @@ def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | Non
 def check_halo(
     cu_seqlens: list[int], lengths: Sequence[int] | None, world_size: int, row_length: int | None, halo: tuple[int, int]
 ) -> None:
-    """Raise `ValueError` unless halos serve documents of these offsets and real lengths, on the host.
+    """Raise `ValueError` if a chunk is shorter than a halo, or a document is longer than promised.
 
-    `halo` is (rows before a chunk that alone move to its rank, promised most real tokens of a document), 0: no limit.
+    `cu_seqlens` and the real `lengths` are on the host. `halo` is (rows of a halo, longest real length that the caller
+    promised); 0 means no limit.
     """
     rows, longest = halo
     padded = [end - start for start, end in pairwise(cu_seqlens)]
@@ -118,9 +121,10 @@ def check_halo(
 
 
 def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
-    """Return the number of local rows that offsets describe, if only the last packed row may have padding.
+    """Return the number of local rows that `cu_seqlens` describe, for a caller who did not say how many.
 
-    Raises `ValueError` for offsets that cannot be dealt out, and for too many rows to make unasked.
+    In the row layout only the last packed row may have padding. Raises `ValueError` for documents that cannot be
+    distributed over the ranks, and for more rows than `check_unsaid_rows` accepts.
     """
     check_lengths(cu_seqlens, world_size if check_layout(layout) is Layout.DOCUMENT else 1)
     end = cu_seqlens[-1]
@@ -133,9 +137,9 @@ def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length:
 def check_whole_batch(
     cu_seqlens: list[int], world_size: int, total: int | None, layout: str, row_length: int | None
 ) -> None:
-    """Raise `ValueError` unless documents of these offsets, on the host, can be dealt out in this layout.
+    """Raise `ValueError` unless documents with these offsets can be distributed over the ranks in this layout.
 
-    `total` is the number of rows of the packed batch, None if unknown.
+    `cu_seqlens` are on the host. `total` is the number of rows of the packed batch, None if unknown.
     """
     if total is not None:
         total = check_int("total", total, 0, MAX_TOTAL, "a number of rows")
@@ -147,11 +151,10 @@ def check_whole_batch(
 
 
 def check_padded_total(used: int, total: int | None, layout: str, row_length: int | None, world_size: int) -> int:
-    """Return the rows of a padded batch whose documents take `used` rows.
+    """Return the rows that a batch has with its padding, for documents that take `used` rows.
 
-    `total` None means as few rows as can be dealt out.
-
-    Raises `ValueError` for a `total` that cannot be dealt out, or leaves no place for the documents.
+    A `total` of None selects the fewest rows that can be distributed over the ranks. Raises `ValueError` for a `total`
+    that cannot be distributed, or that is smaller than the documents.
     """
     step = padded_length(1, world_size)
     if check_layout(layout) is Layout.DOCUMENT or row_length is not None:
@@ -161,7 +164,7 @@ def check_padded_total(used: int, total: int | None, layout: str, row_length: in
     unit = "world_size" if step == world_size else "2 * world_size" if row_length is None else "row_length"
     expected = f"a multiple of {unit} = {step}, at least {used}"
     most = MAX_OFFSET
-    if row_length is not None:  # padding lies in the last row alone
+    if row_length is not None:  # only the last packed row may have padding
         most = used // step * step + step
         expected += f" and at most {most}"
     if check_int("total", total, used, most, expected) % step:
@@ -170,10 +173,10 @@ def check_padded_total(used: int, total: int | None, layout: str, row_length: in
 
 
 def is_batch_of_rows(name: str, shape: tuple[int, ...], row_length: int, parts: int) -> bool:
-    """Return whether a shape is `[parts * B, row_length / parts, ...]`, and not `[total, ...]` with the same tokens.
+    """Return whether an array has one row for each packed row, `[parts * B, row_length / parts, ...]`.
 
-    Raises `ValueError` for a shape that may be either. `parts` is 1 for whole rows, and the number of ranks for rows
-    that are dealt out.
+    The other form of the same tokens is `[total, ...]`. `parts` is 1 for whole packed rows, and the number of ranks for
+    rows that are distributed. Raises `ValueError` for a shape that may be either form.
     """
     share = row_length // parts
     if len(shape) < 2 or shape[1] != share or shape[0] % parts:
@@ -194,9 +197,10 @@ def check_parts(
     whole_tokens: int,
     tokens: int,
 ) -> None:
-    """Raise `ValueError` unless documents of these offsets, on the host, fit into the two parts of a rank's rows.
+    """Raise `ValueError` unless whole and split documents fit into the two parts of a rank's rows.
 
-    A rank has `tokens` rows. The first `whole_tokens` rows are for its whole documents.
+    All offsets and lengths are on the host. A rank has `tokens` rows; its whole documents have the first `whole_tokens`
+    of them.
     """
     check_lengths(whole_cu_seqlens, 1, whole_tokens, "whole_cu_seqlens")
     check_lengths(split_cu_seqlens, world_size, world_size * (tokens - whole_tokens), "split_cu_seqlens")

@@ -1,4 +1,4 @@
-"""The options of an attention call in one frozen value, which travels from the public call to the launches."""
+"""`CallSpec`: the options of an attention call as one frozen value, passed from the public call to the launches."""
 
 import dataclasses
 import functools
@@ -25,16 +25,16 @@ NO_WINDOW = -1, -1
 class CallSpec:
     """The options of one attention call besides its arrays; equal options are equal values.
 
-    Fields mean what the arguments of `zigzag_attention` mean, with their defaults filled in. `heads_k_stride` None
+    Fields have the meaning of the arguments of `zigzag_attention`, with their defaults filled in. `heads_k_stride` None
     leaves the stride to `heuristics.choose_heads_k_stride`; `grad_reduce_dtype` is the name of a dtype; `backend` is
     one of `modes.Backend`.
 
-    A mask has only one spelling in `causal` and `window_size`: a causal window has no right side, and a window that
-    ends with its own token is causal. `has_lengths` says that the batch has real lengths, so that documents end before
-    their padding. In a batch of two parts `whole_tokens` rows of each rank, the first ones, are for its
-    `whole_documents`, which no other rank has a part of; 0 rows: all documents are split. `halo` and `halo_rows` are 0
-    unless K/V of halos alone move: the rows before a chunk that its rows may see, and the rows that a message to a
-    neighbour has (`halo.with_halo`).
+    `causal` and `window_size` spell each mask in only one way: the right side of a causal window is -1, and a window
+    that ends with the row's own token has `causal=True`. `has_lengths` says that the batch has real lengths, so that
+    documents end before their padding. In a batch of two parts, the first `whole_tokens` rows of each rank belong to
+    its `whole_documents`; if `whole_tokens` is 0, all documents are split. Method "halo" sets `halo`, the number of
+    rows before a chunk that the chunk's rows may see, and `halo_rows`, the rows of one message to a neighbour
+    (`halo.with_halo`); for other methods both are 0.
     """
 
     causal: bool
@@ -57,7 +57,7 @@ class CallSpec:
     halo_rows: int = 0
 
     def __hash__(self):
-        """Return a hash of a few fields that differ between calls; eager calls look transports up by it."""
+        """Return a hash of the few fields that usually differ; eager calls look up their transport with this hash."""
         return hash((self.causal, self.softmax_scale, self.window_size))
 
     @property
@@ -67,12 +67,12 @@ class CallSpec:
 
     @property
     def key(self) -> str:
-        """The spec as text, for `from_key`: operators of PyTorch take strings, and no values of Python classes."""
+        """The spec as text, for `from_key`: a PyTorch operator accepts a string, but no object of a Python class."""
         return _key(self)
 
     @staticmethod
     def from_key(key: str) -> "CallSpec":
-        """Return the spec whose `key` this is."""
+        """Return the spec that has this `key`."""
         return _from_key(key)
 
 
@@ -108,10 +108,10 @@ def make_call_spec(
     whole_tokens: int = 0,
     whole_documents: int = 0,
 ) -> CallSpec:
-    """Return the checked `CallSpec` of a call on arrays of `head_dim`.
+    """Check the options of a call on arrays of `head_dim`, and return them as a `CallSpec`.
 
-    `softmax_scale` None is `1 / sqrt(head_dim)`, and `grad_reduce_dtype` None is "float32". Raises `ValueError` for a
-    value that no call accepts; `make_problem` checks the values that depend on the arrays.
+    `softmax_scale` None means `1 / sqrt(head_dim)`, and `grad_reduce_dtype` None means "float32". Raises `ValueError`
+    for a value that no call accepts; `make_problem` checks the options that depend on the arrays.
     """
     causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
     check_method(method)
@@ -119,7 +119,7 @@ def make_call_spec(
         softmax_scale = 1.0 / math.sqrt(max(head_dim, 1))  # make_problem refuses a head_dim below 1
     softmax_scale = check_softmax_scale(softmax_scale)
     heads_k_stride = python_value(heads_k_stride)
-    # True and 1.0 equal 1, so that plans kept for 1 would serve them; an array compares element by element.
+    # Only an int is a valid cache key: True and 1.0 equal 1 and would find its plan; arrays compare by element.
     if heads_k_stride is not None and type(heads_k_stride) is not int:
         raise ValueError(f"heads_k_stride: expected an int or None, got {heads_k_stride!r}")
     left, right = check_window_size(window_size)

@@ -13,14 +13,17 @@ from .modes import Backend, Layout, Method
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 8, 256, 8
-MAX_ROWS = 2**30  # sums of two row numbers are int32 in the kernels
-MAX_TILE_OFFSET = 2**31 - 1  # offsets inside a tile are int32; the offset of the tile itself is int64
+MAX_ROWS = 2**30  # the kernels add two row numbers in int32
+MAX_TILE_OFFSET = 2**31 - 1  # elements; offsets inside a tile are int32, the offset of the tile itself is int64
 MAX_BLOCK = 256
-MAX_RANKS = 2**20  # chunk numbers, and their products with rows, are int32 in the kernels
-MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and an int64
-MAX_UNSAID_ROWS = 2**27  # of one rank, if only `cu_seqlens` says so: more rows mean garbage in it, not a batch
-SCALES = 1e-30, 1e30  # between them softmax_scale, and its products with scores, are ordinary float32 numbers
-SOFTCAPS = 1e-6, 1e6  # between them a cap, its inverse and its products with scores are ordinary float32 numbers
+MAX_RANKS = 2**20  # the kernels hold chunk numbers, and their products with rows, in int32
+MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and safe in int64
+# Local rows that `cu_seqlens` alone may ask for; a larger number means that the array holds garbage, not a batch.
+MAX_UNSAID_ROWS = 2**27
+# Between these limits softmax_scale, and its products with scores, are normal float32 numbers.
+SCALES = 1e-30, 1e30
+# Between these limits a cap, its inverse and its products with scores are normal float32 numbers.
+SOFTCAPS = 1e-6, 1e6
 METHODS = tuple(method.value for method in Method)
 LAYOUTS = tuple(layout.value for layout in Layout)
 
@@ -45,7 +48,7 @@ def batch_shape(
 
 
 def check_strides(name: str, strides: tuple[int, int], group: int) -> None:
-    """Raise `ValueError` for (token, head) strides that put the rows of one tile 2**31 elements apart or more."""
+    """Raise `ValueError` for (token, head) strides with which a tile spans 2**31 elements or more."""
     token, head = strides
     if min(strides) < 0 or (MAX_BLOCK - 1) * token + (group - 1) * head > MAX_TILE_OFFSET:
         raise ValueError(
@@ -54,12 +57,12 @@ def check_strides(name: str, strides: tuple[int, int], group: int) -> None:
 
 
 def python_value(x):
-    """Return the Python value of a NumPy scalar, and anything else as it is."""
+    """Return the Python value of a NumPy scalar, and any other value unchanged."""
     return x.item() if type(x).__module__ == "numpy" and getattr(x, "shape", None) == () else x
 
 
 def check_int(name: str, x, least: int, most: int | None = None, expected: str = "") -> int:
-    """Return `x` as an int from `least` to `most`; `ValueError` for anything else, in the words of `expected`."""
+    """Return `x` as an int; `ValueError` unless it is an int from `least` to `most`, which `expected` describes."""
     x = python_value(x)
     if isinstance(x, bool) or not isinstance(x, int) or x < least or (most is not None and x > most):
         raise ValueError(f"{name}: expected {expected or f'an int of at least {least}'}, got {x!r}")
@@ -73,9 +76,9 @@ def check_world_size(world_size: int) -> int:
 
 
 def check_rank(rank, world_size: int, is_array: bool):
-    """Return `rank`; `ValueError` unless it is one of `world_size`, or an array (`is_array`) of one integer.
+    """Return `rank`; `ValueError` unless it is from 0 to `world_size - 1`, or an array of one integer (`is_array`).
 
-    The value of an array may be on a device and is not read.
+    An array may be on a device, so its value is not read.
     """
     if is_array:
         shape, dtype = tuple(rank.shape), dtype_name(rank)
@@ -115,7 +118,7 @@ def check_window_size(window_size) -> tuple[int, int]:
     for side in sides:
         if isinstance(side, bool) or not isinstance(side, int) or not -1 <= side <= MAX_OFFSET:
             raise ValueError(f"{expected}, got {window_size!r}")
-    left, right = (-1 if side >= MAX_ROWS else side for side in sides)  # no sequence is as long
+    left, right = (-1 if side >= MAX_ROWS else side for side in sides)  # every sequence is shorter: no limit
     return left, right
 
 
@@ -177,9 +180,9 @@ def check_offsets(values, name: str = "cu_seqlens") -> list[int]:
 
 
 def check_lengths(cu_seqlens: list[int], world_size: int, total: int | None = None, name: str = "cu_seqlens") -> None:
-    """Raise `ValueError` unless sequences with these offsets can be dealt out to `world_size` ranks.
+    """Raise `ValueError` unless sequences with these offsets can be distributed over `world_size` ranks.
 
-    The host must know the offsets. `total` is the number of rows of the packed batch; rows behind the last sequence are
+    The offsets are on the host. `total` is the number of rows of the packed batch; rows behind the last sequence are
     padding.
     """
     if total is not None:
@@ -219,7 +222,7 @@ def check_real_lengths_array(shape: tuple[int, ...], dtype: str, sequences: int)
 def check_real_lengths(lengths: Sequence[int], cu_seqlens: list[int], name: str = "lengths") -> None:
     """Raise `ValueError` unless each sequence has at least as many rows as real tokens.
 
-    The host must know all values.
+    All values are on the host.
     """
     for i, (length, (start, end)) in enumerate(zip(lengths, pairwise(cu_seqlens), strict=True)):
         if not 0 <= length <= end - start:
@@ -230,9 +233,10 @@ def check_real_lengths(lengths: Sequence[int], cu_seqlens: list[int], name: str 
 
 
 def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tuple[int, int]:
-    """Return (row_length, rows), the tokens of a packed row on all ranks together, and the number of packed rows.
+    """Return (row_length, rows): the tokens of a packed row over all ranks, and the number of packed rows.
 
-    Raises `ValueError` unless rows of that length can be cut into `2 * world_size` chunks; one rank does not cut them.
+    Raises `ValueError` unless rows of that length can be cut into `2 * world_size` chunks. A single rank does not cut
+    rows, so that it accepts any length.
     """
     step = 2 * world_size if world_size > 1 else 1
     tokens = "the tokens of one packed row on all ranks"
@@ -244,7 +248,7 @@ def check_packed_rows(row_length: int | None, rows: int, world_size: int) -> tup
 
 
 def check_method(method: str) -> None:
-    """Raise `ValueError` unless `method` is a way of moving K/V between ranks: see `modes.Method`."""
+    """Raise `ValueError` unless `method` names a member of `modes.Method`."""
     if method not in METHODS:
         raise ValueError(f"method: expected {', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}, got {method!r}")
 
@@ -266,7 +270,8 @@ def check_flag(name: str, flag: bool) -> bool:
 def check_rows(name: str, shape: tuple[int, ...], world_size: int, end: int | None = None) -> int:
     """Return how many rows of an array of this shape each rank has.
 
-    Raises `ValueError` unless the rows can be dealt out evenly, and are at least the `end` that offsets count.
+    Raises `ValueError` unless all ranks get the same number of rows, or if there are fewer than the `end` rows that
+    `cu_seqlens` describe.
     """
     if not shape:
         raise ValueError(f"{name}: expected [total, ...], got shape ()")
@@ -281,7 +286,7 @@ def check_rows(name: str, shape: tuple[int, ...], world_size: int, end: int | No
 
 
 def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
-    """Return `value` as a Python number; `ValueError` unless an array of `dtype` holds it.
+    """Return `value` as a Python number; `ValueError` unless an array of `dtype` can hold it.
 
     `limits` are the smallest and the largest number of that dtype.
     """
@@ -297,9 +302,9 @@ def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
 
 
 def check_unsaid_rows(rows: int) -> int:
-    """Return `rows`, the local rows that `cu_seqlens` counts; `ValueError` above `MAX_UNSAID_ROWS`.
+    """Return `rows`, the local rows that `cu_seqlens` describe; `ValueError` above `MAX_UNSAID_ROWS`.
 
-    A caller that wants more rows must pass `tokens`.
+    A caller who needs more rows must pass `tokens`.
     """
     if rows > MAX_UNSAID_ROWS:
         raise ValueError(f"tokens: expected a number, as {rows} local rows are above {MAX_UNSAID_ROWS}, got None")

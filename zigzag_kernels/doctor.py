@@ -22,20 +22,20 @@ from typing import NamedTuple
 from . import families
 from .tiles import override
 
-FRONT_ENDS = {  # package, front end, and what installs a build for NVIDIA's GPUs
+FRONT_ENDS = {  # package, front end, and the command that installs a build for NVIDIA GPUs
     "PyTorch": ("torch", "zigzag_torch", "pip install --force-reinstall torch"),
     "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10'"),
 }
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
 FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
 PREFIX = "ZIGZAG_"
-# Runs a module without the current folder in the path, where a file torch.py may hide PyTorch. The folder of these
-# packages comes last, for a checkout that is not installed.
+# Runs a module. The current folder is not in the path, because a file torch.py in it would hide PyTorch. The folder of
+# these packages is last in the path, for a checkout that is not installed.
 SELF_TEST = "import runpy, sys; sys.path.append({folder!r}); runpy.run_module({module!r}, run_name='__main__')"
 
 
 class Finding(NamedTuple):
-    """A problem and the command that fixes it; a `note` matters only to users of the feature that it names."""
+    """A problem and the command that fixes it; a `note` concerns only users of the feature that its text names."""
 
     text: str
     command: str
@@ -44,9 +44,9 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts that the rules use.
+    """The facts about this machine that `diagnose` judges.
 
-    `reports` come from the self-tests, by front end. A missing package has no version.
+    `reports` are the results of the self-tests, by framework. `versions` has no entry for a package that is missing.
     """
 
     versions: dict[str, str]
@@ -68,7 +68,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def examine() -> Machine:
-    """Collect the facts of this machine; runs the self-test of each installed framework."""
+    """Collect the facts of this machine, and run the self-test of each installed framework."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""The registry of kernel families: it chooses the family that serves a problem, and the tiles of a kernel.
+"""The registry of kernel families, which chooses the family that runs a problem, and the tiles of a kernel.
 
-A new generation of GPUs is a folder with a `Family`, a file of tiles, and an entry here.
+To support a new generation of GPUs, add a folder with a `Family`, a file of tiles, and an entry here.
 """
 
 import os
@@ -14,14 +14,14 @@ from .tiles import override
 from .tiles.config import Architecture, KernelId, TileConfig
 
 FAMILIES: tuple[Family, ...] = (HOPPER, PORTABLE)
-"""Families by preference: the first that can run a problem and is expected to be faster serves it."""
+"""Families by preference: the first one that can run a problem, and is expected to be faster, runs it."""
 
 
 def choose_family(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None = None) -> Family | None:
-    """Return the family that serves `operation` of `problem`.
+    """Return the family that runs `operation` of `problem`.
 
-    The portable family serves every operation except FUSED_BACKWARD. That has no family, None, where DKDV and DQ are
-    expected to be faster.
+    The portable family runs every operation except FUSED_BACKWARD. The result is None only for FUSED_BACKWARD, where
+    DKDV and DQ are expected to be faster.
     """
     for family in FAMILIES:
         wanted = requested(family)
@@ -33,7 +33,7 @@ def choose_family(problem: Problem, operation: Operation, dout_strides: tuple[in
 
 
 def requested(family: Family) -> bool | None:
-    """Return whether the environment asks for `family` wherever it can run (True), never (False), or not at all."""
+    """Return True or False if the environment forces or forbids `family`, and None if it leaves the choice open."""
     value = os.environ.get(family.variable) if family.variable else None
     if value not in (None, "0", "1"):
         raise ValueError(f"{family.variable}: expected 0 or 1, got {value!r}")

@@ -1,4 +1,4 @@
-"""The interface between the plan and a family of kernels: a `Family` turns a `Draft` of the plan into launches.
+"""The interface between the plan, which makes a `Draft`, and a `Family`, which makes launches of it.
 
 A family is written for some generations of GPUs and has a folder of its own. `families` chooses the family of a call.
 """
@@ -15,12 +15,12 @@ from .tiles.config import Architecture, KernelId, TileConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A launch without its kernel: arrays, numbers, constants and grid are the same for every family."""
+    """A launch without its kernel: the arrays, numbers, constants and grid, which do not depend on the family."""
 
     problem: Problem
     kernel: KernelId
-    config: TileConfig  # the order of tiles settled
-    heads_together: int  # KV heads of one program
+    config: TileConfig  # its `tiles_together` is the final order of tiles
+    heads_together: int  # KV heads that one program computes, one after the other
     grid: tuple[int, int, int]
     inputs: tuple[str, ...]
     scalars: dict[str, int]
@@ -29,7 +29,7 @@ class Draft:
     constexprs: dict[str, Any]
 
     def launch(self, function: Any, constexprs: dict[str, Any], **resources: int) -> Launch:
-        """Return the launch of the kernel `function`, with `constexprs` that other families do not have.
+        """Return the launch of the kernel `function`, with the `constexprs` that only this family's kernels take.
 
         `resources` are the fields `num_warps`, `num_stages` and `scratch` of `Launch`.
         """
@@ -47,14 +47,14 @@ class Draft:
 
 
 class Family(abc.ABC):
-    """A family knows which problems its kernels can run, when they are expected to be fastest, and their tiles.
+    """A family says which problems its kernels can run, when they are expected to be fastest, and with which tiles.
 
-    Importing a family does not import its kernels; `make_launches` does. Tiles can be looked up without Triton.
+    Importing a family does not import its kernels; `make_launches` does. So tiles can be looked up without Triton.
     """
 
     name: ClassVar[str]
     variable: ClassVar[str | None] = None
-    """Environment variable that keeps the family from serving (0) or makes it serve whatever it can run (1)."""
+    """Environment variable that forbids the family (0), or makes it run every problem that it can run (1)."""
     architectures: ClassVar[tuple[Architecture, ...]]
     """Generations of GPUs that the family has tiles for."""
 
@@ -76,12 +76,12 @@ class Family(abc.ABC):
         return any(architecture.match(target) >= 0 for architecture in self.architectures)
 
     def choose_kernel(self, problem: Problem, operation: Operation) -> KernelId:
-        """Return the kernel for `operation` of `problem`: the one of its length class, if that has tiles of its own."""
+        """Return the kernel for `operation` of `problem`: the kernel of its length class, if it has its own tiles."""
         kernel = KernelId(self.name, operation, self.length_class(problem))
         return kernel if kernel in self.kernels else KernelId(self.name, operation)
 
     def length_class(self, problem: Problem) -> LengthClass:
-        """Return the length class of `problem`; a family with the same tiles for all lengths returns LONG."""
+        """Return the length class of `problem`; LONG from a family whose tiles do not depend on lengths."""
         return LengthClass.LONG
 
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
@@ -90,26 +90,29 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
-        """Return whether a kernel can run `operation` of `problem`; `dout_strides` are None in the forward pass."""
+        """Return whether a kernel of this family can run `operation` of `problem`.
+
+        `dout_strides` are the (token, head) strides of dO in elements, None in the forward pass.
+        """
 
     @abc.abstractmethod
     def is_faster(self, problem: Problem, operation: Operation) -> bool:
-        """Return whether that kernel is expected to beat the kernels of the families registered after this one."""
+        """Return whether this family's kernel is expected to beat the kernels of later entries of `FAMILIES`."""
 
     @abc.abstractmethod
     def shared_memory(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> int:
-        """Return an upper bound of the bytes of shared memory of one program."""
+        """Return an upper bound of the shared memory of one program, in bytes."""
 
     @abc.abstractmethod
     def exceeds(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> str | None:
-        """Return in words what `config` lacks apart from shared memory, or None."""
+        """Return in words which limit other than shared memory `config` exceeds, or None."""
 
     def fits(self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, target: str) -> str | None:
-        """Return None if `config` can run on `target`, else in words what it needs and lacks."""
+        """Return None if `config` can run on `target`, otherwise in words which limit it exceeds."""
         architecture = self.architecture(target)
         need, limit = self.shared_memory(kernel, config, head_dim, dtype, architecture), architecture.shared_memory
         if need > limit:
@@ -120,6 +123,7 @@ class Family(abc.ABC):
     def make_launches(self, draft: Draft) -> tuple[Launch, ...]:
         """Return the launches of `draft`, in the order in which they run.
 
-        DKDV may have several; each adds to the results of those before it. FUSED_BACKWARD has three: the first clears
-        float32 sums, the second computes dK and dV and adds dQ to the sums, the third scales and casts the sums.
+        DKDV may have several launches; each launch adds to the results of the earlier ones. FUSED_BACKWARD has three:
+        the first clears float32 sums, the second computes dK and dV and adds dQ to the sums, the third scales and casts
+        the sums.
         """

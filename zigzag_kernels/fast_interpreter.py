@@ -1,8 +1,8 @@
-"""Shortcuts through Triton's interpreter, which change no result: correctness never depends on this file.
+"""Shortcuts that make Triton's interpreter faster and change no result: correctness never depends on this file.
 
-For a tile of a few hundred elements the interpreter spends far more time on types, shapes and names, which it derives
-again for every operation, than on arithmetic. Shortcuts replace some of its functions during a launch, if the release
-of Triton is one that they were compared with.
+For a tile of a few hundred elements the interpreter spends little time on arithmetic. Most of its time goes into types,
+shapes and names, which it derives again for every operation. During a launch, the shortcuts replace some functions of
+the interpreter by faster ones. They are used only with releases of Triton that they were compared with.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ import triton
 from triton.language import core, semantic
 from triton.runtime import interpreter
 
-RELEASES = ("3.9.",)  # whose functions are replaced by their equals
-MOST_SHAPES = 4096  # that are remembered at once
+RELEASES = ("3.9.",)  # releases of Triton whose functions the replacements below equal
+MOST_SHAPES = 4096  # entries of each cache of shapes
 
-_Replaced = tuple[Any, str, Any]  # an object, the name of an attribute, and its value for the time of a launch
+_Replaced = tuple[Any, str, Any]  # (object, name of its attribute, value of the attribute during a launch)
 
 
 @contextlib.contextmanager
 def shortcuts() -> Iterator[None]:
-    """Run the interpreter with shortcuts in this context; the caller holds a lock, because they are global."""
+    """Install the shortcuts for the time of this context; they are global, so the caller must hold a lock."""
     replaced = [*_constant(), *_of_one_launch()] if triton.__version__.startswith(RELEASES) else []
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
@@ -37,10 +37,11 @@ def shortcuts() -> Iterator[None]:
 
 
 def _of_one_launch() -> Iterator[_Replaced]:
-    """Yield the replacements that are new for each launch.
+    """Yield the replacements that each launch needs anew.
 
-    They leave out the check of integers for overflow, which only a debugging interpreter reports. And they patch each
-    module once: the interpreter patches `triton.language` anew whenever one kernel function calls another.
+    The first turns off the check of integers for overflow, which only a debugging interpreter reports. The second makes
+    the interpreter patch each module once: by itself it patches `triton.language` whenever one kernel function calls
+    another.
     """
     builder, replace, seen = interpreter.interpreter_builder, interpreter._patch_lang, set()
     options = builder.options
@@ -56,8 +57,9 @@ def _of_one_launch() -> Iterator[_Replaced]:
     yield interpreter, "_patch_lang", replace_once
 
 
-_LANGUAGES: dict[str, tuple] = {}  # of each module of kernels: the modules of Triton that it names
-_REPLACED: dict[tuple, list[tuple]] = {}  # what the interpreter replaced in them: (owner, name, before, replacement)
+_LANGUAGES: dict[str, tuple] = {}  # for each module of kernels, the ids of the Triton modules that it names
+# For those modules, the attributes that the interpreter replaced in them: (owner, name, before, replacement).
+_REPLACED: dict[tuple, list[tuple]] = {}
 
 
 def _languages(function) -> tuple:
@@ -79,7 +81,7 @@ def _remember(languages: tuple, scope):
 def _replace_again(languages: tuple):
     """Repeat the replacements of an earlier launch, and return the scope that undoes them.
 
-    Returns None if there was no earlier launch, or if the functions are not as they were before it.
+    Returns None if there was no earlier launch, or if somebody else has changed one of the functions since.
     """
     known = _REPLACED.get(languages, ())
     if not known or any(getattr(owner, name, interpreter._MISSING) is not before for owner, name, before, _ in known):
@@ -105,12 +107,13 @@ def _constant() -> tuple[_Replaced, ...]:
         (kinds, "is_int_signed", lambda self: self.name in signed),
         (kinds, "is_int_unsigned", lambda self: self.name in unsigned),
         (kinds, "is_floating", lambda self: self.name in floats),
-        (core.block_type, "to_ir", lambda self, builder: self),  # the interpreter has no other
+        (core.block_type, "to_ir", lambda self, builder: self),  # the interpreter has no IR: a type stands for itself
         (operations, "computation_type_impl", _computation_type(operations.computation_type_impl)),
         (operations, "_cast_to_computation_type", _cast(operations._cast_to_computation_type)),
         (operations, "binary_op_type_checking_impl", _operands(operations.binary_op_type_checking_impl)),
         (operations, "broadcast_impl_value", _broadcast(operations.broadcast_impl_value)),
-        (interpreter.TensorHandle, "__post_init__", lambda self: None),  # a check of the interpreter's own arithmetic
+        # The replaced method only checks the interpreter's own arithmetic.
+        (interpreter.TensorHandle, "__post_init__", lambda self: None),
         (interpreter, "_get_np_dtype", _numpy_type(interpreter._get_np_dtype)),
         (interpreter, "_patch_attr", _replace_attribute),
     )
@@ -137,7 +140,7 @@ def _make_tensor(self, handle, type):
 
 @functools.lru_cache(MOST_SHAPES)
 def _of_tensors(shape: tuple[int, ...]) -> tuple:
-    """Return shape and number of elements as tensors have them, the same objects for all of this shape."""
+    """Return (shape, number of elements) in the form that tensors hold; all tensors of a shape share the objects."""
     return core.tuple(list(map(core.constexpr, shape))), core.constexpr(math.prod(shape))
 
 
@@ -181,14 +184,17 @@ def _cast(cast: Callable) -> Callable:
 
 
 def _operands(check: Callable) -> Callable:
-    """Operands of one type stay as they are, but for pointers and divisions; a number becomes a tensor once."""
+    """Return a faster check of operands: equal types pass unchanged, and each number becomes a tensor only once.
+
+    Pointers and divisions go through the original `check`.
+    """
     numbers = {}
 
     def unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         if type(lhs) is core.tensor and type(lhs.dtype) is core.dtype and arithmetic_check and not div_or_mod:
             if type(rhs) is core.tensor and lhs.dtype is rhs.dtype:
                 return self.broadcast_impl_value(lhs, rhs)
-            if type(rhs) is int or (type(rhs) is float and rhs):  # of zeros, two are equal and differ
+            if type(rhs) is int or (type(rhs) is float and rhs):  # 0.0 equals -0.0, so neither may be a cache key
                 key = type(rhs), rhs, lhs.dtype.name, id(lhs.shape)  # the shape lives as long as its entry
                 if key in numbers:
                     return lhs, numbers[key][0]
@@ -230,7 +236,7 @@ _CHECKED = core.builtin(lambda: None).__code__
 
 
 def _replace_attribute(owner, name, member, builder, scope):
-    """Replace `interpreter._patch_attr`, which passes `_semantic` to a function and then checks that it was passed."""
+    """Do the work of `interpreter._patch_attr`, but leave out its check that `_semantic` was passed."""
     given = interpreter.interpreter_semantic
     called = member.__wrapped__ if getattr(member, "__code__", None) is _CHECKED else member
 

@@ -1,4 +1,4 @@
-"""The rules of `method="halo"`: how many rows before a chunk its rows see, and how many rows a message has."""
+"""The rules of `method="halo"`: how far before its chunk a row may see, and how many rows a message has."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,38 +14,41 @@ from .modes import Layout, Method
 
 
 class HaloSlot(IntEnum):
-    """Slots of the buffer of halos, all of `CallSpec.halo_rows` rows; kernels read the first four as a K/V buffer."""
+    """Slots of the buffer of halos, `CallSpec.halo_rows` rows each; kernels read the first four as a K/V buffer."""
 
-    EARLY_HALO = 0  # the last rows of the chunk before the early one, from the rank before this one
+    EARLY_HALO = 0  # the halo of the early chunk: last rows of the chunk before it, received from the previous rank
     EARLY_ROWS = 1  # the first rows of the early chunk
-    LATE_HALO = 2  # the last rows of the chunk before the late one, from the next rank
-    LATE_ROWS = 3
-    EARLY_SENT = 4  # the last rows of the early chunk, for the next rank
-    LATE_SENT = 5  # the last rows of the late chunk, for the rank before this one
+    LATE_HALO = 2  # the halo of the late chunk: last rows of the chunk before it, received from the next rank
+    LATE_ROWS = 3  # the first rows of the late chunk
+    EARLY_SENT = 4  # the last rows of the early chunk, sent to the next rank
+    LATE_SENT = 5  # the last rows of the late chunk, sent to the previous rank
 
 
 KEY_SLOTS = HaloSlot.EARLY_SENT.value
 
 
 def check_max_seqlen(max_seqlen: int | None) -> int:
-    """Return the promised longest real length of a document as an int, 0 for None; `ValueError` for anything else."""
+    """Return `max_seqlen`, the promised longest real length of a document, as an int; 0 for None.
+
+    Raises `ValueError` for any other value.
+    """
     if max_seqlen is None:
         return 0
     return check_int("max_seqlen", max_seqlen, 1, MAX_OFFSET, "None, or the most real tokens that a document has")
 
 
 def reach(left: int, chunk: int, max_seqlen: int) -> int | None:
-    """Return how many positions before its own a row may see, at least 1, or None if nothing limits them.
+    """Return how many positions before its own a row may see, at least 1, or None for no limit.
 
-    `left` of a window is -1 for no limit, `chunk` of attention 0, and `max_seqlen`, the most real tokens of a document,
-    0 if unknown.
+    `left` is the left side of the window, -1 for no limit; `chunk` the length of a chunk of attention, 0 for none;
+    `max_seqlen` the longest real length of a document, 0 if unknown.
     """
     limits = [left] * (left >= 0) + [chunk - 1] * (chunk > 0) + [max_seqlen - 1] * (max_seqlen > 0)
     return max(min(limits), 1) if limits else None
 
 
 def check_reach(left: int, chunk: int, max_seqlen: int) -> int:
-    """Return `reach`; `ValueError` if nothing limits what a row sees, as method "halo" needs it."""
+    """Return `reach`; `ValueError` if there is no limit, because method "halo" needs one."""
     rows = reach(left, chunk, max_seqlen)
     if rows is None:
         raise ValueError(
@@ -62,10 +65,11 @@ def halo_of_batch(
     max_seqlen: int | None,
     world_size: int,
 ) -> tuple[int, int]:
-    """Return (rows before a chunk that its rows may see, most real tokens of a document) of a prepared batch.
+    """Return (rows of a halo, longest real length of a document) of a prepared batch.
 
-    The caller promised the second number. The first is 0 unless `method` moves halos. Raises `ValueError` for numbers
-    out of range, and if nothing limits the rows that such a method needs.
+    The first number is 0 unless `method` is "halo" and there are several ranks. The second is the caller's promise, or
+    0 without one. Raises `ValueError` for numbers out of range, and for method "halo" if nothing limits how far a row
+    sees.
     """
     promised, (left, _) = check_max_seqlen(max_seqlen), check_window_size(window_size)
     chunk = check_attention_chunk(attention_chunk)
@@ -77,10 +81,12 @@ def halo_of_batch(
 class HostSizes(NamedTuple):
     """Sizes of a batch that the host knows, for the choice of a method."""
 
-    rows: int  # of a rank, without whole documents
+    rows: int  # local rows of a rank, without the rows of whole documents
     sequences: int
-    packed_rows: int  # in the row layout, otherwise 0
-    shortest_chunk: int  # of documents with real tokens in more than two chunks, or of packed rows
+    packed_rows: int  # number of packed rows in the row layout, otherwise 0
+    # Rows of the shortest chunk, of packed rows or of documents with real tokens in more than two chunks. Any shorter
+    # document needs at most one chunk as halo, however long the chunk is.
+    shortest_chunk: int
 
 
 def sizes_of_documents(cu_seqlens: Sequence[int], lengths: Sequence[int] | None, world_size: int) -> HostSizes:
@@ -98,11 +104,11 @@ def sizes_of_rows(row_length: int, packed_rows: int, world_size: int) -> HostSiz
 
 
 def choose_method(rows_seen: int | None, sizes: HostSizes | None, world_size: int) -> Method:
-    """Return the method of a call, or of a prepared batch, that names none.
+    """Return the method for a call, or a prepared batch, whose caller named none.
 
-    It is HALO where the host knows that halos of `rows_seen` rows suffice and move less than an all-gather, otherwise
-    ALLGATHER. `rows_seen` is the `reach` of a causal call, None for others; `sizes` are None if only the device knows
-    them.
+    The method is HALO where the host knows that halos of `rows_seen` rows suffice and move less than an all-gather,
+    otherwise ALLGATHER. `rows_seen` is the `reach` of a causal call, None for other calls; `sizes` are None if only the
+    device knows them.
     """
     if rows_seen is None or sizes is None or world_size == 1 or rows_seen > sizes.shortest_chunk:
         return Method.ALLGATHER
@@ -111,12 +117,15 @@ def choose_method(rows_seen: int | None, sizes: HostSizes | None, world_size: in
 
 
 def message_rows(halo: int, rows: int, sequences: int, packed_rows: int) -> int:
-    """Return the rows of a message to a neighbour: `packed_rows` are 0 in the document layout."""
+    """Return the rows of one message to a neighbour; `packed_rows` is 0 in the document layout."""
     return halo * packed_rows if packed_rows else min(rows // 2, halo * sequences)
 
 
 def reach_of_mask(causal: bool, window_size, attention_chunk: int, max_seqlen: int) -> int | None:
-    """Return `reach` of a call with these arguments, None if it sees rows behind its own; `ValueError` for bad ones."""
+    """Return the `reach` of a call with these arguments, or None if rows see keys behind their own position.
+
+    Raises `ValueError` for invalid arguments.
+    """
     (left, right), chunk = check_window_size(window_size), check_attention_chunk(attention_chunk)
     return reach(left, chunk, max_seqlen) if causal or right == 0 else None
 
@@ -124,12 +133,12 @@ def reach_of_mask(causal: bool, window_size, attention_chunk: int, max_seqlen: i
 def with_halo(
     call: CallSpec, halo: int, max_seqlen: int, *, tokens: int, sequences: int, packed_rows: int, world_size: int
 ) -> CallSpec:
-    """Return `call` with `halo` and with the number of rows of its messages.
+    """Return `call` with its `halo` and `halo_rows` filled in.
 
-    `halo` is the number of rows before a chunk in the tables of a prepared batch, 0 if there is none yet. `tokens` is
-    the number of rows of a rank, `packed_rows` the number of packed rows in the row layout. Raises `ValueError` if rows
-    see keys farther away than `halo`; in the row layout, where the host knows the length of chunks, also if a chunk has
-    fewer rows.
+    `halo` is the number of rows of a halo in the tables of a prepared batch, or 0 if the call decides. `tokens` is the
+    number of rows of a rank, `packed_rows` the number of packed rows in the row layout. Raises `ValueError` if rows
+    see keys that are more than `halo` positions away. In the row layout the host knows the length of chunks, so a chunk
+    shorter than the halo raises there too.
     """
     if not call.causal:
         raise ValueError("causal: expected True, or a window that ends with its row, with method 'halo', got False")
@@ -164,11 +173,12 @@ def method_of_call(
     world_size: int,
     heads_k_stride: int | None,
 ) -> str:
-    """Return the method of a call that names none.
+    """Return the method of a call whose caller named none.
 
-    `prepared` is (method, halo, max_seqlen) of a prepared batch, None without one. Its halos serve unless the call sees
-    farther. `shape` is (sequences or packed rows, rows of each on this rank). `layout` is None for sequences of equal
-    length, which have no offsets.
+    `prepared` is (method, halo, max_seqlen) of the prepared batch, None without one. The call uses the batch's halos
+    unless its mask reaches farther. `mask` is (causal, window_size, attention_chunk). `shape` is (number of sequences
+    or packed rows, rows of each on this rank). `layout` is None for sequences of equal length, which have no
+    `cu_seqlens`.
     """
     if prepared is not None:
         method, halo_rows, max_seqlen = prepared

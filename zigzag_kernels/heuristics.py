@@ -1,32 +1,32 @@
-"""Every threshold by which this library chooses between two correct ways, with its unit, GPU and measurement.
+"""Every threshold that decides between two correct ways to compute, with its unit, GPU and measurement.
 
-Thresholds change speed and memory, never results.
+Thresholds change speed and memory, never the correctness of a result.
 """
 
 from typing import Protocol
 
 # How many KV heads an all-gather brings, on H200 and H100: docs/log/bench.md, "Between two GPUs".
 FILLING_ROWS = 2**16
-"""Query rows that fill a GPU: 512 tiles of 128 rows, several for each multiprocessor of any GPU so far."""
+"""Query rows that fill a GPU: 512 tiles of 128 rows are several tiles for each multiprocessor of today's GPUs."""
 LASTING_SCORES = 2**30
 """Scores of one KV head that keep an H200 busy for half a millisecond.
 
-A host took 0.4 ms to start the transfer of the next window.
+In the measurement, the host needed 0.4 ms to start the transfer of the next window.
 """
 
 # In which order programs take tiles, on H200: docs/log/kernels.md, "heads side by side".
 MULTIPROCESSORS = 128
-"""Multiprocessors, about, of a GPU that models are trained on (an H100 and an H200 have 132)."""
+"""Approximate number of multiprocessors of a GPU used for training; an H100 and an H200 have 132."""
 FEW_PROGRAMS = 12 * MULTIPROCESSORS
 """Programs of a launch below which tiles of several heads run side by side."""
 
 # How many heads a program takes, on H200: docs/log/hopper.md, "Taking several heads".
 MANY_PROGRAMS = 3 * MULTIPROCESSORS
-"""Programs of a launch that are left, at least, when a program takes several heads."""
+"""Fewest programs that a launch may have when each program takes several heads."""
 
 # dK and dV in one launch or in two, on H200: docs/log/kernels.md, "dK in one launch, dV in another".
 SUMS_TOGETHER_HEAD_DIM = 128
-"""Largest head_dim whose dK and dV are summed by one portable launch, where tiles were measured."""
+"""Largest head_dim for which one portable launch sums both dK and dV, on GPUs whose tiles were measured."""
 
 # Kernels for Hopper or portable ones, on H100: the tables of docs/log/hopper.md, lines "64 × 128" and "16 × 512".
 SMALL_HEAD_DIM = 64
@@ -36,40 +36,35 @@ SHORT_CHUNK_KEYS = 96
 SHORT_CHUNK_KEYS_DKDV = 256
 """Mean keys of a chunk below which, at a small head_dim, the portable dK/dV kernel is faster."""
 VERY_NARROW_KEYS = 256
-"""Keys that a row sees at most, by a window or chunks, below which the same holds of any sequence."""
+"""Keys that a mask lets a row see, below which portable dK/dV is faster at a small head_dim."""
 
 # Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
 NARROW_KEYS = 1024
-"""Most keys of a row for which a tile of dK/dV has 128 keys at a small head_dim, not 192."""
+"""Keys that a row sees, up to which dK/dV tiles have 128 keys instead of 192 at a small head_dim."""
 
 # Which tiles of a kernel for Hopper, on H100: the same tables, lines "2048, one sequence" and "8192, one sequence".
 FEW_ROWS = 2**17
-"""Packed query rows of a sequence below which it has few tiles: 1024 tiles of 128 rows.
-
-The rows of all heads of the window count.
-"""
+"""Query rows of a sequence, over the window's heads, below which it has few tiles: 1024 tiles of 128 rows."""
 
 # When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences".
 MODERATE_KEYS = 2**14
 """Keys of a sequence or window up to which the start and end of a program take a noticeable time."""
 MANY_ROWS = 2**19
-"""Packed query rows of a launch that fill 1024 programs of four heads and 128 rows.
-
-The rows of all heads of the window count.
-"""
+"""Query rows of a launch, over the window's heads, that fill 1024 programs of four heads and 128 rows."""
 
 
 def halo_moves_less(message_rows: int, rows: int, world_size: int) -> bool:
-    """Return whether halos move fewer rows of K/V to a rank than an all-gather of `rows` rows from each.
+    """Return whether halos move fewer rows of K/V to a rank than an all-gather of `rows` rows from each rank.
 
-    Both sides of a rank send `message_rows`. Where the host knows that halos suffice, calls that name no method take
-    halos if this holds, whatever the GPU: their transfers are shorter, and fewer bytes wait for the first of them.
+    Each of a rank's two neighbours sends `message_rows`. If the host knows that halos suffice, a call whose caller
+    named no method uses halos whenever this function returns True. The rule is the same for all GPUs: shorter transfers
+    are faster everywhere.
     """
     return 2 * message_rows < (world_size - 1) * rows
 
 
 class Sizes(Protocol):
-    """Sizes that the stride of an all-gather depends on: a `Problem` has them, and a `cost.Step`."""
+    """Sizes that `choose_heads_k_stride` needs; `Problem` and `cost.Step` both have them."""
 
     @property
     def rows(self) -> int: ...
@@ -86,9 +81,9 @@ class Sizes(Protocol):
 def choose_heads_k_stride(stride: int | None, sizes: Sizes) -> int:
     """Return the number of KV heads that one all-gather brings.
 
-    It is `stride`, or if None the fewest heads whose query rows fill a GPU and keep it busy while the next are sent.
-    Few heads at a time mean small buffers, and that the GPU waits for the first of several transfers only.
-    `ValueError` unless `stride` divides `kv_heads`.
+    A `stride` of None selects the fewest heads whose query rows fill a GPU and keep it busy while the K/V of the next
+    heads arrive. With few heads at a time, buffers are small, and the GPU waits only for the first, short transfer.
+    Raises `ValueError` unless `stride` divides `kv_heads`.
     """
     kv_heads = sizes.kv_heads
     if stride is None:

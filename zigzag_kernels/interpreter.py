@@ -1,4 +1,4 @@
-"""Launches in Triton's interpreter, for machines without a GPU; `fast_interpreter` shortens them."""
+"""Launches in Triton's interpreter, for machines without a GPU; `fast_interpreter` makes them faster."""
 
 import threading
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def _kernel():
 
 
 def interpreting() -> bool:
-    """Return whether triton was imported with TRITON_INTERPRET=1.
+    """Return whether this process imported triton with TRITON_INTERPRET=1.
 
-    A process interprets or compiles, never both.
+    A process interprets kernels or compiles them, never both.
     """
     return not isinstance(_kernel, triton.JITFunction)
 

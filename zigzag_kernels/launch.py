@@ -28,8 +28,8 @@ class Launch:
 
     Kernel arguments in order: `inputs` (arrays), `scalars`, `outputs`, then `constexprs`.
 
-    `in_place` maps an output to the input whose memory it shares; the kernel leaves parts of such an output as they
-    are. If the caller passes None for that input, the output is new memory, like any other.
+    `in_place` maps an output to the input whose memory it shares; the kernel may leave some elements of such an output
+    unchanged. If the caller passes None for that input, the output is new memory, like any other output.
     """
 
     kernel: Any
@@ -42,7 +42,7 @@ class Launch:
     in_place: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
-    scratch: int = 0  # bytes of global memory for each program, aligned to 128, that the launch has to provide
+    scratch: int = 0  # bytes of global memory, aligned to 128, that the launch must provide for each program
 
     @functools.cached_property
     def places(self) -> tuple[int | None, ...]:
@@ -51,7 +51,8 @@ class Launch:
         return tuple(None if place is None else self.inputs.index(place) for place in places)
 
     def __post_init__(self):
-        # jax-triton does not check names: it would pass a misspelt one as a constant, and arrays in the wrong order.
+        # jax-triton does not check names: it would pass a misspelt argument as a constant, and the arrays after it in
+        # the wrong order.
         expected = list(inspect.signature(self.kernel.fn).parameters)
         given = [f"{name}_ptr" for name in self.inputs] + list(self.scalars)
         given += [f"{output.name}_ptr" for output in self.outputs]
@@ -62,14 +63,14 @@ class Launch:
 
 
 def inputs_by_name(launch: Launch, arrays: Mapping[str, Any]) -> list:
-    """Return the inputs of `launch` among `arrays`: `into_x` is the array x, or None until there is one."""
+    """Return the inputs of `launch` from `arrays`; an input `into_x` is the array `x`, or None without one."""
     return [arrays.get(name[5:]) if name.startswith("into_") else arrays[name] for name in launch.inputs]
 
 
 def run_by_name(run: Callable[..., tuple], launches: Sequence[Launch], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Execute `launches` in turn by `run`, and return {name: output}.
+    """Call `run` for each of `launches` in order, and return {name: output}.
 
-    An input is the last output of its name, or else one of `arrays`.
+    An input is the latest output of that name, or the array of that name if no launch has written one.
     """
     outputs: dict[str, Any] = {}
     for launch in launches:

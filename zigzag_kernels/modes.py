@@ -1,4 +1,4 @@
-"""The modes that a call, a problem or a kernel can be in, each with the promise that it makes.
+"""The modes of a call, a problem or a kernel, as enums; a member's docstring says what the mode promises.
 
 Members are strings, so that they equal the words that users write: `Method.RING == "ring"`.
 """
@@ -21,29 +21,29 @@ class KVLayout(StrEnum):
     """Order in which the K/V buffer holds the keys of a sequence."""
 
     GATHERED = "gathered"
-    """Rank-major, as an all-gather delivers them: each rank's slot holds its early and its late chunks."""
+    """Rank after rank, as an all-gather delivers K/V: each rank's slot holds its early and its late chunks."""
     PEER = "peer"
-    """The early and the late chunks of one rank alone, as they travel around a ring."""
+    """The early and the late chunks of one rank only, as they travel around the ring."""
     CONTIGUOUS = "contiguous"
     """Every sequence in position order."""
     HALO = "halo"
-    """The halo before each chunk of a rank, which a neighbour sends, and the rank's own rows behind it."""
+    """The halo of each chunk of a rank, received from a neighbour, followed by the first rows of that chunk."""
 
 
 class Layout(StrEnum):
     """The unit that is cut into `2 * W` chunks; each rank holds two of the chunks."""
 
     DOCUMENT = "document"
-    """Every document: work is equal on all ranks, and lengths are multiples of `2 * W`, after padding."""
+    """Every document: all ranks have equal work, and documents are padded to multiples of `2 * W` tokens."""
     ROW = "row"
-    """Each packed row as a whole: documents of any length lie anywhere in it, and work may be unequal."""
+    """Each packed row as a whole: documents of any length lie anywhere in it, and ranks may have unequal work."""
 
 
 class Method(StrEnum):
     """Way in which K/V reach the ranks whose queries attend to them."""
 
     ALLGATHER = "allgather"
-    """Gathers K/V of a few heads from all ranks while the heads before them are attended."""
+    """Gathers K/V of a few heads from all ranks, while the GPU computes attention of the heads before them."""
     RING = "ring"
     """Passes K/V of all heads from rank to rank: memory does not grow with the number of ranks."""
     HALO = "halo"
@@ -51,13 +51,13 @@ class Method(StrEnum):
 
     @property
     def kv_layout(self) -> KVLayout:
-        """Layout of the K/V buffers that the kernels read, and so of the tables that they need."""
+        """The layout of the K/V buffers that kernels read with this method; it decides the tables of the batch."""
         layouts = {Method.ALLGATHER: KVLayout.GATHERED, Method.RING: KVLayout.PEER, Method.HALO: KVLayout.HALO}
         return layouts[self]
 
 
 class Operation(StrEnum):
-    """Part of an attention step that one kernel of a family computes."""
+    """The part of an attention step that one kernel computes."""
 
     FORWARD = "forward"
     """Output and lse: a program owns a tile of query rows."""
@@ -70,16 +70,16 @@ class Operation(StrEnum):
 
     @property
     def owns_keys(self) -> bool:
-        """True if a program owns a tile of keys and passes over query rows, not the other way round."""
+        """True if a program owns a tile of keys and loops over query rows, False if it does the opposite."""
         return self in (Operation.DKDV, Operation.FUSED_BACKWARD)
 
 
 class LengthClass(StrEnum):
-    """Length of the sequences of a problem, as the choice of tiles distinguishes it."""
+    """The length of a problem's sequences, in the classes that have different tiles."""
 
     LONG = "long"
-    """One sequence has tiles enough to fill a GPU several times."""
+    """One sequence has enough tiles to fill a GPU several times."""
     FEW_ROWS = "few"
-    """One sequence does not fill a GPU, though its chunks fill blocks of keys."""
+    """One sequence has too few tiles to fill a GPU, but its chunks fill blocks of keys."""
     SHORT = "short"
     """Chunks do not fill blocks of 128 keys."""

@@ -1,6 +1,6 @@
-"""One rank's attention in plain values: `Problem`, and the place where arrays and options are checked together.
+"""`Problem`: the attention of one rank in plain values, made by `make_problem`, which checks arrays and options.
 
-Everything here is known on the host before a launch. The rank and `cu_seqlens` are device data and never appear.
+The host knows every value here before a launch. The rank and `cu_seqlens` are device data, so they are not part of it.
 """
 
 import math
@@ -32,16 +32,18 @@ class ArraySpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One rank's attention over K/V in one of the layouts of `modes.KVLayout`, or over a window of their heads.
+    """The attention of one rank's queries over a K/V buffer, with all KV heads or a window of them.
 
-    `q [tokens, heads, head_dim]`, `k, v [slots * slot_rows, window, head_dim]`: `window` of the `kv_heads` KV heads.
-    `sequences` is N in `cu_seqlens [N + 1]`. Strides are (token, head) in elements; the last dimension is contiguous.
-    `target` is the compute capability, say "9.0", or "interpret"; `gluon` says that the front end can launch Gluon
-    kernels on these arrays, which then begin at multiples of 16 bytes. Unless `call.deterministic`, the backward pass
-    may take a kernel that gives other bits each time.
+    `q` is `[tokens, heads, head_dim]`, k and v are `[slots * slot_rows, window, head_dim]`, where `window` counts the
+    heads that the buffer holds of the `kv_heads` KV heads. `sequences` is N in `cu_seqlens [N + 1]`. Strides are
+    (token, head) in elements; the last dimension is contiguous. `target` is the compute capability, such as "9.0", or
+    "interpret". `gluon` says that the front end can launch Gluon kernels on these arrays, which then begin at multiples
+    of 16 bytes. Unless `call.deterministic` is set, the backward pass may use a kernel whose results differ in their
+    last bits from run to run.
 
-    A part of a batch has the rows of `q` and of all results from `first_row` to `end_row`, None for the last. A part
-    with an `end_row` has keys among the same rows of k and v, which have `tokens` rows as `q` has.
+    A problem may be one part of a batch of two parts. Its rows of `q`, and of all results, are then the rows from
+    `first_row` to `end_row`; an `end_row` of None is the end of the arrays. If `end_row` is set, k and v have `tokens`
+    rows like `q`, and the part's keys are in the same rows.
     """
 
     call: CallSpec
@@ -64,7 +66,7 @@ class Problem:
     end_row: int | None = None
 
     def __hash__(self):
-        """Return a hash of the numbers that differ between problems; eager calls look plans up by it."""
+        """Return a hash of the few fields that usually differ; eager calls look up their plan with this hash."""
         return hash((self.tokens, self.sequences, self.window, self.head_dim, self.q_strides, self.k_strides))
 
     @property
@@ -74,24 +76,24 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """Query rows that launches cover."""
+        """Query rows that the launches of this problem compute."""
         return (self.tokens if self.end_row is None else self.end_row) - self.first_row
 
     @property
     def slots(self) -> int:
-        """Parts of the K/V buffer in which a sequence's keys follow each other by chunk, not by position."""
+        """Number of slots of the K/V buffer; with one slot, the keys of a sequence are in position order."""
         if self.kv_layout == KVLayout.HALO:
             return KEY_SLOTS
         return self.world_size if self.kv_layout == KVLayout.GATHERED else 1
 
     @property
     def row_layout(self) -> bool:
-        """True if packed rows are cut into chunks, with documents anywhere in them; one rank holds rows whole."""
+        """True if packed rows are cut into chunks; a single rank does not cut rows."""
         return self.call.layout == Layout.ROW and self.world_size > 1
 
     @property
     def ranged(self) -> bool:
-        """True if kernels read from the tables the range of keys of each row, and which rows are padding."""
+        """True if the mask is ranged: both ends of each row's keys, and the padding, come from the tables."""
         return self.call.has_range or self.call.has_lengths or self.row_layout or self.call.halo > 0
 
     @property
@@ -102,17 +104,17 @@ class Problem:
 
     @property
     def most_query_rows(self) -> int:
-        """Query rows that the tables can name, of one head."""
+        """Upper bound of the query rows of one head that the tables of this problem name."""
         return min(self.rows, 2 * self.slot_rows) if self.kv_layout == KVLayout.HALO else self.rows
 
     @property
     def kv_tokens(self) -> int:
-        """Rows of the K/V buffer that launches cover."""
+        """Rows of the K/V buffer that the launches of this problem read."""
         return self.slots * self.slot_rows
 
     @property
     def kv_array_rows(self) -> int:
-        """Rows of the arrays k, v and their gradients."""
+        """Rows of the arrays k and v, and of their gradients."""
         return self.kv_tokens if self.end_row is None else self.tokens
 
 
@@ -121,20 +123,21 @@ def segment_table_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the segment table and of the sequence table.
 
-    The segment table has two chunks a sequence, and the padding. In the row layout the padding of the last row is one
-    sequence more. With several ring `steps` there is one table each. `halo_table_shapes` has the shapes of tables with
-    halos.
+    The segment table has two entries for each sequence, and one for the padding. In the row layout the padding of the
+    last row counts as one more sequence. With several ring `steps` there is one table for each step.
+    `halo_table_shapes` returns the shapes of tables with halos.
     """
     lead = () if steps == 1 else (steps,)
-    sequences += int(row_layout)  # a bool is no number to PyTorch 2.11's symbolic sizes
+    sequences += int(row_layout)  # PyTorch 2.11 cannot add a bool to a symbolic size
     return (*lead, 2 * sequences + 1, SEGMENT_FIELDS), (*lead, sequences + 1, SEQUENCE_FIELDS)
 
 
 def halo_table_shapes(sequences: int, row_layout: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the segment tables and of the sequence tables with halos.
 
-    There is a segment table for own keys, one for the rows that need a halo, and one of the rows that are sent. The
-    first sequence table, for own keys, has half as many entries as the second one, and lies at the end of its place.
+    The segment tables are: 0 for rows that need only the rank's own keys, 1 for rows that need a halo, 2 for the rows
+    that are sent. There are sequence tables 0 and 1. Sequence table 0 needs only about half of its entries, and fills
+    the end of its memory.
     """
     (segments, _), _ = segment_table_shapes(sequences, 1, row_layout)
     return (3, segments, SEGMENT_FIELDS), (2, segments, SEQUENCE_FIELDS)
@@ -152,13 +155,13 @@ def table_shapes(
 def count_sequences(call: CallSpec, entries: int, world_size: int) -> int:
     """Return the number of sequences of a call whose sequence tables have `entries` entries in all.
 
-    A batch of two parts has the tables of both, one behind the other: the number counts the split documents.
+    In a batch of two parts, `entries` counts the tables of both parts, and the result counts only the split documents.
     """
-    further = 1 + int(call.layout == Layout.ROW and world_size > 1)  # entries, which are padding
+    further = 1 + int(call.layout == Layout.ROW and world_size > 1)  # entries for padding, besides the documents
     if call.whole_tokens:
         _, shape = table_shapes(call.method.kv_layout, 0, world_size)
         entries = (entries - call.whole_documents - 1) // math.prod(shape[:-2]) or further
-    if call.halo:  # whose tables have both chunks of each sequence
+    if call.halo:  # sequence tables with halos have an entry for each chunk of a sequence
         entries = entries // 2 + 1
     return max(entries - further, 0)
 
@@ -177,11 +180,11 @@ def make_problem(
     gluon: bool = False,
     kv_rows: int | None = None,
 ) -> Problem:
-    """Return the `Problem` of these arrays.
+    """Check that the arrays and options fit each other, and return them as a `Problem`.
 
-    `ValueError` for shapes, types and numbers that are not one attention problem. `kv_heads` None are the heads of k:
-    there are more, if k and v are a window of them. `kv_rows` None are the rows of `world_size` ranks; the layout
-    "contiguous" may have another number of rows.
+    `kv_heads` is the number of all KV heads, if k and v are a window of them; None means the heads of k. `kv_rows` is
+    the number of rows of k; None means the rows of all ranks, or of one rank in the layout "peer". Raises `ValueError`
+    for shapes, dtypes, strides and options that do not fit each other.
     """
     arrays = {"q": q, "k": k, "v": v}
     for name, (shape, dtype, _) in arrays.items():
@@ -237,9 +240,9 @@ def make_problem(
 
 
 def parts_of(problem: Problem) -> tuple[Problem, Problem]:
-    """Return the problems of the whole documents and of the split ones of a batch of two parts.
+    """Return (problem of the whole documents, problem of the split documents) of a batch of two parts.
 
-    `problem` has all rows of a rank.
+    `problem` has all rows of a rank. Raises `ValueError` if it has fewer rows than the whole documents need.
     """
     call, rows = problem.call, problem.call.whole_tokens
     if rows > problem.tokens:

@@ -1,6 +1,6 @@
-"""The cost of a step for a rank, from sizes alone: work, bytes, memory, and time at given speeds.
+"""The cost of an attention step on a rank, computed from sizes alone: work, bytes, memory and time.
 
-`counts` are exact, `prediction` rests on the speeds of a `machine`, which says which of them were measured.
+`counts` are exact. `prediction` depends on the speeds of a `machine`, which says which speeds were measured.
 """
 
 from .counts import (

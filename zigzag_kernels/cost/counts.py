@@ -1,6 +1,6 @@
 """Counts of the work of a rank in one step: operations, bytes read and moved, and memory, for each method.
 
-Needs the standard library alone, so that a laptop can plan a cluster.
+The module needs neither a GPU nor a framework, so a laptop can plan a cluster.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ FLOAT32_BYTES = DTYPE_BYTES["float32"]
 
 
 def causal_scores(position: int, rows: int) -> int:
-    """Return the scores of `rows` consecutive queries from `position` on, each seeing all keys up to its own."""
+    """Return the number of scores of `rows` consecutive queries from `position` on, under a causal mask."""
     return rows * position + rows * (rows + 1) // 2
 
 
 class Mask(NamedTuple):
-    """The keys of its document that a query sees; fields mean the same as arguments of `zigzag_attention`."""
+    """The mask of an attention step; its fields mean the same as the arguments of `zigzag_attention`."""
 
     causal: bool = True
     window_size: tuple[int, int] = (-1, -1)
@@ -44,16 +44,16 @@ class Mask(NamedTuple):
 
 
 def visible_scores(position: int, rows: int, length: int, mask: Mask) -> int:
-    """Return the scores of `rows` consecutive queries from `position` on, in a document of `length` tokens.
+    """Return the number of scores of `rows` consecutive queries from `position` on, in a document of `length` tokens.
 
-    Queries at `length` and behind are padding, and see nothing.
+    Queries from position `length` on are padding and see no key.
     """
     first, last = min(position, length), min(position + rows, length)
     return _scores_before(last, length, mask) - _scores_before(first, length, mask)
 
 
 def _scores_before(rows: int, length: int, mask: Mask) -> int:
-    """Return the scores of the first `rows` queries of a document of `length` tokens."""
+    """Return the number of scores of the first `rows` queries of a document of `length` tokens."""
     chunk = mask.attention_chunk
     if chunk and chunk < length:
         whole = rows // chunk
@@ -61,12 +61,12 @@ def _scores_before(rows: int, length: int, mask: Mask) -> int:
         rest = _scores_before(rows - whole * chunk, min(chunk, length - whole * chunk), inside)
         return whole * _scores_before(chunk, chunk, inside) + rest
     left, right = mask.window_size
-    hidden = 0 if left < 0 else causal_scores(0, max(rows - left - 1, 0))  # keys before the window
+    hidden = 0 if left < 0 else causal_scores(0, max(rows - left - 1, 0))  # scores with keys before the window
     if mask.causal:
         right = 0
     if right < 0:
         return rows * length - hidden
-    edge = min(rows, max(length - right, 0))  # queries before this one do not see the last key
+    edge = min(rows, max(length - right, 0))  # queries before this position do not see the last key
     return edge * right + causal_scores(0, edge) + (rows - edge) * length - hidden
 
 
@@ -80,9 +80,11 @@ def unmasked_scores(
     attention_chunk: int = 0,
     real_lengths: tuple[int, ...] | None = None,
 ) -> int:
-    """Return the scores of one query head that the mask leaves to the zigzag rows of `rank`; `lengths` are global.
+    """Return the number of unmasked scores of one query head in the zigzag rows of `rank`.
 
-    `real_lengths` are the tokens of each document that are no padding, None for all.
+    `lengths` are the tokens of each document over all ranks, `real_lengths` the tokens without padding; None means that
+    there is no padding. Raises `ValueError` for lengths that cannot be distributed over the ranks, and for an invalid
+    rank or mask.
     """
     _check_documents(lengths, real_lengths, world_size)
     check_rank(rank, world_size, False)
@@ -111,14 +113,14 @@ def _check_documents(
 
 
 def forward_flops(scores: int, heads: int, head_dim: int) -> int:
-    """Return the floating point operations of the two products that make `out`, for each of `scores` and `heads`."""
+    """Return the floating-point operations of the forward pass: two products for each of `scores` in each head."""
     return 4 * head_dim * heads * scores
 
 
 def backward_flops(scores: int, heads: int, head_dim: int) -> int:
-    """Return the floating point operations of the five products that gradients need.
+    """Return the floating-point operations of the backward pass, for the five products that gradients need.
 
-    The two backward kernels keep no scores, and so make seven.
+    The two backward kernels compute seven products, because neither keeps the scores for the other.
     """
     return 10 * head_dim * heads * scores
 
@@ -127,10 +129,10 @@ def backward_flops(scores: int, heads: int, head_dim: int) -> int:
 class Step:
     """One attention layer, forward and backward, over a packed batch that `world_size` zigzag ranks share.
 
-    `lengths` are global, `real_lengths` their tokens that are no padding, None for all; `padding` are local rows behind
-    the last sequence. A rank of a batch of two parts has `whole_tokens` rows more, for documents of the lengths
-    `whole[rank]`, which no other rank has a part of: `DocumentPlan.step` makes such a step. Raises `ValueError` for
-    values that no call accepts.
+    `lengths` are the tokens of each split document over all ranks; `real_lengths` are their tokens without padding, or
+    None if there is no padding. `padding` is the number of local rows behind the last sequence. In a batch of two
+    parts, rank `r` also has `whole_tokens` rows for whole documents, whose lengths are `whole[r]`;
+    `DocumentPlan.step` makes such a step. Raises `ValueError` for values that no call accepts.
     """
 
     lengths: tuple[int, ...]
@@ -190,7 +192,7 @@ class Step:
         return dataclasses.replace(self, whole=(), whole_tokens=0)
 
     def whole_of(self, rank: int) -> "Step | None":
-        """Return the step of the whole documents of `rank`, for which nothing moves; None if there are no rows."""
+        """Return the step of the whole documents of `rank`, which move no K/V; None if there are no such rows."""
         if not self.whole_tokens:
             return None
         own = self.whole[check_rank(rank, self.world_size, False)]
@@ -203,7 +205,7 @@ class Step:
 
     @property
     def window(self) -> int:
-        """KV heads that one all-gather brings, or all of them where nothing is gathered."""
+        """KV heads that one all-gather brings; all KV heads for other methods, and on a single rank."""
         if self.method != Method.ALLGATHER or self.world_size == 1:
             return self.kv_heads
         return choose_heads_k_stride(self.heads_k_stride, self)
@@ -214,7 +216,7 @@ class Step:
 
     @property
     def halo(self) -> int:
-        """Rows before a chunk that its rows see, if halos alone move, otherwise 0."""
+        """Rows of a halo with method "halo" on several ranks, otherwise 0."""
         return self._reach if self.method == Method.HALO and self.world_size > 1 else 0
 
     @property
@@ -231,9 +233,10 @@ class Step:
 
     @property
     def parts(self) -> int:
-        """Pieces of one pass: steps of the ring, or windows of heads; K/V of the next piece move meanwhile.
+        """Number of pieces of one pass; while one piece is computed, the K/V of the next piece move.
 
-        With halos the pieces are the rows that need none, and the rows that do.
+        The pieces are ring steps, or windows of heads. With halos they are two: the rows that need no halo, and the
+        rows that need one.
         """
         if self.halo:
             return 2
@@ -244,7 +247,7 @@ class Step:
         return (rank > 0) + (rank < self.world_size - 1)
 
     def halo_scores(self, rank: int) -> int:
-        """Return the scores of one query head in the rows of `rank` that need a halo."""
+        """Return the number of scores of one query head in the rows of `rank` that need a halo."""
         mask = Mask(True, check_window_size(self.window_size), self.attention_chunk)
         chunks = [rank] * (rank > 0) + [2 * self.world_size - 1 - rank] * (rank < self.world_size - 1)
         scores = 0
@@ -254,7 +257,7 @@ class Step:
         return scores
 
     def scores(self, rank: int) -> int:
-        """Return the scores of one query head that the mask leaves to `rank`."""
+        """Return the number of unmasked scores of one query head in all rows of `rank`."""
         mask = {"window_size": self.window_size, "attention_chunk": self.attention_chunk}
         whole = self.whole_of(rank)
         split = unmasked_scores(
@@ -263,7 +266,7 @@ class Step:
         return split if whole is None else split + whole.scores(0)
 
     def arrays(self) -> "Arrays":
-        """Return the sizes of the arrays of all local rows."""
+        """Return the bytes of the arrays of all local rows."""
         size, sum_size = DTYPE_BYTES[self.dtype], DTYPE_BYTES[self.grad_reduce_dtype]
         q, kv = self.tokens * self.heads * self.head_dim, 2 * self.tokens * self.kv_heads * self.head_dim
         rows, slot = self.tokens * self.heads, 2 * self.halo_rows * self.kv_heads * self.head_dim
@@ -277,22 +280,23 @@ class Arrays:
 
     q: int  # also out, dout, dq
     kv: int  # K and V of the local tokens, all heads
-    rows: int  # one float32 a query row and head: lse, and what the backward pass keeps of a row
+    rows: int  # one float32 for each token and query head: lse, delta
     q_sum: int  # out or dq in float32
-    kv_sum: int  # dK and dV as ranks add them up: in float32, unless asked otherwise
-    slot: int = 0  # K and V of the rows of a message, if halos alone move
-    slot_sum: int = 0  # their dK and dV
+    kv_sum: int  # dK and dV in `grad_reduce_dtype`, in which ranks add them up
+    slot: int = 0  # K and V of the rows of one message, with method "halo"
+    slot_sum: int = 0  # dK and dV of the rows of one message, in `grad_reduce_dtype`
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The cost of one direction for one rank; costs of parts of a batch add up."""
+    """The cost of one direction, forward or backward, for one rank; the costs of parts of a batch add up."""
 
     flops: int
-    hbm_bytes: int  # the arrays of each launch, read or written once, and what arrives: caches cannot do with less
-    moved_bytes: int  # received from other ranks; as many are sent
-    launches: int  # of attention kernels; the tables of a batch are built once for all layers
-    transfers: int  # collectives, or hops of the ring; K and V (or dK and dV) move together
+    # Bytes of the arrays of each launch, read or written once, and bytes received: the least that any cache achieves.
+    hbm_bytes: int
+    moved_bytes: int  # bytes received from other ranks; as many are sent
+    launches: int  # launches of attention kernels; the tables of a batch are built once for all layers
+    transfers: int  # collectives, or hops of the ring; K and V, or dK and dV, move in one transfer
 
     def __add__(self, other: "Pass") -> "Pass":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -310,11 +314,11 @@ def forward(step: Step, rank: int = 0) -> Pass:
     x, ranks = step.arrays(), step.world_size
     moved = (ranks - 1) * x.kv
     if step.ring:
-        # All steps but the first read what they add to; the sum is cast in the end.
+        # All ring steps but the first read the float32 results that they add to. The last sum is cast to the result.
         hbm = ranks * (x.q + x.kv) + (2 * ranks - 1) * (x.q_sum + x.rows) + (x.q_sum + x.q)
         transfers = ranks - 1
     elif step.halo:
-        # Four slots are copied, and the attention of rows that need a halo reads four.
+        # Four slots are read and written by the copy, and the attention of rows that need a halo reads four.
         hbm, moved, transfers = 2 * x.q + x.kv + x.rows + 12 * x.slot, step.neighbours(rank) * x.slot, 1
     else:
         hbm = x.q + ranks * x.kv + (x.q + x.rows)
@@ -326,7 +330,7 @@ def forward(step: Step, rank: int = 0) -> Pass:
 def backward(step: Step, rank: int = 0) -> Pass:
     """Return the cost of the backward pass of `rank`.
 
-    Each part has dK/dV and dQ; delta is computed once on the ring, and otherwise for each window.
+    Each piece launches dK/dV and dQ. Delta is computed once with a ring or halos, and otherwise once for each window.
     """
     whole = step.whole_of(rank)
     if whole is not None:
@@ -336,11 +340,12 @@ def backward(step: Step, rank: int = 0) -> Pass:
     if step.ring:
         sums = (2 * ranks - 1) * (x.q_sum + x.kv_sum) + (x.q_sum + x.q + x.kv_sum + x.kv)
         hbm = delta + 2 * ranks * (reads + x.kv) + sums
-        moved = (ranks - 1) * x.kv + ranks * x.kv_sum  # the sums go all the way round, home
+        moved = (ranks - 1) * x.kv + ranks * x.kv_sum  # dK/dV make one more hop, back to the rank that owns them
         transfers = 2 * ranks - 1
     elif step.halo:
         moved, transfers = step.neighbours(rank) * (x.slot + x.slot_sum), 2
-        # dK/dV of own rows are written, read for the cast, and in two slots for each of two sums read and written.
+        # dK/dV of own rows are written once, and read once by the final cast. The kernel for rows with a halo writes
+        # four slots. Two additions, of two slots each, read the slots, and read and write the rows that they belong to.
         sums = 2 * x.kv_sum + x.kv + 4 * x.slot_sum + 2 * 6 * x.slot_sum
         hbm = delta + 2 * (reads + x.kv) + x.q + 16 * x.slot + sums
     else:
@@ -354,10 +359,11 @@ def backward(step: Step, rank: int = 0) -> Pass:
 
 
 def extra_memory(step: Step) -> dict[str, int]:
-    """Return the bytes by use at the peak, in the backward pass, beyond inputs, out, lse and gradients.
+    """Return {use: bytes} of the extra memory at its peak, which is in the backward pass.
 
-    Between ranks these are the bytes that JAX needs. In PyTorch rows that are sent and received are part of the buffers
-    of all ranks, and there are delta and lse of two windows.
+    Extra memory is all memory besides inputs, out, lse and gradients. Between ranks the numbers describe JAX. PyTorch
+    differs in two ways: it sends and receives rows from within the buffers of all ranks, and holds delta and
+    lse of two windows.
     """
     whole = step.whole_of(0)
     if whole is not None:

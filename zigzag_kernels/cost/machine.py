@@ -1,4 +1,4 @@
-"""The speeds that predictions rest on, and how long transfers take at them."""
+"""The speeds of a machine, and the time that transfers take at these speeds."""
 
 import math
 from dataclasses import dataclass
@@ -8,25 +8,26 @@ from ..checks import check_int, python_value
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Speeds, in SI units a GPU and direction; the defaults are an H100 cluster with nodes of eight.
+    """The speeds of one GPU, in FLOP/s, bytes/s and seconds; the defaults are for H100s in nodes of eight.
 
-    Measured on an H100 at head_dim 128 (README, docs/log/kernels.md): `forward_rate`, `backward_rate`, `dkdv_share`;
-    `hbm` is a device copy. All else is assumed: of nominally 450 GB/s NVLink and 50 GB/s InfiniBand NDR, what
-    collectives may be expected to reach; latencies by which NCCL (src/graph/tuning.cc) predicts its own rings. Raises
-    `ValueError` unless speeds are positive, latencies not negative, and `dkdv_share` is a share.
+    `forward_rate`, `backward_rate` and `dkdv_share` were measured on an H100 at head_dim 128 (README,
+    docs/log/kernels.md), and `hbm` with a copy on the device. The other values are assumptions. `nvlink` and `network`
+    are the share that collectives are expected to reach of 450 GB/s NVLink and 50 GB/s InfiniBand NDR. The latencies
+    are the ones with which NCCL predicts the time of its own rings (src/graph/tuning.cc). Raises `ValueError` for a
+    speed that is not positive, a negative latency, or a `dkdv_share` that is not from 0 to 1.
     """
 
     forward_rate: float = 513e12
     backward_rate: float = 385e12
-    dkdv_share: float = 0.6  # of the backward time: 4 products at 525 TFLOP/s, 3 of dQ at 597
+    dkdv_share: float = 0.6  # share of the backward time: 4 products at 525 TFLOP/s, and 3 products of dQ at 597
     hbm: float = 3.0e12
-    memory: float = 80e9
-    node: int = 8  # ranks of the group that NVLink joins
-    nvlink: float = 330e9
-    network: float = 45e9
+    memory: float = 80e9  # bytes
+    node: int = 8  # number of GPUs that NVLink connects
+    nvlink: float = 330e9  # in one direction
+    network: float = 45e9  # in one direction
     call_latency: float = 8.4e-6
-    nvlink_latency: float = 3.4e-6  # a hop
-    network_latency: float = 14e-6
+    nvlink_latency: float = 3.4e-6  # for each hop
+    network_latency: float = 14e-6  # for each hop
 
     def __post_init__(self):
         check_int("node", self.node, 1)
@@ -45,10 +46,10 @@ class Machine:
         return -(-world_size // self.node)
 
     def collective(self, world_size: int, share: float) -> float:
-        """Return the seconds in which every rank gets `share` bytes of every other: an all-gather or reduce-scatter.
+        """Return the seconds of an all-gather or reduce-scatter: every rank gets `share` bytes from every other rank.
 
-        Everything passes the NVLink of each GPU; what comes from other nodes is spread over the adapters of all GPUs of
-        the node and passes each adapter once. Both go on at the same time, in rings through all ranks.
+        The model is rings through all ranks. All bytes pass the NVLink of each GPU. The bytes from other nodes also
+        pass the network adapters of the node, spread evenly over all of them, and at the same time.
         """
         nodes = self._nodes(world_size)
         if world_size == 1:
@@ -58,9 +59,9 @@ class Machine:
         return self.call_latency + hops + wire
 
     def neighbours(self, world_size: int, size: float) -> float:
-        """Return the seconds in which every rank sends `size` bytes to the rank before it and to the next one.
+        """Return the seconds in which every rank sends `size` bytes to the previous rank and to the next rank.
 
-        At the border of two nodes one of both passes an adapter.
+        At the border of two nodes, one of the two messages passes a network adapter.
         """
         if world_size == 1:
             return 0.0
@@ -71,9 +72,9 @@ class Machine:
         return self.call_latency + self.network_latency + wire
 
     def hop(self, world_size: int, size: float) -> float:
-        """Return the seconds in which every rank passes `size` bytes on.
+        """Return the seconds in which every rank passes `size` bytes to the next rank of a ring.
 
-        The ring waits for its slowest link, one adapter.
+        The ring waits for its slowest link: between nodes, that is one network adapter.
         """
         if world_size == 1:
             return 0.0

@@ -1,4 +1,4 @@
-"""The time that a step takes at given speeds, if nothing but compute and links takes time."""
+"""Predictions of the time that a step takes on a machine, if only kernels and transfers take time."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from .machine import Machine
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one layer; `ideal` are seconds of one GPU that does a share of 1 / W alone.
+    """The predicted seconds of one layer; `ideal` times are for a rank's share of the work without any transfers.
 
-    Efficiencies are 1 if a step has no rows, and so takes no time.
+    Efficiencies are 1 if a step has no rows, and therefore takes no time.
     """
 
     forward: float
@@ -29,10 +29,10 @@ class Prediction:
 
 
 def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
-    """Return how long `step` takes on `rank` if nothing but compute and links takes time.
+    """Return how long `step` takes on `rank` if only kernels and transfers take time.
 
-    That leaves out the host, and the multiprocessors that communication takes from the attention while both run: a
-    prediction is a bound. Every part of an attention is taken to run at the rate of the whole.
+    A prediction is a lower bound: it leaves out the host, and the multiprocessors that communication takes away from
+    the attention while both run. It assumes that every part of an attention runs at the rate of the whole.
     """
     x, ranks, parts = step.split.arrays(), step.world_size, step.parts
     compute, gradients = (seconds / parts for seconds in _compute(step.split, machine, rank))
@@ -40,12 +40,12 @@ def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
     ideal_forward = forward(step, rank).flops / machine.forward_rate
     ideal_backward = backward(step, rank).flops / machine.backward_rate
     whole = step.whole_of(rank)
-    # Whole documents are attended to while the first transfer of the split ones is under way.
+    # The kernels for whole documents run during the first transfer for the split documents.
     beside, beside_back = (0.0, 0.0) if whole is None else _compute(whole, machine, 0)
     if not step.rows:
         return Prediction(beside, beside_back, ideal_forward, ideal_backward)
     if step.halo:
-        # Rows that need a halo wait for it, and dK/dV travel home beside dQ.
+        # Rows that need a halo wait for the halo; dK/dV of halos travel back while dQ is computed.
         near = step.halo_scores(rank) / max(step.split.scores(rank), 1)
         arriving, leaving = machine.neighbours(ranks, x.slot), machine.neighbours(ranks, x.slot_sum)
         both, keys, queries = 2 * compute, 2 * keys, 2 * queries
@@ -53,7 +53,7 @@ def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
         back = max(beside_back + (1 - near) * keys, arriving) + near * keys + max(queries, leaving)
         return Prediction(ahead, back, ideal_forward, ideal_backward)
     if step.ring:
-        # The first step has the keys of this rank; the keys of the next rank arrive beside it.
+        # The first ring step has the keys of this rank; the keys for the second step arrive meanwhile.
         arriving, leaving = machine.hop(ranks, x.kv), machine.hop(ranks, x.kv_sum)
         first, first_back = _hidden(beside, compute, arriving), _hidden(beside_back, keys, arriving)
     else:
@@ -65,9 +65,9 @@ def predict(step: Step, machine: Machine, rank: int = 0) -> Prediction:
 
 
 def predict_slowest(step: Step, machine: Machine) -> Prediction:
-    """Return the prediction of `step` for ranks that wait for the slowest of them, forward and backward.
+    """Return the prediction of `step` when all ranks wait for the slowest rank, forward and backward.
 
-    `ideal` is the mean over all ranks: work that one rank has more than the others costs efficiency too.
+    The ideal times are means over all ranks, so unequal work lowers the efficiency.
     """
     ranks = [predict(step, machine, rank) for rank in range(step.world_size)]
     return Prediction(
@@ -79,22 +79,23 @@ def predict_slowest(step: Step, machine: Machine) -> Prediction:
 
 
 def _compute(step: Step, machine: Machine, rank: int) -> tuple[float, float]:
-    """Return the seconds that the attention of a rank computes, forward and backward, by its slower resource."""
+    """Return the seconds of a rank's kernels, (forward, backward), limited by arithmetic or by memory."""
     passes = (forward(step, rank), machine.forward_rate), (backward(step, rank), machine.backward_rate)
     ahead, back = (max(cost.flops / rate, cost.hbm_bytes / machine.hbm) for cost, rate in passes)
     return ahead, back
 
 
 def _hidden(beside: float, compute: float, arriving: float) -> float:
-    """Return by how much `beside` makes a first part longer, in which `arriving` hides behind it and `compute`."""
+    """Return how many seconds `beside` adds to a first part of `compute` seconds, during a transfer of `arriving`."""
     return max(beside + compute, arriving) - max(compute, arriving)
 
 
 def overlap(parts: int, before: float, after: float, arriving: float, leaving: float) -> float:
-    """Return the seconds of `parts` equal parts in turn, each `before` and then `after` seconds of compute.
+    """Return the seconds of `parts` equal parts in turn, each with `before` and then `after` seconds of compute.
 
-    One link carries what the next part needs (`arriving`) from the start of a part on, and then what `before` has made
-    (`leaving`); the next part begins when all of it is there.
+    One link carries two transfers during each part: from its start, the K/V that the next part needs (`arriving`
+    seconds), and then the gradients that `before` computed (`leaving` seconds). The next part begins when both are
+    finished.
     """
     last = before + max(after, leaving)
     return (parts - 1) * max(before + after, max(before, arriving) + leaving) + last

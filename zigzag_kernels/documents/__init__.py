@@ -1,4 +1,4 @@
-"""Plans of batches of documents: which rank holds which rows, made on the host from the lengths alone."""
+"""Plans of batches of documents: which rank holds which rows, computed on the host from the lengths alone."""
 
 from .dealing import deal_documents
 from .packed import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents

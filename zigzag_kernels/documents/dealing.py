@@ -1,4 +1,4 @@
-"""`deal_documents`: the places of the documents of a training step, in shapes that as few sizes as possible have."""
+"""`deal_documents`: distributes the documents of a training step over ranks, in as few different shapes as possible."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .plan import DocumentPlan
 from .planner import plan_documents
 
 SHARES = 8
-"""Sizes, besides none, that the part of split documents may have where a caller leaves them open: eighths of T."""
+"""The part of split documents has a multiple of T / 8 rows if the caller leaves its size open."""
 
 
 def deal_documents(
@@ -27,17 +27,19 @@ def deal_documents(
     split_tokens: int | None = None,
     **mask,
 ) -> PackedBatch | DocumentPlan:
-    """Return the plan of documents of these `lengths`, or in the row layout their places in one packed row.
+    """Return the plan of documents of these `lengths`; in the row layout, their places in one packed row.
 
     Args:
         lengths, world_size, tokens, split_above, mask: as in `plan_documents`.
-        max_documents: the most documents of a batch; None is as many as this batch has.
-        max_whole: entries for whole documents of a rank. None is twice its share of `max_documents`, or if that is None
-            as many as this batch needs. Kernels take the rows for each entry as the mean length.
-        max_split: entries for split documents. None is `max_documents`.
-        layout: "document" or "row", which takes neither `max_whole`, `max_split`, `split_above` nor `split_tokens`.
-        split_tokens: as in `plan_documents`. None is as few as this batch needs if `tokens` is None; otherwise the
-            fewest eighths of `tokens` with which a plan is found, so that few shapes serve all steps. With
+        max_documents: the most documents that a batch may have. None: the number of documents of this batch.
+        max_whole: the most whole documents that a rank may have. None: twice a rank's share of `max_documents`, or as
+            many as this batch needs if that is None too. Do not choose a much larger number: kernels choose their tiles
+            by the mean length, rows divided by this number.
+        max_split: the most split documents. None: `max_documents`.
+        layout: "document" or "row". The row layout accepts none of `max_whole`, `max_split`, `split_above` and
+            `split_tokens`.
+        split_tokens: as in `plan_documents`. None: as few rows as this batch needs if `tokens` is None. Otherwise the
+            fewest eighths of `tokens` for which a plan exists, so that batches have few different shapes. With
             `split_above=0` it is all of `tokens`.
 
     Raises `ValueError` for documents that do not fit.
@@ -69,12 +71,12 @@ def deal_documents(
             try:
                 return plan(tokens, rows)
             except ValueError:
-                pass  # too few rows are left for whole documents
+                pass  # with so many rows for split documents, whole documents do not fit: try one eighth more
     return exact
 
 
 def _plan(lengths, world_size: int, options: dict, tokens: int | None, split_tokens: int | None) -> DocumentPlan:
-    """Return `plan_documents` of these arguments, with its errors in the words of `deal_documents`."""
+    """Return `plan_documents` of these arguments; its errors name the arguments of `deal_documents`."""
     try:
         return plan_documents(lengths, world_size, tokens=tokens, split_tokens=split_tokens, **options)
     except ValueError as error:

@@ -15,11 +15,11 @@ from .places import Piece, Places, chunks_of, filled, split_pieces
 
 @dataclass(frozen=True)
 class PackedBatch(Places):
-    """The places of the tokens of a batch in one layout, with padding behind the last document.
+    """The places of the tokens of a batch in one of the two layouts, with padding behind the last document.
 
     Attributes:
-        max_documents: entries of `real_lengths`.
-        layout: what is cut into `2 * W` chunks: every document, or all documents as one row.
+        max_documents: number of entries of `real_lengths`.
+        layout: the unit that is cut into `2 * W` chunks: every document, or all documents as one packed row.
     """
 
     max_documents: int
@@ -27,7 +27,7 @@ class PackedBatch(Places):
 
     @property
     def row_length(self) -> int | None:
-        """Tokens of the packed row over all ranks, which `prepare_batch` takes; None in the document layout."""
+        """Tokens of the packed row over all ranks, to be passed to `prepare_batch`; None in the document layout."""
         return self.world_size * self.tokens if self.layout is Layout.ROW else None
 
     @property
@@ -37,7 +37,7 @@ class PackedBatch(Places):
 
     @property
     def cu_seqlens(self) -> list[int]:
-        """Offsets of the documents over all ranks, with the padding of each in the document layout."""
+        """Offsets of the documents over all ranks; in the document layout every document has its own padding."""
         if self.layout is Layout.ROW:
             return [*accumulate(self.real_lengths, initial=0)]
         return [*accumulate((padded_length(length, self.world_size) for length in self.real_lengths), initial=0)]
@@ -74,8 +74,8 @@ def pack_documents(
 ) -> PackedBatch:
     """Return the places of documents of these `lengths` in `tokens` rows of each rank.
 
-    None for `tokens` or `max_documents` is as few as the batch needs. Raises `ValueError` for a batch that does not
-    fit, with the number of tokens that are too many.
+    None for `tokens` or `max_documents` means as few as the batch needs. Raises `ValueError` for a batch that does not
+    fit; the error says how many tokens are too many.
     """
     world_size, layout = check_world_size(world_size), check_layout(layout)
     lengths = check_document_lengths("documents", lengths)
@@ -100,7 +100,7 @@ def pack_documents(
 
 
 def check_entries(max_documents: int, documents: int) -> int:
-    """Return `max_documents`; `ValueError` if it is no number of entries, or less than the `documents` of a batch."""
+    """Return `max_documents` as an int; `ValueError` if it is less than the number of `documents` of the batch."""
     entries = check_int("max_documents", max_documents, 0, MAX_ROWS, f"an int from 0 to {MAX_ROWS}")
     if documents > entries:
         raise ValueError(f"max_documents: expected at least the {documents} documents of the batch, got {entries}")
@@ -117,7 +117,11 @@ def check_labels(lengths: Sequence[int], label_lengths: Sequence[int]) -> None:
 
 
 def check_not_shifted(own_place: bool, next_token: bool) -> None:
-    """Raise `ValueError` if all labels are the next token of the document, and not all are the token itself."""
+    """Raise `ValueError` for labels that the caller has already shifted to the next token.
+
+    `own_place` says that every label equals the token in its own place, `next_token` that every label equals the next
+    token of the document.
+    """
     if next_token and not own_place:
         raise ValueError(
             "labels: expected the label of every token in its own place, as in input_ids, got the next token in each "
@@ -126,7 +130,7 @@ def check_not_shifted(own_place: bool, next_token: bool) -> None:
 
 
 def fingerprint(lengths: Sequence[int], arrays: Iterable[bytes]) -> int:
-    """Return 64 bits, as a signed int, that other documents or other values of `arrays` would change."""
+    """Return a 64-bit hash, as a signed int, of the `lengths` of documents and the bytes of `arrays`."""
     digest = hashlib.blake2b(repr([*lengths]).encode(), digest_size=8)
     for values in arrays:
         digest.update(len(values).to_bytes(8, "little"))

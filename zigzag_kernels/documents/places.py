@@ -1,4 +1,4 @@
-"""`Places`: which token of a batch each row of each rank holds, whichever way the documents were dealt out."""
+"""`Places`: the interface that says which token of a batch each row of each rank holds."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +11,12 @@ from ..layout import chunk_length, padded_length
 
 
 class Piece(NamedTuple):
-    """A run of tokens of one document that lie one after another in the rows of a rank."""
+    """A run of consecutive tokens of one document in consecutive rows of a rank."""
 
     row: int  # first local row
-    document: int
-    position: int  # in the document, of the first token
-    tokens: int
+    document: int  # number of the document in the batch
+    position: int  # position of the first token in the document
+    tokens: int  # number of tokens
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Places(ABC):
 
     @abstractmethod
     def pieces(self, rank: int) -> Iterator[Piece]:
-        """Yield the runs of real tokens of `rank`, in the order of its rows."""
+        """Yield the pieces of documents that `rank` holds, in the order of its rows."""
 
     def rows(self, rank: int) -> list[int]:
-        """Return which token of the concatenated batch each row of `rank` is; -1 is padding."""
+        """Return the number of the token in the concatenated batch that each row of `rank` holds; -1 for padding."""
         starts, result = self._starts, [-1] * self.tokens
         for row, document, position, tokens in self.pieces(rank):
             first = starts[document] + position
@@ -46,9 +46,9 @@ class Places(ABC):
         return result
 
     def label_rows(self, rank: int) -> list[int]:
-        """Return which token of the concatenated batch each row of `rank` has to predict.
+        """Return the number of the token in the concatenated batch that each row of `rank` has to predict.
 
-        That is the next token of the same document; the last token of a document and padding have -1.
+        A row predicts the next token of its document. The last token of a document, and padding, have -1.
         """
         starts, result = self._starts, [-1] * self.tokens
         for row, document, position, tokens in self.pieces(rank):
@@ -59,7 +59,7 @@ class Places(ABC):
         return result
 
     def positions(self, rank: int) -> list[int]:
-        """Return the position in its document of each row of `rank`; padding has 0."""
+        """Return the position of each row of `rank` in its document; 0 for padding."""
         result = [0] * self.tokens
         for row, _document, position, tokens in self.pieces(rank):
             result[row : row + tokens] = range(position, position + tokens)
@@ -68,7 +68,7 @@ class Places(ABC):
     @property
     @abstractmethod
     def key(self) -> bytes:
-        """Bytes that another plan for the same documents does not have."""
+        """Bytes that differ between different plans for the same documents."""
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -78,7 +78,7 @@ class Places(ABC):
 def split_pieces(
     lengths: Sequence[int], documents: Iterable[int], row: int, rank: int, world_size: int
 ) -> Iterator[Piece]:
-    """Yield the pieces of `rank` of `documents` that are split over all ranks, in rows from `row` on."""
+    """Yield the pieces that `rank` holds of the split `documents`, in local rows from `row` on."""
     for document in documents:
         length = lengths[document]
         chunk = chunk_length(padded_length(length, world_size), world_size)
@@ -95,5 +95,5 @@ def chunks_of(rank: int, world_size: int) -> tuple[int, ...]:
 
 
 def filled(lengths: list[int], entries: int) -> list[int]:
-    """Return `lengths` with zeros behind them up to so many `entries`."""
+    """Return `lengths` followed by zeros, `entries` numbers in all."""
     return lengths + [0] * (entries - len(lengths))

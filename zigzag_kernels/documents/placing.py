@@ -1,22 +1,23 @@
-"""Placing whole documents on ranks so that their rows fit and no rank has too much work.
+"""The placement of whole documents on ranks, so that their rows fit and no rank has too much work.
 
-Documents are dealt out longest first to the rank with the smallest load (Graham, 1969). Load is the larger of rows and
-work, each as a share of its limit, or the sum of both shares: now one is better, now the other. Exchanges of documents
-between the worst rank and the ranks with the smallest loads then reduce the excess.
+Each document, longest first, goes to the rank with the smallest load (Graham, 1969). The rows and the work of a rank
+are each expressed as a share of its limit. Its load is the larger of the two shares, or their sum: neither definition
+is always better, so callers try both. Then the worst rank exchanges documents with the ranks that have the smallest
+loads.
 """
 
 import heapq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-TRIED_RANKS = 16  # with the smallest loads, before a document goes where it does not fit
+TRIED_RANKS = 16  # ranks without enough rows that are passed over before a document is placed where it does not fit
 PARTNERS = 32  # ranks that the worst rank may exchange documents with
-EXCHANGES = 300
-PLACING = 6  # steps of effort for each document that is dealt out
+EXCHANGES = 300  # most exchanges of one placement
+PLACING = 6  # steps of effort that placing one document costs
 
 
 class Document(NamedTuple):
-    """A document of the planner: its number in the batch, its tokens, and its visible scores."""
+    """A document of the planner: its number in the batch, its tokens, and its work in unmasked scores."""
 
     number: int
     tokens: int
@@ -24,9 +25,9 @@ class Document(NamedTuple):
 
 
 class Effort:
-    """The number of steps, of less than a microsecond each, that a search may still take.
+    """The number of steps that a search may still take; a step takes less than a microsecond.
 
-    A count, unlike a clock, ends the search at the same point on all ranks.
+    Unlike a time limit, a number of steps ends the search at the same point on all ranks.
     """
 
     def __init__(self, steps: int):
@@ -40,18 +41,18 @@ class Effort:
 
 @dataclass(frozen=True)
 class Limits:
-    """The rows, work and documents that one rank may have for whole documents."""
+    """The most rows, work and documents that one rank may have for whole documents."""
 
     rows: int
     work: float
     documents: int
 
     def excess(self, rows: int, work: int) -> float:
-        """Return the larger of rows and work as a share of its limit: at most 1 where both are kept."""
+        """Return the larger of the shares of rows and work; it is at most 1 if both limits are kept."""
         return max(rows / self.rows if self.rows else float(rows), work / self.work)
 
     def total(self, rows: int, work: int) -> float:
-        """Return the sum of rows and work as shares of their limits."""
+        """Return the sum of the shares of rows and work."""
         return (rows / self.rows if self.rows else float(rows)) + work / self.work
 
 
@@ -66,16 +67,17 @@ class Placement:
         by_sum: bool = False,
         gives_up: bool = False,
     ):
-        """Deal out `documents`, longest first; a document for which no tried rank has rows exceeds the limits.
+        """Place `documents`, longest first; a document that no tried rank has rows for is placed beyond the limits.
 
-        `work` is what ranks have beforehand, below 0 where others have more. Loads are sums of shares if `by_sum`, and
-        otherwise the larger share. One that `gives_up` ends with the first document beyond the limits.
+        `work` is the work that each rank has beforehand, relative to the limit; it may be negative. The load of a rank
+        is the sum of its shares if `by_sum`, otherwise the larger share. With `gives_up`, placing ends with the first
+        document that exceeds the limits.
         """
         load = limits.total if by_sum else limits.excess
         self.limits = limits
         self.documents: list[list[Document]] = [[] for _ in work]
         self.rows, self.work = [0] * len(work), list(work)
-        self.unplaced = 0  # tokens of documents that no rank has an entry for, or of one that was given up
+        self.unplaced = 0  # tokens of documents that no rank has an entry for, or of the document that was given up
         heap = [(load(0, scores), rank) for rank, scores in enumerate(work)] if limits.documents else []
         heapq.heapify(heap)
         for document in documents:
@@ -83,10 +85,10 @@ class Placement:
                 self.unplaced += document.tokens
                 continue
             passed = []
-            # Ranks with a small load may yet have too few rows, where they have little work: they are passed over.
+            # A rank with little work has a small load even if its rows are nearly full; such ranks are passed over.
             while heap and len(passed) < TRIED_RANKS and self.rows[heap[0][1]] + document.tokens > limits.rows:
                 passed.append(heapq.heappop(heap))
-            # If no rank that was tried has rows, the document goes to the one with the smallest load, and exceeds its
+            # If no tried rank has enough rows, the document goes to the rank with the smallest load and exceeds its
             # limit.
             chosen = heapq.heappop(heap) if heap and len(passed) < TRIED_RANKS else passed.pop(0)
             for entry in passed:
@@ -109,11 +111,11 @@ class Placement:
 
     @property
     def tokens_too_many(self) -> int:
-        """Tokens that have no row within the limits."""
+        """Number of tokens for which there is no row within the limits."""
         return self.unplaced + sum(max(rows - self.limits.rows, 0) for rows in self.rows)
 
     def improve(self, effort: Effort) -> None:
-        """Exchange documents until the limits are kept, no exchange makes the worst rank better, or effort ends."""
+        """Exchange documents until the limits are kept, no exchange helps the worst rank, or the effort is used up."""
         if self.unplaced or not self.limits.rows:
             return
         excess = [*map(self.limits.excess, self.rows, self.work)]
@@ -124,10 +126,13 @@ class Placement:
                 return
 
     def _exchange(self, worst: int, excess: list[float], effort: Effort) -> bool:
-        """Give one document of `worst` away for none, one or two of another rank; return whether any exchange helps."""
+        """Make the best exchange of one document of `worst` for none, one or two of another rank.
+
+        Return whether any exchange helps.
+        """
         limits, best, chosen = self.limits, excess[worst], None
         rows, work = self.rows, self.work
-        # Partners are the ranks with the smallest sums: an exchange should ease rows or work, whichever is in excess.
+        # Partners are the ranks with the smallest sums of shares, which have both rows and work to spare.
         load = [*map(limits.total, rows, work)]
         effort.spend(2 * len(rows))
         for rank in heapq.nsmallest(PARTNERS, range(len(rows)), key=load.__getitem__):
@@ -143,7 +148,7 @@ class Placement:
                     grown = rank if not returned else worst
                     if len(returned) != 1 and len(self.documents[grown]) >= limits.documents:
                         continue
-                    # Both ranks count: the excess must not just move to the other one.
+                    # The excess of both ranks counts, so that it does not just move from one to the other.
                     after = max(
                         limits.excess(rows[worst] - more, work[worst] - heavier),
                         limits.excess(rows[rank] + more, work[rank] + heavier),
@@ -176,7 +181,7 @@ def _up_to_two(documents: list[Document]) -> list[tuple[tuple[Document, ...], in
     """Return (documents, tokens, work) of no document, of each one, and of each pair of the first 16."""
     result: list[tuple[tuple[Document, ...], int, int]] = [((), 0, 0)]
     result += [((x,), x.tokens, x.work) for x in documents]
-    # All pairs of many documents would be too many; the first ones are mostly the longest.
+    # There are too many pairs of many documents; the first documents are mostly the longest.
     few = documents[:16]
     for i, x in enumerate(few):
         result += [((x, y), x.tokens + y.tokens, x.work + y.work) for y in few[i + 1 :]]

@@ -1,4 +1,4 @@
-"""`DocumentPlan`: the place of every token of a batch whose long documents are split and whose others stay whole."""
+"""`DocumentPlan`: the place of every token of a batch whose long documents are split, while all others stay whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .places import Piece, Places, filled, split_pieces
 
 
 class Undivided(NamedTuple):
-    """The rows and transfers of a rank if every document were split, as in the document layout."""
+    """The rows and transfers that a rank would have if every document were split, as in the document layout."""
 
     tokens: int  # rows of a rank
     moved_rows: int  # rows whose K/V a rank receives, for each layer and pass
@@ -23,19 +23,20 @@ class Undivided(NamedTuple):
 class DocumentPlan(Places):
     """A plan says which tokens of a batch each rank holds, in which order, and what that costs.
 
-    `plan_documents` makes it. A rank has its whole documents, padding up to `whole_tokens` rows, its two chunks of
-    every split document, and padding up to `tokens` rows, in this order. Documents keep the order of the batch.
+    `plan_documents` makes a plan. The rows of a rank are, in this order: its whole documents, padding up to
+    `whole_tokens` rows, its two chunks of every split document, padding up to `tokens` rows. Both kinds of documents
+    keep the order of the batch.
 
     Attributes:
         lengths: tokens of each document of the batch.
         world_size: number of ranks.
         tokens: rows of each rank.
-        split_tokens: rows of each rank behind `whole_tokens`, which chunks of split documents have.
+        split_tokens: rows of each rank for chunks of split documents; they follow the `whole_tokens` rows.
         whole: for each rank, the numbers of its whole documents.
         split: numbers of the documents that are split over all ranks.
-        max_documents: entries of `whole_lengths`, the most whole documents that a rank may have.
-        max_split: entries of `split_lengths`, the most split documents.
-        mask: the mask that work is predicted for.
+        max_documents: number of entries of `whole_lengths`: the most whole documents that a rank may have.
+        max_split: number of entries of `split_lengths`: the most split documents.
+        mask: the mask for which `work` is predicted.
     """
 
     split_tokens: int
@@ -68,7 +69,7 @@ class DocumentPlan(Places):
         return filled([self.lengths[document] for document in documents], self.max_documents)
 
     def whole_cu_seqlens(self, rank: int) -> list[int]:
-        """Return the offsets of the whole documents in the rows of `rank`: `max_documents + 1` of them."""
+        """Return the `max_documents + 1` offsets of the whole documents in the rows of `rank`."""
         return [*accumulate(self.whole_lengths(rank), initial=0)]
 
     @property
@@ -78,15 +79,15 @@ class DocumentPlan(Places):
 
     @property
     def split_cu_seqlens(self) -> list[int]:
-        """Offsets of the split documents over all ranks, `max_split + 1`, each padded to a multiple of `2 * W`.
+        """The `max_split + 1` offsets of the split documents over all ranks, each padded to a multiple of `2 * W`.
 
-        They are `cu_seqlens` of the document layout, of local rows that are counted from `whole_tokens` on.
+        They are the `cu_seqlens` of a batch in the document layout, whose local rows begin at row `whole_tokens`.
         """
         return [*accumulate((padded_length(length, self.world_size) for length in self.split_lengths), initial=0)]
 
     @cached_property
     def work(self) -> tuple[int, ...]:
-        """Predicted work of each rank: the scores of one query head that the mask leaves to its rows."""
+        """Predicted work of each rank: the number of unmasked scores of one query head in its rows."""
         work = [sum(self._scores(document) for document in documents) for documents in self.whole]
         for length in (self.lengths[document] for document in self.split):
             for rank, scores in enumerate(split_work(length, self.world_size, self.mask)):
@@ -95,23 +96,23 @@ class DocumentPlan(Places):
 
     @property
     def balance(self) -> float:
-        """Predicted work of the slowest rank over the mean of all ranks; 1 if there is no work."""
+        """Predicted work of the slowest rank, divided by the mean of all ranks; 1 if there is no work."""
         total = sum(self.work)
         return max(self.work) * self.world_size / total if total else 1.0
 
     @cached_property
     def real_rows(self) -> tuple[int, ...]:
-        """Rows of each rank that are no padding."""
+        """Number of rows of each rank that are not padding."""
         return tuple(sum(piece.tokens for piece in self.pieces(rank)) for rank in range(self.world_size))
 
     @property
     def moved_rows(self) -> int:
-        """Rows whose K/V a rank receives from others, for each layer and pass: only rows of split documents."""
+        """Rows whose K/V a rank receives from other ranks, for each layer and pass; only split documents move."""
         return (self.world_size - 1) * self.split_tokens
 
     @property
     def undivided(self) -> Undivided:
-        """Rows, and rows moved, of a rank if every document were split."""
+        """The rows and transfers that a rank would have if every document were split."""
         rows = sum(padded_length(length, self.world_size) for length in self.lengths) // self.world_size
         return Undivided(rows, (self.world_size - 1) * rows)
 
@@ -127,7 +128,7 @@ class DocumentPlan(Places):
     def step(self, *, heads: int, kv_heads: int, head_dim: int, **options) -> Step:
         """Return the attention of this batch for the cost model.
 
-        `heads`, `kv_heads`, `head_dim` and `options` are arguments of `cost.Step`; the plan has the others.
+        `heads`, `kv_heads`, `head_dim` and `options` are arguments of `cost.Step`; the plan fills in the others.
         """
         offsets = self.split_cu_seqlens
         shares: dict[str, Any] = self.mask._asdict()
@@ -151,7 +152,7 @@ class DocumentPlan(Places):
 
 
 def split_work(length: int, world_size: int, mask: Mask) -> list[int]:
-    """Return the scores that each rank has of one document of `length` tokens that is split over all ranks."""
+    """Return each rank's number of unmasked scores of one split document of `length` tokens."""
     if world_size == 1:
         return [visible_scores(0, length, length, mask)]
     if mask == Mask():
@@ -166,15 +167,16 @@ def split_work(length: int, world_size: int, mask: Mask) -> list[int]:
 
 
 def split_share(length: int, world_size: int, mask: Mask) -> tuple[int, list[tuple[int, int]]]:
-    """Return the scores that a rank has of a split document, and the (rank, scores) that ranks with padding lack.
+    """Return a rank's number of scores of a split document, and the (rank, scores) that ranks with padding lack.
 
-    That is exact under a causal mask alone. Under other masks ranks that hold the beginning have fewer.
+    The numbers are exact under a plain causal mask. Under other masks, ranks that hold the beginning have fewer scores.
     """
     chunk, last = chunk_length(padded_length(length, world_size), world_size), 2 * world_size - 1
     if world_size == 1 or not chunk:
         return visible_scores(0, length, length, mask), []
     padded = (last + 1) * chunk
-    share = visible_scores((world_size - 1) * chunk, 2 * chunk, padded, mask)  # of the rank with neighbouring chunks
+    # The last rank's two chunks are neighbours; under a causal mask every rank has as many scores as the last one.
+    share = visible_scores((world_size - 1) * chunk, 2 * chunk, padded, mask)
     missing = []
     for number in range(length // chunk, last + 1):
         lost = visible_scores(number * chunk, chunk, padded, mask) - visible_scores(number * chunk, chunk, length, mask)

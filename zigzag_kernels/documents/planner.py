@@ -18,8 +18,9 @@ from .plan import DocumentPlan
 from .splitting import Batch
 
 MOVED_ROW = 1 / 8
-"""Cost of a row whose K/V move, in rows of padding, which all layers of a model compute for nothing."""
-ROOM = 1.0, 1.005, 1.01, 1.02, 1.04, 1.08, 1.16, 1.32, 1.64, 2.3  # of the mean rows, where `tokens` is for us to choose
+"""Cost of one row whose K/V move between ranks, in rows of padding, which every layer computes."""
+# Numbers of rows to try where the caller leaves `tokens` open, as multiples of the mean number of real rows of a rank.
+ROOM = 1.0, 1.005, 1.01, 1.02, 1.04, 1.08, 1.16, 1.32, 1.64, 2.3
 
 
 def plan_documents(
@@ -35,23 +36,22 @@ def plan_documents(
     max_documents: int | None = None,
     max_split: int | None = None,
 ) -> DocumentPlan:
-    """Deal documents out to ranks: most of them whole, long ones split, so that rows fit and work is equal.
+    """Distribute documents over ranks: most stay whole, and long ones are split, so that ranks have equal work.
 
     Args:
         lengths: tokens of each document of the batch, on the host.
         world_size: W, the number of ranks.
-        tokens: rows of each rank, padding included. None is as few as there must be, or a few more where fewer rows
-            then move.
-        split_above: split the documents longer than this, and no others unless they do not fit; None is as few as make
-            work equal.
-        split_tokens: rows of each rank for chunks of split documents, padding included; None is as few as they need.
-        window_size, attention_chunk, causal: the mask to predict work for, as attention takes it.
-        max_documents: whole documents that a rank has entries for; None is as many as it has.
-        max_split: split documents that there are entries for; None is as many as there are.
+        tokens: rows of each rank, with padding. None: as few as possible, or a few more if fewer K/V rows then move.
+        split_above: split the documents longer than this, and others only if the batch does not fit otherwise. None:
+            split as few tokens as make the work of all ranks about equal.
+        split_tokens: rows of each rank for chunks of split documents, with padding. None: as few as they need.
+        window_size, attention_chunk, causal: the mask for which work is predicted, as in `zigzag_attention`.
+        max_documents: the most whole documents that a rank may have. None: as many as the plan has.
+        max_split: the most split documents. None: as many as the plan has.
 
     Plans with equal `tokens`, `split_tokens`, `max_documents` and `max_split` have arrays of equal shapes, so that one
-    compiled step serves all of them. Raises `ValueError` for a batch that does not fit, with the number of tokens that
-    are too many. The same arguments give the same plan on every rank.
+    compiled step works for all of them. The same arguments give the same plan on every rank. Raises `ValueError` for a
+    batch that does not fit; the error says how many tokens are too many.
     """
     world_size = check_world_size(world_size)
     lengths = check_document_lengths("lengths", lengths)
@@ -93,7 +93,7 @@ def plan_documents(
 
 
 def _fewest_rows(batch: Batch, trials: list[int]) -> tuple[int, tuple[list[Document], Placement] | None]:
-    """Return (rows of a rank, what `Batch.search` found for them) that cost least; the last trial is the most rows."""
+    """Return (rows of a rank, result of `Batch.search`) with the lowest cost, of the ascending numbers `trials`."""
     least, chosen = float("inf"), (trials[0], None)
     for rows in trials:
         if rows >= least:

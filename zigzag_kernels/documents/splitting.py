@@ -1,4 +1,4 @@
-"""The choice of the documents that are split: as few as let all documents fit and ranks have equal work."""
+"""The choice of the documents to split: as few as possible, so that all fit and ranks have equal work."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,34 +9,34 @@ from ..layout import padded_length
 from .placing import PLACING, Document, Effort, Limits, Placement
 from .plan import split_share
 
-# Work that the slowest rank may have, relative to the mean. The first limit is tried with quick searches, the second
-# with quick and long ones, the others with long ones.
+# Limits for the work of the slowest rank, relative to the mean. Quick searches use the first two limits, long searches
+# all but the first.
 BALANCES = 1.04, 1.05, 1.1, float("inf")
-COUNTS = 24  # numbers of split documents that are tried where no plan is found at once
-SEARCHES = 8  # of these, whose placements are improved
-STEPS = 400_000  # of the effort for each kind of long search
-PADDING_WEIGHTS = 0, 5, 10, 20  # how much a token of padding counts against splitting a document, in tokens of length
+COUNTS = 24  # numbers of split documents that a long search tries
+SEARCHES = 8  # the best of these candidates, whose placements a long search improves
+STEPS = 400_000  # steps of `Effort` for the long searches of one limit
+PADDING_WEIGHTS = 0, 5, 10, 20  # tokens of length that one token of padding outweighs in the order of splitting
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Some documents to split, and the other documents, longest first, with the rows and work left for them."""
+    """A choice of documents to split, and the other documents, with the rows and the work left for them."""
 
     split: list[Document]
-    others: list[Document]
-    rows: int  # of a rank for whole documents
+    others: list[Document]  # longest first
+    rows: int  # rows of a rank for whole documents
     share: int  # work of a rank for split documents
-    missing: list[tuple[int, int]]  # (rank, work) that ranks with padding lack of it
-    work: int  # of the whole batch
+    missing: list[tuple[int, int]]  # (rank, work) by which ranks with padding have less than `share`
+    work: int  # work of the whole batch
     world_size: int
     max_documents: int | None
 
     def placement(self, balance: float, by_sum: bool = False, gives_up: bool = False) -> Placement:
-        """Return the other documents on their ranks, where the slowest may have `balance` times the mean work."""
+        """Place the other documents, where the slowest rank may have `balance` times the mean work."""
         allowed = max(balance * self.work / self.world_size - self.share, 1)
         documents = len(self.others) if self.max_documents is None else self.max_documents
-        # The share of split documents, the same on every rank, was subtracted from the limit. Ranks with padding have
-        # less of it: they begin below 0, and may take more whole documents.
+        # `allowed` is the limit without the work of split documents, which is `share` on every rank. Ranks with padding
+        # have less than `share`: they begin below 0 and may get more whole documents.
         work = [0] * self.world_size
         for rank, missing in self.missing:
             work[rank] -= missing
@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Batch:
-    """The documents of a batch, and what a plan for them must keep to."""
+    """The documents of a batch, and the limits that the caller set for a plan."""
 
     lengths: tuple[int, ...]
     world_size: int
@@ -64,15 +64,15 @@ class Batch:
 
     @property
     def enough_rows(self) -> int:
-        """Rows of a rank that suffice if all documents are split, or all of them are on one rank."""
+        """A number of rows with which a plan always exists: all documents are split, or all are on one rank."""
         return max(self.split_rows(self.documents), sum(self.lengths)) + (self.split_tokens or 0)
 
     def split_rows(self, documents: list[Document]) -> int:
-        """Return the rows of each rank that `documents` take if they are split."""
+        """Return the rows that `documents` take on each rank if they are split."""
         return sum(padded_length(document.tokens, self.world_size) for document in documents) // self.world_size
 
     def too_many(self, real: int, tokens: int | None) -> str:
-        """Return the error of a batch that does not fit into `tokens` rows of each rank."""
+        """Return the error message for a batch that does not fit into `tokens` rows of each rank."""
         named = {name: getattr(self, name) for name in ("split_tokens", "max_documents", "max_split")}
         given = ", ".join(f"{name} = {value}" for name, value in named.items() if value is not None)
         inside = f" within {given}" if given else ""
@@ -94,9 +94,9 @@ class Batch:
         )
 
     def _least_excess(self, tokens: int) -> int:
-        """Return how many tokens have no row, at least, whichever documents are split."""
+        """Return a lower bound of the tokens that have no row, whichever documents are split."""
         least, most = self._counts
-        # By number of split documents, longest first: tokens with padding of these, and tokens of the others.
+        # If the `n` longest documents are split, they take `taken[n]` tokens with padding; the others have `left[n]`.
         padded = (padded_length(document.tokens, self.world_size) for document in self.documents)
         taken = [*accumulate(padded, initial=0)]
         left = [*accumulate((-document.tokens for document in self.documents), initial=sum(self.lengths))]
@@ -108,12 +108,13 @@ class Batch:
         return min(excess)
 
     def search(self, tokens: int, hard: bool = True) -> tuple[list[Document], Placement] | None:
-        """Return (split documents, placement of the others) in `tokens` rows of each rank, or None if none was found.
+        """Return (split documents, placement of the others) in `tokens` rows of each rank, or None if none is found.
 
-        Few split documents are tried before many, and work may be unequal only in a plan that is `hard` to find.
+        The search tries few split documents before many. Only if `hard` does it continue with long searches, which
+        accept unequal work in the end.
         """
         balances = BALANCES if self.split_above is None else BALANCES[-1:]
-        # Quick searches first; long ones where these find no plan.
+        # Quick searches come first; long searches follow if quick ones find no plan.
         for balance in balances[:2]:
             found = self._fewest(tokens, balance)
             if found:
@@ -125,7 +126,7 @@ class Batch:
         return None
 
     def _improved(self, tokens: int, balance: float, effort: Effort) -> tuple[list[Document], Placement] | None:
-        """Return the first split and placement that keep all limits after exchanges of documents, or None."""
+        """Return the first split and placement that exchanges of documents bring within all limits, or None."""
         for weight in PADDING_WEIGHTS:
             for _excess, candidate, by_sum in self._closest(tokens, weight, balance, effort):
                 placement = candidate.placement(balance, by_sum)
@@ -139,20 +140,24 @@ class Batch:
     def _fewest(self, tokens: int, balance: float) -> tuple[list[Document], Placement] | None:
         """Return a split of few tokens, and a placement of the other documents that keeps all limits, or None.
 
-        The longest documents make work unequal. Of documents that are about as long as each other, and nearly fill the
-        ranks, the shortest are split instead: the rows that whole ones leave free have room for their chunks.
+        Usually the longest documents should be split, because they make the work of ranks unequal. But where documents
+        have about the same length, and nearly fill the ranks, `_fewest` splits the shortest documents: the rows that
+        the whole documents leave free may have room only for the chunks of short ones.
         """
         found = [x for order in self._orders if (x := self._fewest_of(order, tokens, balance))]
         return min(found, key=lambda x: self.split_rows(x[0]), default=None)
 
     @cached_property
     def _orders(self) -> list[list[Document]]:
-        """The documents in the orders in which they are split: longest first, and shortest first of those we choose."""
+        """Two orders in which documents are split: longest first, and shortest first.
+
+        In both, documents longer than `split_above` come first, because they must be split.
+        """
         must = self.documents[: self._counts[0]]
         return [self.documents, [*must, *self.documents[len(must) :][::-1]]]
 
     def _fewest_of(self, order: list[Document], tokens: int, balance: float) -> tuple[list[Document], Placement] | None:
-        """Return what `_fewest` does if the first documents of `order` are split."""
+        """Return the result of `_fewest` when documents are split in this `order`."""
         found: dict[int, tuple[list[Document], Placement]] = {}
 
         def succeeds(count: int) -> bool:
@@ -169,8 +174,8 @@ class Batch:
         least, most = self._counts
         if most < least:
             return None
-        # Steps that double until one count succeeds, then a bisection between it and the last that failed. A larger
-        # count may fail where a smaller one succeeds, so that the result is not always the smallest.
+        # The steps double until a count succeeds. A bisection follows between that count and the last one that failed.
+        # A larger count may fail where a smaller one succeeds, so the result is not always the smallest.
         failed, count, step = least - 1, least, 1
         while not succeeds(count) and count < most:
             failed, count, step = count, min(count + step, most), 2 * step
@@ -194,7 +199,7 @@ class Batch:
         taken = self.split_rows(split)
         room = taken if self.split_tokens is None else self.split_tokens
         rows = tokens - room
-        # Too few rows for split documents, or for the others even without any waste.
+        # There are too few rows for the split documents, or for the others even if no row is wasted.
         if taken > room or rows < 0 or rows * self.world_size < sum(document.tokens for document in others):
             return None
         shares = [self._share(document.tokens) for document in split]
@@ -215,9 +220,9 @@ class Batch:
         return sum(document.work for document in self.documents)
 
     def _closest(self, tokens: int, weight: int, balance: float, effort: Effort) -> list[tuple[float, Candidate, bool]]:
-        """Return (excess, candidate, by_sum) of the candidates that come closest to fitting, the closest first.
+        """Return (excess, candidate, by_sum) for the candidates that come closest to fitting, the closest first.
 
-        The documents that are split first are the longest, less `weight` for every token of their padding.
+        Documents are split in the order of their length minus `weight` times their padding, the largest first.
         """
         least, most = self._counts
         above = self.split_above
@@ -227,8 +232,8 @@ class Batch:
             late = above is not None and document.tokens <= above
             return late, weight * padding[document.number] - document.tokens
 
-        # A split document is padded by up to 2 * W - 1 tokens. Where rows are scarce, a shorter one that needs less may
-        # be the better choice.
+        # A split document is padded by up to 2 * W - 1 tokens. If rows are scarce, it may be better to split a shorter
+        # document that needs less padding.
         order = sorted(self.documents, key=first) if weight else self.documents
         taken = [*accumulate((padding[x.number] + x.tokens for x in order), initial=0)]
         left = [*accumulate((-x.tokens for x in order), initial=sum(x.tokens for x in order))]
@@ -237,14 +242,14 @@ class Batch:
             room = taken[count] if self.split_tokens is None else self.world_size * self.split_tokens
             if taken[count] <= room and self.world_size * tokens - room >= left[count]:
                 possible.append(count)
-        # Evenly spread over the range, both ends among them.
+        # The tried counts are evenly spread over the range, with both ends.
         if len(possible) > COUNTS:
             possible = [possible[i * (len(possible) - 1) // (COUNTS - 1)] for i in range(COUNTS)]
         tried = []
-        # From many split documents down: what is left to place is then smallest, and fits most easily.
+        # Many split documents come first: they leave the fewest whole documents to place, which fit most easily.
         for count in reversed(possible):
             candidate = self._candidate(order, count, tokens)
-            assert candidate is not None  # as many rows as tokens
+            assert candidate is not None  # every count in `possible` leaves enough rows
             for by_sum in (True, False):
                 tried.append((candidate.placement(balance, by_sum).excess, candidate, by_sum))
             if not effort.spend(2 * PLACING * len(candidate.others)):

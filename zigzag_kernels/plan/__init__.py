@@ -1,6 +1,6 @@
 """The way from a `Problem` to the launches that solve it, for every framework.
 
-Front ends call the steps in `steps`; everything else is how those find their launches.
+Front ends call the functions of `steps`; the other modules find or make the launches of a step.
 """
 
 from ..launch import Launch, Output

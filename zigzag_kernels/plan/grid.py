@@ -10,7 +10,7 @@ from ..tiles.config import TileConfig, block_d
 
 
 def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> int:
-    """Return the tiles of one KV head: an upper bound from static shapes alone, see `segments.lookup.locate`."""
+    """Return an upper bound of the tiles of one KV head, from static shapes only: see `segments.lookup.locate`."""
     segments, sequences = problem.table_entries
     if operation.owns_keys:
         return problem.kv_tokens // config.BLOCK_N + sequences
@@ -18,11 +18,13 @@ def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> i
 
 
 def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
-    """Return `config` with heads side by side where it leaves the order open and `problem` gains by that.
+    """Return `config` with a final order of tiles: head after head, or the heads side by side.
 
-    It does where the tiles of one head do not fill the GPU, and the tiles of all heads do not fill it many times. Head
-    after head, the heaviest tile of the last head would begin late and end alone. Elsewhere that costs less than
-    reading rows of all heads, which do not stay in the L2 cache. All ring steps but one have equal tiles.
+    An order that `config` already has is kept. Heads run side by side if the tiles of one head do not fill the GPU, and
+    the tiles of all heads do not fill it many times. If such heads ran one after another, the heaviest tile of the last
+    head would begin late and run alone at the end. In all other launches, head after head is faster: K/V of one head
+    stay in the L2 cache, and K/V of all heads do not. Tiles of equal weight gain nothing from running side by side: all
+    ring steps but one have such tiles.
     """
     few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
     call = problem.call
@@ -31,20 +33,21 @@ def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
 
 
 def count_heads_together(problem: Problem, config: TileConfig, tiles: int) -> int:
-    """Return how many KV heads a program takes: as many as `config` says, divide the window and leave enough programs.
+    """Return how many KV heads one program computes, one after the other.
 
-    The copy engine takes the heads for columns of one row, so they have to follow each other there.
+    It is at most `config.heads_together`, divides the window, and leaves enough programs to fill the GPU. The copy
+    engine reads several heads as columns of one row, so the heads of a token must be adjacent in memory.
     """
     strides = problem.k_strides[1], problem.v_strides[1], block_d(problem.head_dim)
     heads = math.gcd(config.heads_together, problem.window) if {*strides} == {problem.head_dim} else 1
-    # Halved, not lowered by one, so that it still divides the window.
+    # Half of a divisor of the window still divides the window; one less might not.
     while heads > 1 and tiles * problem.window < heads * MANY_PROGRAMS:
         heads //= 2
     return heads
 
 
 def make_grid(config: TileConfig, tiles: int, heads: int) -> tuple[int, int, int]:
-    """Return the programs for all `tiles` of so many heads, or groups of heads: see `segments.lookup`."""
-    # Rounded up to whole groups of tiles: programs of the last group may have no tile, and return.
+    """Return the grid of programs for `tiles` of each of `heads` heads, or groups of heads: see `tile_and_head`."""
+    # The tiles are rounded up to whole groups of tiles; programs of the last group may have no tile, and return.
     together = config.tiles_together or 1
     return -(-tiles // together) * together * heads, 1, 1

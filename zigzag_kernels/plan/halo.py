@@ -1,4 +1,4 @@
-"""The launches that copy the rows of halos, and add the gradients of these rows."""
+"""The launches that copy rows of K/V into the buffer of halos, and add their gradients to dK and dV."""
 
 from ..checks import check_target
 from ..halo import HaloSlot
@@ -78,5 +78,5 @@ def make_addition(problem: Problem, slots: tuple[int, int]) -> Planned:
 
 
 def _grid(problem: Problem) -> tuple[int, int, int]:
-    """Return tiles × KV heads, an upper bound: no chunk has more rows in a slot than the slot has."""
+    """Return (tiles, KV heads, 1), where the tiles are an upper bound for the rows of two slots."""
     return 2 * problem.call.halo_rows // BLOCK + problem.table_entries[0], problem.kv_heads, 1

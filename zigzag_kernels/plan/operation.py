@@ -1,4 +1,4 @@
-"""The launches of one operation of a problem: the family that serves it, its tiles, its arrays and its constants."""
+"""`make_operation`: chooses family and tiles for one operation of a problem, and makes its launches."""
 
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from .planner import NOTHING, Planned
 
 
 class Part(NamedTuple):
-    """The part of an attention that a call computes, and how the call leaves its results."""
+    """The part of an attention that a call computes, and the way in which it writes its results."""
 
-    first_kv_head: int = 0  # of the window of KV heads that k and v are
-    accumulate: bool = False  # fold into, or add to, what there is
-    dtype: str | None = None  # of the results; that of q if None
+    first_kv_head: int = 0  # first KV head of the window that k and v hold
+    accumulate: bool = False  # merge with, or add to, the results that are already in memory
+    dtype: str | None = None  # dtype of the results; None is the dtype of q
 
 
 WHOLE = Part()
@@ -27,9 +27,10 @@ WHOLE = Part()
 def make_operation(
     problem: Problem, operation: Operation, part: Part, dout_strides: tuple[int, int] | None = None
 ) -> Planned:
-    """Return the launches of `operation`; `dout_strides` are None for FORWARD.
+    """Return the launches of `operation`.
 
-    FUSED_BACKWARD has none where DKDV and DQ are expected to be faster.
+    `dout_strides` are the (token, head) strides of dO in elements, None for FORWARD. The result is NOTHING for a
+    FUSED_BACKWARD that is expected to be slower than DKDV and DQ.
     """
     check_target(problem.target)
     family = choose_family(problem, operation, dout_strides)
@@ -121,5 +122,5 @@ def _constexprs(
 
 
 def name_dout_strides(dout_strides: tuple[int, int]) -> dict[str, int]:
-    """Return the constants of the backward kernels that say how far apart rows and heads of dO are."""
+    """Return the (token, head) strides of dO as constants of the backward kernels."""
     return {"STRIDE_DOT": dout_strides[0], "STRIDE_DOH": dout_strides[1]}

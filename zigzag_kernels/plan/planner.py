@@ -1,4 +1,4 @@
-"""The planner, which makes the launches of each problem once and keeps them."""
+"""The planner, which makes the launches of each problem once and caches them."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..launch import Launch
 from ..tiles.config import KernelId
 
-CACHED = 1024  # batches of changing size make new problems without end
+CACHED = 1024  # plans; the cache needs a limit, because batches of changing sizes make ever new problems
 
 
 class Planned(NamedTuple):
@@ -19,13 +19,13 @@ class Planned(NamedTuple):
 
 
 NOTHING = Planned(None, ())
-"""An operation for which nothing is launched, as another does its work."""
+"""The launches of an operation whose work another operation does: none."""
 
 
 class Planner:
-    """A cache of plans, each made when its problem is first seen, under the environment of that moment.
+    """A cache of plans; environment variables are read when a problem is first seen.
 
-    `plan(make, *arguments)` returns what `make(*arguments)` returned then: a `Planned`, or a tuple of several.
+    `plan(make, *arguments)` calls `make(*arguments)` once, and returns its result: a `Planned`, or several of them.
     `cache_clear()` forgets all plans.
     """
 
@@ -34,7 +34,7 @@ class Planner:
         self.cache_clear = self.plan.cache_clear
 
     def make(self, make: Callable[..., Any], *arguments) -> Any:
-        """Return `make(*arguments)`; a subclass may take note of it."""
+        """Return `make(*arguments)`; a subclass may override this method to record the plans that are made."""
         return make(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""The launch that prepares two numbers of every query row for the other backward kernels."""
+"""The launch that computes delta and lse2 of every query row, which the other backward kernels read."""
 
 from ..checks import check_strides, check_target
 from ..launch import Launch, Output

@@ -1,4 +1,4 @@
-"""The launches of the gradient of the sinks, from the statistics of all query rows."""
+"""The two launches that compute the gradient of the sinks from delta and lse2 of all query rows."""
 
 from ..checks import check_target
 from ..launch import Launch, Output
@@ -7,8 +7,8 @@ from ..problem import Problem
 from .operation import Part
 from .planner import Planned
 
-ROWS = 4096  # query rows whose numbers a program of the first kernel sums
-PARTS = 64  # sums that a program of the second kernel reads at a time
+ROWS = 4096  # query rows that one program of the first kernel sums
+PARTS = 64  # partial sums that one program of the second kernel reads at a time
 
 
 def make_sinks(problem: Problem, part: Part) -> Planned:

@@ -1,12 +1,14 @@
-"""The steps of attention that front ends call: each looks up its launches and passes them to `run`.
+"""The steps of attention that front ends call: each step looks up its launches and passes them to `run`.
 
-`run(launch, *arrays) -> tuple of arrays` is a front end's only launch site. All front ends call the functions here, so
-they launch the same kernels, with the same constants, in the same order. A `run` may have a function `together` that
-takes several launches at once, with the arguments and results of `launch.run_by_name`.
+`run(launch, *arrays) -> tuple of arrays` is the only place where a front end launches kernels. All front ends call the
+functions here, so they launch the same kernels, with the same constants, in the same order. A `run` may have an
+attribute `together`, a function that executes several launches at once; it has the arguments and results of
+`launch.run_by_name`.
 
-Across ranks attention comes in parts. A *window* is K/V of a few KV heads: its results are written `into` arrays of all
-heads. A *ring step* has the keys of one rank: its results are folded into float32 ones. `backward` is then its three
-pieces, with communication between them.
+Between ranks, a front end computes attention in parts. A *window* has K/V of a few KV heads; its results are written
+`into` arrays of all heads. A *ring step* has the keys of one rank; its results are merged into float32 arrays. In both
+cases the front end calls `backward_rows`, `backward_keys` and `backward_queries` instead of `backward`, and
+communicates between the calls.
 """
 
 import functools
@@ -47,11 +49,12 @@ def segment_tables(
 ) -> tuple:
     """Return (segments, sequences), the device tables of one batch on one rank, for all its layers.
 
-    `lengths [N]` int32 are the real tokens of each document, None for all. In the row layout each of `rows` packed rows
-    has `row_length` tokens on all ranks. The "peer" layout of keys has one table a ring step: step `s` has the keys of
-    rank `(rank - s) % world_size`. A part of a batch has the local rows from `first_row` to `end_row`: 0 is the end of
-    the arrays. Lengths that need more rows are invalid. The layout "halo" has the tables of
-    `problem.halo_table_shapes`, for halos of `halo` rows and documents of at most `longest` real tokens, 0: any number.
+    `lengths [N]` int32 are the real tokens of each document; None means that all tokens are real. In the row layout
+    each of the `rows` packed rows has `row_length` tokens over all ranks. With `kv_layout` "peer" there is one table
+    for each ring step: step `s` has the keys of rank `(rank - s) % world_size`. A part of a batch has the local rows
+    from `first_row` to before `end_row`, where 0 means the end of the arrays; documents that need more rows are
+    invalid. With `kv_layout` "halo" the tables have the shapes of `problem.halo_table_shapes`, for halos of `halo` rows
+    and documents of at most `longest` real tokens, where 0 means no limit.
     """
     form = BatchForm(
         sequences, world_size, kv_layout, layout, row_length, rows, lengths is not None, first_row, end_row, halo,
@@ -66,10 +69,10 @@ def segment_tables(
 
 
 def halo_rows(run: Run, problem: Problem, k, v, segments):
-    """Return `[6 * halo_rows, 2 * kv_heads, head_dim]`, V behind K in the slots of `halo.HaloSlot`.
+    """Return the buffer of halos `[6 * halo_rows, 2 * kv_heads, head_dim]`: K, then V, in the slots of `halo.HaloSlot`.
 
-    `problem` describes the rank's own keys, `segments` are tables 1 and 2. The two halos are for neighbours to fill.
-    Elements that no chunk has are not set.
+    `problem` describes the rank's own keys; `segments` are segment tables 1 and 2 of `segments.halo`. The caller
+    receives the two halos from the neighbours. Elements that belong to no chunk are not written.
     """
     planned = planner.current.plan(make_copy, problem)
     (rows,) = run(planned.launches[0], k, v, segments)
@@ -79,9 +82,10 @@ def halo_rows(run: Run, problem: Problem, k, v, segments):
 def add_halo_rows(
     run: Run, problem: Problem, gradients: tuple, segments, into: tuple, *, slots: tuple[int, int]
 ) -> tuple:
-    """Return `into`, (dk, dv) of all rows, with the `gradients` in two slots: of early chunks, and of late ones.
+    """Add the `gradients` of rows of early and late chunks to `into`, (dk, dv) of all rows; return `into`.
 
-    `segments` is the table that names these rows: 1 for the first rows of chunks, 2 for the rows that were sent.
+    The gradients are in two of the `slots` of a buffer. `segments` is the segment table that names these rows: 1 for
+    the first rows of chunks, 2 for the rows that were sent.
     """
     planned = planner.current.plan(make_addition, problem, slots)
     return run(planned.launches[0], *gradients, segments, *into)
@@ -101,9 +105,10 @@ def forward(
 ) -> tuple:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, natural log).
 
-    They are new arrays, or the arrays `into`, whose elements outside of `part` stay as they are. `sinks [heads]`
-    float32 if `problem.call.has_sinks`: the parts of a row's keys count them once, in the first part. With
-    `problem.call.return_max_logits` the second array is `[2, heads, T]`: lse, then the largest score of each row.
+    The results are new arrays, or the arrays `into`, whose elements outside of `part` do not change. `sinks [heads]`
+    are float32, and required if `problem.call.has_sinks`. If the keys of a row come in several parts, only the first
+    part counts the sinks. With `problem.call.return_max_logits` the second array is `[2, heads, T]`: lse, then the
+    largest score of each row.
     """
     planned = planner.current.plan(make_operation, problem, Operation.FORWARD, part)
     return run(planned.launches[0], q, k, v, q if sinks is None else sinks, segments, *into)
@@ -112,7 +117,7 @@ def forward(
 def backward_rows(
     run: Run, problem: Problem, out, lse, dout, dlse, *, dout_strides: tuple[int, int], part: Part = WHOLE
 ) -> tuple:
-    """Return (delta, lse2) `[window, T * group]` float32, which the other backward steps need of the query rows.
+    """Return (delta, lse2) of the query rows, `[window, T * group]` float32, which the other backward steps read.
 
     `dlse` may be None.
     """
@@ -136,7 +141,7 @@ def backward_keys(
 ) -> tuple:
     """Return (dk, dv) in the layout of k and v.
 
-    `rows` are `backward_rows` of the same part; other arguments are as in `forward`.
+    `rows` are the results of `backward_rows` for the same part; other arguments are as in `forward`.
     """
     planned = planner.current.plan(make_operation, problem, Operation.DKDV, part, dout_strides)
     return _run_dkdv(run, planned, (q, k, v, dout, *rows, sequences), into)
@@ -163,7 +168,7 @@ def backward_queries(
 
 
 def backward_sinks(run: Run, problem: Problem, rows: tuple, sinks, *, part: Part = WHOLE, into=None):
-    """Return dsinks `[heads]` float32 of this rank's rows, from `backward_rows` of the same part."""
+    """Return dsinks `[heads]` float32 of this rank's rows, from the results of `backward_rows` for the same part."""
     first, second = planner.current.plan(make_sinks, problem, part).launches
     (parts,) = run(first, *rows, sinks)
     (dsinks,) = run(second, parts, into)
@@ -227,12 +232,12 @@ class BackwardPlan:
 
     @functools.cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """All launches in order, each with the arrays of the names that it has for them."""
+        """All launches in order; `launch.run_by_name` passes arrays between them by name."""
         return tuple(launch for planned in self for launch in planned.launches)
 
 
 def make_backward(problem: Problem, dout_strides: tuple[int, int], has_dlse: bool) -> BackwardPlan:
-    """Return the plan of the whole backward pass, so that a call looks up one."""
+    """Return the plan of the whole backward pass, so that a call looks up a single plan."""
     rows = make_rows(problem, dout_strides, has_dlse, WHOLE)
     sinks = make_sinks(problem, WHOLE) if problem.call.has_sinks else NOTHING
     if not problem.call.deterministic:
@@ -246,9 +251,9 @@ def make_backward(problem: Problem, dout_strides: tuple[int, int], has_dlse: boo
 def plan_step(
     problem: Problem, *, part: Part = WHOLE, dout_strides: tuple[int, int] | None = None, has_dlse: bool = True
 ) -> tuple[Planned, ...]:
-    """Return what tables, forward and backward pass of `problem` launch, in order, planned anew.
+    """Return the launches of the tables, the forward pass and the backward pass of `problem`, without the cache.
 
-    `dout_strides` None are the strides of q.
+    `dout_strides` None means the strides of q.
     """
     strides = dout_strides or problem.q_strides
     row_length = problem.world_size * problem.tokens

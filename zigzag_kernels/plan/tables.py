@@ -1,4 +1,4 @@
-"""The launches of the kernels that build the segment and sequence tables of a batch."""
+"""The launches of the kernels that write the segment and sequence tables of a batch."""
 
 from typing import NamedTuple
 
@@ -10,23 +10,23 @@ from ..segments.build import build_segments
 from ..segments.halo import build_halos
 from .planner import Planned
 
-ENTRIES = 64  # of a table that one program writes
+ENTRIES = 64  # table entries that one program writes
 
 
 class BatchForm(NamedTuple):
-    """The plain values that decide the tables of a batch, besides `cu_seqlens`, the rank and real lengths."""
+    """The host's values that decide the tables of a batch; `cu_seqlens`, rank and real lengths are on the device."""
 
     sequences: int
     world_size: int
     kv_layout: str
     layout: str = Layout.DOCUMENT
     row_length: int = 0  # tokens of one packed row on all ranks, in the row layout
-    rows: int = 1
+    rows: int = 1  # number of packed rows, in the row layout
     has_lengths: bool = False
-    first_row: int = 0  # of the local rows that the batch has
-    end_row: int = 0  # behind these rows; 0 is the end of the arrays
-    halo: int = 0  # rows before a chunk that its rows may see, with K/V of halos
-    longest: int = 0  # real tokens that no document exceeds, 0 for any number, with K/V of halos
+    first_row: int = 0  # first local row of the batch
+    end_row: int = 0  # local row behind the batch; 0 is the end of the arrays
+    halo: int = 0  # rows of a halo, with method "halo"
+    longest: int = 0  # most real tokens of a document, 0 for no limit, with method "halo"
 
 
 def make_tables(form: BatchForm, target: str) -> Planned:

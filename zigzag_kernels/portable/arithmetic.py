@@ -1,4 +1,4 @@
-"""Products, casts and capped scores. Triton's interpreter needs workarounds for products and casts of bfloat16."""
+"""Products, casts and capped scores, with workarounds for bfloat16 in Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -30,10 +30,11 @@ def cast(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def cap_scores(scores, CAP_LOG2: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return tanh(x) for x = `scores * CAP_LOG2 / (2 * log2(e))`: capped scores, divided by the cap.
+    """Return the capped scores divided by the cap: tanh(x) for x = `scores * CAP_LOG2 / (2 * log2(e))`.
 
-    The quotient is exact in both tails, where exp2 becomes infinite or zero, but has an absolute error of 2^-24 near
-    zero. A large cap multiplies that error, so that a series takes the place of the quotient there.
+    The function computes tanh(x) as a quotient, `1 - 2 / (exp(2 * x) + 1)`. The quotient is exact for large positive
+    and negative x, where exp2 becomes infinite or zero, but has an absolute error of 2^-24 near zero. The caller
+    multiplies the result by the cap, and so the error. For large caps, a series replaces the quotient near zero.
     """
     capped = 1.0 - 2.0 / (tl.math.exp2(scores * CAP_LOG2) + 1.0)
     if SOFTCAP > 128.0:

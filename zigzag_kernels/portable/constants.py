@@ -1,4 +1,4 @@
-"""The constants that a kernel is compiled for, as one constexpr that its helpers take."""
+"""`Constants`: all constants that a kernel is compiled for, as one constexpr that the kernel passes to its helpers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,16 @@ class Constants:
     BLOCK_M: Any
     BLOCK_N: Any
     BLOCK_D: Any  # HEAD_DIM rounded up to a power of two
-    SCALE_LOG2: Any  # factor of scores, or of capped ones, whose exponential is taken in base 2
-    CAP_LOG2: Any  # factor of scores: exp2(score * CAP_LOG2) is exp(2 * scaled score / SOFTCAP)
+    SCALE_LOG2: Any  # factor of scores, or of the results of cap_scores, before exp2
+    CAP_LOG2: Any  # factor of scores in cap_scores: exp2(score * CAP_LOG2) is exp(2 * scaled score / SOFTCAP)
     INTERPRET: Any
     RANGED: Any  # each row sees a range of keys; otherwise all keys, or the keys up to its own
     CAUSAL: Any
-    LEFT: Any  # tokens that a row sees on each side, -1 for all
-    RIGHT: Any
+    LEFT: Any  # positions before a row that it sees, -1 for all
+    RIGHT: Any  # positions after a row that it sees, -1 for all
     CHUNK: Any  # tokens of a chunk of attention, 0 for none
     SOFTCAP: Any  # bound of the scaled scores, 0.0 for none
-    # None in kernels whose helpers do not need them.
+    # The constants below are None in kernels whose helpers do not use them.
     SLOTS: Any = None
     STRIDE_QT: Any = None
     STRIDE_QH: Any = None
@@ -39,9 +39,9 @@ class Constants:
 
 @triton.constexpr_function
 def bundle(**values):
-    """Wrap each of `values` in a constexpr, as kernels need it, and return them as `Constants`.
+    """Return `values` as `Constants`, each wrapped in a constexpr, because kernels cannot read plain Python values.
 
-    The interpreter has no constexprs: there the values stay plain.
+    In the interpreter, which has no constexprs, the values stay plain.
     """
     if not values["INTERPRET"]:
         values = {name: tl.constexpr(value) for name, value in values.items()}

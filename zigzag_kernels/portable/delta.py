@@ -1,4 +1,4 @@
-"""The first kernel of the backward pass writes two statistics of every query row, which the later kernels read.
+"""The first kernel of the backward pass, which writes delta and lse2 of every query row for the later kernels.
 
 Grid: blocks of rows × KV heads of the window.
 """
@@ -33,11 +33,13 @@ def backward_delta(
 ):
     """Write `delta = sum(out * dout) - dlse`, and `lse` in base 2, for each row of the window's heads.
 
-    The rows are `n_rows` from `first_row` on. Both results are in the row order of the other kernels.
+    The kernel handles `n_rows` tokens from local row `first_row` on. Both results have the row order of the tiles of
+    other kernels.
 
-    With p the probabilities, `d(lse)/d(score) = p`: a gradient arriving through `lse` only shifts delta.
+    A gradient of lse changes only delta: the derivative of lse by a score is the probability p of that score, so the
+    gradient of the score is `p * (dp - sum(out * dout) + dlse)`.
     """
-    window_head = tl.program_id(1).to(tl.int64)  # the results have the heads of the window, the inputs all heads
+    window_head = tl.program_id(1).to(tl.int64)  # the results have the heads of the window, the inputs have all heads
     # Row r is token r // GROUP and query head r % GROUP of a KV head, the order of rows in the tiles of other kernels.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows * GROUP
@@ -50,7 +52,8 @@ def backward_delta(
     per_head = head * T + tokens
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + per_head, mask=inside, other=0.0)
-    # Callers get lse as [heads, T]. The kernels read it by packed row, and in base 2, as they compute exp2.
+    # The forward pass returned lse as [heads, T] in base e. Backward kernels read it in their row order and compute
+    # exp2, so it is stored in that order and in base 2.
     lse = tl.load(lse_ptr + per_head, mask=inside, other=0.0)
     destination = window_head * T * GROUP + rows
     tl.store(delta_ptr + destination, delta, mask=inside)

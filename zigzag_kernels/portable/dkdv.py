@@ -1,8 +1,8 @@
 """The dK/dV kernel: one program sums dK and dV of one tile of keys.
 
-As in FlashAttention-2, the scores are computed twice, here and for dQ, and no kernel needs atomics: every sum has one
-owner, so that the same inputs give the same bits. The sums run over both chunks of the rank and over the query heads of
-the group.
+This kernel and the dQ kernel both compute the scores, as in FlashAttention-2. Therefore no kernel needs atomics: one
+program owns each sum, and the same inputs give the same bits. The sums run over both chunks of the rank and over the
+query heads of the group.
 Grid: tiles × KV heads of the window.
 """
 
@@ -30,12 +30,12 @@ from .rows import KeyBlock, key_places, load_rows, make_key_rows, query_places, 
 
 
 class QueryArrays(NamedTuple):
-    """Pointers to the arrays that the kernel reads by query row, each to the first row of one KV head."""
+    """Pointers to arrays that the kernel reads by query row, each to the first row of one KV head."""
 
     q_ptr: tl.tensor
     dout_ptr: tl.tensor
-    delta_ptr: tl.tensor  # `delta.py` writes delta and lse2 by row, lse2 in base 2
-    lse2_ptr: tl.tensor
+    delta_ptr: tl.tensor  # sum(out * dout) - dlse of each row, from `delta.py`
+    lse2_ptr: tl.tensor  # lse of each row in base 2, from `delta.py`
 
 
 class Sums(NamedTuple):
@@ -49,7 +49,7 @@ class Sums(NamedTuple):
 def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return `sums` after adding the rows `[row, row + BLOCK_M)` of a segment; rows from `end_row` on add nothing.
 
-    The block belongs to run number `RUN`. Scores are transposed, `[BLOCK_N, BLOCK_M]`.
+    `RUN` is the number of the run that the block belongs to: see `ranges.py`.
     """
     half, document = rows_of
     MASKED: tl.constexpr = RUN != WHOLE_ROWS
@@ -64,12 +64,12 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
     places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_QT, CONSTANTS.STRIDE_QH)
     q = load_rows(arrays.q_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
     statistics = half.q_row * GROUP + rows
-    # [BLOCK_N, BLOCK_M]: P and dS then multiply Q and dO as they are, without a transposition.
+    # Scores are transposed, [BLOCK_N, BLOCK_M]: P and dS can then multiply dO and Q without another transposition.
     scores = dot(tile.k, tl.trans(q), None, INTERPRET)
     if CONSTANTS.SOFTCAP > 0:
         scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
     if MASKED:
-        # Rows behind the last one get probability exp2(-inf) = 0.
+        # Rows behind the last row get lse2 = inf, and so the probability exp2(-inf) = 0.
         lse2 = tl.load(arrays.lse2_ptr + statistics, mask=inside, other=float("inf"))
     else:
         lse2 = tl.load(arrays.lse2_ptr + statistics)
@@ -79,8 +79,8 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
             by_row = keys_of_positions(half.position + places.tokens, document, CONSTANTS)
         else:
             by_row = keys_of_rows(places.tokens, half.diagonal, half.kv_len)
-        # A score that the mask hides may be larger than lse, and its exponential infinite: it is replaced, not
-        # multiplied by 0.
+        # A masked score may be larger than lse, and its exponential infinite. So p is replaced by 0: infinity times 0
+        # would be NaN.
         p = tl.where(sees(by_row, tile.keys, CONSTANTS.RANGED, True), p, 0.0)
     places = query_places(row, half.q_row, GROUP, BLOCK_M, CONSTANTS.STRIDE_DOT, CONSTANTS.STRIDE_DOH)
     dout = load_rows(arrays.dout_ptr + places.start, places.offsets, inside, MASKED, HEAD_DIM, BLOCK_D)
@@ -94,7 +94,7 @@ def _add_rows(sums, tile, rows_of, arrays, row, end_row, CONSTANTS: tl.constexpr
             delta = tl.load(arrays.delta_ptr + statistics)
         ds = p * (dp - delta[None, :])
         if CONSTANTS.SOFTCAP > 0:
-            # The derivative of the cap, 1 - tanh^2, as `scores` are the tanh. dV took the probabilities without it.
+            # Multiply by the derivative of the cap, 1 - tanh^2; `scores` are the tanh. Only dS needs this factor.
             ds *= 1.0 - scores * scores
         dk = dot(cast(ds, q.dtype, INTERPRET), q, dk, INTERPRET)
     return Sums(dk=dk, dv=dv)
@@ -185,7 +185,7 @@ def backward_dkdv(
     if RANGED:  # padding keys may hold any bits
         document = load_document(found)
         place, loaded_keys = document.place, inside & (numbers < key_index(document, document.real))
-    # A tile of keys may cross borders of chunks, which lie in different slots, so that each key finds its own row.
+    # A tile of keys may cross borders of chunks, and chunks lie in different slots, so each key's row is computed.
     key_rows = make_key_rows(found.kv_row, found.kv_chunk, slot_rows, place)
     first_row, rows = key_places(key_rows, found.first_key, SLOTS, BLOCK_N, False)
     rows += first_row
@@ -193,14 +193,15 @@ def backward_dkdv(
     v = load_rows(v_ptr + window_head * STRIDE_VH, rows * STRIDE_VT, loaded_keys, True, HEAD_DIM, BLOCK_D)
     tile = KeyBlock(keys=numbers, k=k, v=v)
     arrays = QueryArrays(
-        # Q and dO have all heads; delta and lse2 were written for the window, whose heads `window_head` counts.
+        # Q and dO have all heads, which `kv_head` counts; delta and lse2 have the heads of the window, which
+        # `window_head` counts.
         q_ptr=q_ptr + kv_head * GROUP * STRIDE_QH,
         dout_ptr=dout_ptr + kv_head * GROUP * STRIDE_DOH,
         delta_ptr=delta_ptr + window_head * T * GROUP,
         lse2_ptr=lse2_ptr + window_head * T * GROUP,
     )
 
-    # Both halves of the sequence, late and early, add to the same sums: one program owns a tile of keys.
+    # This program owns its tile of keys, so the rows of both halves of the sequence, late and early, add to its sums.
     sums = Sums(dk=tl.zeros([BLOCK_N, BLOCK_D], tl.float32), dv=tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     for i in range(2):
         if RANGED:
@@ -217,13 +218,13 @@ def backward_dkdv(
                 for row in range(begin, end, BLOCK_M):
                     sums = _add_rows(sums, tile, rows_of, arrays, row, end, CONSTANTS, RUN)
 
-    # Scores were scaled inside of the exponential; the chain rule scales their gradient once, here.
+    # The scores were scaled inside exp2, so by the chain rule their gradient is scaled too: once, after the sum.
     dk = sums.dk * SOFTMAX_SCALE
     dv = sums.dv
     if found.poison:  # invalid tables: every result becomes NaN
         dk = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
         dv = tl.full([BLOCK_N, BLOCK_D], float("nan"), tl.float32)
-    # Every key of the tile is written: keys that no row sees, and padding, have gradients of zero.
+    # Every key of the tile is written; keys that no row sees, and padding, get gradients of zero.
     destination = (rows * KV_HEADS + window_head) * HEAD_DIM
     if HAS_DK:
         if ACCUMULATE:

@@ -17,12 +17,12 @@ from .rows import Keys, load_keys, load_rows, make_key_rows, query_places, store
 
 
 class QueryRows(NamedTuple):
-    """A tile of query rows, and the two statistics that `delta.py` wrote for each row."""
+    """A tile of query rows, with the two statistics of each row that `delta.py` wrote."""
 
     q: tl.tensor  # [BLOCK_M, BLOCK_D]
     dout: tl.tensor  # [BLOCK_M, BLOCK_D]
-    lse2: tl.tensor  # [BLOCK_M]
-    delta: tl.tensor  # [BLOCK_M]
+    lse2: tl.tensor  # [BLOCK_M] lse in base 2
+    delta: tl.tensor  # [BLOCK_M] sum(out * dout) - dlse
 
 
 @triton.jit
@@ -33,16 +33,16 @@ def _add_keys(dq, rows, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.co
     scores = dot(rows.q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
         scores = cap_scores(scores, CONSTANTS.CAP_LOG2, CONSTANTS.SOFTCAP)
-    # The forward pass left lse, so that the probabilities need no maximum and no total here.
+    # lse from the forward pass replaces the running maximum and total: these are the final probabilities.
     p = tl.math.exp2(scores * CONSTANTS.SCALE_LOG2 - rows.lse2[:, None])
-    # A score that the mask hides may be larger than lse, and its exponential infinite: it is replaced, not multiplied
-    # by 0.
+    # A masked score may be larger than lse, and its exponential infinite. So p is replaced by 0: infinity times 0 would
+    # be NaN.
     if EDGE:
         p = tl.where(sees(by_row, block.keys, CONSTANTS.RANGED, False), p, 0.0)
     dp = dot(rows.dout, tl.trans(block.v), None, CONSTANTS.INTERPRET)
     ds = p * (dp - rows.delta[:, None])
     if CONSTANTS.SOFTCAP > 0:
-        # The derivative of the cap, 1 - tanh^2, as `scores` are the tanh.
+        # Multiply by the derivative of the cap, 1 - tanh^2; `scores` are the tanh.
         ds *= 1.0 - scores * scores
     return dot(cast(ds, block.k.dtype, CONSTANTS.INTERPRET), block.k, dq, CONSTANTS.INTERPRET)
 
@@ -89,7 +89,7 @@ def backward_dq(
     ACCUMULATE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Write dQ of the window's query heads; `ACCUMULATE` adds to gradients already in memory."""
+    """Write dQ of the window's query heads; `ACCUMULATE` adds to the gradients that are already in memory."""
     CONSTANTS: tl.constexpr = bundle(
         SLOTS=SLOTS,
         GROUP=GROUP,
@@ -137,7 +137,7 @@ def backward_dq(
     # delta and lse in base 2 are [window, T * GROUP]: packed rows of one KV head lie one after another.
     window_head = window_head.to(tl.int64)
     statistics = window_head * T * GROUP + queries.q_row * GROUP + rows
-    # Rows that are not loaded get probability exp2(-inf) = 0, and so add nothing.
+    # Rows that are not loaded get lse2 = inf, and so the probability exp2(-inf) = 0: they add nothing.
     lse2 = tl.load(lse2_ptr + statistics, mask=loaded_rows, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=loaded_rows, other=0.0)
     loaded = QueryRows(q=q, dout=dout, lse2=lse2, delta=delta)
@@ -154,7 +154,7 @@ def backward_dq(
         rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
 
-    # Each run is a loop of its own, compiled with or without the mask: whole blocks do not pay for it.
+    # Each run of blocks has its own loop, compiled with or without the mask, so that whole blocks skip the mask.
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for RUN in tl.static_range(KEY_RUNS):
         if has_key_run(RUN, SLOTS, RANGED):
@@ -162,7 +162,7 @@ def backward_dq(
             for start in range(begin, end, BLOCK_N):
                 dq = _add_keys(dq, loaded, visible.by_row, keys, start, CONSTANTS, RUN)
 
-    # Scores were scaled inside of the exponential; the chain rule scales their gradient once, here.
+    # The scores were scaled inside exp2, so by the chain rule their gradient is scaled too: once, after the sum.
     dq *= SOFTMAX_SCALE
     if queries.kv_len < 0:  # invalid tables: every result becomes NaN
         dq = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)

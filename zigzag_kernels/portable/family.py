@@ -1,4 +1,4 @@
-"""The portable family: it can run every problem, on every GPU and in the interpreter."""
+"""The portable family, which can run every problem, on every supported GPU and in the interpreter."""
 
 from ..checks import DTYPE_BYTES
 from ..family import Draft, Family
@@ -23,24 +23,24 @@ class Portable(Family):
         return operation is not Operation.FUSED_BACKWARD
 
     def is_faster(self, problem: Problem, operation: Operation) -> bool:
-        return True  # this family is asked last: no other kernel is left to compare with
+        return True  # this family is the last entry of FAMILIES, so there is no other kernel to compare with
 
     def shared_memory(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> int:
-        """Return an upper bound of the bytes of shared memory of one program.
+        """Return an upper bound of the shared memory of one program, in bytes.
 
-        A program keeps its own tiles, and has `num_stages` blocks of its loop in flight. On GPUs whose matrix
-        instructions take no operands from registers, it also holds scores or one more block, whichever is larger.
+        A program holds its own tiles, and `num_stages` blocks that its loop loads. On GPUs whose matrix instructions
+        take no operands from registers, it also holds scores or one more block, whichever is larger.
         """
         size = DTYPE_BYTES[dtype]
         row = block_d(head_dim) * size
         scores = 0
         if not architecture.operands_from_registers or size == 4:
             scores = max(2 * config.BLOCK_M * config.BLOCK_N * size, min(config.BLOCK_M, config.BLOCK_N) * row)
-        if kernel.operation is Operation.DKDV:  # keeps K and V; the loop loads Q, dO and two float32 statistics a row
+        if kernel.operation is Operation.DKDV:  # holds K and V; the loop loads Q, dO and, for each row, delta and lse2
             return 2 * config.BLOCK_N * row + config.num_stages * config.BLOCK_M * (2 * row + 8) + scores
-        own_tiles = 1 if kernel.operation is Operation.FORWARD else 2  # keeps Q, for dQ also dO; the loop loads K and V
+        own_tiles = 1 if kernel.operation is Operation.FORWARD else 2  # holds Q, for dQ also dO; the loop loads K and V
         return own_tiles * config.BLOCK_M * row + config.num_stages * config.BLOCK_N * 2 * row + scores
 
     def exceeds(
@@ -76,7 +76,7 @@ class Portable(Family):
 def sums_apart(head_dim: int, dtype: str, architecture: Architecture) -> bool:
     """Return whether dK and dV are computed by separate launches.
 
-    Above `SUMS_TOGETHER_HEAD_DIM` their sums leave no registers for a tile that keeps the matrix instructions busy.
+    Above `SUMS_TOGETHER_HEAD_DIM`, the sums of both would leave too few registers for a tile of efficient size.
     """
     return architecture.sums_apart and head_dim > SUMS_TOGETHER_HEAD_DIM and DTYPE_BYTES[dtype] == 2
 

@@ -1,4 +1,4 @@
-"""The forward kernel: one program computes attention of one tile of query rows, and reads keys in place.
+"""The forward kernel: one program computes attention of one tile of query rows, and reads K/V without copying them.
 
 Grid: tiles × KV heads of the window.
 """
@@ -18,12 +18,12 @@ from .softmax import add_block, add_sinks, finish_softmax, start_softmax
 
 
 class Results(NamedTuple):
-    """The places in memory of the results of a tile of rows."""
+    """The places in memory where a tile of rows has its results."""
 
-    out_ptr: tl.tensor  # of the tile
+    out_ptr: tl.tensor  # the tile's first row in out
     out_places: tl.tensor  # [BLOCK_M] elements from out_ptr to each row
-    lse_ptr: tl.tensor
-    lse_places: tl.tensor  # [BLOCK_M]
+    lse_ptr: tl.tensor  # the beginning of lse
+    lse_places: tl.tensor  # [BLOCK_M] elements from lse_ptr to each row
     inside: tl.tensor  # [BLOCK_M] false for rows behind the last one
 
 
@@ -31,7 +31,7 @@ class Results(NamedTuple):
 def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN: tl.constexpr):
     """Return `running` after adding the keys `[start, start + BLOCK_N)`, a block of run number `RUN`."""
     EDGE: tl.constexpr = is_edge(RUN)
-    # Only blocks at an edge of the mask can reach behind the last key, so only they load with a mask.
+    # Only blocks at an edge of the mask can extend behind the last key, so only these blocks load with a mask.
     block = load_keys(keys, start, CONSTANTS, EDGE, RUN == ALIGNED_KEYS)
     scores = dot(q, tl.trans(block.k), None, CONSTANTS.INTERPRET)  # [BLOCK_M, BLOCK_N]
     if CONSTANTS.SOFTCAP > 0:
@@ -44,14 +44,14 @@ def _attend_block(running, q, by_row, keys, start, CONSTANTS: tl.constexpr, RUN:
 @triton.jit
 def _merge(out, lse2, results, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Merge (out, lse in base 2) with the `results` in memory, which earlier launches wrote for other keys."""
-    # Each of the two outputs is an average by its own total, exp(lse): their sum weighs each by its share of both
-    # totals. The larger lse is subtracted before exp2, so that nothing overflows.
+    # Each output is an average of values, whose weights sum to exp(lse). The merged output weighs the two outputs by
+    # their shares of the common total. The larger lse is subtracted before exp2, so that nothing overflows.
     before = tl.load(results.lse_ptr + results.lse_places, mask=results.inside, other=0.0) * LOG2_E
     maximum = tl.maximum(lse2, before)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     now, then = tl.math.exp2(lse2 - maximum), tl.math.exp2(before - maximum)
     total = now + then
-    # A row that saw no key, neither before nor now, keeps output 0 and lse -inf.
+    # A row that has seen no key, in this launch or earlier, keeps output 0 and lse -inf.
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
     out_before = load_rows(results.out_ptr, results.out_places, results.inside, True, HEAD_DIM, BLOCK_D)
@@ -103,8 +103,9 @@ def attention_forward(
 ):
     """Write out and lse of the window's query heads.
 
-    `ACCUMULATE` merges them with results already in memory; a row that sees no key here keeps its result. A sink adds
-    one logit, which has no value vector, to the total of each row: only a launch without `ACCUMULATE` counts it.
+    `ACCUMULATE` merges them with the results that are already in memory; a row that sees no key in this launch keeps
+    its result. A sink adds one logit, which has no value vector, to the total of each row. Only a launch without
+    `ACCUMULATE` counts sinks, so that they count once.
     """
     CONSTANTS: tl.constexpr = bundle(
         SLOTS=SLOTS,
@@ -113,7 +114,7 @@ def attention_forward(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        # `cap_scores` returns capped scores divided by the cap, so that the cap is then their scale.
+        # `cap_scores` returns the capped scores divided by the cap, so that their factor is then the cap.
         SCALE_LOG2=(SOFTCAP if SOFTCAP > 0 else SOFTMAX_SCALE) * LOG2_E,
         CAP_LOG2=2 * SOFTMAX_SCALE * LOG2_E / SOFTCAP if SOFTCAP > 0 else 0.0,
         STRIDE_KT=STRIDE_KT,
@@ -143,8 +144,7 @@ def attention_forward(
     # Row r of the segment is token r // GROUP and query head r % GROUP: the heads that share a KV head share its keys.
     head = kv_head * GROUP + rows % GROUP
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, STRIDE_QT, STRIDE_QH)
-    # Q has all heads, and `kv_head` counts all KV heads. K and V have the heads of the window, and `window_head`
-    # counts them.
+    # Q has all heads, which `kv_head` counts; K and V have the heads of the window, which `window_head` counts.
     q = load_rows(q_ptr + kv_head * GROUP * STRIDE_QH + places.start, places.offsets, inside, True, HEAD_DIM, BLOCK_D)
     if RANGED:
         visible = visible_key_range(queries, position, document, places.tokens, CONSTANTS)
@@ -160,7 +160,7 @@ def attention_forward(
         rows=make_key_rows(queries.kv_row, queries.kv_chunk, slot_rows, place),
     )
 
-    # Each run is a loop of its own, compiled with or without the mask: whole blocks do not pay for it.
+    # Each run of blocks has its own loop, compiled with or without the mask, so that whole blocks skip the mask.
     running = start_softmax(BLOCK_M, BLOCK_D)
     for RUN in tl.static_range(KEY_RUNS):
         if has_key_run(RUN, SLOTS, RANGED):
@@ -173,7 +173,7 @@ def attention_forward(
         running = add_sinks(running, tl.load(sinks_ptr + head, mask=inside, other=0.0) * LOG2_E)
     out, lse2 = finish_softmax(running)
     lse_places = head * T + queries.q_row + places.tokens
-    # Results are dense, whatever the strides of Q are.
+    # Results are contiguous, whatever the strides of Q are.
     places = query_places(queries.row, queries.q_row, GROUP, BLOCK_M, HEADS * HEAD_DIM, HEAD_DIM)
     out_start = places.start + kv_head * GROUP * HEAD_DIM
     if ACCUMULATE:

@@ -1,4 +1,4 @@
-"""The kernels that copy the rows of halos into one buffer, and add their gradients to dK and dV.
+"""The kernels that copy rows of K/V into the buffer of halos, and add their gradients to dK and dV.
 
 Grid: tiles of rows × KV heads.
 """
@@ -22,18 +22,18 @@ from .rows import load_rows, store_rows
 def _rows_of_tile(segments_ptr, n_segments, T, first_row, BLOCK: tl.constexpr):
     """Find the rows of this program's tile, in K/V and in a slot of the buffer.
 
-    Return (`[BLOCK]` int64 rows of K/V, `[BLOCK]` rows of the slot, whether the slot belongs to a late chunk, `[BLOCK]`
-    false for rows that do not exist). With invalid tables no row exists.
+    Return (rows of K/V `[BLOCK]` int64, rows of the slot `[BLOCK]`, whether the slot belongs to a late chunk, a mask
+    `[BLOCK]` that is false for rows that do not exist). With invalid tables no row exists.
     """
-    # GROUP is 1: tiles are rows of K/V, which query heads do not share.
+    # GROUP is 1, because the tiles are rows of K/V, not of query heads.
     entry, block = locate(segments_ptr, n_segments, tl.program_id(0), SEGMENT_FIELDS, 1, BLOCK)
     entry_ptr = segments_ptr + entry * SEGMENT_FIELDS
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    # The last entry is padding, which no neighbour needs.
+    # The last entry is the padding; no neighbour needs its rows.
     no_run = (entry == n_segments - 1) | tables_are_invalid(segments_ptr, n_segments, T)
     inside = rows < tl.where(no_run, 0, tl.load(entry_ptr + SEGMENT_Q_LEN))
-    # The buffer is like four chunks of one document: the early halo and the early rows are chunks 0 and 1, the late
-    # ones chunks 2 and 3.
+    # The four slots are like four chunks of one document: early halo and early rows are chunks 0 and 1, late halo and
+    # late rows are chunks 2 and 3.
     late = tl.load(entry_ptr + SEGMENT_PLACE) >= 2 * tl.load(entry_ptr + SEGMENT_KV_CHUNK)
     kv_rows = (tl.load(entry_ptr + SEGMENT_Q_ROW) - first_row + rows).to(tl.int64)
     return kv_rows, tl.load(entry_ptr + SEGMENT_KV_ROW) + rows, late, inside
@@ -62,10 +62,10 @@ def copy_halo_rows(
     EARLY_SENT: tl.constexpr,
     LATE_SENT: tl.constexpr,
 ):
-    """Copy the first rows of chunks and their last rows to slots of one buffer.
+    """Copy the first rows and the last rows of chunks to slots of the buffer of halos.
 
-    The first rows need a halo, and neighbours need the last rows as one. The third dimension of the grid chooses
-    between the two; `zigzag_kernels.halo.HaloSlot` names the slots.
+    The first rows of a chunk need a halo; its last rows become the halo of a neighbour. The third dimension of the grid
+    chooses between first rows (0) and last rows (1); `zigzag_kernels.halo.HaloSlot` names the slots.
     """
     head, sent = tl.program_id(1).to(tl.int64), tl.program_id(2)
     segments_ptr += sent * n_segments * SEGMENT_FIELDS
@@ -111,7 +111,7 @@ def add_halo_rows(
     slot = tl.where(late, LATE_SLOT, EARLY_SLOT)
     sources = ((slot * slot_rows + rows).to(tl.int64) * KV_HEADS + head) * HEAD_DIM
     places = (kv_rows * KV_HEADS + head) * HEAD_DIM
-    # Added in float32 and rounded once, whichever type the sums have.
+    # The sum is computed in float32 and rounded once, whatever the dtype of dK and dV.
     dk = load_rows(dk_ptr, places, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
     dk += load_rows(dk_rows_ptr, sources, inside, True, HEAD_DIM, BLOCK_D).to(tl.float32)
     store_rows(dk_ptr, places, dk, inside, HEAD_DIM, BLOCK_D, INTERPRET)

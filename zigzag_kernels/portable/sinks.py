@@ -1,7 +1,7 @@
-"""The gradient of the sinks: two kernels add up one number for every query row, always in the same order.
+"""The gradient of the sinks: two kernels sum one number of every query row, always in the same order.
 
 A sink adds a logit to each row of its head, with probability `exp(sink - lse)` and a value vector of zeros. Therefore
-`d(loss)/d(sink)` is the sum over rows of `-exp(sink - lse) * delta`, with the `delta` that `delta.py` writes.
+`d(loss)/d(sink)` is the sum over rows of `-exp(sink - lse) * delta`, where `delta.py` writes `delta`.
 """
 
 import triton
@@ -25,16 +25,17 @@ def sum_sink_rows(
     HEADS_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Write one partial sum for every `BLOCK_T` of `n_rows` tokens from `first_row` on.
+    """Write one partial sum for every `BLOCK_T` tokens, of `n_rows` tokens from local row `first_row` on.
 
-    Rows that see no key have no sink, and add nothing.
+    A sink does not count in rows that see no key, so these rows add nothing.
     Grid: parts × KV heads of the window. `HEADS_PADDED` is GROUP rounded up to a power of two.
     """
     part = tl.program_id(0)
     window_head = tl.program_id(1).to(tl.int64)
     tokens = part * BLOCK_T + tl.arange(0, BLOCK_T)
     heads = tl.arange(0, HEADS_PADDED)
-    # Rows behind `n_rows` are of another part, or do not exist; padded heads would be of the next KV head.
+    # Rows behind `n_rows` belong to another part of the batch, or do not exist. Heads from GROUP on would belong to the
+    # next KV head.
     inside = (tokens < n_rows)[:, None] & (heads < GROUP)[None, :]
     rows = (window_head * T + first_row + tokens)[:, None] * GROUP + heads[None, :]
     delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
@@ -43,7 +44,7 @@ def sum_sink_rows(
     blind = lse2 == float("-inf")  # a row that sees no key has no sink either
     probability = tl.math.exp2(sinks[None, :] * LOG2_E - tl.where(blind, float("inf"), lse2))
     sums = tl.sum(tl.where(blind, 0.0, -probability * delta), 0)
-    # One program writes one sum for each head: no atomics, and so the same order of additions in every run.
+    # Each program writes its own sums, one for each head. Without atomics, every run adds in the same order.
     tl.store(parts_ptr + (window_head * GROUP + heads) * n_parts + part, sums, mask=heads < GROUP)
 
 
@@ -62,6 +63,6 @@ def sum_sink_parts(
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n_parts, BLOCK):
         parts = first + tl.arange(0, BLOCK)
-        # Each lane adds every BLOCK-th part, and the lanes are added last: an order that only `n_parts` decides.
+        # Each lane adds every BLOCK-th part, and the last statement adds the lanes. Only `n_parts` decides the order.
         sums += tl.load(parts_ptr + head.to(tl.int64) * n_parts + parts, mask=parts < n_parts, other=0.0)
     tl.store(dsinks_ptr + first_kv_head * GROUP + head, tl.sum(sums, 0))

@@ -11,8 +11,8 @@ from .arithmetic import cast, dot
 class RunningSoftmax(NamedTuple):
     """The attention of `BLOCK_M` rows to the keys added so far."""
 
-    maximum: tl.tensor  # [BLOCK_M] of the scaled scores
-    total: tl.tensor  # [BLOCK_M] of the exponentials
+    maximum: tl.tensor  # [BLOCK_M] maximum of the scaled scores, in base 2
+    total: tl.tensor  # [BLOCK_M] sum of the exponentials
     acc: tl.tensor  # [BLOCK_M, BLOCK_D] sum of the values, each times its exponential
 
 
@@ -50,7 +50,7 @@ def add_block(running, scores, v, SCALE_LOG2: tl.constexpr, MAY_BE_BLIND: tl.con
 def add_sinks(running, sinks):
     """Return `running` after adding `sinks [BLOCK_M]`, base 2, to the total of each row that sees a key."""
     maximum = tl.maximum(running.maximum, sinks)
-    # For rows that see no key the maximum is not below the sink, so that exp2 does not overflow.
+    # For rows that see no key the maximum is at least the sink, so that exp2 does not overflow.
     maximum = tl.where(running.total == 0.0, tl.maximum(sinks, 0.0), maximum)
     rescale = tl.math.exp2(running.maximum - maximum)
     total = running.total * rescale + tl.math.exp2(sinks - maximum)

@@ -1,7 +1,7 @@
 """The kernel that turns `cu_seqlens` and a rank into the tables that the attention kernels read.
 
-Only this kernel knows the K/V layout (`modes.KVLayout`): the tables say where keys are, and the attention kernels that
-read the tables are the same for all layouts.
+Only this kernel, and the kernel of `halo.py`, depend on the K/V layout (`modes.KVLayout`). The tables say where keys
+are, so the attention kernels that read the tables are the same for all layouts.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,7 @@ from .fields import (
 
 
 class HeldKeys(NamedTuple):
-    """The keys of sequences `[BLOCK]` in the K/V buffer: their columns of both tables."""
+    """The places of the keys of `[BLOCK]` sequences in the K/V buffer: columns that both tables have."""
 
     kv_row: tl.tensor
     keys: tl.tensor
@@ -57,14 +57,14 @@ class HeldKeys(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Segments `[BLOCK]` of a batch: their columns of `SegmentColumn`, and the weights that order them."""
+    """The columns of `[BLOCK]` entries of the segment table, and the weights that decide the order of entries."""
 
     q_row: tl.tensor
     q_len: tl.tensor
     position: tl.tensor
     kv_len: tl.tensor
     first_position: tl.tensor
-    weight: tl.tensor  # keys that the last row sees
+    weight: tl.tensor  # number of keys that the last row sees
     keys: tl.tensor
 
 
@@ -72,8 +72,8 @@ class Segment(NamedTuple):
 def _hold_keys(batch, held, FORM: tl.constexpr):
     """Return the `HeldKeys` of the sequences `held`.
 
-    A peer's buffer has the early part of a sequence, then the late part. No other keys lie between them: a sequence
-    with both parts fills the early chunk up to its end, and the late chunk from its beginning.
+    The buffer of one peer has the early part of a sequence, then its late part. There are no other keys between the two
+    parts: a sequence with both parts fills the early chunk up to its end, and the late chunk from its beginning.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     nothing = tl.zeros_like(held.length)
@@ -86,7 +86,7 @@ def _hold_keys(batch, held, FORM: tl.constexpr):
         if FORM.ROW:
             early_row = local_row(held, peer, False, early_position)
             late_row = local_row(held, 2 * WORLD_SIZE - 1 - peer, True, late_position)
-            # The first key in the buffer; a document that the peer holds no token of has no keys, and any row will do.
+            # The row of the first key in the buffer; any row will do for a document without tokens on the peer.
             kv_row = tl.where(early_keys > 0, early_row, tl.where(late_keys > 0, late_row, 0))
         return HeldKeys(kv_row, keys, early_position, early_keys, late_position)
     else:
@@ -97,12 +97,12 @@ def _hold_keys(batch, held, FORM: tl.constexpr):
 
 @triton.jit
 def _make_segment(batch, index, FORM: tl.constexpr):
-    """Make the segments numbered `index`: all late chunks come first, then all early ones.
+    """Make the segments numbered `index`: all late chunks come first, then all early chunks.
 
     The keys of a peer rank are its early chunk followed by its late chunk. Under a causal mask both segments of this
-    rank see the early chunk of an earlier peer, and not its late chunk. Of a later peer, the late segment sees both
-    chunks, and the early segment none. The rank's own keys are seen like a sequence of two chunks. `position` and
-    `kv_len` express this for sequences that are cut into chunks.
+    rank see the early chunk of an earlier peer, and neither sees its late chunk. The late segment sees both chunks of a
+    later peer, and the early segment sees neither. The rank's own two chunks behave like one sequence of two chunks.
+    `position` and `kv_len` express these four cases for sequences that are cut into chunks.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     late = index < batch.n_sequences
@@ -127,14 +127,15 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         elif FORM.PEER:
             own = batch.step == 0
             earlier = (batch.step > 0) & (batch.step <= batch.rank)
-            # `position` and `kv_len` count keys of the peer, not of the sequence. Each chunk of another rank lies
-            # entirely before or behind a chunk of this one, so that `position` cuts nothing off there, and `kv_len`
-            # says which are seen.
+            # `position` and `kv_len` count keys of the peer, not of the sequence. A chunk of another rank lies entirely
+            # before or entirely behind a chunk of this rank. So `position` hides no key of another rank, and `kv_len`
+            # says how many of its keys are seen.
             position = tl.where(own, tl.where(late, held.chunk_length, 0), keys)
             seen_late = own | (late & (batch.step > batch.rank))
             kv_len = tl.where(seen_late, keys, tl.where(earlier, held.chunk_length, 0))
         if FORM.HALO:
-            # Rows that may see keys of another rank are computed apart, together with those keys.
+            # The first rows of a chunk may see keys of another rank. `halo.py` has segments for these rows, so the
+            # segment here begins behind them.
             chunk_before = tl.where(late & (batch.rank == WORLD_SIZE - 1), 0, chunk)  # chunk 0 needs no keys
             apart = tl.where(keys_of_halo(batch, held, chunk_before) > 0, tl.minimum(q_len, batch.halo), 0)
             q_row, q_len, first_position = q_row + apart, q_len - apart, first_position + apart
@@ -144,8 +145,8 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         position=position,
         kv_len=kv_len,
         first_position=first_position,
-        # The last row sees the most keys. Under a window it may see fewer; the order is then less good, but results do
-        # not depend on it.
+        # Without a window the last row sees the most keys. With a window this weight is too large and the order less
+        # good, but results do not depend on the order.
         weight=first_position + q_len if FORM.ROW or FORM.HALO else tl.minimum(position + q_len, kv_len),
         keys=keys,
     )
@@ -159,8 +160,8 @@ def build_segments(
     n_sequences,  # N, and with ROW one more
     row_length,
     total,
-    first_row,  # of the local rows that the batch has
-    end_row,  # behind these rows; 0 is the end of the arrays
+    first_row,  # first local row of the batch
+    end_row,  # local row behind the batch; 0 is the end of the arrays
     halo,
     longest,
     segments_ptr,  # [steps, 2 * n_sequences + 1, SEGMENT_FIELDS] int32
@@ -175,16 +176,18 @@ def build_segments(
 ):
     """Write both tables, heaviest entry first; the last entry of each is the padding behind the last sequence.
 
-    Grid: (blocks of entries, steps); with `PEER`, step `s` is for the keys of rank `(rank - s) % WORLD_SIZE`.
+    Grid: (blocks of entries, steps). With `PEER`, step `s` writes the tables for the keys of rank
+    `(rank - s) % WORLD_SIZE`.
 
-    With `ROW`, `total // row_length` packed rows are cut into chunks. The padding behind the last sequence
-    may lie in both chunks of a rank, and counts as one more sequence, without real tokens.
+    With `ROW`, `total // row_length` packed rows are cut into chunks. The padding behind the last sequence may lie in
+    both chunks of a rank, and counts as one more sequence, without real tokens.
 
-    With `HALO` there is one step, for the rank's own keys and the rows that need no others: `halo.py` has the rest. The
-    sequence table is then the second half of its place, `2 * n_sequences + 1` entries.
+    With `HALO` there is one step. Its tables have the rank's own keys and the rows that need no other keys; the kernel
+    of `halo.py` writes the tables for all other rows. Memory for `2 * n_sequences + 1` entries is reserved for this
+    sequence table, and it fills the last `n_sequences + 1` of them.
 
-    An entry's place is the number of entries heavier than it, and its first column counts their tokens: both are sums
-    over all entries, so no sort is needed. The weight of an entry is the cost of its heaviest tile: for a
+    The place of an entry is the number of heavier entries, and its first column is the sum of their tokens. Both are
+    sums over all entries, so the kernel needs no sort. The weight of an entry is the cost of its heaviest tile: for a
     segment the number of keys that its last row sees, for a sequence its length.
     """
     FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS, HALO)
@@ -192,7 +195,7 @@ def build_segments(
     index = tl.program_id(0) * BLOCK + offsets
     step = tl.program_id(1)
     segments_ptr += step * (2 * n_sequences + 1) * SEGMENT_FIELDS
-    # Every step has tables of its own, one behind the other.
+    # The tables of the steps follow each other in memory.
     sequences_ptr += (n_sequences if HALO else step * (n_sequences + 1)) * SEQUENCE_FIELDS
     rank = tl.load(rank_ptr)
     pointers, rows = (cu_seqlens_ptr, lengths_ptr), (row_length, total, first_row, end_row)
@@ -208,14 +211,14 @@ def build_segments(
         other = first + offsets
         others = _make_segment(batch, other, FORM)
         earlier = other[None, :] < index[:, None]
-        # All pairs of entries, a block at a time. Of two equal ones the earlier comes first, so that each has a place
-        # of its own.
+        # Compare all pairs of entries, a block at a time. If two weights are equal, the entry with the lower number
+        # comes first, so that no two entries get the same place.
         heavier = others.weight[None, :] > segment.weight[:, None]
         before = heavier | ((others.weight[None, :] == segment.weight[:, None]) & earlier)
         before = before & (other < 2 * n_sequences)[None, :]
         place += tl.sum(before.to(tl.int32), 1)
         rows_before += tl.sum(tl.where(before, others.q_len[None, :], 0), 1)
-        # The same for the sequences, whose numbers are those below n_sequences.
+        # Compare sequences in the same way; their numbers are below n_sequences.
         longer = others.keys[None, :] > segment.keys[:, None]
         longer = longer | ((others.keys[None, :] == segment.keys[:, None]) & earlier)
         longer = longer & (other < n_sequences)[None, :]
@@ -226,7 +229,7 @@ def build_segments(
     number = tl.where(late, index, index - n_sequences)
     held = load_held(batch, number, number < n_readable, FORM)
     held_keys = _hold_keys(batch, held, FORM)
-    # With one slot a sequence's keys follow each other from its first key on, wherever the row is cut.
+    # In the buffer of a peer, the keys of a sequence follow each other from its first key on, wherever chunks end.
     slot_place = tl.zeros_like(held.place) if PEER else held.place
     segment_ptrs = segments_ptr + place * SEGMENT_FIELDS
     is_segment = index < 2 * n_sequences
@@ -255,7 +258,8 @@ def build_segments(
     tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, held_keys.early_keys, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, held_keys.late_position, mask=late)
     tl.store(sequence_ptrs + SEQUENCE_PLACE, slot_place, mask=late)
-    # The entry of a sequence also has both of its segments, late and early, for tiles of keys.
+    # A program that owns a tile of keys needs the rows that see them: the entry of a sequence also has its two
+    # segments, late and early.
     for half in tl.static_range(2):
         halved = _make_segment(batch, index + half * n_sequences, FORM)
         half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half

@@ -1,4 +1,4 @@
-"""Device functions that deal out the documents of a batch to the ranks, for the kernels that write the tables."""
+"""Device functions that compute which rows of each sequence a rank holds, for the kernels that write the tables."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,25 +13,25 @@ class Batch(NamedTuple):
     cu_seqlens_ptr: tl.tensor  # [N + 1] int32
     lengths_ptr: tl.tensor  # [N] int32
     n_sequences: tl.tensor
-    n_readable: tl.tensor  # sequences from here on count as empty
+    n_readable: tl.tensor  # sequences that may be read: n_sequences, or 0 if the batch is invalid
     rank: tl.tensor
     step: tl.tensor
-    row_length: tl.tensor  # tokens of a packed row on all ranks; read if documents lie anywhere in rows
-    total: tl.tensor  # tokens of all packed rows
-    first_row: tl.tensor  # local row with which the batch begins
-    halo: tl.tensor  # rows before a chunk that its rows may see; read if K/V of those rows alone move
-    longest: tl.tensor  # real tokens that a document may have, 0 for any number
+    row_length: tl.tensor  # tokens of a packed row on all ranks; read in the row layout
+    total: tl.tensor  # tokens of all packed rows; read in the row layout
+    first_row: tl.tensor  # first local row of the batch
+    halo: tl.tensor  # rows of a halo; read if FORM.HALO
+    longest: tl.tensor  # most real tokens that a document may have, 0 for no limit; read if FORM.HALO
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a batch and of its K/V buffer."""
+    """The layout of a batch and of its K/V buffer, as constants of a kernel."""
 
     WORLD_SIZE: Any
-    PEER: Any
-    CONTIGUOUS: Any
-    ROW: Any  # packed rows are cut into chunks, not documents; the last sequence is the padding of the last row
-    HAS_LENGTHS: Any
+    PEER: Any  # the buffer has the keys of one rank
+    CONTIGUOUS: Any  # the buffer has all keys, in position order
+    ROW: Any  # the row layout; the last sequence is the padding of the last packed row
+    HAS_LENGTHS: Any  # documents have real lengths
     HALO: Any  # each rank gets the halos of its chunks from its neighbours
 
 
@@ -42,14 +42,14 @@ def make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS, HALO):
 
 
 class Sequence(NamedTuple):
-    """Sequences `[BLOCK]` of a batch: their places in `cu_seqlens`, and the places of their rows on each rank."""
+    """The places of `[BLOCK]` sequences in `cu_seqlens`, and the places of their rows on each rank."""
 
     start: tl.tensor
     length: tl.tensor
     real: tl.tensor  # tokens that are not padding
-    place: tl.tensor  # tokens before the sequence in the packed row or document that is cut into chunks
+    place: tl.tensor  # tokens of the packed row that lie before the sequence; 0 in the document layout
     chunk_length: tl.tensor
-    first_row: tl.tensor  # local row with which a rank's two chunks begin
+    first_row: tl.tensor  # local row at which a rank's two chunks of the sequence, or of its packed row, begin
 
 
 @triton.jit
@@ -60,17 +60,17 @@ def load_held(batch, sequence, mask, FORM: tl.constexpr):
     """
     start = tl.load(batch.cu_seqlens_ptr + sequence, mask=mask, other=0)
     if FORM.ROW:
-        # The last sequence is the padding behind the documents, and ends with the last packed row.
+        # The last sequence is the padding behind the documents; it ends where the last packed row ends.
         listed = mask & (sequence < batch.n_sequences - 1)
         end = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=listed, other=0)
         length = tl.where(mask & (sequence == batch.n_sequences - 1), batch.total, end) - start
         row = start // tl.maximum(batch.row_length, 1)  # row_length is 0 if there are no tokens
         place = start - row * batch.row_length
         chunk_length = tl.zeros_like(start) + batch.row_length // (2 * FORM.WORLD_SIZE)
-        # A rank holds two chunks of every packed row, one row after the other.
+        # A rank holds two chunks of packed row 0, then two chunks of packed row 1, and so on.
         first_row = row * (2 * chunk_length)
     else:
-        # Every document is cut by itself, so that no other tokens lie before it.
+        # In the document layout every document is cut by itself, so there are no tokens of others before it.
         listed = mask
         length = tl.load(batch.cu_seqlens_ptr + sequence + 1, mask=mask, other=0) - start
         place = tl.zeros_like(start)
@@ -88,7 +88,7 @@ def load_held(batch, sequence, mask, FORM: tl.constexpr):
 def part_in_chunk(held, chunk):
     """Return (position of the first token, tokens) of the part of each sequence that lies in chunk number `chunk`."""
     begin = chunk * held.chunk_length - held.place
-    # From places in the packed row to positions in the document, cut to the tokens that it has: the part may be empty.
+    # The positions are clipped to the document, so the part is empty if the chunk lies outside of it.
     end = tl.minimum(tl.maximum(begin + held.chunk_length, 0), held.length)
     begin = tl.minimum(tl.maximum(begin, 0), held.length)
     return begin, end - begin
@@ -96,15 +96,16 @@ def part_in_chunk(held, chunk):
 
 @triton.jit
 def local_row(held, chunk, late, position):
-    """Return the local row of the token at `position`, which lies in chunk `chunk`: a late chunk if `late`."""
+    """Return the local row of the token at `position`, which lies in chunk number `chunk`; `late` if that is late."""
     return held.first_row + tl.where(late, held.chunk_length, 0) + held.place + position - chunk * held.chunk_length
 
 
 @triton.jit
 def keys_of_halo(batch, held, chunk):
-    """Return how many keys of each sequence the rows behind the beginning of chunk number `chunk` need from before it.
+    """Return how many keys of each sequence, before chunk number `chunk`, the rows of that chunk need.
 
-    One chunk has them all, as `lengths_are_valid` checks. A sequence that does not cross that border needs none.
+    The previous chunk has all of these keys; `lengths_are_valid` checks that. A sequence that does not continue into
+    the chunk needs none.
     """
     begin, _ = part_in_chunk(held, chunk)
     keys = tl.minimum(tl.minimum(begin, held.chunk_length), batch.halo)
@@ -113,10 +114,10 @@ def keys_of_halo(batch, held, chunk):
 
 @triton.jit
 def lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return whether every sequence can be dealt out to the ranks.
+    """Return whether every sequence can be distributed over the ranks.
 
-    With `HALO`, the halo of a chunk also has to lie in the chunk before it: chunks are as long as a halo, or real
-    tokens end with the second chunk. No document is longer than its promised length.
+    With `HALO`, the halo of a chunk must also lie within the previous chunk. So chunks must be at least as long as a
+    halo, unless the real tokens end with the second chunk. And no document may be longer than its promised length.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     offsets = tl.arange(0, BLOCK)
@@ -137,17 +138,18 @@ def lengths_are_valid(batch, FORM: tl.constexpr, BLOCK: tl.constexpr):
         if FORM.HALO:
             uneven = uneven | ((held.chunk_length < batch.halo) & (held.real > 2 * held.chunk_length))
             uneven = uneven | ((batch.longest > 0) & (held.real > batch.longest))
-        # Counted by lane and added up once, behind the loop.
+        # Each lane counts its own faults; one sum after the loop adds the lanes.
         faults += uneven.to(tl.int32)
     return tl.sum(faults) == 0
 
 
 @triton.jit
 def read_batch(pointers, n_sequences, rank, step, rows, limits, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (the `Batch`, whether its lengths and its rank are valid); of an invalid batch no sequence is readable.
+    """Return (the `Batch`, whether its lengths and its rank are valid).
 
-    `pointers` are (cu_seqlens, lengths), `rows` (row_length, total, first_row, end_row), `limits` (halo, longest). All
-    entries of the tables of an invalid batch stay empty, so that its rows count as padding and become NaN.
+    `pointers` are (cu_seqlens, lengths), `rows` (row_length, total, first_row, end_row), `limits` (halo, longest). An
+    invalid batch has no readable sequence: all entries of its tables stay empty, so that all its rows count as padding
+    and become NaN.
     """
     # jax-triton passes a scalar 1 as a constant, which a tuple cannot hold.
     n_all, step = tl.cast(n_sequences, tl.int32), tl.cast(step, tl.int32)

@@ -1,7 +1,7 @@
 """The columns of both tables as constants for kernels: `columns.py` says what the columns hold.
 
-Kernels import each constant by its own name, because Triton's cache key covers only global constants. If a kernel
-named a column through a module or a class (`fields.Q_ROW`), Triton might run a cached one compiled for other columns.
+Kernels import each constant by its own name, because Triton's cache key covers only global constants. If a kernel read
+a column through a module or a class (`fields.Q_ROW`), Triton might run a cached kernel that has old column numbers.
 """
 
 import triton.language as tl

@@ -42,9 +42,9 @@ from .fields import (
 
 @triton.jit
 def _slot_keys(batch, held, FORM: tl.constexpr):
-    """Return how many rows each sequence, or in the row layout its packed row, has in a slot.
+    """Return how many rows of a slot belong to each sequence, or in the row layout to its packed row.
 
-    The slots of a late and of an early chunk are laid out alike, on every rank.
+    Slots of early and of late chunks have the same order of rows, on every rank.
     """
     return tl.zeros_like(held.start) + batch.halo if FORM.ROW else tl.minimum(held.chunk_length, batch.halo)
 
@@ -53,8 +53,8 @@ def _slot_keys(batch, held, FORM: tl.constexpr):
 def _halo(batch, index, FORM: tl.constexpr):
     """Return (late, held, chunk, own keys needed, other keys needed, rows sent) of the segments numbered `index`.
 
-    The first half of the numbers are late chunks. The early chunk of the last rank precedes its late one, which
-    therefore needs nothing from others.
+    The first half of the numbers are late chunks. On the last rank the early chunk directly precedes the late chunk, so
+    its late chunk needs no keys of a neighbour.
     """
     WORLD_SIZE: tl.constexpr = FORM.WORLD_SIZE
     late = index < batch.n_sequences
@@ -93,11 +93,14 @@ def build_halos(
 ):
     """Write the tables of halos behind the tables of a rank's own keys, in the order of the segments.
 
-    Grid: blocks of entries. Table 1 has the first rows of each chunk, up to `halo`, if they need keys of a neighbour.
-    Their keys are one run in a K/V buffer of four slots: the halo of the early chunk, the first rows of the early
-    chunk, the halo of the late chunk, the first rows of the late chunk. A halo ends with its slot, so that the chunk's
-    first rows follow it. For the sequence table each chunk is a sequence with one segment. Table 2 of the segments has
-    the last rows of each chunk, which a neighbour needs, and KV_ROW is where they lie in the message.
+    Grid: blocks of entries.
+
+    Segment table 1 has the first rows of each chunk, up to `halo`, if they need keys of a neighbour. Their keys lie
+    next to each other in a K/V buffer of four slots: the halo of the early chunk, the first rows of the early chunk,
+    the halo of the late chunk, the first rows of the late chunk. A halo ends where its slot ends, so that the chunk's
+    first rows follow it. In sequence table 1 each chunk is a sequence with one segment.
+
+    Segment table 2 has the last rows of each chunk, which a neighbour needs; KV_ROW is their first row in the message.
     """
     FORM: tl.constexpr = make_form(WORLD_SIZE, True, False, ROW, HAS_LENGTHS, True)
     offsets = tl.arange(0, BLOCK)
@@ -113,7 +116,7 @@ def build_halos(
     slot_row = tl.zeros([BLOCK], tl.int32)
     all_keys = tl.zeros([BLOCK], tl.int32)
     slot_keys_used = tl.zeros([BLOCK], tl.int32)
-    # First columns of the tables are sums over all earlier entries, which each program computes by itself.
+    # The first columns of the tables are sums over all earlier entries; each program computes the sums for its entries.
     for first in range(0, 2 * n_sequences, BLOCK):
         other = first + offsets
         _, other_held, _, other_own, other_others, other_sent = _halo(batch, other, FORM)
@@ -127,13 +130,14 @@ def build_halos(
         slot_keys_used += slot_keys
     slot_keys = _slot_keys(batch, held, FORM)
     if ROW:
-        # In the row layout every packed row has `halo` rows of a slot, whichever documents lie there.
+        # In the row layout every packed row has `halo` rows of a slot, whichever documents it contains.
         slot_row = held.start // tl.maximum(batch.row_length, 1) * batch.halo
 
     first_position, q_len = part_in_chunk(held, chunk)
     q_row = batch.first_row + local_row(held, chunk, late, first_position)
     keys = own + others
-    # The keys lie in slots 0 and 1, or 2 and 3 for a late chunk, and begin so that the halo ends with its slot.
+    # The keys of an early chunk lie in slots 0 and 1, of a late chunk in slots 2 and 3. They begin so that the halo
+    # ends where its slot ends.
     place = tl.where(late, 2 * slot_keys, 0) + slot_keys - others
     is_segment = index < 2 * n_sequences
     entries = 2 * n_sequences + 1
@@ -175,7 +179,7 @@ def build_halos(
     for field in tl.static_range(SEGMENT_FIELDS):
         tl.store(sent_ptrs + field, tl.zeros([BLOCK], tl.int32), mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_TOKENS_BEFORE, sent_before, mask=is_segment)
-    # The last rows of the chunk; in the message they end with their place in the slot, as the receiver's halo does.
+    # The last rows of the chunk end, in the message, where the receiver's halo ends in its slot.
     tl.store(sent_ptrs + SEGMENT_Q_ROW, q_row + q_len - sent, mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_Q_LEN, sent, mask=is_segment)
     tl.store(sent_ptrs + SEGMENT_KV_ROW, slot_row + slot_keys - sent, mask=is_segment)

@@ -1,6 +1,6 @@
-"""Device functions by which all attention kernels find their work in the segment tables.
+"""Device functions with which all attention kernels find their work in the segment tables.
 
-Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
+Portable kernels (Triton) and Hopper kernels (Gluon) both call these functions, so they use only features of both.
 """
 
 from typing import NamedTuple
@@ -43,26 +43,26 @@ from .fields import (
 
 
 class QueryTile(NamedTuple):
-    """A tile of query rows and the segment that it lies in. All fields are int32 scalars."""
+    """A tile of query rows and the segment that contains it. All fields are int32 scalars."""
 
     row: tl.tensor  # first row of the tile inside the segment; the tile is empty if the segment ends before it
     q_row: tl.tensor  # local row of the segment's first token
     q_len: tl.tensor  # tokens of the segment
     diagonal: tl.tensor  # token `t` of the segment sees the keys below `diagonal + t + 1`
-    kv_len: tl.tensor  # ... and below `kv_len`; negative: every row becomes NaN
+    kv_len: tl.tensor  # ... and below `kv_len`; if `kv_len` is negative, every row becomes NaN
     kv_row: tl.tensor  # row of the sequence's first key in the first slot of the K/V buffer
     kv_chunk: tl.tensor  # keys of one chunk of the sequence
 
 
 class KeyTile(NamedTuple):
-    """A tile of keys and the sequence that it lies in. All fields but the pointer are scalars."""
+    """A tile of keys and the sequence that contains it. All fields but the pointer are scalars."""
 
     halves_ptr: tl.tensor  # the sequence's two segments in the sequence table, for `load_half`
-    first_key: tl.tensor  # of the tile, numbered in its sequence; the tile is empty if the sequence ends before it
+    first_key: tl.tensor  # first key of the tile, numbered in its sequence; an empty tile begins behind the last key
     n_keys: tl.tensor  # keys of the sequence
-    kv_row: tl.tensor
+    kv_row: tl.tensor  # as in `QueryTile`
     kv_chunk: tl.tensor
-    poison: tl.tensor  # whether every row becomes NaN
+    poison: tl.tensor  # true if the tables are invalid, so that all gradients become NaN
 
 
 class Half(NamedTuple):
@@ -79,7 +79,7 @@ class RangedHalf(NamedTuple):
 
     q_row: tl.tensor
     q_len: tl.tensor
-    position: tl.tensor  # of the first token
+    position: tl.tensor  # position of the first token in its document
 
 
 class Document(NamedTuple):
@@ -89,25 +89,26 @@ class Document(NamedTuple):
     """
 
     real: tl.tensor  # tokens that are not padding
-    early_position: tl.tensor  # of the first key of the early part
-    early_keys: tl.tensor
-    late_position: tl.tensor
-    n_keys: tl.tensor  # of both parts
+    early_position: tl.tensor  # position of the first key of the early part
+    early_keys: tl.tensor  # keys of the early part
+    late_position: tl.tensor  # position of the first key of the late part
+    n_keys: tl.tensor  # keys of both parts
     place: tl.tensor  # tokens between the beginning of the first chunk and the first key
 
 
 @triton.jit
 def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Find (entry that tile number `tile` belongs to, number of the tile in that entry) by binary search.
+    """Return (entry that tile number `tile` belongs to, number of the tile in that entry).
 
-    The first column of a table counts the tokens of all entries before. Entry `e` owns the tiles from
-    `tokens_before * GROUP // BLOCK + e` on: at least as many as its own rows fill, whatever the lengths, so that the
-    table does not depend on the tile size and at most one tile an entry finds nothing to do.
+    The first column of a table is the number of tokens of all earlier entries. Entry `e` owns the tiles from
+    `tokens_before * GROUP // BLOCK + e` on. Whatever the lengths are, these are enough tiles for its rows, and at most
+    one of them is empty. So the table does not depend on the tile size.
     """
     low = 0
     high = n_entries - 1
     while low < high:
-        # Four parts a round instead of two: a round costs one latency, however many loads it has.
+        # Each round divides the range into four parts instead of two: a round costs one memory latency, however many
+        # loads it issues.
         step = (high - low) // 4 + 1
         passed = 0
         for i in tl.static_range(1, 4):  # three loads that do not wait for each other
@@ -123,7 +124,7 @@ def locate(table_ptr, n_entries, tile, FIELDS: tl.constexpr, GROUP: tl.constexpr
 def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
     """Return (tile number, KV head of the window) of this program.
 
-    `TILES_TOGETHER` tiles of one head (0: all of them) come before the tiles of the next head.
+    `TILES_TOGETHER` tiles of one head come before the tiles of the next head; 0 means all tiles of a head.
     """
     program = tl.program_id(0)
     if TILES_TOGETHER == 0:
@@ -138,20 +139,19 @@ def tile_and_head(KV_HEADS: tl.constexpr, TILES_TOGETHER: tl.constexpr):
 def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Return (`QueryTile` number `tile`, pointer to its segment's entry of the table).
 
-    Tiles of a segment are numbered from its end: under a causal mask the last tile is the heaviest and starts first,
-    so that light tiles fill the last gaps.
+    The tiles of a segment are numbered from its end: under a causal mask the last tile is the heaviest. It starts
+    first, so that light tiles fill the gaps at the end of the launch.
 
-    The last entry is the padding behind the last sequence. Its length is computed here: it ends with the arrays, which
-    have `T` rows, unless the table has another end. Its `kv_len` is negative if `build_segments` found the lengths or
-    the rank invalid. In that case, or if the sequences need more than `T` rows, all rows belong to this entry and
-    become NaN.
+    The last entry is the padding behind the last sequence. It ends at local row `T`, the end of the arrays, unless the
+    table names another end. Its `kv_len` is negative if `build_segments` found the lengths or the rank invalid. In that
+    case, or if the sequences need more than `T` rows, all rows belong to this entry and become NaN.
     """
     padding_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
     used = tl.load(padding_ptr + SEGMENT_Q_ROW)
     end = tl.load(padding_ptr + SEGMENT_Q_LEN)
     end = tl.where(end > 0, end, T)
     segment, block = locate(segments_ptr, n_segments, tile, SEGMENT_FIELDS, GROUP, BLOCK_M)
-    # Sequences that need more rows than the arrays have would be written behind their end.
+    # If the sequences need more rows than the arrays have, programs would write behind the end of the arrays.
     overfull = used > T
     segment = tl.where(overfull, n_segments - 1, segment)
     block = tl.where(overfull, tile, block)
@@ -160,10 +160,10 @@ def _load_segment(segments_ptr, n_segments, tile, T, CAUSAL: tl.constexpr, GROUP
     q_row = tl.where(overfull, 0, tl.load(entry_ptr + SEGMENT_Q_ROW))
     q_len = tl.where(padding, end - q_row, tl.load(entry_ptr + SEGMENT_Q_LEN))
     kv_len = tl.where(overfull, -1, tl.load(entry_ptr + (SEGMENT_KV_LEN if CAUSAL else SEGMENT_KEYS)))
-    # Without a causal mask the diagonal lies behind all keys, and only kv_len bounds what is seen.
+    # Without a causal mask the diagonal lies behind all keys, so that only kv_len limits the keys of a row.
     diagonal = tl.load(entry_ptr + SEGMENT_POSITION) if CAUSAL else kv_len
     last_block = (q_len * GROUP - 1) // BLOCK_M
-    # Numbers behind the last tile stay as they are: these programs find no rows, and return.
+    # A program behind the last tile keeps its number: it finds no rows, and returns.
     block = tl.where(block <= last_block, last_block - block, block)
     queries = QueryTile(
         row=block * BLOCK_M,
@@ -206,7 +206,7 @@ def load_ranged_segment(
 
 @triton.jit
 def tables_are_invalid(segments_ptr, n_segments, T):
-    """Return whether every row becomes NaN, by the conditions of `load_segment`, for a kernel that loads no tile."""
+    """Return whether `load_segment` would make every row NaN, for kernels that do not call it."""
     padding_ptr = segments_ptr + (n_segments - 1) * SEGMENT_FIELDS
     return (tl.load(padding_ptr + SEGMENT_Q_ROW) > T) | (tl.load(padding_ptr + SEGMENT_KV_LEN) < 0)
 
@@ -215,7 +215,7 @@ def tables_are_invalid(segments_ptr, n_segments, T):
 def load_sequence(sequences_ptr, n_sequences, tile, T, slot_rows, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Load the `KeyTile` number `tile` from the sequence table.
 
-    It treats the padding entry and invalid tables as `load_segment` does.
+    The padding entry and invalid tables are treated as in `load_segment`.
     """
     padding_ptr = sequences_ptr + (n_sequences - 1) * SEQUENCE_FIELDS
     used, used_rows = tl.load(padding_ptr + SEQUENCE_KV_ROW), tl.load(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW)
@@ -227,7 +227,7 @@ def load_sequence(sequences_ptr, n_sequences, tile, T, slot_rows, SLOTS: tl.cons
     kv_row = tl.where(overfull, 0, tl.load(entry_ptr + SEQUENCE_KV_ROW))
     padding = sequence == n_sequences - 1
     poison = overfull | (tl.load(entry_ptr + SEQUENCE_KEYS) < 0)
-    # Padding fills the rest of each slot, like a sequence of SLOTS chunks, each of slot_rows - used keys.
+    # The padding fills the rest of each slot, like a sequence of SLOTS chunks with slot_rows - used keys each.
     kv_chunk = tl.where(padding, slot_rows - kv_row, tl.load(entry_ptr + SEQUENCE_KV_CHUNK))
     n_keys = tl.where(padding, kv_chunk * SLOTS, tl.load(entry_ptr + SEQUENCE_KEYS))
     return KeyTile(
@@ -285,9 +285,9 @@ def load_sequence_rows(halves_ptr):
 
 @triton.jit
 def key_index(document, position):
-    """Return how many keys of the `Document` in the K/V buffer lie before `position`: a scalar or a vector."""
+    """Return how many keys of the `Document` in the K/V buffer lie before `position`, a scalar or a vector."""
     early = tl.minimum(tl.maximum(position - document.early_position, 0), document.early_keys)
-    # Positions between both parts, which another rank holds, count as the end of the early part.
+    # Other ranks hold the positions between both parts; such a position counts as the end of the early part.
     late = tl.minimum(tl.maximum(position - document.late_position, 0), document.n_keys - document.early_keys)
     return early + late
 

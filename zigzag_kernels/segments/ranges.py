@@ -2,7 +2,7 @@
 
 A mask is *ranged* if it has a window or chunks, if documents end with padding, or if packed rows are cut into chunks.
 Both ends of a range grow with the position, so the ranges of a tile's first and last row bound the ranges of all its
-rows. Portable kernels and Hopper kernels both call these functions, which use only features that Gluon has too.
+rows. Portable kernels (Triton) and Hopper kernels (Gluon) both call these functions, so they use only features of both.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Mask:
     """The constants of a mask, for kernels whose own struct of constants lacks these fields."""
 
     CAUSAL: Any
-    LEFT: Any  # tokens that a row sees on each side, -1 for all
-    RIGHT: Any
+    LEFT: Any  # positions before a row that it sees, -1 for all
+    RIGHT: Any  # positions after a row that it sees, -1 for all
     CHUNK: Any  # tokens of a chunk of attention, 0 for none
 
 
@@ -38,7 +38,10 @@ class KeyRange(NamedTuple):
 
 
 class RowRange(NamedTuple):
-    """Rows at positions `[begin, end)`; each row from `whole_begin` to `whole_end` sees every key of a tile."""
+    """The rows, at positions `[begin, end)`, that see some key of a tile of keys.
+
+    Every row from `whole_begin` to before `whole_end` sees all keys of the tile.
+    """
 
     begin: tl.tensor
     whole_begin: tl.tensor
@@ -48,9 +51,9 @@ class RowRange(NamedTuple):
 
 @triton.jit
 def positions_seen(positions, real, MASK: tl.constexpr):
-    """Return the `KeyRange`, in positions, of rows at `positions`; from `real` on the document is padding.
+    """Return the `KeyRange`, in positions, of rows at `positions` of a document with `real` real tokens.
 
-    Padding rows see no key.
+    Rows behind the real tokens are padding, and see no key.
     """
     CHUNK: tl.constexpr = MASK.CHUNK
     begin = positions * 0
@@ -82,7 +85,7 @@ def keys_of_positions(positions, document, MASK: tl.constexpr):
 def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
     """Return the `RowRange` of the rows of a `Document` that see any of the keys `[first_key, end_key)`.
 
-    No row sees padding keys, so a tile with padding keys is whole for no row.
+    No row sees padding keys. If the tile has padding keys, there is no row that sees all keys of the tile.
     """
     CHUNK: tl.constexpr = MASK.CHUNK
     real = document.real
@@ -98,13 +101,13 @@ def seeing_positions(first_key, end_key, document, MASK: tl.constexpr):
     if MASK.LEFT >= 0:
         end, whole_end = tl.minimum(end, last + MASK.LEFT + 1), tl.minimum(end, first + MASK.LEFT + 1)
     if CHUNK > 0:
-        # Rows see keys of their own chunk alone: rows from the chunk of the first key to the chunk of the last one see
-        # some key, and only rows in the chunk of both see all.
+        # A row sees only keys of its own chunk. Rows from the chunk of the first key to the chunk of the last key see
+        # some key. Rows see all keys only if both keys lie in their chunk.
         begin = tl.maximum(begin, first // CHUNK * CHUNK)
         whole_begin = tl.maximum(whole_begin, last // CHUNK * CHUNK)
         end = tl.minimum(end, (last // CHUNK + 1) * CHUNK)
         whole_end = tl.minimum(whole_end, (first // CHUNK + 1) * CHUNK)
-    # A tile of padding keys alone has no rows; a tile with some padding keys has no whole rows.
+    # If all keys are padding, no row sees any. If some keys are padding, no row sees all.
     end = tl.where(first_key <= last_key, end, begin)
     whole_end = tl.where(last_key == end_key - 1, whole_end, whole_begin)
     return RowRange(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)

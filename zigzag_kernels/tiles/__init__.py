@@ -1,1 +1,1 @@
-"""Tile sizes as data: one file per GPU generation, and the file by which users replace entries."""
+"""Tile sizes as data, one file for each GPU generation, and the reader of files with users' own entries."""

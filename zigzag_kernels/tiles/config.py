@@ -6,18 +6,18 @@ from ..checks import DTYPE_BYTES, MAX_BLOCK
 from ..modes import LengthClass, Operation
 
 HEAD_DIMS = (64, 128, 256)
-"""An entry is used for every head_dim from above the previous entry up to its own."""
+"""Head dimensions that tables have entries for; the entry of the next larger one is used for all others."""
 WIDTHS = {2: "16-bit", 4: "32-bit"}
-"""Names of the widths of input types, in tables and override files, by bytes."""
+"""The names of input types in tables and override files, by the bytes of one element."""
 REGISTERS_PER_THREAD = 255
-"""Registers that one thread can have on every GPU that the kernels support (CUDA programming guide)."""
+"""Registers that one thread can use, on every GPU that the kernels support (CUDA programming guide)."""
 
 
 @dataclass(frozen=True)
 class KernelId:
     """The identity of a kernel that has tiles of its own.
 
-    `LengthClass.LONG` also serves the length classes for which its family has no kernel.
+    If a family has no tiles for a length class, its kernel for `LengthClass.LONG` runs problems of that class too.
     """
 
     family: str
@@ -29,9 +29,9 @@ class KernelId:
 class TileConfig:
     """Tile and launch parameters of one kernel.
 
-    A step covers `BLOCK_M` query rows and `BLOCK_N` keys, and `num_stages` steps are in flight. `tiles_together` tiles
-    of one head run side by side before the tiles of the next head; 0 leaves the order to `plan.grid`. A program takes
-    the same tile of up to `heads_together` KV heads, one after the other.
+    One step of a kernel's loop computes `BLOCK_M` query rows with `BLOCK_N` keys, and the loads of `num_stages` steps
+    are in flight. `tiles_together` tiles of one head come before the tiles of the next head; 0 leaves the order to
+    `plan.grid`. A program computes the same tile for up to `heads_together` KV heads, one after the other.
     """
 
     BLOCK_M: int
@@ -62,23 +62,23 @@ Tiles = dict[KernelId, dict[int, TileConfig]]
 class Architecture:
     """A generation of GPUs: its limits, and the tiles chosen for it, by width of the input type.
 
-    It serves the targets that begin with one of `targets`, unless another architecture names more of their digits.
+    A target, such as "9.0", uses the architecture with the longest prefix of that target among its `targets`.
     """
 
     name: str
     targets: tuple[str, ...]
-    measured_on: tuple[str, ...]  # targets on which its 16-bit entries were measured; others follow from budgets
-    shared_memory: int  # bytes that one block can have
+    measured_on: tuple[str, ...]  # targets on which its 16-bit entries were measured; all others fit a budget only
+    shared_memory: int  # bytes that one thread block can have
     operands_from_registers: bool  # whether matrix instructions take 16-bit operands from registers
-    sums_apart: bool  # whether dK and dV are launched apart above heuristics.SUMS_TOGETHER_HEAD_DIM
+    sums_apart: bool  # whether dK and dV have separate launches above heuristics.SUMS_TOGETHER_HEAD_DIM
     tiles: dict[str, Tiles]
 
     def match(self, target: str) -> int:
-        """Return how many characters of `target` this architecture names, or -1 if it does not serve it."""
+        """Return the length of the longest of `targets` that `target` begins with, or -1 if there is none."""
         return max((len(prefix) for prefix in self.targets if target.startswith(prefix)), default=-1)
 
     def tiles_of(self, kernel: KernelId, head_dim: int, dtype: str) -> TileConfig | None:
-        """Return the entry that serves `head_dim`, or None if `kernel` has none."""
+        """Return the tiles of `kernel` for `head_dim`, or None if the table has no entry."""
         return self.tiles[width(dtype)].get(kernel, {}).get(entry_head_dim(head_dim))
 
 
@@ -88,17 +88,17 @@ def width(dtype: str) -> str:
 
 
 def entry_head_dim(head_dim: int) -> int:
-    """Return which of `HEAD_DIMS` serves `head_dim`."""
+    """Return the smallest of `HEAD_DIMS` that is at least `head_dim`."""
     return min(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
 def up_to(*rows: tuple[int, ...]) -> dict[int, TileConfig]:
-    """Return the entries of `HEAD_DIMS`, as far as there are rows, from the fields of their `TileConfig`."""
+    """Return {head_dim: tiles} for the first of `HEAD_DIMS`; each row has the fields of one `TileConfig`."""
     return {head_dim: TileConfig(*row) for head_dim, row in zip(HEAD_DIMS, rows, strict=False)}
 
 
 def block_d(head_dim: int) -> int:
-    """Return `head_dim` rounded up to the power of two that tiles have."""
+    """Return the columns of a tile: `head_dim` rounded up to a power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 

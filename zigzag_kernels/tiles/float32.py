@@ -1,4 +1,4 @@
-"""Tiles for float32 inputs on every GPU, chosen by budget and not measured."""
+"""Tiles for float32 inputs on every GPU, chosen to fit registers and shared memory, and not measured."""
 
 from ..modes import Operation
 from .config import KernelId, up_to

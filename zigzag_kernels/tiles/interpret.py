@@ -1,4 +1,4 @@
-"""Tiles for Triton's interpreter: small, so that short sequences fill several, and not square, so that mix-ups show."""
+"""Tiles for Triton's interpreter: small, so that short tests fill several, and not square, to expose mixed-up axes."""
 
 from ..modes import Backend, Operation
 from .config import HEAD_DIMS, Architecture, KernelId, up_to
@@ -17,6 +17,6 @@ INTERPRET = Architecture(
     measured_on=(Backend.INTERPRET,),
     shared_memory=2**31 - 1,  # a CPU has no such limit
     operands_from_registers=True,
-    sums_apart=True,  # as on sm_90, whose launches tests run
+    sums_apart=True,  # as on sm_90, so that tests run the same launches
     tiles={"16-bit": TILES, "32-bit": TILES},
 )

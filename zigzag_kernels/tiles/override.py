@@ -1,6 +1,6 @@
 """The JSON file of `ZIGZAG_KERNEL_CONFIG`, whose entries replace entries of the tile tables.
 
-It nests architecture, width of the input type, kernel and head_dim around the fields of a `TileConfig`:
+The file nests architecture, width of the input type, kernel and head_dim around the fields of a `TileConfig`:
 `{"sm_90": {"16-bit": {"forward": {"128": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}}}}}`.
 A kernel has a name, such as "backward_dq", only in this file; elsewhere it is a `KernelId`.
 """
@@ -58,8 +58,8 @@ def read_config(
 ) -> TileConfig | None:
     """Return the tiles that the file has at `entry`, or None.
 
-    `exceeds` names the budget that a configuration exceeds, or returns None. Raises `ValueError` for a name that would
-    never be looked up, and for tiles that cannot run.
+    `exceeds(config)` says in words which limit a configuration exceeds, or returns None. Raises `ValueError` for a
+    name in the file that no kernel would look up, and for tiles that cannot run.
     """
     tables = _read(path, known)
     for name in entry:
@@ -74,7 +74,7 @@ def read_config(
 
 
 def check_file(path: str, known: KnownNames) -> None:
-    """Raise `ValueError` for a file with a name that would never be looked up or a wrong `TileConfig`."""
+    """Raise `ValueError` for a file with an invalid `TileConfig`, or a name that no kernel would look up."""
     _read(path, known)
 
 

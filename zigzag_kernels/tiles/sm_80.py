@@ -1,4 +1,4 @@
-"""Tiles for compute capability 8.0 and every one without a table, chosen by budget and not measured."""
+"""Tiles for compute capability 8.0, and for GPUs without a table; they fit the limits, and were not measured."""
 
 from ..modes import Operation
 from . import float32
@@ -8,7 +8,7 @@ SM_80 = Architecture(
     name="sm_80",
     targets=("",),
     measured_on=(),
-    shared_memory=163 * 1024,  # CUDA programming guide, technical specifications; of the others too
+    shared_memory=163 * 1024,  # CUDA programming guide, technical specifications, as in the other tables
     operands_from_registers=False,
     sums_apart=False,
     tiles={

@@ -1,4 +1,4 @@
-"""Tiles for GPUs with little shared memory, 8.6, 8.9 and 12.x, chosen by budget and not measured."""
+"""Tiles for compute capability 8.6, 8.9 and 12.x, with little shared memory; they fit it, and were not measured."""
 
 from ..modes import Operation
 from . import float32

@@ -22,7 +22,7 @@ SM_90 = Architecture(
             KernelId("portable", FORWARD): up_to((128, 64, 4, 3, 1), (128, 128, 8, 3), (128, 64, 8, 2)),
             KernelId("portable", DKDV): up_to((128, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 3)),
             KernelId("portable", DQ): up_to((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
-            # Rows, or keys of dK/dV, are shared by warpgroups of 64 each, and num_warps counts one of these.
+            # In Hopper kernels each warpgroup has 64 rows, or 64 keys in dK/dV; num_warps counts one warpgroup's warps.
             KernelId("hopper", FORWARD): up_to((192, 128, 4, 3, 1), (128, 128, 4, 2)),
             KernelId("hopper", FORWARD, FEW_ROWS): up_to((256, 64, 4, 4, 1), (128, 128, 4, 2, 1, 2)),
             KernelId("hopper", FORWARD, SHORT): up_to((256, 64, 4, 4, 1), (128, 64, 4, 4, 0, 8)),
