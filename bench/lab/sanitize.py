@@ -87,7 +87,7 @@ def launch(kind, lengths=(516, 4, 0, 260), device="cuda", backend="triton") -> s
     from tests.support.cases import Case
 
     names = set()
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         sizes = {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": "bfloat16", "padding": 3}
         case = Case(name=f"head_dim {head_dim}", world_size=2, lengths=lengths, **sizes)
         tensors = timing.inputs(case, device)

@@ -39,6 +39,8 @@ SIGNATURES = (
     {"world_size": 1, "heads": 6, "kv_heads": 2, "head_dim": 128, "dtype": "float16"},
     {"world_size": 8, "heads": 4, "kv_heads": 4, "head_dim": 64, "dtype": "bfloat16", "causal": False},
     {"world_size": 8, "heads": 4, "kv_heads": 1, "head_dim": 128, "dtype": "bfloat16"},
+    {"world_size": 2, "heads": 4, "kv_heads": 2, "head_dim": 256, "dtype": "bfloat16"},
+    {"world_size": 1, "heads": 6, "kv_heads": 2, "head_dim": 192, "dtype": "float16"},
 )
 TOKENS, SEQUENCES, PADDING = 4096, 40, 130  # at most, on one rank
 AHEAD, EVERY = 16, 20

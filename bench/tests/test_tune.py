@@ -152,5 +152,5 @@ def test_the_whole_search(monkeypatch, tmp_path, capsys):
     assert tune.main(arguments) == 1
     assert not path.exists()
     with pytest.raises(SystemExit):
-        tune.main(["--kernel", "hopper_forward", "--head-dim", "256"])
-    assert "there is no hopper_forward for head_dim 256 on 9.0" in capsys.readouterr().err
+        tune.main(["--kernel", "hopper_fused", "--head-dim", "256"])
+    assert "there is no hopper_fused for head_dim 256 on 9.0" in capsys.readouterr().err

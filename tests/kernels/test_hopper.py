@@ -28,6 +28,7 @@ from zigzag_kernels.plan.grid import count_heads_together
 from zigzag_kernels.segments.columns import SEGMENT_FIELDS, SEQUENCE_FIELDS
 from zigzag_kernels.tiles.config import TileConfig
 from zigzag_kernels.tiles.override import kernel_name
+from zigzag_kernels.tiles.sm_90 import SM_90
 
 PORTABLE = ("backward_dkdv", "backward_dq")
 DOUT_STRIDES = (4096, 128)
@@ -71,11 +72,18 @@ def test_the_rules_that_take_them(monkeypatch):
         assert fused(problem())
         for slower in ({"head_dim": 64}, {"sequences": 64}):
             assert fused(problem(**slower)) == bool(value), slower
+        for head_dim in (136, 256):
+            assert forward(problem(head_dim=head_dim)) == "hopper_forward"
+            assert pair(problem(head_dim=head_dim)) == ("hopper_dkdv", "hopper_dq")
+            assert not fused(problem(head_dim=head_dim))
+            short = problem(sequences=64, head_dim=head_dim)
+            assert forward(short) == "hopper_forward_short"
+            assert pair(short) == ("hopper_dkdv_short", "hopper_dq_short" if value else "backward_dq")
         # dK/dV alone reads q and dout by the copy engine.
         assert pair(problem(), (4100, 128)) == ("backward_dkdv", "hopper_dq")
         assert pair(problem(q_stride=4100)) == ("backward_dkdv", "hopper_dq")
         for cannot in (
-            {"head_dim": 32}, {"head_dim": 136}, {"dtype": "float32"}, {"target": "8.0"}, {"target": "10.0"},
+            {"head_dim": 32}, {"dtype": "float32"}, {"target": "8.0"}, {"target": "10.0"},
             {"gluon": False}, {"stride": 1028},
         ):  # fmt: skip
             assert forward(problem(**cannot)) == "forward", cannot
@@ -245,8 +253,11 @@ def test_how_many_heads_a_program_takes(monkeypatch):
     assert launch.grid == (8192 * 4 // 128 + 2 * 64 + 1, 1, 1)  # one head's tiles, whose programs take all eight
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", HOPPER.kernels, ids=kernel_name)
+@pytest.mark.parametrize(
+    ("kernel", "head_dim"),
+    [(kernel, dim) for kernel in HOPPER.kernels for dim in SM_90.tiles["16-bit"][kernel]],
+    ids=lambda x: x if isinstance(x, int) else kernel_name(x),
+)
 def test_one_stage_is_refused(kernel, head_dim):
     """A consumer waits for a block while it has the one before: on a GPU it would wait for ever."""
     shipped = choose_tiles(kernel, head_dim, "bfloat16", "9.0")

@@ -94,6 +94,28 @@ def test_the_producer_of_keys_brings_no_block_before_its_stage_is_left(v_behind,
     assert brought == {"k": expected, "v": expected}
 
 
+def test_the_producer_of_wide_heads_brings_v_then_k_of_each_block_into_stages_that_were_left():
+    from zigzag_kernels.hopper import keys as key_stream
+    from zigzag_kernels.hopper import wide_dq
+
+    events, length = [], 7
+    Keys = struct_in_numpy(key_stream.Keys, KeyBlock=struct_in_numpy(key_stream.KeyBlock))
+    keys = Keys(seen=4 * length - 2, kv_row=5, kv_chunk=0, SLOTS=1, BLOCK_N=length)
+    keys.descriptor = lambda array, *_: array
+    stream = struct_in_numpy(wide_dq.ValuesAndKeys)(
+        geometry=None, keys=keys, CHUNKS=False, empty=types.SimpleNamespace(wait=lambda i: events.append(i)),
+        ring=types.SimpleNamespace(load=lambda array, place, i: events.append((i, array, place[1]))),
+    )  # fmt: skip
+    produce = in_numpy(
+        wide_dq.produce_values_and_keys, V=0, K=1, next_block=in_numpy(key_stream.next_block)
+    )  # fmt: skip
+    produce.__globals__["gl"].to_tensor = int
+    produce(stream, "v", "k", 0)
+    rows = [5 + 3 * length, 5 + 2 * length, 5 + length, 5]
+    blocks = [(i, array, row) for i, (row, array) in enumerate(itertools.product(rows, "vk"))]
+    assert events == [event for i, block in enumerate(blocks) for event in (i, block)]
+
+
 class Entry(tuple):
     """Stands for a pointer to a table."""
 

@@ -24,7 +24,7 @@ class Names:
     """The functions of `hopper/keys.py` and `hopper/masks.py` for ranges of keys, on NumPy."""
 
     def __init__(self):
-        from zigzag_kernels.hopper import keys, masks, owned
+        from zigzag_kernels.hopper import keys, masks, owned, wide_dq
         from zigzag_kernels.segments import lookup, ranges
 
         names = {name: in_numpy(getattr(lookup, name)) for name in ("key_index", "chunk_row")}
@@ -36,7 +36,7 @@ class Names:
         names["hopper"] = types.SimpleNamespace(tma=describe)
         for module, struct in (
             (keys, "KeyBlock"), (keys, "RangedKeys"), (keys, "KeyStream"), (masks, "RangedHeadBlocks"),
-            (masks, "RangedRowMask"), (owned, "QueryRows"),
+            (masks, "RangedRowMask"), (owned, "QueryRows"), (wide_dq, "ValuesAndKeys"),
         ):  # fmt: skip
             names[struct] = struct_in_numpy(getattr(module, struct), **names)
             for method in vars(names[struct]).values():
@@ -47,7 +47,9 @@ class Names:
         self.find_key_range = in_numpy(keys.find_key_range, **names)
         self.mask_rows = in_numpy(masks.mask_rows, **names)
         self.produce = in_numpy(keys.produce_keys, **names)
-        self.produce.__globals__["gl"].to_tensor = int
+        self.produce_wide = in_numpy(wide_dq.produce_values_and_keys, V=0, K=1, **names)
+        for produce in (self.produce, self.produce_wide):
+            produce.__globals__["gl"].to_tensor = int
         self.structs = types.SimpleNamespace(**names)
 
 
@@ -115,12 +117,14 @@ def seen_by(rows, keys, real, mask):
     return sees
 
 
-@pytest.mark.parametrize("v_behind", [True, False])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "wide dq"])
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_blocks_of_keys_under_a_mask_of_ranges_are_those_of_its_area(slots, v_behind):
+def test_blocks_of_keys_under_a_mask_of_ranges_are_those_of_its_area(slots, kernel):
     """Each row meets each key that it sees once, and what it multiplies by probabilities never holds padding."""
     names = Names()
     rng = np.random.default_rng(slots)
+    wide, v_behind = kernel == "wide dq", kernel == "forward"
+    heads = 1 if wide else HEADS
     whole = masked = 0
     for _ in range(80):
         document, length, kv_row, kv_chunk, slot_rows, held = place_document(rng, slots)
@@ -128,8 +132,9 @@ def test_blocks_of_keys_under_a_mask_of_ranges_are_those_of_its_area(slots, v_be
         mask = Mask(bool(rng.integers(2)), left, right, chunk)
         group, block = int(rng.integers(1, 5)), int(rng.choice([16, 64, 128]))
         geometry = types.SimpleNamespace(
-            GROUP=group, OWNED=128, SLOTS=slots, HEADS_TOGETHER=HEADS, HEAD_DIM=1, BLOCK_D=1, dtype=None, SCORES=None
-        )
+            GROUP=group, OWNED=128, SLOTS=slots, HEADS_TOGETHER=heads, HEAD_DIM=1, BLOCK_D=1, dtype=None,
+            SCORES=None,
+        )  # fmt: skip
         first = int(rng.integers(0, length + 1))
         q_len = int(rng.integers(0, length - first + 1))
         position = types.SimpleNamespace(first=first, document=document)
@@ -141,15 +146,23 @@ def test_blocks_of_keys_under_a_mask_of_ranges_are_those_of_its_area(slots, v_be
                 kv_chunk=Number(max(kv_chunk, 1)), place=document.place, SLOTS=slots, BLOCK_N=block,
             )  # fmt: skip
             k, v = Memory(held, block), Memory(held, block)
-            stream = names.structs.KeyStream(
-                geometry=geometry, keys=keys, k=k, v=v, CHUNKS=slots > 1,
-                numbers=types.SimpleNamespace(load=lambda _, block=block: np.arange(block)),
-                empty=types.SimpleNamespace(wait=lambda i: None),
-            )  # fmt: skip
+            of_both = {
+                "geometry": geometry, "keys": keys, "CHUNKS": slots > 1,
+                "numbers": types.SimpleNamespace(load=lambda _, block=block: np.arange(block)),
+                "empty": types.SimpleNamespace(wait=lambda i: None),
+            }  # fmt: skip
             array = types.SimpleNamespace(ptr=0, STRIDE_T=1)
-            names.produce(stream, array, array, Number(slot_rows), v_behind)
+            if wide:
+                stream = names.structs.ValuesAndKeys(ring=Memory(held, block), **of_both)
+                names.produce_wide(stream, array, array, Number(slot_rows))
+                v.boxes, k.boxes = (
+                    {i // 2: box for i, box in stream.ring.boxes.items() if i % 2 == n} for n in range(2)
+                )
+            else:
+                stream = names.structs.KeyStream(k=k, v=v, **of_both)
+                names.produce(stream, array, array, Number(slot_rows), v_behind)
             count = keys.count_blocks()
-            assert len(k.boxes) == len(v.boxes) == HEADS * count
+            assert len(k.boxes) == len(v.boxes) == heads * count
             multiplied = (v if v_behind else k).boxes.values()
             assert all((box != FOREIGN).all() for box in multiplied)
             for n in range(geometry.OWNED // 64):
@@ -164,7 +177,7 @@ def test_blocks_of_keys_under_a_mask_of_ranges_are_those_of_its_area(slots, v_be
                 real_rows = own.numbers(None) < own.end
                 np.testing.assert_array_equal((row_mask.first >= row_mask.limit)[real_rows], blind[real_rows])
                 counted = row_mask.count(keys, count)
-                for head in range(HEADS):
+                for head in range(heads):
                     blocks = row_mask.number(stream, head, count, counted)
                     ragged, visits = blocks.ragged, np.zeros((64, length), int)
                     for i in range(blocks.begin, blocks.end):

@@ -171,7 +171,7 @@ def test_a_file_that_is_none_names_the_variable(tmp_path, monkeypatch, text, mes
 
 
 def test_a_head_dim_without_tiles_is_named():
-    with pytest.raises(LookupError, match=r"there is no hopper_forward for head_dim 256 on 9\.0"):
-        choose_tiles(kernels_by_name()["hopper_forward"], 256, "bfloat16", "9.0")
+    with pytest.raises(LookupError, match=r"there is no hopper_fused for head_dim 256 on 9\.0"):
+        choose_tiles(kernels_by_name()["hopper_fused"], 256, "bfloat16", "9.0")
     with pytest.raises(LookupError, match=r"the hopper kernels have no tiles for 8\.0"):
         choose_tiles(kernels_by_name()["hopper_forward"], 128, "bfloat16", "8.0")

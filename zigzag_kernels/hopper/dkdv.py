@@ -1,5 +1,7 @@
 """The dK/dV kernel for Hopper: each consumer owns 64 keys and keeps their dK and dV in registers.
 
+Above head_dim 128 two consumers share 64 keys: `wide_dkdv.py` has their work.
+
 Rows, keys, windows and in-place results mean the same as in `portable.dkdv`. Scores are transposed, [keys, rows], so
 that the products that take P and dS can read them from registers. A producer streams query rows: `rows.py` has the
 order of their blocks.
@@ -25,11 +27,9 @@ from .rows import (
     make_row_stream,
     produce_rows,
 )
-from .scores import cap_scores, score_scale_log2
+from .scores import score_scale_log2, transposed_p
 from .warps import opaque, specialize_warps
-
-# A score, in units of the cap, that gives probability 0 and has a finite square.
-HIDDEN_SCORE = gl.constexpr(-(2.0**50))
+from .wide_dkdv import consume_wide, make_handover
 
 
 @struct
@@ -44,9 +44,10 @@ class _Dkdv:
     whole: gl.tensor  # number of the blocks that need no mask; they come first
     k: Strided
     v: Strided
-    k_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
+    k_buffers: gl.shared_memory_descriptor  # [BLOCK_N / 64, 64, BLOCK_D]
     v_buffers: gl.shared_memory_descriptor
     stream: RowStream
+    handover: gl.tuple  # the `Handover` of two consumers that share 64 keys, or nothing
     results: KeyGradients
     SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
@@ -76,20 +77,7 @@ def _block(program, head, scores, dk, dv, i):
     # Products complete in the order of issue: when only dP is left, the scores are complete, and the exponentials run
     # while the tensor cores compute dP.
     scores = hopper.warpgroup_mma_wait(1, [scores])
-    if program.SOFTCAP > 0:
-        scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
-        # With a cap the scores are used again below: a hidden one must be finite, so that 0 * (1 - score^2) is 0.
-        if i >= head.whole_end:
-            scores = gl.where(stream.sees(head.numbers, i), scores, HIDDEN_SCORE)
-    p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
-    if program.SOFTCAP == 0:
-        if i >= head.whole_end:
-            p = gl.where(stream.sees(head.numbers, i), p, 0.0)
-    # Transposed scores, [keys, rows], lie in the registers as a product over rows takes them: P and dS need no shared
-    # memory.
-    p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
-    if program.SOFTCAP > 0:
-        p *= 1.0 - scores * scores  # the derivative of tanh, for dS alone: dV takes P without it
+    p_operand, p = transposed_p(program, scores, lse2, head.numbers, i, head.whole_end)
     delta = stream.numbers(stream.delta, i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
     ds_operand = gl.convert_layout((p * (dp - delta[None, :])).to(geometry.dtype), geometry.OPERAND)
@@ -179,7 +167,7 @@ def backward_dkdv_hopper(
     STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, HEADS_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """Arguments and results: `portable.dkdv.backward_dkdv`. BLOCK_N is 64 keys for each consumer."""
+    """Arguments and results: `portable.dkdv.backward_dkdv`. BLOCK_N is 64 keys for each consumer, or for two."""
     tile_number, heads = tile_and_head(KV_HEADS // HEADS_TOGETHER, TILES_TOGETHER)
     window_head = heads * HEADS_TOGETHER
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
@@ -189,7 +177,7 @@ def backward_dkdv_hopper(
 
     geometry = Geometry(
         dtype=q_ptr.dtype.element_ty, SLOTS=SLOTS, GROUP=GROUP, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, OWNED=BLOCK_N,
-        STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=HEADS_TOGETHER,
+        STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=HEADS_TOGETHER, SHARED=2 if BLOCK_D > 128 else 1,
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
     mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
@@ -203,17 +191,18 @@ def backward_dkdv_hopper(
     # delta and lse in base 2 are [window, T * GROUP].
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
-    OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]
+    OWNED: gl.constexpr = [BLOCK_N // 64, 64, BLOCK_D]
     k_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     v_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     stream = make_row_stream(geometry, packing, mask)
+    handover = (make_handover(geometry),) if geometry.WIDE else ()
     # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     program = _Dkdv(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
         k=Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH),
         v=Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH), k_buffers=k_buffers, v_buffers=v_buffers,
-        stream=stream, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
+        stream=stream, handover=handover, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
         results=KeyGradients(
             dk_ptr=dk_ptr, dv_ptr=dv_ptr, KV_HEADS=KV_HEADS, SOFTMAX_SCALE=SOFTMAX_SCALE, ACCUMULATE=ACCUMULATE
         ),
@@ -223,4 +212,11 @@ def backward_dkdv_hopper(
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
         lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
     )  # fmt: skip
-    specialize_warps(_consumer, (program,), geometry.WARPGROUPS, (produce_rows, (stream, tile, sequence, arrays), 4))
+    if geometry.WIDE:
+        specialize_warps(
+            consume_wide, (program,), geometry.WARPGROUPS, (produce_rows, (stream, tile, sequence, arrays), 4)
+        )
+    else:
+        specialize_warps(
+            _consumer, (program,), geometry.WARPGROUPS, (produce_rows, (stream, tile, sequence, arrays), 4)
+        )

@@ -11,13 +11,14 @@ from triton.experimental.gluon.language.nvidia import hopper
 from ..segments.lookup import tile_and_head
 from ..segments.ranges import make_mask
 from .geometry import Geometry
-from .keys import KeyStream, make_key_stream, produce_keys
+from .keys import make_key_stream, produce_keys
 from .masks import mask_rows
 from .owned import Strided, load_query_tile, own_query_rows
 from .releases import SINCE_3_8, struct, thread_barrier
 from .results import result_layout, store_tile
-from .scores import cap_scores, score_scale_log2
+from .scores import recompute_p, score_scale_log2
 from .warps import opaque, specialize_warps
+from .wide_dq import make_values_and_keys, produce_values_and_keys, sum_wide_blocks
 
 
 @struct
@@ -36,7 +37,7 @@ class _Dq:
     dq_ptr: gl.tensor
     q_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
     dout_buffers: gl.shared_memory_descriptor
-    stream: KeyStream
+    stream: gl.base_value  # `KeyStream`, or `ValuesAndKeys` where heads are wide
     HEADS: gl.constexpr
     MASK: gl.constexpr  # the `Mask`, or None unless it is ranged
     SOFTMAX_SCALE: gl.constexpr
@@ -69,11 +70,7 @@ def _block(program, head, scores, dq, i, ragged):
     # Products complete in the order of issue: when only dP is left, the scores are complete, and the exponentials run
     # while the tensor cores compute dP.
     scores = hopper.warpgroup_mma_wait(1, [scores])
-    if program.SOFTCAP > 0:
-        capped = cap_scores(scores, program.SOFTMAX_SCALE, program.SOFTCAP)
-        p = gl.exp2(capped * program.SCALE_LOG2 - head.lse2[:, None]) * (1.0 - capped * capped)
-    else:
-        p = gl.exp2(scores * program.SCALE_LOG2 - head.lse2[:, None])
+    p = recompute_p(scores, head.lse2, program)
     # V has already arrived; this second wait only keeps the assembler from moving the next one above the exponentials.
     stream.v.wait(i)
     dp = hopper.warpgroup_mma_wait(0, [dp])
@@ -126,7 +123,7 @@ def _consumer(warpgroup: gl.constexpr, program):
     HEADS_TOGETHER: gl.constexpr = geometry.HEADS_TOGETHER
     # With `result_layout` the loop over blocks of 64 keys was 4 % slower, and a program of one head stores little. From
     # Triton 3.8 on the loop uses all registers; without `result_layout` it would then wait for every product.
-    PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and geometry.STREAMED == 64 and not SINCE_3_8
+    PLAIN: gl.constexpr = HEADS_TOGETHER == 1 and geometry.STREAMED == 64 and not (geometry.WIDE or SINCE_3_8)
     RESULT: gl.constexpr = geometry.SUMS if PLAIN else result_layout(BLOCK_D, program.dq_ptr.dtype.element_ty)
     own = own_query_rows(warpgroup, program.tile, program.position, geometry, program.MASK)
     end = own.real_end()
@@ -154,7 +151,7 @@ def _consumer(warpgroup: gl.constexpr, program):
         delta = gl.load(program.delta_ptr + statistics, mask=rows < end, other=0.0)
         head = _HeadRows(dout=dout, lse2=lse2, delta=delta, zero=zero, blocks=blocks)
         dq = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
-        dq = _sum_blocks(program, head, q, dq)
+        dq = sum_wide_blocks(program, head, q, dq) if geometry.WIDE else _sum_blocks(program, head, q, dq)
         if HEADS_TOGETHER > 1:  # the next rows are loaded while these results are stored
             last = gl.where(n < HEADS_TOGETHER - 1, end, 0)
             q_rows = own.load(program.q, kv_head + 1, last)
@@ -200,7 +197,10 @@ def backward_dq_hopper(
     OWNED: gl.constexpr = [geometry.WARPGROUPS, 64, BLOCK_D]
     q_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
     dout_buffers = gl.allocate_shared_memory(geometry.dtype, OWNED, geometry.OWNED_BUFFER)
-    stream = make_key_stream(tile, position, geometry, MASK)
+    if geometry.WIDE:
+        stream = make_values_and_keys(tile, position, geometry, MASK)
+    else:
+        stream = make_key_stream(tile, position, geometry, MASK)
     # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     program = _Dq(
@@ -211,4 +211,11 @@ def backward_dq_hopper(
         MASK=MASK, SOFTMAX_SCALE=SOFTMAX_SCALE, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
         ACCUMULATE=ACCUMULATE,
     )  # fmt: skip
-    specialize_warps(_consumer, (program,), geometry.WARPGROUPS, (produce_keys, (stream, k, v, slot_rows, False), 4))
+    if geometry.WIDE:
+        specialize_warps(
+            _consumer, (program,), geometry.WARPGROUPS, (produce_values_and_keys, (stream, v, k, slot_rows), 4)
+        )
+    else:
+        specialize_warps(
+            _consumer, (program,), geometry.WARPGROUPS, (produce_keys, (stream, k, v, slot_rows, False), 4)
+        )

@@ -38,7 +38,7 @@ class Hopper(Family):
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
         if operation is Operation.DKDV and rules.wants_few_keys(problem):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
-        if operation.owns_keys:
+        if operation.owns_keys or rules.is_wide(problem.head_dim):
             return config
         if rules.is_narrow(problem):
             return _for_few_blocks(operation, problem.head_dim, config)
@@ -64,6 +64,12 @@ class Hopper(Family):
             stays = row
         elif operation.owns_keys:  # K and V; Q, dO and up to four numbers a row
             passes += 16
+        if rules.is_wide(head_dim):
+            other = 1024  # results change their layout in registers
+            if operation is Operation.DQ:  # a stage is a block of K or of V
+                passes = row
+            elif operation.owns_keys:  # two blocks of probabilities
+                other = 512 + 2 * own * streamed * 4
         if operation is Operation.FUSED_BACKWARD:  # dS of two blocks, and dQ on its way out
             other += streamed * (2 * own * size + block_d(head_dim) * 4)
         return own * stays + config.num_stages * streamed * passes + other
@@ -72,10 +78,14 @@ class Hopper(Family):
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
     ) -> str | None:
         operation = kernel.operation
-        if config.heads_together > 1 and operation is Operation.FUSED_BACKWARD:
+        wide = rules.is_wide(head_dim)
+        one_head = operation is Operation.FUSED_BACKWARD or (wide and operation is not Operation.FORWARD)
+        if config.heads_together > 1 and one_head:
             return "1 as heads_together"
         own, streamed = ("BLOCK_N", "BLOCK_M") if operation.owns_keys else ("BLOCK_M", "BLOCK_N")
         sizes = [64 * groups for groups in range(2, WARPGROUPS[operation] + 1)]
+        if wide:
+            sizes = [64 if operation.owns_keys else 128]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
         if config.num_stages == 1:  # a consumer waits for a block while it still uses the block before

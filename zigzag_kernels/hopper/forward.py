@@ -16,7 +16,7 @@ from .keys import KeyStream, make_key_stream, produce_keys
 from .masks import mask_rows
 from .owned import Strided, load_query_tile, own_query_rows
 from .releases import struct, thread_barrier
-from .results import result_layout
+from .results import cast_result, result_layout
 from .scores import cap_scores, score_scale_log2
 from .warps import specialize_warps
 
@@ -202,7 +202,7 @@ def _store(forward, own, kv_head, acc, result):
     SUMS: gl.constexpr = geometry.SUMS
     # At head_dim 64, with three and four consumers, `result_layout` made the loop 6 to 11 % slower.
     RESULT: gl.constexpr = (
-        result_layout(geometry.BLOCK_D, forward.out_ptr.dtype.element_ty) if geometry.BLOCK_D == 128 else SUMS
+        result_layout(geometry.BLOCK_D, forward.out_ptr.dtype.element_ty) if geometry.BLOCK_D >= 128 else SUMS
     )
     rows = own.numbers(geometry.SCORES)
     statistics = (kv_head * GROUP + rows % GROUP) * forward.T + own.q_row + rows // GROUP
@@ -227,7 +227,7 @@ def _store(forward, own, kv_head, acc, result):
         largest = gl.where(result.lse2 == result.lse2, largest, result.lse2)  # gl.maximum drops NaN; lse keeps it
         gl.store(max_ptr + statistics, largest, mask=inside)
     gl.store(forward.lse_ptr + statistics, result.lse2 * LN_2, mask=inside)
-    gl.store(out_ptrs, gl.convert_layout(out.to(forward.out_ptr.dtype.element_ty), RESULT), mask=out_mask)
+    gl.store(out_ptrs, cast_result(out, forward.out_ptr.dtype.element_ty, RESULT), mask=out_mask)
 
 
 @gluon.jit

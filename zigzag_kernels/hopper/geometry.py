@@ -26,6 +26,7 @@ class Geometry:
     BLOCK_D: gl.constexpr  # HEAD_DIM rounded up to a power of two
     OWNED: gl.constexpr  # rows that all consumers of a program own
     STREAMED: gl.constexpr  # rows of a block that streams past
+    WIDE: gl.constexpr  # whether head_dim is above 128: shared memory and registers then hold less of everything
     STAGES: gl.constexpr  # buffers for each kind of block
     HEADS_TOGETHER: gl.constexpr  # KV heads that a program serves, one after the other
     WARPGROUPS: gl.constexpr  # consumers
@@ -37,7 +38,10 @@ class Geometry:
     OWNED_BUFFER: gl.constexpr  # layout [64, BLOCK_D] in shared memory of the rows that a consumer owns
 
     @gluon.constexpr_function
-    def __init__(self, dtype, SLOTS, GROUP, HEAD_DIM, BLOCK_D, *, OWNED, STREAMED, STAGES, HEADS_TOGETHER):
+    def __init__(
+        self, dtype, SLOTS, GROUP, HEAD_DIM, BLOCK_D, *, OWNED, STREAMED, STAGES, HEADS_TOGETHER, SHARED=1
+    ):  # fmt: skip
+        """SHARED consumers work on the same 64 rows."""
         self.dtype = gl.constexpr(dtype)
         self.SLOTS = gl.constexpr(SLOTS)
         self.GROUP = gl.constexpr(GROUP)
@@ -45,9 +49,10 @@ class Geometry:
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.OWNED = gl.constexpr(OWNED)
         self.STREAMED = gl.constexpr(STREAMED)
+        self.WIDE = gl.constexpr(BLOCK_D > 128)
         self.STAGES = gl.constexpr(STAGES)
         self.HEADS_TOGETHER = gl.constexpr(HEADS_TOGETHER)
-        self.WARPGROUPS = gl.constexpr(OWNED // 64)
+        self.WARPGROUPS = gl.constexpr(OWNED // 64 * SHARED)
         self.BLOCK_BYTES = gl.constexpr(STREAMED * BLOCK_D * dtype.primitive_bitwidth // 8)
         self.SCORES = gl.constexpr(product_layout(STREAMED))
         self.SUMS = gl.constexpr(product_layout(BLOCK_D))

@@ -299,34 +299,43 @@ class KeyStream:
 
 
 @gluon.jit
-def make_key_stream(tile, position, geometry, MASK: gl.constexpr):
-    """Make the `KeyStream` of the keys that a `QueryTile` at `position` sees."""
+def find_keys(tile, position, geometry, MASK: gl.constexpr):
+    """Return the `Keys` or `RangedKeys` that a `QueryTile` at `position` sees."""
     BLOCK_N: gl.constexpr = geometry.STREAMED
     if MASK is None:
         seen = count_keys(tile, geometry)
-        keys = Keys(seen=seen, kv_row=tile.kv_row, kv_chunk=tile.kv_chunk, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N)
+        return Keys(seen=seen, kv_row=tile.kv_row, kv_chunk=tile.kv_chunk, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N)
     else:
         begin, seen = find_key_range(tile, position, geometry, MASK)
         document = position.document
-        keys = RangedKeys(
+        return RangedKeys(
             begin=begin, seen=seen, real=key_index(document, document.real), kv_row=tile.kv_row,
             kv_chunk=gl.maximum(tile.kv_chunk, 1), place=document.place, SLOTS=geometry.SLOTS, BLOCK_N=BLOCK_N,
         )  # fmt: skip
+
+
+@gluon.jit
+def store_numbers(BLOCK_N: gl.constexpr):
+    """Return a buffer with the numbers of the keys of a block.
+
+    Consumers read them from shared memory where they mask, and need no registers for them elsewhere.
+    """
+    numbers = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]), numbers)
+
+
+@gluon.jit
+def make_key_stream(tile, position, geometry, MASK: gl.constexpr):
+    """Make the `KeyStream` of the keys that a `QueryTile` at `position` sees."""
+    keys = find_keys(tile, position, geometry, MASK)
     CHUNKS: gl.constexpr = MASK is not None and geometry.SLOTS > 1
-    BOX: gl.constexpr = box_shape(4 if CHUNKS else 3, BLOCK_N, geometry.BLOCK_D)
+    BOX: gl.constexpr = box_shape(4 if CHUNKS else 3, geometry.STREAMED, geometry.BLOCK_D)
     k = make_ring(BOX, geometry, 1)
     v = make_ring(BOX, geometry, 1)
-    # Consumers read these numbers from shared memory where they mask, and need no registers for them elsewhere.
-    numbers = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     return KeyStream(
-        geometry=geometry,
-        keys=keys,
-        k=k,
-        v=v,
-        numbers=gl.allocate_shared_memory(gl.int32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]), numbers),
-        empty=make_empty_stages(geometry),
-        CHUNKS=CHUNKS,
-    )
+        geometry=geometry, keys=keys, k=k, v=v, numbers=store_numbers(geometry.STREAMED),
+        empty=make_empty_stages(geometry), CHUNKS=CHUNKS,
+    )  # fmt: skip
 
 
 @gluon.jit

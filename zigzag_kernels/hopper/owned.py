@@ -160,7 +160,14 @@ class KeyRows:
 
     @gluon.jit
     def copy(self, k, v, k_buffer, v_buffer):
-        """Begin to copy keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; other rows of a buffer are zero.
+        """Begin to copy keys of `k` and `v`, `Strided`, into buffers `[64, BLOCK_D]`; see `copy_rows`."""
+        self.copy_rows(k, k_buffer)
+        self.copy_rows(v, v_buffer)
+        async_copy.commit_group()
+
+    @gluon.jit
+    def copy_rows(self, array, buffer):
+        """Begin to copy keys of a `Strided` array into `buffer [64, BLOCK_D]`, whose other rows become zero.
 
         Each row is copied by itself, because a tile may cross chunk borders.
         """
@@ -173,9 +180,7 @@ class KeyRows:
             end = key_index(document, document.real)
         dims = gl.arange(0, geometry.BLOCK_D, gl.SliceLayout(0, geometry.LOADS))
         mask = (keys < end)[:, None] & (dims < geometry.HEAD_DIM)[None, :]
-        load_pointers(k_buffer, k.ptr + (rows * k.STRIDE_T)[:, None] + dims[None, :], mask)
-        load_pointers(v_buffer, v.ptr + (rows * v.STRIDE_T)[:, None] + dims[None, :], mask)
-        async_copy.commit_group()
+        load_pointers(buffer, array.ptr + (rows * array.STRIDE_T)[:, None] + dims[None, :], mask)
 
 
 @gluon.jit

@@ -223,6 +223,7 @@ class RowStream:
     limits: gl.shared_memory_descriptor
     mask: RowMask
     empty: EmptyStages
+    dout_empty: EmptyStages  # of dO and delta, where heads are wide; otherwise `empty` covers them
 
     @gluon.jit
     def numbers(self, buffer, i):
@@ -266,6 +267,7 @@ def make_row_stream(geometry, packing, mask):
         limits=gl.allocate_shared_memory(gl.int32, LIMITS, NUMBERS_LAYOUT),
         mask=mask,
         empty=empty,
+        dout_empty=make_empty_stages(geometry) if geometry.WIDE else empty,
     )
 
 
@@ -328,6 +330,9 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
                     stream.limits.index(geometry.STAGES + stage).store(seen.begin)
                 # The consumers wait for these numbers and for Q by the same barrier.
                 stream.q.arrive(i)
+                if geometry.WIDE:
+                    # The producer waits until all consumers have left dO and delta of block i - STAGES.
+                    stream.dout_empty.wait(i)
                 stream.dout.load(dout_desc, place, i)
                 stream.delta.index(stage).store(delta)
                 # The consumers wait for this number and for dO by the same barrier.

@@ -18,10 +18,16 @@ from ..problem import Problem
 
 TARGET = "9.0"
 TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # releases that the kernels ran with: Gluon changes from release to release
-MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 128  # smaller ones would fill less than half of a tile
+MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 256  # smaller ones would fill less than half of a tile
+MAX_HEAD_DIM_FUSED = 128  # above it one program does not hold dK, dV and dQ
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 
 MAX_SOFTCAP = 2.0**20  # the forward hides keys by finite scores, and capped scores have a relative error
+
+
+def is_wide(head_dim: int) -> bool:
+    """Return whether heads are so wide that a program keeps less of them in shared memory and registers."""
+    return head_dim > 128
 
 
 def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
@@ -34,10 +40,14 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
         and problem.call.softcap < MAX_SOFTCAP
         and problem.target == TARGET
         and DTYPE_BYTES[problem.dtype] == 2
-        and MIN_HEAD_DIM <= problem.head_dim <= MAX_HEAD_DIM
+        and MIN_HEAD_DIM <= problem.head_dim <= _max_head_dim(operation)
         and all(stride > 0 and stride % ALIGNMENT == 0 for stride in strides)
         and _has_triton()
     )
+
+
+def _max_head_dim(operation: Operation) -> int:
+    return MAX_HEAD_DIM_FUSED if operation is Operation.FUSED_BACKWARD else MAX_HEAD_DIM
 
 
 def _has_triton() -> bool:
@@ -54,6 +64,8 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     small = problem.head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FUSED_BACKWARD:
         return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+    if operation is Operation.DQ and is_wide(problem.head_dim):
+        return not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
