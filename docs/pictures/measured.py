@@ -123,7 +123,7 @@ WAYS = {
         "plan": "documents, plan",
     },
 }
-FRAMEWORKS = {"PyTorch": (3, BLUE), "JAX": (6, ORANGE)}  # column of forward + backward, and colour
+FRAMEWORKS = {"PyTorch, CUDA graph": (3, BLUE), "JAX": (6, ORANGE)}  # column of forward + backward, and colour
 
 
 def efficiencies() -> dict[tuple[str, str, str], float]:
