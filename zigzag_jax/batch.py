@@ -12,7 +12,7 @@ import numpy as np
 from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.layout import MAX_OFFSET, impossible
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
@@ -23,7 +23,7 @@ from .axes import AxisName, axis_names, place_on, vary, varying_axes
 from .halos import halo_of_batch
 from .host import ShardedBatch
 from .parallel import Packing, Tables
-from .plans import Parts, check_plan, offsets_of, one_part
+from .plans import Parts, offsets_of, one_part
 from .surroundings import under_own_promotion
 
 

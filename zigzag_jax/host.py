@@ -270,6 +270,8 @@ def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
 
     `x` has the rows of all ranks, in the order of the ranks. Raises `ValueError` for another number of rows.
     """
+    if not isinstance(batch, ShardedBatch):
+        raise ValueError(f"batch: expected a ShardedBatch, got {type(batch).__name__}")
     x, rows = np.asarray(x), np.asarray(batch.rows)
     if not x.ndim or len(x) != len(rows):
         raise ValueError(f"x: expected [W * T, ...] with the {len(rows)} rows of the batch, got shape {x.shape}")

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_kernels.checks import check_world_size
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.modes import Layout
 
 from .arguments import Array, as_rank, as_rank_argument, check_array
@@ -83,17 +82,10 @@ def one_part(parts: Parts, world_size: int) -> tuple[Array, Array | None, Parts 
     return jnp.concatenate((whole, split + whole_tokens)), real, None
 
 
-def check_plan(plan: DocumentPlan, world_size: int) -> DocumentPlan:
-    """Return `plan`; `ValueError` unless it is for `world_size` ranks."""
-    if check_world_size(world_size) != plan.world_size:
-        raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
-    return plan
-
-
-def shard_by_plan(x: Array, plan: DocumentPlan, rank: int | Array, world_size: int) -> jax.Array:
+def shard_by_plan(x: Array, plan: DocumentPlan, rank: int | Array) -> jax.Array:
     """Return the rows of `rank` from the concatenated documents `x [tokens of all documents, ...]`; padding is 0."""
     check_array("x", x)
-    rows = _of_rank(plan.rows, check_plan(plan, world_size), rank)
+    rows = _of_rank(plan.rows, plan, rank)
     if not x.ndim or x.shape[0] != sum(plan.lengths):
         raise ValueError(f"x: expected the {sum(plan.lengths)} tokens of the plan, got shape {x.shape}")
     x = gather_rows(jnp.asarray(x))
@@ -101,22 +93,22 @@ def shard_by_plan(x: Array, plan: DocumentPlan, rank: int | Array, world_size: i
     return jnp.where((rows >= 0).reshape(-1, *(1,) * (x.ndim - 1)), taken, jnp.zeros((), x.dtype))
 
 
-def unshard_by_plan(x: Array, plan: DocumentPlan, world_size: int) -> jax.Array:
+def unshard_by_plan(x: Array, plan: DocumentPlan) -> jax.Array:
     """Return `x [W * T, ...]`, rank-major rows, in the order of the documents, without padding."""
     check_array("x", x)
-    total = check_plan(plan, world_size).world_size * plan.tokens
+    total = plan.world_size * plan.tokens
     if not x.ndim or x.shape[0] != total:
         raise ValueError(f"x: expected the {total} rows of all ranks in the plan, got shape {x.shape}")
-    rows = np.concatenate([plan.rows(rank) for rank in range(world_size)]).astype(np.int64)
+    rows = np.concatenate([plan.rows(rank) for rank in range(plan.world_size)]).astype(np.int64)
     held = np.flatnonzero(rows >= 0)
     order = np.empty(len(held), np.int64)
     order[rows[held]] = held
     return gather_rows(jnp.asarray(x))[order]
 
 
-def positions_of_plan(plan: DocumentPlan, rank: int | Array, world_size: int, tokens: int | None) -> jax.Array:
+def positions_of_plan(plan: DocumentPlan, rank: int | Array, tokens: int | None) -> jax.Array:
     """Return `[T]` int32, the position of every row of `rank` in its document; 0 for padding."""
-    if tokens not in (None, check_plan(plan, world_size).tokens):
+    if tokens not in (None, plan.tokens):
         raise ValueError(f"tokens: expected None or those of the plan, {plan.tokens}, got {tokens}")
     return _of_rank(plan.positions, plan, rank)
 

@@ -7,7 +7,6 @@ import numpy as np
 from zigzag_kernels.batch_checks import (
     check_halo,
     check_host_offsets,
-    check_parts,
     check_row_length,
     check_whole_batch,
     is_batch_of_rows,
@@ -23,7 +22,7 @@ from zigzag_kernels.checks import (
     check_rows,
     check_world_size,
 )
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
@@ -37,7 +36,7 @@ from zigzag_kernels.modes import Layout
 
 from .arguments import Array, as_rank, check_array, check_batch, on_host, readable
 from .axes import gather_rows
-from .plans import check_plan, positions_of_plan, shard_by_plan, unshard_by_plan
+from .plans import positions_of_plan, shard_by_plan, unshard_by_plan
 from .surroundings import under_own_promotion
 
 
@@ -161,7 +160,8 @@ def position_ids(
     are -1 instead.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return positions_of_plan(cu_seqlens, rank, world_size, tokens)
+        plan = check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length)
+        return positions_of_plan(plan, rank, tokens)
     layout = check_layout(layout)
     if tokens is None:
         offsets = on_host(cu_seqlens, "give the number of local rows as `tokens`")
@@ -282,7 +282,7 @@ def shard(
     on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return shard_by_plan(x, cu_seqlens, rank, world_size)
+        return shard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length), rank)
     layout = check_layout(layout)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, 1)
@@ -314,7 +314,7 @@ def unshard(
     It treats offsets that `validate` refuses as `shard` does.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return unshard_by_plan(x, cu_seqlens, world_size)
+        return unshard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length))
     layout = check_layout(layout)
     cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
@@ -367,14 +367,13 @@ def validate(
         halo, max_seqlen: for method "halo", the `halo` of the prepared batch, rows before a chunk that its rows may
             see, and the most real tokens of a document, as promised.
     """
-    if isinstance(cu_seqlens, DocumentPlan):
-        plan = check_plan(cu_seqlens, world_size)
-        for rank in range(plan.world_size):
-            offsets = plan.whole_cu_seqlens(rank), plan.split_cu_seqlens, plan.split_lengths
-            check_parts(*offsets, plan.world_size, plan.whole_tokens, plan.tokens)
-        return
     layout, world_size = check_layout(layout), check_world_size(world_size)
     limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
+    if isinstance(cu_seqlens, DocumentPlan):
+        given = {"layout": layout, "row_length": row_length, "lengths": lengths, "total": total}
+        plan = check_plan(cu_seqlens, world_size, **given)
+        check_halo(plan.split_cu_seqlens, plan.split_lengths, world_size, None, limits)
+        return
     offsets = on_host(cu_seqlens)
     check_whole_batch(offsets, world_size, total, layout, row_length)
     in_rows = (row_length or total) if layout is Layout.ROW else None

@@ -1,6 +1,6 @@
 """Checks, on the host, that the documents of a batch can be distributed over the ranks in a layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 
 from .checks import (
@@ -18,6 +18,8 @@ from .modes import Layout
 
 def check_document_lengths(name: str, lengths: Sequence[int]) -> tuple[int, ...]:
     """Return the lengths of documents as ints; `ValueError` unless int32 offsets hold all of them."""
+    if isinstance(lengths, Mapping | Set):
+        raise ValueError(f"{name}: expected the tokens of each document in turn, got {type(lengths).__name__}")
     try:
         values = [python_value(length) for length in lengths]
     except TypeError:

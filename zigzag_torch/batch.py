@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
@@ -21,7 +21,7 @@ from .halos import halo_of_batch
 from .parallel import Packing, Tables
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank
-from .plans import Parts, check_plan, with_identity
+from .plans import Parts, with_identity
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,11 @@ def prepare_batch(
         check_layout(layout)
         if isinstance(cu_seqlens, DocumentPlan | Parts):
             for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
-                if x != default:
+                if x is not default and x != default:
                     raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
-            if isinstance(cu_seqlens, DocumentPlan):
-                documents = [*cu_seqlens.split_cu_seqlens], [*cu_seqlens.split_lengths]
             parts = _as_parts(cu_seqlens, rank, world_size, place, device)
+            if isinstance(cu_seqlens, DocumentPlan):
+                documents = cu_seqlens.split_cu_seqlens, cu_seqlens.split_lengths
             tokens, sizes = parts.tokens, parts.sizes
             cu_seqlens, lengths, parts = _one_part(parts, place.world_size if world_size is None else world_size)
         given = cu_seqlens

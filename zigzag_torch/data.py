@@ -354,6 +354,8 @@ def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Ten
     makes this call. Raises `ValueError` for rows that do not belong to `batch`.
     """
     check_tensor("x", x)
+    if not isinstance(batch, ShardedBatch):
+        raise ValueError(f"batch: expected a ShardedBatch, got {type(batch).__name__}")
     place = place_in(group)
     if place.world_size != batch.world_size:
         raise ValueError(f"group: expected the {batch.world_size} ranks of the batch, got {place.world_size}")

@@ -38,6 +38,8 @@ def halo_of_batch(
     halo.check_halo_in_chunk(rows, packed[0], world_size)
     if rows and on_host is not None:
         check_halo(*on_host, world_size, packed[0] or None, (rows, promised))
+    elif rows and sizes is not None:
+        halo.check_halo_in_chunk(rows, 2 * world_size * sizes.shortest_chunk, world_size)
     return method, rows, promised
 
 

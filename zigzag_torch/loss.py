@@ -24,8 +24,9 @@ def token_mean_loss(
     Args:
         logits: `[T, vocabulary]`, the rows of this rank.
         labels: `[T]` integers, as `ShardedBatch` has them: already the next token, and `ignore_index` for none.
-        num_targets: of the whole batch, as `ShardedBatch` has it. Ranks count their labels together: for another number
-            the loss is NaN, or `ValueError` where the values are on the CPU.
+        num_targets: of the whole batch, as `ShardedBatch` has it. Ranks count their labels together, and compare this
+            number and `gradients`: for another number, or if ranks differ, the loss is NaN on all of them, or
+            `ValueError` where the values are on the CPU.
         group: all ranks whose targets `num_targets` counts, a process group or a 1-D DeviceMesh.
         ignore_index: label that does not count.
         gradients: with several ranks, how their gradients of the parameters are combined afterwards: "sum", or "mean"
@@ -54,14 +55,29 @@ def token_mean_loss(
     losses = F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
     )
-    total = torch.stack((losses.detach().double(), (labels != ignore_index).sum().double()))
+    total = torch.zeros(2 + 2 * place.world_size, dtype=torch.float64, device=logits.device)
+    total[0], total[1] = losses.detach(), (labels != ignore_index).sum()
+    _, _, *said = total.split((1, 1, place.world_size, place.world_size))
+    said[0][place.rank], said[1][place.rank] = wanted, float(gradients == "mean")  # a place of its own for each rank
     if place.group_name is not None and place.world_size > 1:
         dist.all_reduce(total, group=resolve(place.group_name))
     known = wanted.clamp(min=1)
-    if readable(total) and total[1] != wanted:
-        raise ValueError(
-            f"num_targets: expected the {int(total[1])} labels that ranks have together, got {int(wanted)}"
-        )
-    mean = torch.where(total[1] == wanted, total[0] / known, float("nan")).float()
+    if readable(total):
+        _refuse_differences(int(total[1]), *(x.tolist() for x in said))
+    same = (said[0] == total[1]).all() & (said[1] == said[1][0]).all()
+    mean = torch.where(same, total[0] / known, float("nan")).float()
     own = losses * ((place.world_size if gradients == "mean" else 1) / known).float()
     return mean + (own - own.detach())
+
+
+def _refuse_differences(labels: int, num_targets: list[float], averages: list[float]) -> None:
+    """Raise the same `ValueError` on every rank if one of them said another number than that of `labels`."""
+    for rank, number in enumerate(num_targets):
+        if number != labels:
+            where = f" on rank {rank}" if len(num_targets) > 1 else ""
+            raise ValueError(
+                f"num_targets: expected the {labels} labels that ranks have together, got {int(number)}{where}"
+            )
+    if len(set(averages)) > 1:
+        said = ["mean" if average else "sum" for average in averages]
+        raise ValueError(f"gradients: expected the same on every rank, got {', '.join(said)}")

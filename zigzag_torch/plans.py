@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from zigzag_kernels.batch_checks import check_parts
-from zigzag_kernels.checks import check_int, check_world_size
+from zigzag_kernels.checks import check_int
 from zigzag_kernels.documents import DocumentPlan, fingerprint
 from zigzag_kernels.halo import HostSizes, sizes_of_documents
 from zigzag_kernels.layout import MAX_OFFSET, impossible
@@ -86,13 +86,6 @@ class Parts(NamedTuple):
         return offsets, torch.cat((self.whole_cu_seqlens.diff(), nothing, self.split_lengths))
 
 
-def check_plan(plan: DocumentPlan, world_size: int) -> DocumentPlan:
-    """Return `plan`; `ValueError` unless it is for `world_size` ranks."""
-    if check_world_size(world_size) != plan.world_size:
-        raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
-    return plan
-
-
 def with_identity(lengths: torch.Tensor, plan: object) -> torch.Tensor:
     """Return `lengths [M]`, behind which two numbers tell `plan` from others, if it is a plan of documents.
 
@@ -104,10 +97,16 @@ def with_identity(lengths: torch.Tensor, plan: object) -> torch.Tensor:
     return torch.cat((lengths, lengths.new_tensor([number >> 33, (number & 0xFFFFFFFF) >> 1])))
 
 
-def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int, world_size: int) -> torch.Tensor:
+def _rank_on_host(rank: int | torch.Tensor) -> int:
+    if isinstance(rank, torch.Tensor):
+        raise ValueError("rank: expected an int with a plan, whose rows the host knows, got a tensor")
+    return rank
+
+
+def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int | torch.Tensor) -> torch.Tensor:
     """Return the rows of `rank` from the concatenated documents `x [tokens of all documents, ...]`; padding is 0."""
     check_tensor("x", x)
-    rows = torch.tensor(check_plan(plan, world_size).rows(rank), dtype=torch.int64)
+    rows = torch.tensor(plan.rows(_rank_on_host(rank)), dtype=torch.int64)
     if not x.ndim or x.shape[0] != sum(plan.lengths):
         raise ValueError(f"x: expected the {sum(plan.lengths)} tokens of the plan, got shape {tuple(x.shape)}")
     padding = (rows < 0).to(x.device)
@@ -115,21 +114,21 @@ def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int, world_size: in
     return taken.masked_fill(padding.view(-1, *(1,) * (x.ndim - 1)), 0)
 
 
-def unshard_by_plan(x: torch.Tensor, plan: DocumentPlan, world_size: int) -> torch.Tensor:
+def unshard_by_plan(x: torch.Tensor, plan: DocumentPlan) -> torch.Tensor:
     """Return `x [W * T, ...]`, rank-major rows, in the order of the documents, without padding."""
     check_tensor("x", x)
-    total = check_plan(plan, world_size).world_size * plan.tokens
+    total = plan.world_size * plan.tokens
     if not x.ndim or x.shape[0] != total:
         raise ValueError(f"x: expected the {total} rows of all ranks in the plan, got shape {tuple(x.shape)}")
-    rows = [plan.rows(rank) for rank in range(world_size)]
+    rows = [plan.rows(rank) for rank in range(plan.world_size)]
     return x[order_of_tokens(torch.tensor(rows, dtype=torch.int64, device=x.device).flatten())]
 
 
-def positions_of_plan(plan: DocumentPlan, rank: int, world_size: int, tokens: int | None) -> torch.Tensor:
+def positions_of_plan(plan: DocumentPlan, rank: int | torch.Tensor, tokens: int | None) -> torch.Tensor:
     """Return `[T]` int32, the position of every row of `rank` in its document, on the CPU; 0 for padding."""
-    if tokens not in (None, check_plan(plan, world_size).tokens):
+    if tokens not in (None, plan.tokens):
         raise ValueError(f"tokens: expected None or those of the plan, {plan.tokens}, got {tokens}")
-    return torch.tensor(plan.positions(rank), dtype=torch.int32)
+    return torch.tensor(plan.positions(_rank_on_host(rank)), dtype=torch.int32)
 
 
 def order_of_tokens(rows: torch.Tensor) -> torch.Tensor:

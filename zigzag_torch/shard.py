@@ -21,7 +21,7 @@ from zigzag_kernels.checks import (
     check_rows,
     check_world_size,
 )
-from zigzag_kernels.documents import DocumentPlan
+from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
@@ -36,7 +36,7 @@ from zigzag_kernels.modes import Layout
 from .arguments import as_cu_seqlens, as_lengths, as_rank, check_batch, check_device, check_tensor, readable
 from .parallel.agreement import compare, place_in, refuse, resolve
 from .parallel.collectives import fingerprint
-from .plans import Parts, check_plan, positions_of_plan, shard_by_plan, unshard_by_plan
+from .plans import Parts, positions_of_plan, shard_by_plan, unshard_by_plan
 
 
 def sequence_of_rows(
@@ -140,7 +140,8 @@ def position_ids(
     `cu_seqlens` it takes a plan of `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return positions_of_plan(cu_seqlens, _host_rank(rank), world_size, tokens)
+        plan = check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length)
+        return positions_of_plan(plan, rank, tokens)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, check_layout(layout))
     if tokens is None:
         offsets = cu_seqlens.tolist()
@@ -227,12 +228,6 @@ def _global_rows(
     return torch.where(sequence >= 0, cu_seqlens[sequence.clamp(min=0)] + position, padding)
 
 
-def _host_rank(rank: int | torch.Tensor) -> int:
-    if isinstance(rank, torch.Tensor):
-        raise ValueError("rank: expected an int with a plan, whose rows the host knows, got a tensor")
-    return rank
-
-
 def shard(
     x: torch.Tensor,
     cu_seqlens: torch.Tensor | DocumentPlan,
@@ -256,7 +251,7 @@ def shard(
     With a plan of documents `x` has the tokens of all documents, and padding rows of the result are 0.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return shard_by_plan(x, cu_seqlens, _host_rank(rank), world_size)
+        return shard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length), rank)
     layout = check_layout(layout)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, 1)
@@ -283,7 +278,7 @@ def unshard(
     documents the result has the tokens of all documents and no padding.
     """
     if isinstance(cu_seqlens, DocumentPlan):
-        return unshard_by_plan(x, cu_seqlens, world_size)
+        return unshard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length))
     layout = check_layout(layout)
     cu_seqlens, _, world_size = check_batch(cu_seqlens, 0, world_size, layout)
     x, batch = _one_after_another(x, layout, row_length, world_size, world_size)
@@ -382,10 +377,10 @@ def _check_values(
     """Return the values of `cu_seqlens` and of `lengths`; `ValueError` if they cannot be dealt out."""
     layout, world_size = check_layout(layout), check_world_size(world_size)
     if isinstance(cu_seqlens, DocumentPlan):
-        plan = check_plan(cu_seqlens, world_size)
-        check_halo([*plan.split_cu_seqlens], [*plan.split_lengths], world_size, None, limits)
-        values = [Parts.of_plan(plan, rank).values(world_size) for rank in range(world_size)]
-        return values[0]
+        given = {"layout": layout, "row_length": row_length, "lengths": lengths, "total": total}
+        plan = check_plan(cu_seqlens, world_size, **given)
+        check_halo(plan.split_cu_seqlens, plan.split_lengths, world_size, None, limits)
+        return plan.split_cu_seqlens, plan.split_lengths
     if isinstance(cu_seqlens, Parts):
         return cu_seqlens.checked().values(world_size)
     offsets = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1).tolist()

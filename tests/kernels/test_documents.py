@@ -1,11 +1,13 @@
 """`plan_documents`: every token has one row, plans balance and fit, shapes are fixed, and errors say by how much."""
 
+import dataclasses
 import itertools
 import random
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ import zigzag_jax
 import zigzag_torch
 from examples.text import documents as modules
 from tests.support import oracle
-from zigzag_kernels.documents import placing, plan_documents
+from zigzag_kernels.documents import check_plan, placing, plan_documents
 from zigzag_kernels.documents.placing import Document, Effort, Limits, Placement
 
 MASKS = [
@@ -242,9 +244,60 @@ def test_the_same_arguments_give_the_same_plan():
         ({"tokens": 8}, r"padded to multiples of 8 where split, on 4 ranks, got 8 rows a rank, [1-9] tokens too many"),
         ({"tokens": 20, "max_documents": 0, "max_split": 2}, "within max_documents = 0, max_split = 2 on 4 ranks"),
         ({"max_documents": 0, "max_split": 2}, "lengths: expected documents that fit within max_documents = 0"),
+        ({"lengths": {3: 4}}, "lengths: expected the tokens of each document in turn, got dict"),
     ],
 )
 def test_errors_say_what_is_wrong(arguments, message):
     arguments = {"lengths": [10, 10, 10], "world_size": 4} | arguments
     with pytest.raises(ValueError, match=message):
         plan_documents(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whole": ((), ())}, "plan: expected document 1 once, whole or split, got 0 times"),
+        ({"split": ()}, "plan: expected document 0 once, whole or split, got 0 times"),
+        ({"split": (0, 1), "max_split": 2}, "plan: expected document 1 once, whole or split, got 2 times"),
+        ({"split": (9,)}, "plan: expected numbers of its 7 documents, got 9"),
+        ({"lengths": (40, 3)}, "plan: expected numbers of its 2 documents"),
+        ({"lengths": (-40, 3, 9, 1, 17, 5, 8)}, "lengths: expected numbers of tokens, got -40"),
+        ({"whole": "ab"}, "plan: expected numbers of documents, got whole 'ab'"),
+        ({"whole": ((1, 2, 3, 4),)}, "whole: expected the documents of 2 ranks, got 1"),
+        ({"max_documents": 0}, "max_documents: expected an int of at least"),
+        ({"max_split": 0}, "max_split: expected an int of at least 1, got 0"),
+        ({"tokens": 40}, "whole_cu_seqlens: expected to end at or before the 20 rows there are"),
+        ({"split_tokens": 18}, "split_cu_seqlens: expected to end at or before the 36 rows there are"),
+        ({"split_tokens": 1.5}, "split_tokens: expected a number of the 48 rows, got 1.5"),
+        ({"world_size": 0}, "world_size: expected that of the plan, 0, got 2"),
+    ],
+)
+def test_plans_that_were_changed_by_hand_are_refused(changes, message):
+    """By every function that takes a plan, before a token is lost."""
+    plan = plan_documents([40, 3, 9, 1, 17, 5, 8], 2, split_above=20, tokens=48)
+    assert plan.serves
+    with pytest.raises(ValueError, match=message):
+        check_plan(dataclasses.replace(plan, **changes), 2)
+
+
+@pytest.mark.parametrize("package", [zigzag_torch, zigzag_jax])
+def test_a_plan_takes_no_other_layout_and_no_other_lengths(package):
+    plan = plan_documents([40, 3, 9], 2, split_above=20)
+    x = np.arange(max(52, 2 * plan.tokens), dtype=np.float32)
+    x = torch.tensor(x) if package is zigzag_torch else x
+    calls = {
+        "shard": lambda **given: package.shard(x[:52], plan, 0, 2, **given),
+        "unshard": lambda **given: package.unshard(x[: 2 * plan.tokens], plan, 2, **given),
+        "position_ids": lambda **given: package.position_ids(plan, 0, 2, **given),
+        "validate": lambda **given: package.validate(plan, 2, **given),
+    }
+    for name, call in calls.items():
+        call()
+        wrong = {"layout": "row", "row_length": 8} | ({"lengths": [40], "total": 52} if name == "validate" else {})
+        for option, value in wrong.items():
+            with pytest.raises(ValueError, match=f"{option}: expected .* with a plan, got"):
+                call(**{option: value})
+    with pytest.raises(ValueError, match="cu_seqlens: expected chunks of at least the 11 rows of a halo, got 10"):
+        package.validate(plan, 2, halo=11)
+    with pytest.raises(ValueError, match="max_seqlen: expected at least the 40 tokens of document 0, got 39"):
+        package.validate(plan, 2, max_seqlen=39)

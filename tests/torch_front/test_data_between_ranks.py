@@ -70,9 +70,21 @@ def check_training_step(rank, world_size, layout):
 def check_mistakes(rank, world_size, group, batch, logits, documents):
     """What users write by hand, and what becomes of it."""
     options = {"group": group, "gradients": "sum"}
-    own = int(batch.loss_mask.sum())
-    with pytest.raises(ValueError, match=rf"num_targets: expected the {int(batch.num_targets)} labels .*, got {own}"):
+    own, together = int(batch.loss_mask.sum()), int(batch.num_targets)
+    with pytest.raises(ValueError, match=rf"num_targets: expected the {together} labels .*, got \d+ on rank 0"):
         token_mean_loss(logits, batch.labels, own, **options)  # a mean of means
+    last = rank == world_size - 1  # what one rank says otherwise, all of them hear
+    with pytest.raises(ValueError, match=rf"together, got {together + 1} on rank {world_size - 1}"):
+        token_mean_loss(logits, batch.labels, together + last, **options)
+    with pytest.raises(ValueError, match=r"gradients: expected the same on every rank, got sum, .*mean"):
+        token_mean_loss(logits, batch.labels, together, group, gradients="mean" if last else "sum")
+    if batch.layout == "document":
+        chunk = batch.shortest_chunk
+        assert batch.prepare(group, method="halo", backend="reference", window_size=(chunk, 0)).halo == chunk
+        with pytest.raises(ValueError, match=rf"expected at most the {chunk} rows of a chunk .*, got {chunk + 1}"):
+            batch.prepare(group, method="halo", backend="reference", window_size=(chunk + 1, 0))
+    with pytest.raises(ValueError, match="batch: expected a ShardedBatch, got NoneType"):
+        unshard_group(batch.input_ids, None, group)
     padded_with_0 = torch.where(batch.loss_mask, batch.labels, 0)
     with pytest.raises(ValueError, match="num_targets: expected the"):
         token_mean_loss(logits, padded_with_0, batch.num_targets, **options)

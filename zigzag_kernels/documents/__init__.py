@@ -2,7 +2,7 @@
 
 from .dealing import deal_documents
 from .packed import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
-from .plan import DocumentPlan, Undivided
+from .plan import DocumentPlan, Undivided, check_plan
 from .planner import plan_documents
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Undivided",
     "check_labels",
     "check_not_shifted",
+    "check_plan",
     "deal_documents",
     "fingerprint",
     "pack_documents",

@@ -1,14 +1,17 @@
 """`DocumentPlan`: the place of every token of a batch whose long documents are split, while all others stay whole."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
-from ..checks import DTYPE_BYTES, check_dtype, check_int, check_rank
+from ..batch_checks import check_document_lengths, check_parts
+from ..checks import DTYPE_BYTES, MAX_ROWS, check_dtype, check_int, check_rank, check_world_size
 from ..cost.counts import Mask, Step, visible_scores
 from ..layout import chunk_length, padded_length
+from ..modes import Layout
 from .places import Piece, Places, filled, split_pieces
 
 
@@ -86,6 +89,34 @@ class DocumentPlan(Places):
         return [*accumulate((padded_length(length, self.world_size) for length in self.split_lengths), initial=0)]
 
     @cached_property
+    def serves(self) -> bool:
+        """True; `ValueError` unless every document with tokens is whole or split once, in rows that there are.
+
+        `plan_documents` makes no other plans; a plan that was changed by hand may be one.
+        """
+        check_document_lengths("lengths", self.lengths)
+        tokens = check_int("tokens", self.tokens, 0, MAX_ROWS, "a number of rows")
+        check_int("split_tokens", self.split_tokens, 0, tokens, f"a number of the {tokens} rows")
+        groups = {"max_split": (self.split,), "max_documents": self.whole}
+        for name, documents in groups.items():
+            if not all(isinstance(numbers, tuple | list) for numbers in (documents, *documents)):
+                raise ValueError(f"plan: expected numbers of documents, got whole {self.whole!r}, split {self.split!r}")
+            check_int(name, getattr(self, name), max(map(len, documents), default=0))
+        if len(self.whole) != self.world_size:
+            raise ValueError(f"whole: expected the documents of {self.world_size} ranks, got {len(self.whole)}")
+        held = [*chain(*self.whole, self.split)]
+        for number in held:
+            check_int("plan", number, 0, len(self.lengths) - 1, f"numbers of its {len(self.lengths)} documents")
+        times = Counter(held)
+        for number, length in enumerate(self.lengths):
+            if times[number] > 1 or (length and not times[number]):
+                raise ValueError(f"plan: expected document {number} once, whole or split, got {times[number]} times")
+        fullest = max(range(self.world_size), key=lambda rank: sum(self.lengths[i] for i in self.whole[rank]))
+        split = self.split_cu_seqlens, self.split_lengths
+        check_parts(self.whole_cu_seqlens(fullest), *split, self.world_size, self.whole_tokens, tokens)
+        return True
+
+    @cached_property
     def work(self) -> tuple[int, ...]:
         """Predicted work of each rank: the number of unmasked scores of one query head in its rows."""
         work = [sum(self._scores(document) for document in documents) for documents in self.whole]
@@ -149,6 +180,30 @@ class DocumentPlan(Places):
     def _scores(self, document: int) -> int:
         length = self.lengths[document]
         return visible_scores(0, length, length, self.mask)
+
+
+def check_plan(
+    plan: DocumentPlan,
+    world_size: int,
+    *,
+    layout: str = Layout.DOCUMENT,
+    row_length: int | None = None,
+    lengths=None,
+    total: int | None = None,
+) -> DocumentPlan:
+    """Return `plan`; `ValueError` unless it is for `world_size` ranks and serves.
+
+    The other options of a call are those that a plan says itself.
+    """
+    if check_world_size(world_size) != plan.world_size:
+        raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
+    if layout != Layout.DOCUMENT:
+        raise ValueError(f"layout: expected {Layout.DOCUMENT} with a plan, got {str(layout)!r}")
+    for name, given in (("row_length", row_length), ("lengths", lengths), ("total", total)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None with a plan, got {given!r}")
+    assert plan.serves
+    return plan
 
 
 def split_work(length: int, world_size: int, mask: Mask) -> list[int]:
