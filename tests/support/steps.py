@@ -12,7 +12,8 @@ from tests.support.machine import LATENESS
 
 TIMEOUT = 2 * LATENESS  # of the agreement, in seconds: a rank that comes late, but in time, comes in half of it
 TOO_LATE = TIMEOUT + LATENESS  # when the others have given up
-ENDS = 20 * TIMEOUT  # whoever waits longer waits for ever
+PLENTY = 20 * LATENESS  # of an agreement to which all ranks come; to name a missing one takes a twentieth of it
+ENDS = 2 * PLENTY  # whoever waits longer waits for ever
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16
 GOOD, LENGTHS, DOCUMENTS = (0, 2, 8), (0, 4, 8), (0, 2, 6, 8)  # offsets of sequences in the rows of a rank
 

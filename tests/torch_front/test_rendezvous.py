@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from tests.support.machine import HANGS
+from tests.support.steps import PLENTY
 from zigzag_torch.parallel import rendezvous
 from zigzag_torch.parallel.rendezvous import ABSENCE, AGREED, DIFFERENCE, Seat
 
@@ -32,7 +32,7 @@ class Counted:
         return self.store.get(key)
 
 
-def meet(seat, report=REPORT, timeout=HANGS, patience=None):
+def meet(seat, report=REPORT, timeout=PLENTY, patience=None):
     return rendezvous.meet(seat, report, timeout, lambda ranks: f"{rendezvous.named(ranks)} did not come", patience)
 
 
