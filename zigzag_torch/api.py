@@ -45,44 +45,46 @@ def zigzag_attention_gathered(
     """Compute the attention of one zigzag rank to gathered K/V; differentiable, also through `lse`.
 
     Args:
-        q: `[T, heads, head_dim]`, the zigzag rows of `rank`. float16, bfloat16 or float32; head_dim a multiple of 8
-            from 8 to 256. Strided views are read in place; only the last dimension is made contiguous if it is not.
-            Inside `torch.autocast` q, k and v are cast to its type first, whichever of the three types each has.
-        k, v: `[world_size * T, kv_heads, head_dim]`, rank-major; heads is a multiple of kv_heads.
-        cu_seqlens: `[N + 1]` int32 on the device of q, global; lengths are multiples of `2 * world_size` (any length
-            if `world_size` is 1). Rows behind the last sequence are padding: output 0, lse -inf. Or the result of
-            `prepare_batch` for the same rank and world_size.
-        rank: an int, or one integer on the device of q.
-        causal: a row sees the keys of its sequence up to its own position; all of them if False.
-        window_size: (left, right). The row at position p of its sequence sees the keys from p - left to p + right, and
-            -1 is no limit. A window of w keys that ends with the row itself is (w - 1, 0). A causal mask ignores right.
-        attention_chunk: every sequence is cut into chunks of so many positions, and a row sees only the keys of its own
-            chunk; 0 is no limit.
-        softcap: every scaled score becomes `softcap * tanh(score / softcap)`; 0 leaves scores as they are.
-        sinks: `[heads]` of a floating-point type, differentiable. Each row's softmax gets one more logit, which has no
-            value vector, so that a row may attend to little. `lse` includes it; -inf is no sink.
+        q: `[T, heads, head_dim]`, the zigzag rows of `rank`, in float16, bfloat16 or float32. head_dim is a multiple of
+            8 from 8 to 256. Kernels read strided views in place; q is copied only if its last dimension is not
+            contiguous. Inside `torch.autocast`, q, k and v are first cast to the dtype of autocast.
+        k, v: `[world_size * T, kv_heads, head_dim]`, the rows of rank 0, then of rank 1, and so on. heads is a multiple
+            of kv_heads.
+        cu_seqlens: `[N + 1]` int32 on the device of q, the offsets of the sequences over all ranks. Lengths are
+            multiples of `2 * world_size`, or any numbers if `world_size` is 1. Rows behind the last sequence are
+            padding, with output 0 and lse -inf. Instead of the offsets, pass the result of `prepare_batch` for the same
+            rank and world_size.
+        rank: an int, or a tensor of one integer on the device of q.
+        causal: True lets a row see the keys of its sequence up to its own position, False all keys of its sequence.
+        window_size: (left, right). The row at position p of its sequence sees the keys from p - left to p + right; -1
+            means no limit. A window of w keys that ends with the row itself is (w - 1, 0). A causal mask ignores right.
+        attention_chunk: length, in positions, of chunks of every sequence; a row sees only the keys of its own chunk. 0
+            means no chunks.
+        softcap: if positive, every scaled score becomes `softcap * tanh(score / softcap)`.
+        sinks: `[heads]` of a floating-point type, differentiable. The softmax of each row gets one more logit, which
+            has no value vector, so that the weights of the keys add up to less than 1. `lse` includes the sink. A sink
+            of -inf has no effect.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
         return_lse: also return lse, the logarithm of each row's sum of exponentials.
         return_max_logits: also return the largest score of each head, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
-        deterministic: True gives the same gradients bit for bit for the same inputs. False allows other orders of
-            summation, and does not promise them: on a Hopper GPU with head_dim above 64, unless sequences are short,
-            one kernel then does the work of two. The backward pass of medium sequences takes 4 % less time, that of
-            long ones as much as with two, and meanwhile 4 bytes more for each element of q
-            (`docs/explain/hopper-kernels.md`).
+        deterministic: True gives bit-identical gradients for the same inputs. False allows a faster backward kernel
+            whose order of summation varies: on a Hopper GPU with head_dim above 64, unless sequences are short, one
+            kernel replaces two. The backward pass then takes 4 % less time for medium sequences and the same time for
+            long ones, and needs 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
-            `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. Pass the layout of a
-            prepared batch here too.
+            `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. For a prepared batch,
+            pass the layout that it was prepared with.
 
     Returns:
-        out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
-        logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows, have no gradient, and are -inf
-        where no row sees a key. Gradients of k, v and sinks are this rank's contribution, in their layout. Invalid
-        lengths or ranks on the device produce NaN everywhere, because checking them would synchronise with the GPU:
-        `validate` gives the reason.
+        out `[T, heads, head_dim]`. If lse or max_logits are requested, a tuple of out and the requested results: lse
+        `[heads, T]` float32, in natural logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows,
+        have no gradient, and are -inf if no row sees a key. The gradients of k, v and sinks have the layout of these
+        arrays and are this rank's contribution to them. Invalid lengths or ranks on the device produce NaN everywhere,
+        because checking them would synchronise with the GPU; `validate` gives the reason.
 
     Raises:
-        ValueError: shapes, types, devices or numbers that do not fit, before anything is launched.
+        ValueError: shapes, dtypes, devices or numbers that do not fit each other; nothing has been launched then.
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -131,45 +133,50 @@ def zigzag_attention(
     deterministic: bool = True,
     layout: str = "document",
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Attention over a packed batch, on one device or dealt out to the ranks of a group in zigzag order.
+    """Compute attention over a packed batch, on one device or over the ranks of a group, in zigzag order.
+
+    The result is differentiable, also through `lse`. The backward pass moves K/V between ranks again, and moves dK/dV
+    back to the ranks that own them.
 
     Args:
-        q, k, v: `[T, heads, head_dim]`, `[T, kv_heads, head_dim]`: the zigzag rows of this rank (see `shard`), with
-            `cu_seqlens [N + 1]` int32, global (one sequence if None); or `[batch, T, ...]` with `cu_seqlens=None` for
-            sequences of equal length with T rows on each rank. In the row layout `[batch, T, ...]` are packed rows, and
-            `cu_seqlens` counts the tokens of all of them. Types and head_dim as in `zigzag_attention_gathered`.
-        cu_seqlens: or the result of `prepare_batch`, for the same method. Prepare it with the same group: otherwise the
-            ranks compare it, and make its tables, in every call.
+        q, k, v: the zigzag rows of this rank (see `shard`): q `[T, heads, head_dim]`, k and v
+            `[T, kv_heads, head_dim]`. Sequences of equal length, with T rows each on every rank, may be
+            `[batch, T, ...]` with `cu_seqlens=None`. In the row layout `[batch, T, ...]` are packed rows, and
+            `cu_seqlens` counts the tokens of all packed rows. Dtypes and head_dim are as in
+            `zigzag_attention_gathered`.
+        cu_seqlens: `[N + 1]` int32, the offsets of the sequences over all ranks; None means one sequence. Instead of
+            the offsets, pass the result of `prepare_batch` for the same method and group. Without it, every call builds
+            device tables, and ranks compare their offsets in every call.
         group: a torch.distributed process group or a 1-D DeviceMesh; every rank of it makes this call. None: single
             device; `method`, `heads_k_stride` and `grad_reduce_dtype` are ignored.
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_max_logits: as in
             `zigzag_attention_gathered`; every rank passes the same sinks.
-        method: "allgather" gathers K/V of a few heads at a time while the heads before them are attended: fast, and it
-            holds two buffers of those heads for all ranks. "ring" passes K/V from rank to rank: memory does not grow
-            with the number of ranks. "halo" passes the last rows of each chunk to the rank of the next one, for causal
-            windows, `attention_chunk` and documents of a promised length: `prepare_batch` and
-            `docs/reference/methods.md` say when it serves. None is the method of a prepared batch; a call that sees
-            farther than its halos gathers, by tables of its own. Without a prepared batch None is "halo" where the host
-            knows that it serves and moves less, which is with `cu_seqlens=None` and in the row layout, otherwise
-            "allgather".
-            The backward pass moves K/V again, and dK/dV the other way.
-        heads_k_stride: KV heads that one all-gather brings, a divisor of theirs; chosen by size if None.
+        method: the way in which K/V reach the ranks. "allgather" gathers K/V of a few heads at a time while the GPU
+            computes attention of the heads before them; it is fast, and holds two buffers of those heads for all ranks.
+            "ring" passes K/V from rank to rank; its memory does not grow with the number of ranks. "halo" passes the
+            last rows of each chunk to the rank of the next chunk, for causal windows, `attention_chunk` and documents
+            of a promised length; `prepare_batch` and `docs/reference/methods.md` say when it is possible. None means
+            the method of the prepared batch; a call whose rows see farther than its halos uses "allgather" instead, and
+            builds its own tables. Without a prepared batch, None means "halo" if the host knows that halos suffice and
+            move less, and otherwise "allgather"; the host knows it with `cu_seqlens=None` and in the row layout.
+        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size.
         return_lse, backend: as in `zigzag_attention_gathered`.
-        grad_reduce_dtype: type in which dK/dV are summed over the ranks: float32 (None) or that of q.
-        deterministic: as in `zigzag_attention_gathered`; between ranks the deterministic kernels always serve.
+        grad_reduce_dtype: dtype in which dK/dV are summed over the ranks: float32 (also for None) or the dtype of q.
+        deterministic: as in `zigzag_attention_gathered`; between ranks the kernels are always deterministic.
         layout: as in `zigzag_attention_gathered`. With `cu_seqlens=None` the call uses the document layout.
 
     Returns:
-        out in the shape of q, or a tuple of out and the requested ones of lse `[heads, T]` or `[batch, heads, T]`
-        float32, and max_logits `[heads]` float32 of the rows of all ranks. Gradients of k and v are sums over all
-        ranks. The gradient of sinks is the sum over this rank's rows, as for any parameter.
+        out in the shape of q. If lse or max_logits are requested, a tuple of out and the requested results: lse
+        `[heads, T]` or `[batch, heads, T]` float32, and max_logits `[heads]` float32 over the rows of all ranks. The
+        gradients of k and v are sums over all ranks. The gradient of sinks is the sum over this rank's rows, like the
+        gradient of any parameter.
 
     Raises:
-        ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks agree on all that the host knows
-            (with gloo in every call, with NCCL the first time that they see it): if they differ, or one of them finds
-            a fault, every rank raises the same ValueError. `RuntimeError` if another rank makes no such call in time
-            (ZIGZAG_AGREEMENT_TIMEOUT, seconds). Other lengths in `cu_seqlens`, or another number of them, give NaN on
-            every rank, as the host does not look at them.
+        ValueError, RuntimeError: as `zigzag_attention_gathered`. With a group, ranks compare everything that their
+            hosts know: with gloo in every call, with NCCL when they first see it. If ranks differ, or one of them finds
+            a fault, every rank raises the same ValueError. If another rank does not make this call in time
+            (ZIGZAG_AGREEMENT_TIMEOUT, in seconds), the error is a RuntimeError. The host does not read `cu_seqlens`: if
+            ranks have different offsets, the results are NaN on every rank.
     """
     place = place_in(group)
     try:
@@ -235,7 +242,7 @@ def _results(
 
 
 def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: int) -> Form:
-    """Return the form of a batch in the row layout, whose local tokens `q` holds in `rows` packed rows."""
+    """Return the `Form` of a batch in the row layout; `q` holds its local tokens in `rows` packed rows."""
     layout = check_layout(layout).value
     if isinstance(cu_seqlens, Batch):
         return Form(layout)
@@ -248,7 +255,7 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
 
 
 def _check_rows(batch: Batch, q: torch.Tensor) -> None:
-    """Raise `ValueError` unless q has as many rows as a rank holds of the rows or plan of `batch`."""
+    """Raise `ValueError` unless q has as many rows as a rank has in `batch`."""
     tokens = q.shape[0] if q.ndim else 0
     if batch.tokens not in (0, tokens):
         raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {tokens}")
@@ -260,7 +267,7 @@ def _check_rows(batch: Batch, q: torch.Tensor) -> None:
 
 
 def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method: str) -> Batch:
-    """Return the batch of `size` sequences with `tokens` rows of each on every rank."""
+    """Return the batch of `size` sequences that have `tokens` rows each on every rank."""
     if place.world_size > 1 and tokens % 2:
         raise ValueError(f"q: expected an even number of local rows of each sequence, got {tokens}")
     cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=q.device) * (place.world_size * tokens)
@@ -269,7 +276,7 @@ def _equal_lengths(q: torch.Tensor, size: int, tokens: int, place: Place, method
 
 
 def _choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str | None) -> str:
-    """Return the backend that serves `q`, `k` and `v`, if they are on one device."""
+    """Return the backend for `q`, `k` and `v`; `ValueError` unless they are on one device."""
     check_device("k", k, "q", q)
     check_device("v", v, "q", q)
     return launch.choose_backend(backend, q.device)
@@ -299,7 +306,7 @@ def _call_spec(
     heads_k_stride: int | None = None,
     grad_reduce_dtype: torch.dtype | None = None,
 ) -> CallSpec:
-    """Return `make_call_spec` of these options, made once for all layers and steps that give the same.
+    """Return `make_call_spec` of these options, cached for all layers and steps with the same options.
 
     `ranges` are window_size, attention_chunk, softcap, has_sinks and return_max_logits.
     """
@@ -307,13 +314,13 @@ def _call_spec(
     options = head_dim, backend, causal, softmax_scale, method, heads_k_stride, reduce_name, deterministic
     window_size = ranges[0]
     options = *options, *ranges, batch.layout, batch.lengths is not None, batch.whole_tokens, batch.whole_documents
-    # torch.compile would trace the cache too, and warn of it.
+    # torch.compile would trace the cache too, and warn about it.
     if type(window_size) is tuple and not torch.compiler.is_compiling():
         try:
             if window_size is NO_WINDOW:
                 return _known_call_spec(*options)
             return _known_call_spec(*options, *map(type, window_size))
-        except TypeError:  # what is not even hashable is refused in words
+        except TypeError:  # an unhashable option is invalid; `_make_call_spec` raises an error that names it
             pass
     return _make_call_spec(*options)
 
@@ -330,18 +337,19 @@ _OPTIONS = (
 
 
 def _make_call_spec(*values) -> CallSpec:
-    """Return `make_call_spec` of the values of `_OPTIONS`; types behind them only tell keys of the cache apart."""
+    """Return `make_call_spec` of the values of `_OPTIONS`; further values only distinguish keys of the cache."""
     return make_call_spec(**dict(zip(_OPTIONS, values, strict=False)))
 
 
-_known_call_spec = functools.lru_cache(maxsize=1024, typed=True)(_make_call_spec)  # typed: True is 1.0, and refused
+# The cache is typed, because True equals 1.0 and would find its spec, but is an invalid option.
+_known_call_spec = functools.lru_cache(maxsize=1024, typed=True)(_make_call_spec)
 
 
 def _compared(batch: Batch, rank: int, transport: Moving, q, k, v, *, equal_lengths: bool) -> Batch:
-    """Return `batch` once the ranks have compared their `cu_seqlens`, and agreed on what the kernels do not agree on.
+    """Return `batch` after the ranks have compared their `cu_seqlens`, and the facts that no later step compares.
 
-    Kernels agree on the call before they send anything. The reference does not, and neither knows that `batch` has
-    `equal_lengths`, which follow from the shape of q and are not compared on the device.
+    Transports of the kernels compare the other facts of the call before they send anything; the reference does not, so
+    it compares them here. The number of `equal_lengths` follows from the shape of q, so it too is compared here.
     """
     if batch.compared_by != transport.group_name:
         own_rank = as_rank(rank, q.device)
@@ -358,7 +366,7 @@ def _compared(batch: Batch, rank: int, transport: Moving, q, k, v, *, equal_leng
 def _attend(
     transport: Transport, q, k, v, sinks: torch.Tensor | None, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return (out, lse, largest scores `[heads]` if the call asks for them) by the backend of the call."""
+    """Compute (out, lse, largest scores `[heads]` or None) with the backend of the call."""
     call = transport.problem.call
     if sinks is None:
         q, k, v = refuse_tangents(q, k, v)
@@ -377,6 +385,6 @@ def _attend(
 
 
 def _largest(transport: Transport, maxima: torch.Tensor) -> torch.Tensor:
-    """Return the largest of `maxima [heads, T]` by head, over all ranks that take part; -inf if there are no rows."""
+    """Return the largest of `maxima [heads, T]` for each head, over all ranks; -inf if there are no rows."""
     largest = maxima.amax(1) if maxima.shape[1] else maxima.new_full(maxima.shape[:1], float("-inf"))
     return largest if isinstance(transport, Local) else largest_of_ranks(largest, transport.group_name)

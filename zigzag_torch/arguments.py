@@ -1,4 +1,4 @@
-"""Checks and conversions of single arguments; `zigzag_kernels.checks` has the rules themselves."""
+"""Checks and conversions of single arguments that are tensors; `zigzag_kernels.checks` has the rules."""
 
 import weakref
 
@@ -28,7 +28,7 @@ _EXACT = {torch.int8, torch.int16, torch.int32, torch.uint8}  # types whose valu
 
 
 def check_tensor(name: str, x) -> None:
-    """Raise `ValueError` unless `x` is a tensor whose elements lie in one block of memory."""
+    """Raise `ValueError` unless `x` is a dense tensor of this process."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if type(x).__name__ == "DTensor":
@@ -59,7 +59,7 @@ def check_int32(name: str, cu_seqlens) -> None:
 def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = None) -> torch.Tensor:
     """Return offsets as a tensor `[N + 1]` int32; the values of a tensor are not read.
 
-    A list, tuple or NumPy array is checked, as `validate` does, and copied to `device`. Integers that int32
+    A list, tuple or NumPy array is checked like in `validate`, and copied to `device`. In a tensor, integers that int32
     cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
     """
     if not isinstance(cu_seqlens, torch.Tensor):
@@ -67,7 +67,7 @@ def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = Non
         check_lengths(offsets, world_size)
         return torch.tensor(offsets, dtype=torch.int32, device=device)
     check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0]:  # as they should be
+    if cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0]:  # the usual case, fast
         return cu_seqlens
     check_cu_seqlens(tuple(cu_seqlens.shape), dtype_name(cu_seqlens))
     return _as_int32(cu_seqlens)
@@ -83,7 +83,7 @@ def _host_offsets(cu_seqlens) -> list[int]:
 
 
 def _as_int32(x: torch.Tensor) -> torch.Tensor:
-    """Return integers as int32, with -1 in place of integers that int32 cannot hold."""
+    """Return the integers `x` as int32, with -1 in place of integers that int32 cannot hold."""
     if x.dtype == torch.int32:
         return x
     if x.dtype in _EXACT:
@@ -93,10 +93,11 @@ def _as_int32(x: torch.Tensor) -> torch.Tensor:
 
 
 def as_lengths(lengths, cu_seqlens, device: torch.device) -> torch.Tensor:
-    """Return the real lengths of the sequences of `cu_seqlens`, as the caller gave both, as a tensor `[N]` int32.
+    """Return the real `lengths` of the sequences of `cu_seqlens` as a tensor `[N]` int32.
 
-    The values of tensors are not read; a list, tuple or NumPy array is copied to `device`. Raises `ValueError` for
-    anything else, and for values on the host that the sequences cannot have.
+    Both arguments are as the caller passed them. The values of tensors are not read; a list, tuple or NumPy array is
+    copied to `device`. Raises `ValueError` for anything else, and if both are on the host and a length does not fit its
+    sequence.
     """
     sequences = len(cu_seqlens) - 1
     if isinstance(lengths, torch.Tensor):
@@ -118,7 +119,7 @@ def as_lengths(lengths, cu_seqlens, device: torch.device) -> torch.Tensor:
 
 
 def as_sinks(sinks, q: torch.Tensor) -> torch.Tensor:
-    """Return `sinks [heads]` as the kernels read them, float32 and contiguous; `ValueError` for anything else."""
+    """Return `sinks [heads]` as contiguous float32, which the kernels read; `ValueError` for anything else."""
     check_tensor("sinks", sinks)
     check_sinks(tuple(sinks.shape), dtype_name(sinks), q.shape[1])
     check_device("sinks", sinks, "q", q)
@@ -126,9 +127,9 @@ def as_sinks(sinks, q: torch.Tensor) -> torch.Tensor:
 
 
 def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.device) -> int | torch.Tensor:
-    """Return `rank` as an int or as a tensor of one integer on `device`, whose value is not read.
+    """Return `rank`, an int, or a tensor of one integer on `device` whose value is not read.
 
-    Raises `ValueError` for anything else, and for an int that is no rank.
+    Raises `ValueError` for anything else, and for an int that is not from 0 to `world_size - 1`.
     """
     if isinstance(rank, torch.Tensor):
         check_tensor("rank", rank)
@@ -141,9 +142,10 @@ def as_rank_argument(rank: int | torch.Tensor, world_size: int, device: torch.de
 def check_batch(
     cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
 ) -> tuple[torch.Tensor, int | torch.Tensor, int]:
-    """Return the three arguments as tensor, int or tensor, and int; `ValueError` for values that no batch has.
+    """Return the checked (cu_seqlens tensor, rank as an int or a tensor, world_size).
 
-    Values on a device are not read. In the row layout documents may have any lengths.
+    Values of tensors are not read. In the row layout documents may have any lengths. Raises `ValueError` for invalid
+    arguments.
     """
     world_size = check_world_size(world_size)
     cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1)
@@ -151,16 +153,16 @@ def check_batch(
 
 
 def as_rank(rank: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a checked rank as the kernels read it: `[1]` int32, -1 if int32 cannot hold it."""
+    """Return a checked rank as a tensor `[1]` int32, which the kernels read; -1 if int32 cannot hold it."""
     if isinstance(rank, torch.Tensor):
         return _as_int32(rank).reshape(1)
     return torch.full((1,), rank, dtype=torch.int32, device=device)
 
 
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return `tensors` in the dtype of `torch.autocast` if that is on for their device, as PyTorch's attention does.
+    """Return `tensors` cast to the dtype of `torch.autocast`, if autocast is enabled for their device.
 
-    Whatever mixture of the supported dtypes they come in, such as float32 from a rotary embedding beside bfloat16.
+    The tensors may have different supported dtypes, such as float32 from a rotary embedding beside bfloat16.
     """
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # PyTorch has no autocast of meta tensors
@@ -170,7 +172,7 @@ def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def readable(*tensors: torch.Tensor) -> bool:
-    """Return whether the host can read `tensors` without waiting: in its own memory, with nothing tracing."""
+    """Return whether the host can read `tensors` without waiting: they are on the CPU, and no tracer is active."""
     if torch.compiler.is_compiling() or any(x.device.type != "cpu" or type(x) not in _PLAIN for x in tensors):
         return False
     fast = launch.fast_launch
@@ -181,14 +183,14 @@ def readable(*tensors: torch.Tensor) -> bool:
 
 
 def mark_padded(cu_seqlens: torch.Tensor) -> None:
-    """Remember that some of the tokens that `cu_seqlens` counts are padding."""
+    """Record that some of the tokens that `cu_seqlens` counts are padding, for `check_unpadded`."""
     _padded[id(cu_seqlens)] = cu_seqlens
 
 
 def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
-    """Raise `ValueError` if tokens would attend to the padding of `pad_to_zigzag`, unless `causal`.
+    """Raise `ValueError` for a mask without `causal` under which real tokens attend to padding of `pad_to_zigzag`.
 
-    Real lengths would keep them from it, so that callers do not ask where there are some.
+    With real lengths no token attends to padding, so callers need this check only without them.
     """
     if not causal and not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens:
         raise ValueError(

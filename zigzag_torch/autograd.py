@@ -1,8 +1,8 @@
-"""Attention as operators of PyTorch with a gradient, and the device tables of a batch.
+"""Attention as PyTorch operators with gradients, and the operator that builds the device tables of a batch.
 
-A call that only the kernels would notice goes around the operators (`dispatch`). All other calls, also when
-`torch.compile` traces them, go through operators, whose schemas are flat: they take the options as one string,
-`CallSpec.key`.
+An eager call that nothing else observes bypasses the operators, to save host time (`dispatch`). All other calls go
+through the operators, for example when `torch.compile` traces them. The schemas of operators have no dataclasses, so
+operators take the options of a call as one string, `CallSpec.key`.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ def segment_tables(  # noqa: PLR0917  (schemas of operators are flat)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the device tables (segments, sequences) of one batch: see `zigzag_kernels.plan.segment_tables`.
 
-    A batch of two parts has the tables of its whole documents, and behind them, if there are rows for split documents,
-    their tables. All entries then follow one another: a table has two dimensions.
+    In a batch of two parts, the tables of the whole documents come first. The tables of the split documents follow, if
+    there are rows for split documents. All entries are then in one table of two dimensions.
     """
     from zigzag_kernels import plan
 
@@ -102,10 +102,10 @@ def attention(
     tables: Tables,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out `[T, heads, head_dim]`, statistics) by the kernels; differentiable.
+    """Compute (out `[T, heads, head_dim]`, statistics) with the kernels; differentiable.
 
-    The statistics are lse `[heads, T]` float32, or with `return_max_logits` `[2, heads, T]`: lse, and the largest score
-    of each row, which has no gradient.
+    The statistics are lse `[heads, T]` float32. With `return_max_logits` they are `[2, heads, T]`: lse, and the largest
+    score of each row, which has no gradient.
     """
     tensors = (q, k, v, *tables) if sinks is None else (q, k, v, *tables, sinks)
     if not goes_straight(tensors):
@@ -120,7 +120,7 @@ _Function: Any = torch.autograd.Function if launch.fast_launch is None else laun
 
 
 class _Attention(_Function):
-    """The gradient rule of calls that go around the operators."""
+    """The gradient rule of calls that bypass the operators."""
 
     _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
@@ -143,7 +143,7 @@ class _Attention(_Function):
         tensors = (*saved, dout) if dlse is None else (*saved, dout, dlse)
         if transport.problem.call.return_max_logits:
             lse, dlse = _first(lse), _first(dlse)
-        # A backward pass that is itself recorded goes through the operator, whose gradient is a refusal.
+        # If autograd records this backward pass, it must go through the operator, whose own gradient raises an error.
         if goes_straight(tensors) and not records(tensors):
             dq, (dk, dv), dsinks = transport.backward(Residuals(q, k, v, out, lse), dout, dlse, Tables(*tables), sinks)
         else:
@@ -154,14 +154,14 @@ class _Attention(_Function):
 
 
 def _first(statistics: Any) -> Any:
-    """Return lse of the statistics of a call, or the gradient of lse of theirs, which may be None."""
+    """Return the lse of `statistics`, or of their gradient, which may be None."""
     return statistics if statistics is None or statistics.ndim == 2 else statistics[0]
 
 
 def agreed_rank(
     transport: Moving, rank: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, equal_lengths: bool
 ) -> torch.Tensor:
-    """Return `rank` once the ranks have agreed on the call, and on the number of sequences if q has `equal_lengths`."""
+    """Return `rank` after the ranks have agreed on the call, and with `equal_lengths` on the number of sequences."""
     if goes_straight((rank, q, k, v)):
         _agree(transport, equal_lengths)
         return rank
@@ -170,7 +170,7 @@ def agreed_rank(
 
 
 def _constants(transport: Transport) -> tuple[str, int, str]:
-    """Return what operators take beside tensors, for which `transport_of` gives `transport` again."""
+    """Return the arguments of an operator besides tensors, from which the operator makes `transport` again."""
     problem, key = transport.problem, call_key(transport.problem.call)
     if isinstance(transport, Local):
         return key, problem.world_size, problem.kv_layout.value
@@ -178,7 +178,7 @@ def _constants(transport: Transport) -> tuple[str, int, str]:
 
 
 def call_key(call: CallSpec) -> str:
-    """Return `call.key`; while `torch.compile` traces, its numbers become constants of the compiled code."""
+    """Return `call.key`; while `torch.compile` traces, the numbers in it become constants of the compiled code."""
     if not torch.compiler.is_compiling():
         return call.key
     from torch.fx.experimental.symbolic_shapes import guard_scalar
@@ -198,12 +198,12 @@ def _key_of_values(*values) -> str:
     return CallSpec(**dict(zip(_FIELDS, values, strict=True))).key
 
 
-# As for the functions of `launch`: called while torch.compile traces, rather than traced.
+# torch.compile calls this function instead of tracing it, like the functions of `launch`.
 _key_of_values._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _transport_of(q, k, v, sequences, call: str, world_size: int, kv_layout: str, group_name: str | None) -> Transport:
-    """Return the transport of an operator, which knows the number of sequences from their table."""
+    """Return the transport of an operator, which derives the number of sequences from the size of their table."""
     spec = CallSpec.from_key(call)
     number = count_sequences(spec, sequences.shape[-2], world_size)
     return transport_of(q, k, v, spec, number, world_size, KVLayout(kv_layout), group_name)
@@ -221,7 +221,7 @@ def attention_forward(  # noqa: PLR0917  (schemas of operators are flat)
     kv_layout: str = "gathered",
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, statistics) of k and v that are all here."""
+    """Return (out, statistics) where k and v on this device have all keys."""
     transport = _transport_of(q, k, v, sequences, call, world_size, kv_layout, None)
     return transport.forward(q, k, v, Tables(segments, sequences), sinks)
 
@@ -261,7 +261,7 @@ def parallel_forward(  # noqa: PLR0917  (schemas of operators are flat)
     group_name: str,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out, statistics) of one rank of several; all tensors are its own."""
+    """Return (out, statistics) of one of several ranks; all tensors have the rows of this rank."""
     transport = _transport_of(q, k, v, sequences, call, world_size, KVLayout.PEER, group_name)
     return transport.forward(q, k, v, Tables(segments, sequences), sinks)
 
@@ -282,7 +282,7 @@ def parallel_backward(  # noqa: PLR0917  (schemas of operators are flat)
     group_name: str,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (dq, dk and dv, dsinks) of `parallel_forward`; dk and dv are one tensor, as operators return no views."""
+    """Return (dq, dkv, dsinks) of `parallel_forward`; dkv `[2, ...]` is dk and dv, as operators return no views."""
     transport = _transport_of(q, k, v, sequences, call, world_size, KVLayout.PEER, group_name)
     residuals, tables = Residuals(q, k, v, out, lse), Tables(segments, sequences)
     dq, dkv, dsinks = transport.backward(residuals, dout, dlse, tables, sinks)

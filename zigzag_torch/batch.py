@@ -1,4 +1,4 @@
-"""`Batch`, the lengths and device tables that all layers of a training step share, and functions that make it."""
+"""`Batch`, which holds the lengths and device tables of a training step, and `prepare_batch`, which makes it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,26 +26,27 @@ from .plans import Parts, with_identity
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch holds the lengths and device tables that all layers of a training step share.
+    """The lengths and device tables that all layers of a training step share.
 
-    `prepare_batch` makes it, and attention takes it in place of `cu_seqlens`.
+    `prepare_batch` makes a batch, and the attention calls take it in place of `cu_seqlens`.
 
     Attributes:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch.
-        rank: `[1]` int32.
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences over all ranks.
+        rank: `[1]` int32, the rank whose rows the tables describe.
         world_size: number of ranks.
-        method: the way of moving K/V that the tables are for.
-        segments, sequences: the device tables, or None if it was prepared for the backend "reference".
-        compared_by: name of the group whose ranks have compared their `cu_seqlens`; None: nobody has.
-        host_rank: the rank, if the host knows it; None: only the device does.
+        method: the method that the tables are for.
+        segments, sequences: the device tables, or None if the batch was prepared for the backend "reference".
+        compared_by: name of the group whose ranks have compared their `cu_seqlens`; None if no ranks have.
+        host_rank: the rank, or None if only the device knows it.
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
-            `lengths` then count split documents alone. None: all documents are split.
-        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows; 0 unless it is of a plan.
-        halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
-        max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
+            `lengths` then describe only split documents. None: all documents are split.
+        whole_tokens, tokens: for a plan of documents, the rows of each rank for whole documents, and all of its rows;
+            otherwise 0.
+        halo: rows of a halo with method "halo", if a window or a length was given; otherwise 0.
+        max_seqlen: the promised longest real length of a document; 0 without a promise.
     """
 
     cu_seqlens: torch.Tensor
@@ -68,12 +69,12 @@ class Batch:
 
     @property
     def whole_documents(self) -> int:
-        """Entries for whole documents of a rank."""
+        """The most whole documents that a rank may have: entries of its table."""
         return 0 if self.whole_cu_seqlens is None else self.whole_cu_seqlens.shape[0] - 1
 
     @property
     def packing(self) -> Packing:
-        """Return how the batch is packed, which its tables and masks follow from."""
+        """The packing of the batch, from which its tables and masks follow."""
         form, whole = (self.layout, self.row_length, self.rows), None
         if self.whole_cu_seqlens is not None:
             whole = Packing(self.whole_cu_seqlens, self.rank.clamp(max=0), None, 1, Layout.DOCUMENT.value, 0, 1)
@@ -81,7 +82,7 @@ class Batch:
 
     @property
     def limits_of_halo(self) -> tuple[int, int]:
-        """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
+        """(halo, max_seqlen) if the batch has a halo, otherwise (0, 0)."""
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
@@ -104,12 +105,12 @@ def _unflatten(tensors, constants: list) -> Batch:
     return Batch(**dict(zip(_TENSORS, tensors, strict=True)), **dict(zip(_CONSTANTS, constants, strict=True)))
 
 
-# Functions that take a pytree of tensors (`tree_map`, checkpointing, data loaders of trainers) then take a batch.
+# With this registration a batch is a pytree of tensors, for `tree_map`, checkpointing and data loaders of trainers.
 pytree.register_pytree_node(Batch, _flatten, _unflatten, serialized_type_name="zigzag_torch.Batch")
 
 
 class Form(NamedTuple):
-    """A form says how a batch is cut into chunks, by the fields of `Batch` with the same names."""
+    """The fields of `Batch` that say how the batch is cut into chunks."""
 
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
@@ -119,7 +120,7 @@ class Form(NamedTuple):
 
     @property
     def in_words(self) -> str:
-        """The form as ranks compare it."""
+        """The form as text, which ranks compare."""
         if self.whole_tokens:
             return f"{self.layout}, {self.tokens} rows, {self.whole_tokens} of them for whole documents"
         return f"{self.layout}, {self.rows} of {self.row_length} tokens" if self.row_length else self.layout
@@ -149,32 +150,36 @@ def prepare_batch(
     """Build the device tables of a batch once, for all layers and for both passes.
 
     Args:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Other integers are converted; a list,
-            tuple or NumPy array is checked, as `validate` does, and is then on the CPU. Or a plan of `plan_documents`,
-            or the `Parts` of this rank in it: each rank then has the rows of the plan, whole documents first.
-            Of a plan all tensors are on the `device` that is named, by default the CPU.
-        rank, world_size: an int or one integer on the device of `cu_seqlens`, and an int. None means the rank and size
-            of the `group`; without a group world_size is 1, and rank, which other sizes need, is 0.
-        method: as in the attention calls. None is "halo" if the host knows that it serves the windows that are named
-            here, in the row layout, for a plan or from offsets on the host, and otherwise "allgather".
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences over all ranks. Other integers are converted. A list,
+            tuple or NumPy array is checked as in `validate`, and becomes a tensor on the CPU. Instead of offsets, pass
+            a plan of `plan_documents`, or the `Parts` of this rank in a plan: each rank then has the rows of the plan,
+            whole documents first. The tensors of a plan are on `device`, by default the CPU.
+        rank, world_size: rank is an int, or a tensor of one integer on the device of `cu_seqlens`; world_size is an
+            int. None means the rank and size in the `group`. Without a group, world_size is 1 by default, and rank is
+            required if world_size is larger.
+        method: as in the attention calls. None means "halo" if the host knows that halos suffice for `window_size`,
+            `attention_chunk` or `max_seqlen`, and otherwise "allgather". The host knows it in the row layout, for a
+            plan, and for offsets on the host.
         group: as in the attention calls. Every rank of it makes this call, and the ranks compare their `cu_seqlens` on
-            the device: if they differ, attention returns NaN on all ranks, and `validate` gives the reason.
+            the device. If they differ, attention returns NaN on all ranks, and `validate` gives the reason.
         backend: as in the attention calls.
-        unsharded: the whole batch before `shard`, such as token ids, on the device of `cu_seqlens`. With a group, ranks
-            compare it as they compare `cu_seqlens`, since ranks that read other data would attend to a mixture of it.
-        lengths: `[N]` int32, the number m of real tokens of each sequence. Its rows from m on are padding: out 0,
-            lse -inf, no gradient, and no row attends to them. A length below 0 or above that of the sequence gives NaN
-            everywhere, or an error if both `lengths` and `cu_seqlens` are lists, tuples or NumPy arrays.
-        layout: as in the attention calls; pass the same one there.
-        row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
-            packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
-        window_size, attention_chunk: for methods None and "halo", the farthest reach of all layers that will attend to
-            the batch: its tables bring so many rows before each chunk, and layers with smaller windows take as many.
-        max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
-            batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
+        unsharded: the whole batch before `shard`, such as token ids, on the device of `cu_seqlens`. Ranks of a group
+            compare it like `cu_seqlens`, because ranks with different data would attend to a mixture of both.
+        lengths: `[N]` int32, the real tokens of each sequence. Its other rows, at its end, are padding, with out 0, lse
+            -inf and zero gradients, and no row attends to them. A negative length, or one above the length of the
+            sequence, gives NaN everywhere, or an error if both `lengths` and `cu_seqlens` are lists, tuples or NumPy
+            arrays.
+        layout: as in the attention calls, which must get the same layout.
+        row_length, rows: required in the row layout with several ranks. `row_length` is the number of tokens of one
+            packed row over all ranks, a multiple of `2 * world_size`; `rows` is the number of packed rows.
+        window_size, attention_chunk: for methods None and "halo", the largest window of all layers that will use the
+            batch. It decides how many rows a halo has, for layers with smaller windows too.
+        max_seqlen: a promise that no document has more real tokens. With method "halo" it also limits the rows of a
+            halo. If a batch breaks the promise, that method gives NaN everywhere, or an error if the host has the
+            values.
 
     Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
-    `torch.inference_mode` can be trained on all the same.
+    `torch.inference_mode` can also be used for training.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -248,7 +253,7 @@ def _copied(x):
 
 
 def _as_parts(given: DocumentPlan | Parts, rank, world_size: int | None, place: Place, device) -> Parts:
-    """Return the parts of a rank that is an int; `ValueError` for a plan of another number of ranks."""
+    """Return the `Parts` of `rank`, an int; `ValueError` for a plan for another number of ranks."""
     if isinstance(given, Parts):
         return given.checked()
     check_plan(given, place.world_size if world_size is None else world_size)
@@ -256,7 +261,7 @@ def _as_parts(given: DocumentPlan | Parts, rank, world_size: int | None, place: 
 
 
 def _one_part(parts: Parts, world_size: int) -> tuple[torch.Tensor, torch.Tensor | None, Parts | None]:
-    """Return (cu_seqlens, real lengths, `parts` unless these offsets are of all rows)."""
+    """Return (cu_seqlens, real lengths, `parts`), or None in place of `parts` if the offsets describe all rows."""
     if world_size == 1:
         return *parts.joined(), None
     return parts.split_cu_seqlens, parts.split_lengths, parts if parts.whole_tokens else None
@@ -269,7 +274,7 @@ def _check_place(
     place: Place,
     layout: Layout,
 ) -> torch.Tensor:
-    """Return the checked `cu_seqlens`; `ValueError` if `rank` or `world_size` is not that of the group."""
+    """Return the checked `cu_seqlens`; `ValueError` if `rank` or `world_size` contradicts the group."""
     own_rank = place.rank if rank is None else rank
     cu_seqlens, own_rank, _ = check_batch(cu_seqlens, own_rank, place.world_size, layout)
     if isinstance(own_rank, torch.Tensor) or own_rank != place.rank:
@@ -280,7 +285,7 @@ def _check_place(
 
 
 def _form_of(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
-    """Return the form of a batch that is prepared with these arguments; `ValueError` unless they fit together."""
+    """Return the `Form` of a batch with these arguments; `ValueError` unless they fit each other."""
     if layout == Layout.ROW and world_size > 1:
         return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
     if layout == Layout.ROW:
@@ -292,7 +297,7 @@ def _form_of(layout: str, row_length: int | None, rows: int, world_size: int) ->
 
 
 def _check_host_rows(cu_seqlens, form: Form, world_size: int) -> None:
-    """Raise `ValueError` for offsets on the host whose documents do not lie in packed rows of this form."""
+    """Raise `ValueError` if offsets are on the host and a document does not lie within one packed row."""
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = as_cu_seqlens(cu_seqlens, 1, torch.device("cpu")).tolist()
         check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
@@ -306,10 +311,10 @@ def as_batch(
     device: torch.device,
     form: Form = DOCUMENTS,
 ) -> Batch:
-    """Return `cu_seqlens` as a batch for `rank`, which has this `form` and no tables if it is none yet.
+    """Return the prepared batch, or make a batch of this `form`, without tables, from offsets.
 
     Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
-    device knows the ranks, and they differ, attention to the batch is NaN. Offsets of the host are copied to `device`.
+    device knows the two ranks, and they differ, attention returns NaN. Offsets on the host are copied to `device`.
     """
     world_size = check_world_size(world_size)
     if not isinstance(cu_seqlens, Batch):
@@ -336,13 +341,13 @@ def as_batch(
 
 
 def _for_rank(batch: Batch, rank: torch.Tensor) -> Batch:
-    """Return `batch`, but one of no rank, to which attention is NaN, if it was prepared for another than `rank`."""
+    """Return `batch`, made invalid on the device if it was prepared for another rank, so that attention returns NaN."""
     same = batch.rank == rank
     batch = dataclasses.replace(batch, rank=torch.where(same, batch.rank, -1))
     if batch.segments is None or batch.sequences is None:
         return batch
     of_no_rank = [torch.zeros_like(table) for table in (batch.segments, batch.sequences)]
-    # By `fill_`, for which the host does not wait, as it does for the tensor that an assignment makes of -1.
+    # `fill_` does not synchronise. An assignment would copy -1 to the device, and the host would wait for the copy.
     for table, columns in zip(
         of_no_rank, ((SegmentColumn.KV_LEN, SegmentColumn.KEYS), (SequenceColumn.KEYS,)), strict=True
     ):
@@ -357,7 +362,7 @@ def _for_rank(batch: Batch, rank: torch.Tensor) -> Batch:
 
 
 def tables_of(batch: Batch, backend: str) -> Tables:
-    """Return the device tables of `batch` for the kernels of `backend`, made if it was prepared without."""
+    """Return the device tables of `batch` for the kernels of `backend`; build them if the batch has none."""
     if batch.segments is not None and batch.sequences is not None:
         return Tables(batch.segments, batch.sequences)
     layout, cu_seqlens = Method(batch.method).kv_layout.value, batch.cu_seqlens.contiguous()

@@ -1,4 +1,4 @@
-"""The data path: from documents to the rows, labels and tables of one rank, and from rows back to documents."""
+"""The data path: it makes the rows, labels and tables of one rank from documents, and restores documents from rows."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ INT64 = torch.iinfo(torch.int64)
 class ShardedBatch:
     """The part of a batch of documents that one rank needs for a training step.
 
-    `shard_documents` and `ZigzagCollator` make it, by a plan of documents. Its rows are whole documents of this rank
-    and their padding, then this rank's chunks of the split documents and their padding. Batches of equal `tokens`,
-    `whole_tokens`, `max_whole` and `max_split` have equal shapes.
+    `shard_documents` and `ZigzagCollator` make it, from a plan of documents. Its rows are the whole documents of this
+    rank and their padding, then this rank's chunks of the split documents and their padding. Batches with the same
+    `tokens`, `whole_tokens`, `max_whole` and `max_split` have the same shapes.
 
     Attributes:
         input_ids: `[T]` int64, the tokens of this rank; padding is `pad_token_id`.
-        labels: `[T]` int64, the next token of the same document; `ignore_index` at its end and for padding.
+        labels: `[T]` int64, the next token of the same document; `ignore_index` at the document's end and for padding.
         position_ids: `[T]` int32, the position of every row in its document.
-        loss_mask: `[T]` bool, the rows that have a label.
-        rows: `[T]` int64, the token of the concatenated documents that each row is; -1 for padding.
+        loss_mask: `[T]` bool, True for rows that have a label.
+        rows: `[T]` int64, the number of the token in the concatenated documents that each row holds; -1 for padding.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows.
-        cu_seqlens: `[M + 1]` int32, offsets of the split documents over all ranks, as `prepare_batch` takes them.
+        cu_seqlens: `[M + 1]` int32, offsets of the split documents over all ranks, for `prepare_batch`.
         lengths: `[M]` int32, real tokens of each split document.
-        num_targets: one int64, the labels of all ranks together.
-        fingerprint: `[1]` int64, which differs if any token or label of the whole batch does, or the plan.
-        rank, world_size: the place that the rows are for.
+        num_targets: one int64, the number of labels on all ranks together.
+        fingerprint: `[1]` int64, a hash of all tokens and labels of the whole batch, and of the plan.
+        rank, world_size: the rank that has these rows, and the number of ranks.
         layout: "document" or "row". In the row layout all documents count as split.
-        whole_tokens: rows for whole documents, the first ones of each rank.
-        shortest_chunk: the fewest rows of a chunk of split documents that needs a halo, by which `prepare` chooses a
-            method; 0 in the row layout.
+        whole_tokens: rows for whole documents, the first rows of each rank.
+        shortest_chunk: rows of the shortest chunk that needs a full halo, from which `prepare` chooses a method; 0 in
+            the row layout.
     """
 
     input_ids: torch.Tensor
@@ -65,12 +65,12 @@ class ShardedBatch:
 
     @property
     def row_length(self) -> int | None:
-        """Tokens of the packed row over all ranks, which attention in the row layout takes; else None."""
+        """Tokens of the packed row over all ranks, in the row layout with several ranks; otherwise None."""
         return self.world_size * len(self.input_ids) if self.layout == "row" and self.world_size > 1 else None
 
     @property
     def parts(self) -> Parts:
-        """The offsets of whole and split documents, for `prepare_batch`, unless the layout is "row"."""
+        """The offsets of whole and split documents, for `prepare_batch`; only in the layout "document"."""
         offsets = self.whole_cu_seqlens, self.cu_seqlens, self.lengths
         return Parts(*offsets, self.whole_tokens, len(self.input_ids), self.shortest_chunk)
 
@@ -79,15 +79,16 @@ class ShardedBatch:
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: torch.device | str | None = None) -> "ShardedBatch":
-        """Return this batch in pinned memory, for `device` if it is given; data loaders call it."""
+        """Return this batch in pinned memory, for `device` if it is given; data loaders call this function."""
         return self._map(lambda x: x.pin_memory() if device is None else x.pin_memory(device))
 
     def prepare(self, group=None, *, method: str | None = None, backend: str | None = None, **reach) -> Batch:
         """Return the `Batch` that attention takes, for all layers and both passes.
 
-        With a `group` ranks compare lengths and `fingerprint`, so that attention is NaN if they hold rows of different
-        batches; `validate` says so in words. `method`, `backend` and `reach` are arguments of `prepare_batch`; `reach`
-        are its arguments about windows, for halos. Raises `ValueError` if the rows belong to another rank of the group.
+        The ranks of a `group` compare lengths and `fingerprint`; attention is NaN if they have rows of different
+        batches, and `validate` raises an error. `method` and `backend` are arguments of `prepare_batch`, and so are the
+        arguments `reach`: `window_size`, `attention_chunk` and `max_seqlen`. Raises `ValueError` if the rows belong to
+        another rank of the group.
         """
         return prepare_batch(
             self.cu_seqlens if self.layout == "row" else self.parts,
@@ -111,13 +112,14 @@ class ShardedBatch:
         gradients: str | None = None,
         **reach,
     ) -> dict:
-        """Return what a transformers model takes by `model(**...)`, once `zigzag_torch.hf.use_mesh` has seen it.
+        """Return the keyword arguments of a transformers model, after a call of `zigzag_torch.hf.use_mesh` for it.
 
         Rows are `[1, T]`, and `zigzag_batch` is the result of `prepare` with `group`, `method`, `backend` and `reach`.
-        The empty `attention_mask` stands for it, so that any other attention implementation raises an error. With
-        `gradients` labels come along as `shift_labels`, and the model's `loss` is the share of this rank: the mean loss
-        is the sum of all shares, or their mean, as for `token_mean_loss`. Without `gradients`, call `token_mean_loss`
-        with the logits, as for models whose loss shifts labels itself.
+        The empty `attention_mask` makes any other attention implementation raise an error. With `gradients` the
+        arguments include the labels as `shift_labels`, and the model's `loss` is the share of this rank: the mean loss
+        of all targets is the sum of all shares ("sum"), or their mean ("mean"), as in `token_mean_loss`. Without
+        `gradients`, pass the logits to `token_mean_loss`, as is necessary for models whose loss shifts labels itself.
+        Raises `ValueError` for any other `gradients`.
         """
         if gradients not in (None, "sum", "mean"):
             raise ValueError(f"gradients: expected None, 'sum' or 'mean', got {gradients!r}")
@@ -129,7 +131,7 @@ class ShardedBatch:
             "use_cache": False,
         }
         if gradients is not None:
-            # A model that shifts labels itself would take these, and finds that there are too few.
+            # A model that shifts labels itself reads `labels`; these are empty, so it raises an error.
             result |= {"labels": self.labels.new_empty((1, 0)), "shift_labels": self.labels[None]}
             shares = self.world_size if gradients == "mean" else 1
             result["num_items_in_batch"] = self.num_targets.clamp(min=1) / shares
@@ -182,30 +184,31 @@ def shard_documents(
     attention_chunk: int = 0,
     causal: bool = True,
 ) -> ShardedBatch:
-    """Return the rows of `rank` of a batch of documents, with labels, positions and what attention needs, on the CPU.
+    """Return the rows, labels, positions and offsets of `rank`, for a batch of documents, on the CPU.
 
     Args:
-        documents: token ids of each document: lists, NumPy arrays or tensors `[n]` of integers. Every rank is given the
-            same ones.
-        rank, world_size: the place of this rank.
-        labels: for each document the label of every token in its own place, such as its ids with `ignore_index` for a
-            prompt; they are shifted here. None is the ids themselves.
+        documents: token ids of each document: lists, NumPy arrays or tensors `[n]` of integers. Every rank must pass
+            the same documents.
+        rank, world_size: this rank, and the number of ranks.
+        labels: for each document, the label of every token in the token's own place, such as its id, or `ignore_index`
+            for tokens of a prompt. This function shifts the labels. None: the token ids.
         pad_token_id: token of padding rows.
         ignore_index: label of rows that have none.
-        tokens: T, rows of each rank, padding included; None is as few as this batch needs.
-        max_documents: the most documents of a batch; None is as many as this batch has.
-        max_whole: N, entries for whole documents of a rank; None is twice its share of `max_documents`. Kernels choose
-            tiles by the mean length of so many documents.
-        max_split: M, entries for split documents; None is as many as `max_documents`.
-        layout: "document", whose documents are whole or split as `plan_documents` says, or "row", which splits all
-            documents as one row.
-        split_above: split the documents longer than this, and others only if they do not fit; 0 splits all. None is as
-            few as make work equal.
-        split_tokens: rows of each rank for split documents, padding included. A fixed number gives all steps one shape;
-            None takes the fewest eighths of `tokens` that serve this batch, or what it needs if `tokens` is None.
-        window_size, attention_chunk, causal: the mask by which work is made equal, as attention takes it.
+        tokens: T, the rows of each rank, with padding. None: as few as this batch needs.
+        max_documents: the most documents that a batch may have. None: the number of documents of this batch.
+        max_whole: N, the most whole documents that a rank may have. None: twice a rank's share of `max_documents`. Do
+            not choose a much larger number: kernels choose their tiles by the mean length, rows divided by N.
+        max_split: M, the most split documents. None: `max_documents`.
+        layout: "document", in which `plan_documents` decides which documents are split, or "row", in which all
+            documents are one packed row that is split.
+        split_above: split the documents longer than this, and others only if the batch does not fit otherwise; 0 splits
+            all. None: split as few tokens as make the work of all ranks about equal.
+        split_tokens: rows of each rank for split documents, with padding. A fixed number gives all steps the same
+            shapes. None: the fewest eighths of `tokens` for which a plan exists, or as few as this batch needs if
+            `tokens` is None.
+        window_size, attention_chunk, causal: the mask for which work is predicted, as in `zigzag_attention`.
 
-    Raises `ValueError` for documents that do not fit, with the number of tokens that are too many.
+    Raises `ValueError` for documents that do not fit; the error says how many tokens are too many.
     """
     world_size, layout = check_world_size(world_size), check_layout(layout)
     rank = check_rank(rank, world_size, False)
@@ -224,7 +227,7 @@ def shard_documents(
         own = _integers("labels", labels)
         check_labels(lengths, [len(part) for part in own])
         targets = _joined(own)
-    first = torch.zeros(len(ids), dtype=torch.bool)  # the first token of a document is nobody's next token
+    first = torch.zeros(len(ids), dtype=torch.bool)  # first tokens of documents, which no row has to predict
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     first[starts[torch.tensor(lengths, dtype=torch.int64) > 0]] = True
     if labels is not None:
@@ -286,15 +289,15 @@ def _int64(values: list[int]) -> torch.Tensor:
 
 
 def _taken(values: torch.Tensor, rows: torch.Tensor, fill: int) -> torch.Tensor:
-    """Return `values[rows]`, and `fill` where a row is -1."""
+    """Return `values[rows]`, with `fill` where a row is -1."""
     return torch.cat((values, values.new_tensor([fill])))[rows]
 
 
 class ZigzagCollator:
-    """A collator makes the `ShardedBatch` of this rank from the documents that a `DataLoader` gives it.
+    """A collator for a `DataLoader`, which makes the `ShardedBatch` of this rank from a list of documents.
 
-    Every rank of the group loads the same documents: its sampler must not depend on the rank within the group. An
-    instance holds numbers alone, so that workers can be sent it, and makes no collective and touches no device.
+    Every rank of the group must load the same documents, so the sampler must not depend on the rank within the group.
+    An instance holds only numbers, so that it can be sent to worker processes; it uses no collective and no device.
     """
 
     def __init__(
@@ -310,10 +313,11 @@ class ZigzagCollator:
         layout: str = "document",
         **options,
     ):
-        """Take the rank and the size of `group`, a process group or a 1-D DeviceMesh, or `rank` and `world_size`.
+        """Make a collator for a rank of `group`, a process group or a 1-D DeviceMesh, or for `rank` of `world_size`.
 
-        `shard_documents` describes the other arguments, `options` among them. With `split_tokens` shapes are fixed,
-        so that a step compiles once; without, there are nine shapes at most, one for each share of split documents.
+        All other arguments, and the `options`, are as in `shard_documents`. With `split_tokens` all batches have the
+        same shapes, so that a step compiles once. Without it there are at most nine different shapes, one for each
+        share of split documents. Raises the errors of `shard_documents` for invalid arguments.
         """
         place = place_in(group)
         if group is not None and not (rank is None and world_size is None):
@@ -327,7 +331,7 @@ class ZigzagCollator:
             "tokens": check_int("tokens", tokens, 1),
             "max_documents": check_int("max_documents", max_documents, 1),
         }
-        shard_documents([], self.rank, self.world_size, **self.options)  # finds what is wrong here, not in a worker
+        shard_documents([], self.rank, self.world_size, **self.options)  # raises here for options, not in a worker
 
     def __call__(self, examples: Sequence) -> ShardedBatch:
         """Return the batch of `examples`: token ids, or mappings with "input_ids" and perhaps "labels"."""
@@ -347,11 +351,11 @@ class ZigzagCollator:
 
 
 def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Tensor:
-    """Return what all ranks of `group` have in `x [T, ...]` in the order of the documents, one after another.
+    """Gather `x [T, ...]` from all ranks of `group`, and return its rows in the order of the documents.
 
-    The result `[tokens of all documents, ...]` has no padding; the host waits for `batch.rows` of all ranks. It is
-    differentiable: a row of x gets the sum of the gradients that its copies have on all ranks. Every rank of the group
-    makes this call. Raises `ValueError` for rows that do not belong to `batch`.
+    The result `[tokens of all documents, ...]` has no padding. Every rank of the group makes this call, and its host
+    waits for `batch.rows` of all ranks. The result is differentiable: a row of x gets the sum of the gradients of its
+    copies on all ranks. Raises `ValueError` for rows that do not belong to `batch`.
     """
     check_tensor("x", x)
     if not isinstance(batch, ShardedBatch):

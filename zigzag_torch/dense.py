@@ -1,4 +1,4 @@
-"""Attention of rows to the keys that a matrix lets them see: two operators in plain PyTorch, forward and backward."""
+"""Dense attention with a boolean mask `[rows, keys]`, as two operators in plain PyTorch, forward and backward."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ def dense_forward(
     softmax_scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return float32 (out, lse, largest score) of rows over the keys that `visible [rows, keys]` lets them see.
+    """Return float32 (out, lse, largest scores); a row sees a key where `visible [rows, keys]` is true.
 
     The largest scores have no gradient.
     """
@@ -26,7 +26,7 @@ def dense_forward(
     out = _mix_keys(softmax.probabilities, visible, v, signed=False).reshape(q.shape)
     of_row = q.shape[1], len(q)
     maxima = scores.amax(-1) if len(k) else scores.new_full(scores.shape[:3], float("-inf"))
-    maxima = maxima.masked_fill(softmax.lse.isnan(), float("nan"))  # and not infinite, as in the kernels
+    maxima = maxima.masked_fill(softmax.lse.isnan(), float("nan"))  # the kernels return NaN too, not infinity
     return out, softmax.lse.reshape(of_row), maxima.reshape(of_row)
 
 
@@ -123,7 +123,8 @@ def _softmax(scores: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | 
         sinks = sinks.reshape(*scores.shape[:2], 1)
         maximum = torch.maximum(maximum, sinks)
     maximum = maximum.masked_fill(alone, 0.0)
-    # Divided by their sum, the weights add up to 1 whatever the size of the scores: lse would round large ones.
+    # The weights are divided by their sum, so that they add up to 1. With exp(score - lse) they might not, because lse
+    # is rounded if scores are large.
     weights = torch.exp(scores - maximum[..., None])
     total = weights.sum(-1)
     of_sinks = None
@@ -137,11 +138,11 @@ def _softmax(scores: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | 
 
 
 def _product(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the float32 `torch.einsum` of float32 tensors, multiplied in float64.
+    """Return the `torch.einsum` of float32 tensors as float32, computed in float64.
 
-    Autocast and the settings for TF32 and bfloat16 products would change products of float32, and not of float64.
+    Autocast, and the settings for TF32 and bfloat16 products, change products of float32 but not of float64.
     """
-    if a.device.type == "mps":  # has no float64
+    if a.device.type == "mps":  # this device has no float64
         return torch.einsum(equation, a, b)
     return torch.einsum(equation, a.double(), b.double()).float()
 
@@ -165,12 +166,12 @@ def _without_foul(x: torch.Tensor, foul: torch.Tensor | None) -> torch.Tensor:
 
 
 def _foul(equation: str, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor | None:
-    """Return the NaN and infinities that elements of `x` add to visible sums; None if it surely has none.
+    """Return the NaN and infinities that elements of `x` add to visible sums; None if all are finite.
 
-    In a dense product they would reach all sums: zero times NaN is NaN. Weights are positive unless `signed`, where any
-    such element makes NaN.
+    A dense product would add them to all sums, because zero times NaN is NaN. If weights are `signed`, infinities
+    become NaN too.
     """
-    if x.device.type == "cpu" and x.isfinite().all():  # elsewhere the host would wait for the answer
+    if x.device.type == "cpu" and x.isfinite().all():  # on other devices the host would have to wait for the result
         return None
     up, down = x.isnan() | x.isposinf(), x.isnan() | x.isneginf()
     if signed:

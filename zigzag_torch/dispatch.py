@@ -1,8 +1,8 @@
-"""Operators that go around PyTorch's dispatcher in eager calls, where nothing else would notice.
+"""Operators whose eager calls bypass PyTorch's dispatcher if nothing else observes them.
 
-The dispatcher, and the layers of `torch.library` around a function written in Python, take more of the host's time than
-a good part of the function itself. A call goes around them if only the function would notice. Correctness never depends
-on that: a call that goes through its operator computes the same.
+The dispatcher, and the layers of `torch.library` around a Python function, take much of the host's time of a call.
+Therefore a call bypasses them if no trace, mode, transform or profiler has to see it. Correctness never depends on
+that: a call that goes through its operator computes the same.
 """
 
 import functools
@@ -20,7 +20,7 @@ _TENSORS = {torch.Tensor, torch.nn.Parameter}
 
 
 class Operator:
-    """The operator `name` of PyTorch for `function(*inputs)`, which changes none of its tensors and constants."""
+    """The PyTorch operator `name` for `function(*inputs)`, a function that does not modify its inputs."""
 
     def __init__(self, name: str, function: Callable):
         self.function = function
@@ -29,7 +29,7 @@ class Operator:
         self._under_transforms: Callable = self.registered
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
-        """Register `backward(ctx, *gradients)`, as for a `torch.library.custom_op`, also for `torch.func`."""
+        """Register `backward(ctx, *gradients)` as for a `torch.library.custom_op`, and for `torch.func` too."""
         self.registered.register_autograd(backward, setup_context=setup_context)
         rule = {"forward": self.registered, "setup_context": setup_context, "backward": backward}
         namespace = {name: staticmethod(function) for name, function in rule.items()}
@@ -39,12 +39,12 @@ class Operator:
         self._under_transforms = rule_class.apply
 
     def refuse_gradient(self) -> None:
-        """Register a gradient that raises: the operator is a gradient itself, so it would be a second derivative."""
+        """Register a gradient that raises an error, for an operator whose gradient would be a second derivative."""
         self.register_autograd(refuse_derivative, setup_context=_save_nothing)
 
     def __call__(self, *inputs):
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        # The operator has a gradient, or refuses to be differentiated.
+        # If autograd has to record the call, it must go through the operator, which has the gradient or raises.
         if goes_straight(tensors) and not records(tensors):
             return self.function(*inputs)
         if torch.compiler.is_compiling() or not transforms_run():
@@ -57,17 +57,17 @@ def _save_nothing(ctx, inputs, output) -> None:
 
 
 def refuse_derivative(ctx, *gradients):
-    """Refuse as the `jvp`, or as the gradient of a gradient, of an autograd function."""
+    """Raise `NotImplementedError`: the `jvp`, or the gradient of a gradient, of autograd functions."""
     raise NotImplementedError(UNSUPPORTED_DERIVATIVE)
 
 
 def transforms_run() -> bool:
-    """Return whether a transform of `torch.func` is in force."""
+    """Return whether a transform of `torch.func` is active."""
     return torch._C._are_functorch_transforms_active()
 
 
 class _ReverseModeOnly(torch.autograd.Function):
-    """Returns views of its tensors, and refuses tangents of them."""
+    """Returns views of its tensors, and raises an error if a tensor has a tangent."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_save_nothing)
@@ -86,15 +86,15 @@ class _ReverseModeOnly(torch.autograd.Function):
 def refuse_tangents(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return `tensors`; `NotImplementedError` if forward-mode differentiation has given one of them a tangent.
 
-    Operators of `torch.library` would drop it, and the result seem not to depend on the tensor.
+    Operators of `torch.library` would drop the tangent, as if the result did not depend on the tensor.
     """
-    if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode is in force
+    if getattr(forward_ad, "_current_level", 0) < 0:  # forward mode is not active
         return tensors
     return _ReverseModeOnly.apply(*tensors)
 
 
 class _FirstDerivatives(torch.autograd.Function):
-    """Returns views of its first `n` tensors, which depend on all of them in a way that has no derivative."""
+    """Returns views of its first `n` tensors, which depend on all its tensors, and raises when differentiated."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_save_nothing)
@@ -108,10 +108,10 @@ class _FirstDerivatives(torch.autograd.Function):
 
 
 def first_derivatives_only(backward: Callable) -> Callable:
-    """Make `backward(ctx, *gradients)` of an autograd function refuse to be differentiated itself.
+    """Wrap `backward(ctx, *gradients)` of an autograd function so that differentiating it raises an error.
 
-    A second derivative would lack what autograd does not see inside of it. All tensors that the gradients depend on
-    must be among `ctx.saved_tensors`.
+    Autograd does not see the kernels inside `backward`, so a second derivative would be incomplete. All tensors that
+    the gradients depend on must be among `ctx.saved_tensors`.
     """
 
     @functools.wraps(backward)
@@ -131,15 +131,15 @@ def first_derivatives_only(backward: Callable) -> Callable:
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
-    """Make the function below it the `Operator` of that name."""
+    """Return a decorator that makes a function the `Operator` with this name."""
     return functools.partial(Operator, name)
 
 
 def goes_straight(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether the dispatcher, gradients aside, would only call a function of `tensors`.
+    """Return whether a call with `tensors` may bypass the dispatcher, apart from gradients.
 
-    Nothing is then in force that hears of every operator (a transform, a mode such as checkpointing with a policy, a
-    trace, a profile), and every tensor is in memory as it is (no subclass, no sign or zeros still to be written).
+    It may if nothing is active that has to see every operator (a transform, a mode such as checkpointing with a policy,
+    a trace, a profiler), and if every tensor is plain memory (no subclass, no lazy negation or zeros).
     """
     if torch.compiler.is_compiling() or launch.fast_launch is None:
         return False

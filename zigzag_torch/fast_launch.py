@@ -1,8 +1,8 @@
 """The fast path into Triton's launcher, and all private symbols of PyTorch: correctness never depends on this file.
 
-`launch` and `dispatch` work without this file too, with more host time per call: it cannot be imported under a release
-of PyTorch that lacks one of these symbols. A compiled kernel is started again by the function in C that Triton's own
-call comes to, if this release of Triton is known.
+If a release of PyTorch lacks one of the symbols, the import of this file fails, and `launch` and `dispatch` work
+without it, with more host time per call. To start a compiled kernel again, this file directly calls the C function that
+Triton's own launcher would call, if it knows this release of Triton.
 """
 
 import functools
@@ -41,7 +41,7 @@ __all__ = [
 
 _private = cast(Any, torch._C)
 DeviceGuard = torch.cuda._DeviceGuard
-# Code that PyTorch has compiled allocates by this function, in less than half of the host's time for torch.empty.
+# The function with which compiled PyTorch code allocates; it takes less than half of the host's time of torch.empty.
 empty_on_gpu = _private._dynamo.guards._empty_strided_cuda
 dispatch_modes, function_modes = _private._len_torch_dispatch_stack, _private._len_torch_function_stack
 traced_graph, transforms_run = _private._get_tracing_state, _private._are_functorch_transforms_active
@@ -50,16 +50,16 @@ is_negated, is_zero_tensor = torch.Tensor.is_neg, torch.Tensor._is_zerotensor
 _pointer_of, _dtype_of = torch.Tensor.data_ptr, operator.attrgetter("dtype")
 
 FORMAT_3_6 = "iiiKKppOOOOOO"
-"""Arguments that Triton 3.6 declares for its function in C, before the arguments of the kernel."""
+"""The format of the arguments that Triton 3.6 declares for its C function, before the arguments of the kernel."""
 LATER_RELEASES = ("3.7.", "3.8.", "3.9.")
-"""Releases of Triton that have the function that came after it, whose arguments `_find_c_function` gives."""
+"""Releases of Triton with the next version of the C function; `_find_c_function` has the arguments of both."""
 
 
 def start_again(launch: "Launch", inputs: list, outputs: list, scratch: Callable[[int], torch.Tensor]) -> bool:
-    """Start the kernel that `remember` was given for such arrays; False if there is none yet.
+    """Start the kernel that an earlier launch with arrays of this kind compiled; return False if there is none.
 
-    Triton compiles one kernel for inputs of the same dtypes on the same device, aligned alike, under the same
-    settings. Outputs are among the inputs, or new and so always aligned alike.
+    Triton compiles one kernel for all inputs with the same dtypes, device, alignment and settings. Outputs do not
+    matter: they are among the inputs, or new arrays, which are always aligned.
     """
     remembered = _remembered(launch)
     pointers = [*map(_pointer_of, inputs)]
@@ -71,9 +71,9 @@ def start_again(launch: "Launch", inputs: list, outputs: list, scratch: Callable
 
 
 def remember(launch: "Launch", inputs: list, compiled: Any, through_triton: Callable[..., None]) -> None:
-    """Keep the kernel that Triton has `compiled` and started, for `start_again`.
+    """Store the kernel that Triton has `compiled` and started, for `start_again`.
 
-    `through_triton` starts it too: without Triton's look at each argument, but with all hooks.
+    `through_triton` starts the kernel with all of Triton's hooks, but without its checks of each argument.
     """
     remembered = _remembered(launch)
     constants = [launch.constexprs[name] for name in launch.kernel.arg_names if name in launch.constexprs]
@@ -82,11 +82,11 @@ def remember(launch: "Launch", inputs: list, compiled: Any, through_triton: Call
 
 
 class _Remembered(NamedTuple):
-    """Constants for starting one launch again."""
+    """The constants with which one launch starts again."""
 
     knobs: Any  # Triton's settings
     scalars: tuple[int, ...]
-    starts: dict[tuple, Callable[..., None]]  # the functions that start its kernels, by `_key`
+    starts: dict[tuple, Callable[..., None]]  # by `_key`, the function that starts the kernel
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,14 +97,16 @@ def _remembered(launch: "Launch") -> _Remembered:
 
 
 class _Together(NamedTuple):
-    """Constants for starting several launches again."""
+    """The constants with which several launches start again, one after the other."""
 
     knobs: Any  # Triton's settings
-    given: tuple[str, ...]  # names of the arrays that no launch makes
-    new: "tuple[Output, ...]"
+    given: tuple[str, ...]  # names of the arrays that the caller passes
+    new: "tuple[Output, ...]"  # the arrays that the launches make
     scalars: tuple[int, ...]
-    arguments: tuple[Callable[[tuple], tuple], ...]  # of each launch, from (given pointers, new ones, scalars)
-    starts: dict[tuple, tuple[Callable[..., None], ...]]  # of each launch, by the `_key` of the given arrays
+    # For each launch, the function that picks its arguments from (given pointers, new pointers, scalars).
+    arguments: tuple[Callable[[tuple], tuple], ...]
+    # By the `_key` of the given arrays, the function that starts the kernel of each launch.
+    starts: dict[tuple, tuple[Callable[..., None], ...]]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,9 +132,9 @@ def _remembered_together(launches: "tuple[Launch, ...]") -> _Together:
 def start_together(
     launches: "tuple[Launch, ...]", arrays: dict[str, torch.Tensor], allocate: Callable, scratch: Callable
 ) -> dict[str, torch.Tensor] | None:
-    """Start launches that `remember_together` was given for such arrays; None if they were not.
+    """Start launches that `remember_together` has stored for arrays of this kind.
 
-    Returns their new arrays by name, made by `allocate` of `launch`.
+    Returns {name: new array}, or None if nothing is stored. `allocate` and `scratch` are functions of `launch`.
     """
     remembered = _remembered_together(launches)
     given = [arrays[name] for name in remembered.given]
@@ -150,7 +152,7 @@ def start_together(
 def remember_together(
     launches: "tuple[Launch, ...]", arrays: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
 ) -> None:
-    """Keep what started `launches` one by one, for `start_together`; nothing if one of them is not remembered."""
+    """Store the functions that started `launches` one by one, for `start_together`, if all of them are known."""
     remembered, starts = _remembered_together(launches), []
     for launch in launches:
         inputs = inputs_by_name(launch, {**arrays, **outputs})
@@ -163,7 +165,7 @@ def remember_together(
 
 
 def _key(knobs: Any, inputs: list, pointers: list[int]) -> tuple:
-    """Return what tells apart the kernels of a launch; all inputs are on one device."""
+    """Return the values that decide which compiled kernel a launch uses; all inputs are on one device."""
     bits = functools.reduce(operator.or_, pointers) & 15
     alignment = tuple(x & 15 for x in pointers) if bits else None
     settings = knobs.runtime.debug, knobs.compilation.instrumentation_mode
@@ -173,10 +175,10 @@ def _key(knobs: Any, inputs: list, pointers: list[int]) -> tuple:
 def _make_start(
     compiled: Any, grid: tuple[int, int, int], device: int, constants: list, through_triton: Callable[..., None]
 ) -> Callable[..., None]:
-    """Return `start(scratch, arguments)` for pointers and numbers, on the current `device`.
+    """Return a function `start(scratch, arguments)` for the current `device`; arguments are pointers and numbers.
 
-    It calls Triton's function in C, if that is known, without the preparations for hooks; if there are hooks, the call
-    is Triton's.
+    The function directly calls Triton's C function. If hooks are set, or the C function is unknown, it calls
+    `through_triton` instead.
     """
     import triton
     from triton import knobs
@@ -200,7 +202,7 @@ def _make_start(
 def _find_c_function(
     compiled: Any, grid: tuple[int, int, int], constants: list, release: str
 ) -> Callable[..., None] | None:
-    """Return `function(stream, memory, arguments)` by Triton's function in C; None for an unknown `release`."""
+    """Return a function `(stream, memory, arguments)` that calls Triton's C function; None for an unknown `release`."""
     from triton.backends.nvidia import driver
 
     launcher = compiled.run

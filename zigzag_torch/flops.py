@@ -1,7 +1,7 @@
-"""The floating point operations of the operators, for `torch.utils.flop_counter`.
+"""The floating-point operations of the operators, for `torch.utils.flop_counter`.
 
-That module imports triton, and this package may not do so before a kernel is asked for: formulas are registered once
-somebody else has imported the module.
+That module imports triton, which this package must not import before the first kernel. Therefore the formulas are
+registered when other code imports the module.
 """
 
 import importlib.abc
@@ -31,9 +31,9 @@ def _backward(q, k, v, out, lse, dout, dlse, segments, sequences, call, world_si
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, segments: torch.Tensor, call: str, world_size: int) -> int:
-    """Return the unmasked scores of one query head; the host waits for the table of `segments`.
+    """Return the number of unmasked scores of one query head; the host waits for the table `segments`.
 
-    Tensors without values count as one sequence, which is the most that a batch of their shape can be.
+    Tensors without values count as one sequence, which has the most scores of all batches of that shape.
     """
     spec = CallSpec.from_key(call)
     mask = Mask(spec.causal, spec.window_size, spec.attention_chunk)
@@ -45,9 +45,10 @@ def _scores(q: torch.Tensor, k: torch.Tensor, segments: torch.Tensor, call: str,
 
 
 def _tables_of_rows(spec: CallSpec, segments: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Return the entries of tables that together have every row once; some are padding, which sees nothing.
+    """Return table entries that together have every row once; padding entries see no key.
 
-    All steps of a ring together see what one table says. With halos two tables have different rows.
+    For a ring the entries of one table suffice, because it has the whole document's positions. With halos the rows are
+    in two tables.
     """
     whole = 2 * spec.whole_documents + 1 if spec.whole_tokens else 0
     shape, _ = table_shapes(spec.method.kv_layout, 0, world_size)
@@ -73,7 +74,7 @@ def _register(flop_counter: ModuleType) -> None:
 
 
 class _OnceImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas as soon as the module is imported, and is then gone."""
+    """An import hook that registers the formulas when the module is imported, and then removes itself."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != MODULE:

@@ -1,4 +1,4 @@
-"""The halo of a prepared batch, and whether the host knows that halos serve it."""
+"""The choice of method and halo for a prepared batch, from the values that the host knows."""
 
 import torch
 
@@ -10,7 +10,7 @@ from .arguments import as_cu_seqlens, as_lengths
 
 CPU = torch.device("cpu")
 HostValues = tuple[list[int], list[int] | None]
-"""Offsets and real lengths, None if all tokens are real."""
+"""(offsets, real lengths); the lengths are None if all tokens are real."""
 
 
 def halo_of_batch(
@@ -21,11 +21,12 @@ def halo_of_batch(
     world_size: int,
     sizes: HostSizes | None = None,
 ) -> tuple[str, int, int]:
-    """Return (method, rows before a chunk that its rows may see, promised most real tokens of a document).
+    """Return (method, rows of a halo, promised longest real length of a document) of a prepared batch.
 
-    `reach` is (window_size, attention_chunk, max_seqlen), `documents` are (cu_seqlens, lengths) as callers give them,
-    `packed` is (row_length, rows), 0 without a length. Method None is chosen, by the `sizes` of a plan if there are
-    any. Raises `ValueError` for limits out of range, and for documents on the host that halos do not serve.
+    `reach` is (window_size, attention_chunk, max_seqlen). `documents` is (cu_seqlens, lengths) as the caller passed
+    them. `packed` is (row_length, rows), with a row_length of 0 in the document layout. A `method` of None is chosen
+    here, with the `sizes` of a plan if there is one. Raises `ValueError` for limits out of range, and if the host knows
+    that a chunk is shorter than the halo.
     """
     window_size, attention_chunk, max_seqlen = reach
     on_host = None
@@ -44,9 +45,9 @@ def halo_of_batch(
 
 
 def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: int) -> None:
-    """Raise `ValueError` if offsets on the host name documents that halos of `rows` rows do not serve.
+    """Raise `ValueError` if offsets are on the host and a chunk is shorter than a halo of `rows` rows.
 
-    `row_length` is the tokens of a packed row in the row layout, otherwise None.
+    `row_length` is the number of tokens of a packed row in the row layout, otherwise None.
     """
     on_host = _values(cu_seqlens, None)
     if on_host is not None:
@@ -54,7 +55,7 @@ def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: i
 
 
 def _values(cu_seqlens, lengths) -> HostValues | None:
-    """Return the offsets and real lengths that a caller has on the host; None for tensors, which nobody reads."""
+    """Return (offsets, real lengths) if the caller passed them on the host; None for tensors, which are not read."""
     if isinstance(cu_seqlens, torch.Tensor) or isinstance(lengths, torch.Tensor):
         return None
     offsets = as_cu_seqlens(cu_seqlens, 1, CPU).tolist()

@@ -1,4 +1,4 @@
-"""The only place in this package that launches a kernel, and the facts of tensors and devices that it needs."""
+"""The only place in this package that launches kernels, and the descriptions of tensors and devices for it."""
 
 import contextvars
 import dataclasses
@@ -28,12 +28,12 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     """Return the backend for tensors on `device`: see `zigzag_kernels.backends.choose_backend`."""
     try:
         return _known_backend(backend, device)
-    except TypeError:  # what is not even hashable is refused in words
+    except TypeError:  # an unhashable backend is invalid; `_choose_backend` raises an error that names it
         return _choose_backend(backend, device)
 
 
 def _choose_backend(backend: str | None, device: torch.device) -> str:
-    # PyTorch for AMD GPUs calls them cuda too.
+    # PyTorch for AMD GPUs uses the device type "cuda" too.
     kind = "gpu" if device.type == "cuda" and torch.version.hip is None else device.type
     return backends.choose_backend(backend, kind, ("triton",))
 
@@ -52,7 +52,7 @@ def _capability(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-# torch.compile calls both functions rather than trace them: they depend on their arguments and the machine alone. The
+# torch.compile calls both functions instead of tracing them: their results depend on arguments and machine only. The
 # public torch.compiler.assume_constant_result does the same but imports triton, which must wait for the first kernel.
 for _function in (choose_backend, target):
     _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -70,17 +70,17 @@ def make_array_spec(shape: torch.Size, dtype: torch.dtype, strides: tuple[int, .
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """Return `x`, copied if its last dimension is not contiguous; the kernels read any other strides in place."""
+    """Return `x`, or a copy if its last dimension is not contiguous; kernels accept all other strides."""
     return x if not x.ndim or x.stride(-1) == 1 else x.contiguous()
 
 
 def can_launch_gluon(backend: str, *arrays: torch.Tensor) -> bool:
-    """Return `Problem.gluon`: true if Triton compiles, and the copy engine can read `arrays` where they begin."""
+    """Return the value of `Problem.gluon`: true if Triton compiles, and `arrays` begin at multiples of 16 bytes."""
     return backend == Backend.TRITON and all(x.data_ptr() % 16 == 0 for x in arrays)
 
 
 def without_gluon_if_misaligned(problem: Problem, *arrays: torch.Tensor) -> Problem:
-    """Return `problem`, with `gluon` false if the copy engine cannot read one of `arrays` where it begins."""
+    """Return `problem`, with `gluon` false if one of `arrays` does not begin at a multiple of 16 bytes."""
     if problem.gluon and not can_launch_gluon(problem.call.backend, *arrays):
         return _without_gluon(problem)
     return problem
@@ -102,7 +102,7 @@ def allocate(output: "Output", like: torch.Tensor) -> torch.Tensor:
 def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Execute `launch` on the device of its arrays, asynchronously, and return its outputs.
 
-    An output in place is the array given for it, if there is one; all other outputs are new.
+    If the caller passes an array for an in-place output, the result is that array. All other outputs are new.
     """
     execute = _interpret if launch.target == Backend.INTERPRET else _start
     on_device = torch.cuda.device if fast_launch is None else fast_launch.DeviceGuard
@@ -120,9 +120,9 @@ def run(launch: "Launch", first: torch.Tensor, *others: torch.Tensor | None) -> 
 
 
 def run_together(launches: "tuple[Launch, ...]", arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Execute `launches` in turn, which begin with one for q, k or v of `arrays`: see `run_by_name`.
+    """Execute `launches` one after the other, with the arguments and results of `run_by_name`.
 
-    Launches that were started before look at their arrays only once, as one.
+    If these launches have run before with arrays of this kind, their arrays are checked only once for all launches.
     """
     quickly = fast_launch is not None and launches[0].target != Backend.INTERPRET and not profiling.is_on()
     if fast_launch is not None and quickly:
@@ -146,7 +146,7 @@ def _interpret(launch: "Launch", inputs: list, outputs: list) -> None:
 
 
 def _start(launch: "Launch", inputs: list, outputs: list) -> None:
-    """Start the kernel of `launch`, compiled if it is new; Triton's own call looks at all arguments and options."""
+    """Start the kernel of `launch`; a new kernel goes through Triton, which checks all arguments and compiles."""
     if fast_launch is not None and fast_launch.start_again(launch, inputs, outputs, scratch):
         return
     options = launch.constexprs | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -157,14 +157,14 @@ def _start(launch: "Launch", inputs: list, outputs: list) -> None:
 
 
 def scratch(size: int) -> torch.Tensor:
-    """Return `size` bytes for the descriptors of a launch on the current stream, for later launches there to reuse."""
+    """Return `size` bytes for the descriptors of a launch; later launches on the current stream may reuse them."""
     if fast_launch is not None:
         return fast_launch.empty_on_gpu((size,), (1,), torch.int8)
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def with_scratch(kernel: Callable, *arguments, **options):
-    """Call `kernel` with its scratch memory from `scratch`; the allocator that the user has set stays in force."""
+    """Call `kernel` with scratch memory from `scratch`, without changing the allocator that the user has set."""
     import triton
 
     context = contextvars.copy_context()

@@ -1,4 +1,4 @@
-"""The loss of rows that are dealt out: the mean over the targets of all ranks, with its gradients."""
+"""The loss of rows that are distributed over ranks: the mean over the targets of all ranks, with its gradients."""
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,16 @@ def token_mean_loss(
 
     Args:
         logits: `[T, vocabulary]`, the rows of this rank.
-        labels: `[T]` integers, as `ShardedBatch` has them: already the next token, and `ignore_index` for none.
-        num_targets: of the whole batch, as `ShardedBatch` has it. Ranks count their labels together, and compare this
-            number and `gradients`: for another number, or if ranks differ, the loss is NaN on all of them, or
-            `ValueError` where the values are on the CPU.
-        group: all ranks whose targets `num_targets` counts, a process group or a 1-D DeviceMesh.
+        labels: `[T]` integers, already shifted to the next token, as in `ShardedBatch`; `ignore_index` for no label.
+        num_targets: the number of targets of the whole batch, as in `ShardedBatch`. Ranks add up their numbers of
+            labels, and compare `num_targets` and `gradients`. If the sum is another number, or ranks differ, the loss
+            is NaN on all ranks, or the call raises `ValueError` if the values are on the CPU.
+        group: the ranks whose targets `num_targets` counts: a process group or a 1-D DeviceMesh.
         ignore_index: label that does not count.
-        gradients: with several ranks, how their gradients of the parameters are combined afterwards: "sum", or "mean"
-            as DistributedDataParallel and FSDP do over these ranks.
+        gradients: with several ranks, how the ranks' gradients of the parameters will be combined: "sum", or "mean" as
+            in DistributedDataParallel and FSDP.
 
-    The loss of a batch without targets is 0.
+    The loss of a batch without targets is 0. Raises `ValueError` for arguments that do not fit each other.
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)

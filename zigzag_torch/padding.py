@@ -1,4 +1,4 @@
-"""Padding a packed batch so that it can be dealt out to the ranks, and taking the padding away again."""
+"""Functions that pad a packed batch so that it can be distributed over ranks, and that remove the padding."""
 
 import itertools
 
@@ -29,18 +29,18 @@ def pad_to_zigzag(
     layout: str = "document",
     row_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad a batch with `value` so that it can be dealt out; return (the padded `x`, its `cu_seqlens`).
+    """Pad a batch with `value` so that it can be distributed over ranks; return (padded `x`, its `cu_seqlens`).
 
     `x [total, ...]` has the documents of `cu_seqlens [N + 1]`, and W is `world_size`.
-    In the document layout the lengths become multiples of 2W, and `total` pads the end too, to a fixed number of rows
-    (a multiple of W). In the row layout the documents stay as they are, and only the end is padded: to `total`, to
-    whole rows of `row_length` tokens, or to a multiple of 2W. The host reads the lengths. One rank takes any lengths.
-    `value` is 0 for tokens; labels want the index that the loss ignores, such as -100.
+    In the document layout every document is padded to a multiple of 2W tokens, and `total`, a multiple of W, also pads
+    the end to a fixed number of rows. In the row layout documents keep their lengths, and only the end is padded: to
+    `total`, to whole rows of `row_length` tokens, or to a multiple of 2W. A single rank needs no padding. The host
+    reads the lengths. `value` is 0 for tokens; for labels, pass the index that the loss ignores, such as -100.
 
-    Padded positions are keys like any other behind their document: under a causal mask no real token sees them.
-    Without one, every real token would: attention refuses `causal=False` with the `cu_seqlens` of this function, unless
-    `prepare_batch` gets the real `lengths` too. In the row layout padding belongs to no document, and either mask is
-    right.
+    In the document layout, padding tokens are keys at the end of their document. With a causal mask no real token sees
+    them; without it, every real token would. Therefore attention raises an error for `causal=False` with the
+    `cu_seqlens` of this function, unless `prepare_batch` gets the real `lengths`. In the row layout, padding belongs to
+    no document, so that every mask is correct.
     """
     check_tensor("x", x)
     layout = check_layout(layout)
@@ -88,7 +88,7 @@ def _host_lengths(x: torch.Tensor | None, cu_seqlens: torch.Tensor, world_size: 
 
 
 def _padded_rows(lengths: list[int], padded: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (the row in the padded batch of every original row, the padded `cu_seqlens`)."""
+    """Return (the row of the padded batch that has each original row, the padded `cu_seqlens`)."""
     starts = torch.tensor([0, *padded], device=device).cumsum(0)
     rows = [torch.arange(length, device=device) + start for start, length in zip(starts, lengths, strict=False)]
     empty = torch.arange(0, device=device)

@@ -1,4 +1,4 @@
-"""Plans of documents as tensors: the offsets, rows and positions that a rank has in a plan."""
+"""Plans of documents as tensors: the offsets, rows and positions of a rank in a plan."""
 
 from typing import NamedTuple
 
@@ -16,15 +16,15 @@ from .arguments import check_device, check_int32, check_tensor
 class Parts(NamedTuple):
     """The two parts of a rank's rows: whole documents and their padding, then chunks of split documents.
 
-    `prepare_batch` takes it in place of `cu_seqlens`. The tensors are int32 and on one device.
+    `prepare_batch` takes `Parts` in place of `cu_seqlens`. The tensors are int32 and on one device.
 
     Attributes:
         whole_cu_seqlens: `[N + 1]`, offsets of this rank's whole documents in its rows.
-        split_cu_seqlens: `[M + 1]`, offsets of the split documents over all ranks, with the padding of each.
+        split_cu_seqlens: `[M + 1]`, offsets of the split documents over all ranks, including their padding.
         split_lengths: `[M]`, real tokens of the split documents.
-        whole_tokens: rows of each rank for whole documents, padding included.
+        whole_tokens: rows of each rank for whole documents, including padding.
         tokens: rows of each rank.
-        shortest_chunk: the fewest rows of a chunk of split documents that needs a halo, 0 if unknown.
+        shortest_chunk: rows of the shortest chunk of a split document that needs a full halo, 0 if unknown.
     """
 
     whole_cu_seqlens: torch.Tensor
@@ -70,14 +70,14 @@ class Parts(NamedTuple):
 
     @property
     def fault(self) -> torch.Tensor:
-        """True if the whole documents do not fit into their rows: a tensor, whose value the host has not read."""
+        """A boolean tensor, true if the whole documents do not fit into their rows; the host does not read it."""
         whole = self.whole_cu_seqlens
         return impossible(whole, whole.new_zeros(1), 1, self.whole_tokens)
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (cu_seqlens, real lengths or None) of both parts as one, for a single rank.
+        """Return (cu_seqlens, real lengths or None) of a single rank, with both parts as one batch.
 
-        The padding between the parts is one more document, without real tokens.
+        The padding between the parts becomes one more document, without real tokens.
         """
         if self.whole_tokens == self.tokens:
             return self.whole_cu_seqlens, None
@@ -87,9 +87,9 @@ class Parts(NamedTuple):
 
 
 def with_identity(lengths: torch.Tensor, plan: object) -> torch.Tensor:
-    """Return `lengths [M]`, behind which two numbers tell `plan` from others, if it is a plan of documents.
+    """Return `lengths [M]`, followed by two hash numbers of `plan` if it is a plan of documents.
 
-    Ranks compare them: the lengths of split documents do not say which whole documents a rank has.
+    Ranks compare these numbers, because the lengths of split documents do not say which rank has which whole documents.
     """
     if not isinstance(plan, DocumentPlan):
         return lengths
@@ -115,7 +115,7 @@ def shard_by_plan(x: torch.Tensor, plan: DocumentPlan, rank: int | torch.Tensor)
 
 
 def unshard_by_plan(x: torch.Tensor, plan: DocumentPlan) -> torch.Tensor:
-    """Return `x [W * T, ...]`, rank-major rows, in the order of the documents, without padding."""
+    """Return the rows `x [W * T, ...]` of all ranks in the order of the documents, without padding."""
     check_tensor("x", x)
     total = plan.world_size * plan.tokens
     if not x.ndim or x.shape[0] != total:
@@ -132,7 +132,10 @@ def positions_of_plan(plan: DocumentPlan, rank: int | torch.Tensor, tokens: int 
 
 
 def order_of_tokens(rows: torch.Tensor) -> torch.Tensor:
-    """Return the row of each token from the token of each row; -1 is padding. The host waits for the result."""
+    """Return the row that holds each token; `rows` has the token of each row, or -1 for padding.
+
+    The host waits for the result.
+    """
     held = (rows >= 0).nonzero().flatten()
     order = torch.empty_like(held)
     order[rows[held]] = held

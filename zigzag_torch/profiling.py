@@ -1,4 +1,4 @@
-"""Names and times of launches, for torch's profiler, for nsys, and for `profile_report`. Off until switched on."""
+"""Names and times of launches, for torch's profiler, nsys and `profile_report`; nothing is recorded by default."""
 
 import contextlib
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 from zigzag_kernels.checks import check_flag
 
-_lock = threading.Lock()  # the backward pass runs in threads of its own
+_lock = threading.Lock()  # autograd runs the backward pass in other threads
 _milliseconds: dict[str, list[float]] = defaultdict(list)
 _pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 _OFF = contextlib.nullcontext()
@@ -19,7 +19,7 @@ _wanted: Callable[[], bool] = bool  # False
 
 
 def record_while(wanted: Callable[[], bool]) -> None:
-    """Name and time the launches for which `wanted()` is true; every launch asks."""
+    """Name and time the launches for which `wanted()` is true; every launch calls `wanted`."""
     global _wanted
     _wanted = wanted
 
@@ -30,7 +30,7 @@ def is_on() -> bool:
 
 
 def region(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return the context for the launch of `name` on `device`, which does nothing unless `is_on`."""
+    """Return the context for the launch of `name` on `device`; it does nothing unless launches are recorded."""
     return _recorded(name, device) if is_on() else _OFF
 
 
@@ -59,7 +59,7 @@ def _recorded(name: str, device: torch.device):
 
 
 def _collect() -> None:
-    """Turn completed events into times, so that the number of events does not grow."""
+    """Convert completed events to times, so that events do not accumulate."""
     while _pending and _pending[0][2].query():
         name, start, end = _pending.popleft()
         _milliseconds[name].append(start.elapsed_time(end))
@@ -68,9 +68,9 @@ def _collect() -> None:
 def profile_report(reset: bool = False) -> None:
     """Print calls, total and median time of every kernel launched under ZIGZAG_PROFILE_KERNELS=1, in milliseconds.
 
-    The host waits for the launches to end; `reset` forgets them afterwards. A time on a GPU lies between two events
-    around the launch: it includes the wait for the host if the GPU is idle, and kernels that run side by side both
-    count the time they share. Launches in a captured CUDA graph have names but no times.
+    The host waits for the launches to end; `reset` clears the records afterwards. A time on a GPU is measured between
+    two events around the launch. It includes the time in which an idle GPU waits for the host, and kernels that run
+    side by side both count the time they share. Launches in a captured CUDA graph have names but no times.
     """
     reset = check_flag("reset", reset)
     with _lock:

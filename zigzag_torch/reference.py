@@ -1,7 +1,8 @@
-"""The same attention in plain PyTorch, dense and differentiable: the backend of machines without a GPU.
+"""The backend "reference": the same attention in plain PyTorch, dense and differentiable, for machines without a GPU.
 
-Memory is proportional to heads * T * W * T scores. Softmax is float32 whatever the inputs are, and products are float64
-rounded to float32. NaN and infinities reach only the rows and keys that see them, as in the kernels.
+Memory is proportional to heads * T * W * T scores. Softmax is computed in float32, and products in float64 rounded to
+float32, whatever the dtype of the inputs. NaN and infinities reach only the rows and keys that see them, as in the
+kernels.
 """
 
 import functools
@@ -22,7 +23,7 @@ from .shard import place_of_rows, sequence_of_rows
 
 
 class Mask(NamedTuple):
-    """The mask: which keys of its document a row sees, by the fields of `CallSpec`."""
+    """The options that decide which keys of its document a row sees, with the meaning they have in `CallSpec`."""
 
     causal: bool
     window_size: tuple[int, int] = NO_WINDOW
@@ -30,7 +31,7 @@ class Mask(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The places of rows or keys, `[rows]` int64: the number of the document (-1: padding), the position in it."""
+    """The places of rows or keys, `[rows]` int64: the document's number, or -1 for padding, and the position in it."""
 
     document: torch.Tensor
     position: torch.Tensor
@@ -46,8 +47,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (out `[T, heads, head_dim]`, lse and the largest score of each row `[heads, T]` float32) of one rank.
 
-    Arguments are the kernels'. Between ranks K/V move as `transport` says, and autograd moves their gradients back; in
-    place of halos, all K/V are gathered.
+    The arguments are as for the kernels. K/V move between ranks by the method of `transport`, except that method "halo"
+    gathers all K/V; autograd moves the gradients back.
     """
     problem = transport.problem
     if isinstance(transport, TwoPart):
@@ -57,13 +58,13 @@ def attention(
     if isinstance(transport, Local):
         return attend(q, k, v, sinks=sinks, ranks=ranks)
     reduce_dtype = getattr(torch, problem.call.grad_reduce_dtype)
-    k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # their gradients move in the dtype that they do
+    k, v = k.to(reduce_dtype), v.to(reduce_dtype)  # autograd moves gradients in the dtype in which k and v move
     if isinstance(transport, Ring):
         kv, partials = torch.cat((k, v), 1), []
-        queries = q.float()  # once, so that autograd sums dQ of all steps in float32
+        queries = q.float()  # one cast for all steps, so that autograd sums dQ of all steps in float32
         for step in range(problem.world_size):
             peer = (packing.rank - step) % problem.world_size
-            # A sink counts once a row, and every row that sees a key sees its own, in the first step.
+            # A sink counts once for each row: in the first step, in which every row that sees any key sees its own key.
             partials.append(attend(queries, *kv.chunk(2, 1), sinks=None if step else sinks, ranks=peer))
             if step + 1 < problem.world_size:
                 kv = shift(kv, 1, transport.group_name)
@@ -83,7 +84,7 @@ def attention(
 
 
 def _attend_parts(transport: TwoPart, q, k, v, packing: Packing, sinks: torch.Tensor | None):
-    """Return `attention` of whole documents, then of split ones."""
+    """Return `attention` of a batch of two parts: rows of whole documents, then of split documents."""
     assert packing.whole is not None
     first = transport.whole.rows
     parts = [attention(Local(transport.whole), q[:first], k[:first], v[:first], packing.whole, sinks)]
@@ -103,7 +104,7 @@ def _attend(
     sinks: torch.Tensor | None,
     ranks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the results of the rows of one rank over the keys of `ranks`.
+    """Return the results of the rows of one rank, which attend to the keys of `ranks`.
 
     Rows that see no key have out 0, lse -inf, and -inf as their largest score.
     """
@@ -111,7 +112,7 @@ def _attend(
     rows, keys = _places(packing, packing.rank, tokens), _places(packing, ranks[:, None], tokens)
     visible = see(Mask(call.causal, call.window_size, call.attention_chunk), rows, keys)
 
-    # A factor of the results, and of the inputs for the sake of the gradients.
+    # A factor, 1 or NaN, of the results, and of the inputs so that the gradients become NaN too.
     row_length = packing.row_length if packing.is_in_rows else None
     fault = impossible(
         packing.cu_seqlens, packing.rank, packing.world_size, tokens, row_length, packing.lengths, packing.halo
@@ -124,7 +125,7 @@ def _attend(
 
 
 def _places(packing: Packing, ranks: torch.Tensor, tokens: int) -> Places:
-    """Return where the rows of `ranks` are, `[1]` or `[n, 1]`, one rank after the other."""
+    """Return the `Places` of the rows of `ranks`, `[1]` or `[n, 1]`, one rank after the other."""
     row_length = packing.row_length if packing.is_in_rows else None
     places = place_of_rows(
         packing.cu_seqlens, ranks, packing.world_size, tokens, row_length=row_length, lengths=packing.lengths
@@ -135,7 +136,7 @@ def _places(packing: Packing, ranks: torch.Tensor, tokens: int) -> Places:
 def see(mask: Mask, rows: Places, keys: Places) -> torch.Tensor:
     """Return `[rows, keys]`: whether each row sees each key."""
     row, key = rows.position[:, None], keys.position[None, :]
-    # Not in place: under vmap one of two may have a batch dimension that the other lacks.
+    # No operation is in place: under vmap, one operand may have a batch dimension that the other lacks.
     visible = (rows.document[:, None] == keys.document[None, :]) & (keys.document >= 0)[None, :]
     if mask.causal:
         visible = visible & (key <= row)
@@ -161,8 +162,8 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[rows, heads, head_dim]`, lse `[heads, rows]` float32) of sequences with keys in position order.
 
-    The mask is aligned to the last row and the last key of each sequence, as in FlashAttention-2, or to as many keys
-    before the last one as `keys_behind [N]` says.
+    The mask is aligned so that the last row of each sequence has the position of the last key, as in FlashAttention-2.
+    With `keys_behind [N]`, that many keys of each sequence lie behind the last row.
     """
     visible = _visible_keys(q, k, cu_seqlens_q, cu_seqlens_k, mask, keys_behind)
     out, lse, _ = dense_forward(q.float(), k.float(), v.float(), visible, None, softmax_scale, 0.0)
@@ -206,11 +207,11 @@ def _visible_keys(
 
 
 def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge attention to `n` disjoint parts of the keys into attention to all of them; differentiable.
+    """Merge attention to `n` disjoint parts of the keys into attention to all keys; differentiable.
 
-    `out [n, T, heads, head_dim]`, `lse [n, heads, T]` (natural logarithm) -> out `[T, heads, head_dim]` in the dtype of
-    the parts, lse `[heads, T]` float32. A row that sees no key in a part has lse -inf there, and any out. Raises
-    `ValueError` for other shapes.
+    `out [n, T, heads, head_dim]` and `lse [n, heads, T]`, in natural logarithm, are the results of the parts. Returns
+    out `[T, heads, head_dim]` in the dtype of the parts, and lse `[heads, T]` float32. A row that sees no key in a part
+    must have lse -inf there; its out is ignored. Raises `ValueError` for other shapes or dtypes.
     """
     for name, x in (("out", out), ("lse", lse)):
         check_tensor(name, x)
@@ -226,7 +227,8 @@ def merge_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, 
     unseen = torch.isneginf(lse)
     blind = unseen.all(0)
     maximum = lse.detach().amax(0).masked_fill(blind, 0.0)
-    # The gradient of log(0) would be NaN. Elementwise products: settings for matrix products must not matter.
+    # Zeros are masked, because the gradient of log(0) would be NaN. Products are elementwise, so that settings for
+    # matrix products do not matter.
     weights = torch.exp(lse.masked_fill(unseen & blind, 0.0) - maximum).masked_fill(unseen, 0.0)
     total = weights.sum(0).masked_fill(blind, 1.0)
     out32 = out.float().masked_fill(unseen.transpose(1, 2)[..., None], 0.0)

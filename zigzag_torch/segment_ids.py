@@ -1,4 +1,4 @@
-"""Conversion of `segment_ids` and `position_ids`, two usual packings of models, to `cu_seqlens`."""
+"""Conversion of `segment_ids` and `position_ids`, two common ways to describe packed batches, to `cu_seqlens`."""
 
 import torch
 
@@ -17,17 +17,19 @@ def cu_seqlens_from_segment_ids(
     """Convert the `segment_ids` of a packed row, or of a batch of rows, to `cu_seqlens [max_sequences + 1]` int32.
 
     A document is a run of tokens with the same id, and id 0 is padding. Padding at the end belongs to no document;
-    padding between two documents counts as a document of its own. `segment_ids` are `[total]` integers in any order, or
-    `[batch, tokens]`, whose rows follow one another in the packed batch `[batch * tokens]`: each begins a document.
+    padding between two documents counts as one more document. `segment_ids` are `[total]` integers in any order, or
+    `[batch, tokens]`, whose rows follow one another in the packed batch `[batch * tokens]`; a document ends with its
+    row.
 
-    `max_sequences` is N, the most documents that all of `segment_ids` can have; without it they are counted, for which
-    the host waits for the device. With `positions`, integers in the shape of `segment_ids`, a document also begins
-    where the position is 0, for packings that give neighbours the same id. The last offset is repeated; of more than N
-    documents the last offset is -1, which `validate` refuses, and for which attention returns NaN.
+    `max_sequences` is N, the most documents that all of `segment_ids` can have; without it the host counts the
+    documents, and waits for the device. With `positions`, integers in the shape of `segment_ids`, a document also
+    begins where the position is 0, for packings in which neighbours may have the same id. If there are fewer than N
+    documents, the last offset is repeated. If there are more, the last offset is -1, for which `validate` raises an
+    error and attention returns NaN.
 
-    With `return_lengths` there is a second result, the real lengths `[N]` int32 that `prepare_batch` takes: 0 for
-    padding. Then the offsets reach into the last row even if it is padding alone, as the row layout wants it, so that
-    N counts padding of the rows before.
+    With `return_lengths` there is a second result, the real lengths `[N]` int32 for `prepare_batch`, which are 0 for
+    padding. The offsets then extend into the last row even if that row is only padding, as the row layout requires, so
+    that N also counts the padding of earlier rows. Raises `ValueError` for other shapes or dtypes.
     """
     given = {"segment_ids": segment_ids} if positions is None else {"segment_ids": segment_ids, "positions": positions}
     for name, x in given.items():
@@ -51,12 +53,12 @@ def cu_seqlens_from_segment_ids(
 def cu_seqlens_from_position_ids(position_ids: torch.Tensor, max_sequences: int | None = None) -> torch.Tensor:
     """Convert the `position_ids` of a packed row, or of a batch of rows, to `cu_seqlens [max_sequences + 1]` int32.
 
-    A document begins where the position is 0, and at the beginning of a row; every other position follows the one
-    before it. There is no padding: a token at position 0 behind another is a document of one token.
+    A document begins where the position is 0, and at the beginning of a row; every other position must be one more than
+    the position before it. There is no padding: each of several tokens at position 0 in a row is a document.
 
     `position_ids` are `[total]` integers, or `[batch, tokens]`, whose rows follow one another in the packed batch.
-    `max_sequences` is as for `cu_seqlens_from_segment_ids`. With more documents, or with positions that skip any, as in
-    a rank's zigzag rows, the last offset is -1, which `validate` refuses, and for which attention returns NaN.
+    `max_sequences` is as in `cu_seqlens_from_segment_ids`. If there are more documents, or if positions skip numbers,
+    as in a rank's zigzag rows, the last offset is -1, for which `validate` raises an error and attention returns NaN.
     """
     _check_ids("position_ids", position_ids, "position_ids", position_ids)
     positions, width = position_ids.reshape(-1), max(position_ids.shape[-1], 1)
@@ -68,7 +70,7 @@ def cu_seqlens_from_position_ids(position_ids: torch.Tensor, max_sequences: int 
 
 
 def _check_ids(name: str, x, model_name: str, model: torch.Tensor) -> None:
-    """Raise `ValueError` unless `x` is integers `[total]` or `[batch, tokens]`, in the shape and place of `model`."""
+    """Raise `ValueError` unless `x` has integers `[total]` or `[batch, tokens]`, and shape and device of `model`."""
     check_tensor(name, x)
     integers = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
     if x.ndim not in (1, 2) or x.shape != model.shape or not integers:
@@ -80,7 +82,7 @@ def _check_ids(name: str, x, model_name: str, model: torch.Tensor) -> None:
 def _offsets(
     begins: torch.Tensor, end: torch.Tensor, max_sequences: int | None, fault: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the offsets of the rows where documents begin, with `end` behind them, and -1 if there is a fault."""
+    """Return the offsets of documents that begin at `begins`; the last is `end`, or -1 with a fault."""
     if max_sequences is None:
         max_sequences = int(begins.sum())
     else:

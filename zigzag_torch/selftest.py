@@ -1,6 +1,6 @@
-"""Compares a tiny attention with PyTorch's own: `python -m zigzag_torch.selftest` prints one line of JSON.
+"""A self-test that compares a tiny attention with PyTorch's own and prints one line of JSON.
 
-`zigzag-doctor` runs it in a process of its own, so that whatever is broken breaks there.
+`zigzag-doctor` runs `python -m zigzag_torch.selftest` in a separate process, so that a crash does not stop the doctor.
 """
 
 import json
@@ -39,7 +39,8 @@ def main() -> None:
 def difference(device: torch.device) -> float:
     """Return the largest error of out and gradients, relative to the largest value of each.
 
-    One sequence is attended to causally, then in a causal window with sinks. To PyTorch a sink is one more key.
+    The test computes one sequence with a causal mask, then with a causal window and sinks. PyTorch's attention has no
+    sinks, so a sink is one more key there.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)

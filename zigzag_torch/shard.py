@@ -1,4 +1,4 @@
-"""Dealing a packed batch out to the ranks, and putting it together again; never on the hot path of attention."""
+"""Functions that distribute a packed batch over ranks and restore it; they are not on the hot path of attention."""
 
 import functools
 
@@ -42,9 +42,9 @@ from .plans import Parts, positions_of_plan, shard_by_plan, unshard_by_plan
 def sequence_of_rows(
     cu_seqlens: torch.Tensor, world_size: int, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (sequence, offset behind its first local row, global length) of the local rows of any rank, int64.
+    """Return (sequence, offset from its first local row, length over all ranks) of each local row, int64.
 
-    Rows behind the last sequence have sequence -1, offset and length 0.
+    The result is the same for all ranks. Rows behind the last sequence have sequence -1, and offset and length 0.
     """
     rows = torch.arange(tokens, device=cu_seqlens.device)
     starts = torch.div(cu_seqlens, world_size, rounding_mode="floor").long()
@@ -75,8 +75,9 @@ def place_of_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (document, position in it) of the local rows of `rank`, int64; document -1 is padding.
 
-    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is None in the document layout, and
-    the tokens of a packed row in the row layout. `lengths [N]` are real lengths, behind which documents are padding.
+    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is the number of tokens of a packed
+    row in the row layout, None in the document layout. `lengths [N]` are real lengths; the rest of a document is
+    padding.
     """
     if row_length is None or world_size == 1:
         document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
@@ -100,14 +101,14 @@ def local_cu_seqlens(
 ) -> torch.Tensor:
     """Return the offsets, int32, of the pieces of documents in the local rows of a rank.
 
-    `cu_seqlens [N + 1]` counts the whole batch, and `world_size` is the number of ranks. In the document layout every
-    document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In the row layout it is `[2 * N
-    + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the rank's early chunk and in the
-    late one, which are counted in the order of the local rows. Most of them are empty. Rows behind the last offset are
-    padding. One rank has the document layout.
+    `cu_seqlens [N + 1]` are the offsets over all ranks, and `world_size` is the number of ranks. In the document layout
+    every document has one piece on each rank, its two chunks end to end; the result is `[N + 1]` and the same for all
+    ranks. In the row layout the result is `[2 * N + 1]`, and `rank` is required: each document has two pieces, its
+    parts in the rank's early and late chunk, in the order of the local rows. Most of these pieces are empty. Rows
+    behind the last offset are padding. For a single rank the result is always that of the document layout.
 
-    Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and in the row layout without
-    `row_length`; if the values are on a GPU, all of the result is -1 instead.
+    Raises `ValueError` for offsets that `validate` rejects, for an invalid rank, and in the row layout without
+    `row_length`. If the values are on a GPU, all elements of the result are -1 instead.
     """
     layout = check_layout(layout)
     if rank is None and layout is Layout.ROW and check_world_size(world_size) > 1:
@@ -133,11 +134,13 @@ def position_ids(
 ) -> torch.Tensor:
     """Return `[T]` int32: the position in its document of every local row of `rank` (for RoPE); 0 for padding.
 
-    `world_size` is the number of ranks. `tokens` is T; without it `cu_seqlens` is read, which waits for the device, and
-    padding is not counted, except the padding of the last row of `row_length`. In the row layout `row_length` None is
-    one row of all tokens. Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and for
-    fewer `tokens` than the documents have; if the values are on a GPU, all positions are -1 instead. In place of
-    `cu_seqlens` it takes a plan of `plan_documents`, on the CPU, as do `shard`, `unshard` and `validate`.
+    `world_size` is the number of ranks. `tokens` is T. Without `tokens`, the host reads `cu_seqlens`, which waits for
+    the device, and T has no padding behind the last document, except the padding of the last packed row. In the row
+    layout a `row_length` of None means one row of all tokens. In place of `cu_seqlens`, pass a plan of
+    `plan_documents`, for a result on the CPU; `shard`, `unshard` and `validate` also accept a plan.
+
+    Raises `ValueError` for offsets that `validate` rejects, for an invalid rank, and for fewer `tokens` than the
+    documents have. If the values are on a GPU, all positions are -1 instead.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         plan = check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length)
@@ -160,9 +163,10 @@ def _fault(
     tokens: int | None = None,
     row_length: int | None = None,
 ) -> torch.Tensor | None:
-    """Return whether the values cannot describe a batch of `tokens` local rows, as a tensor that nobody has read.
+    """Return a boolean tensor, true if the values do not describe a batch of `tokens` local rows.
 
-    Values that the host can read without waiting are checked instead: `ValueError`, or None.
+    If the host can read the values without waiting, it checks them instead: the function raises `ValueError`, or
+    returns None.
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
@@ -173,7 +177,7 @@ def _fault(
 
 
 def _poisoned(x: torch.Tensor, fault: torch.Tensor | None) -> torch.Tensor:
-    """Return `x`, but NaN in every place, or -1, or the largest of unsigned numbers, if there is a `fault`."""
+    """Return `x`, or if there is a `fault` an array of NaN, of -1, or of the largest unsigned number."""
     if fault is None:
         return x
     if x.is_floating_point() or x.is_complex():
@@ -194,7 +198,7 @@ def _rows_of(x: torch.Tensor, cu_seqlens: torch.Tensor, world_size: int) -> int:
 def _one_after_another(
     x: torch.Tensor, layout: Layout, row_length: int | None, world_size: int, parts: int
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`."""
+    """Return (`x` as `[total, ...]`, its leading shape), which is () unless `x` is `[batch, rows, ...]`."""
     check_tensor("x", x)
     if layout is Layout.DOCUMENT or row_length is None:
         return x, ()
@@ -205,7 +209,7 @@ def _one_after_another(
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor, fault: torch.Tensor | None) -> torch.Tensor:
-    """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
+    """Return `x[rows]`, poisoned if there is a `fault`; with a fault `rows` may be out of range."""
     return x[rows] if fault is None else _poisoned(x[rows.masked_fill(fault, 0)], fault)
 
 
@@ -214,7 +218,7 @@ def _global_rows(
 ) -> torch.Tensor:
     """Return `[T]`: the row of the unsharded batch that each local row holds.
 
-    Of the document layout ranks share the padding behind the last document evenly.
+    In the document layout, ranks share the padding behind the last document evenly.
     """
     rank = as_rank(rank, cu_seqlens.device)
     rows = torch.arange(tokens, device=cu_seqlens.device)
@@ -240,15 +244,15 @@ def shard(
     """Return the zigzag rows `[total / W, ...]` of `rank` from the unsharded batch `x [total, ...]`; differentiable.
 
     W is `world_size`. Rows of `x` behind the last document are padding, which ranks share evenly in the document
-    layout. In the row layout packed rows of `row_length` tokens are dealt out, and only the last may have padding; None
-    is one row of all tokens. There `x` may also be `[B, row_length, ...]`, whose rows follow one another in
-    `cu_seqlens`; the result is `[B, row_length / W, ...]`.
+    layout. In the row layout each packed row of `row_length` tokens is cut into chunks; a `row_length` of None means
+    one row of all tokens, and only the last row may have padding. `x` may then also be `[B, row_length, ...]`, whose
+    rows follow one another in `cu_seqlens`; the result is `[B, row_length / W, ...]`.
 
-    Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` refuses, and for a rank that is
-    none. If those values are on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number
-    if it has unsigned ones.
+    Raises `ValueError` if `total` is not a multiple of W, for offsets that `validate` rejects, and for an invalid rank.
+    If these values are on a GPU, all elements of the result are NaN instead, or -1 for integers, or the largest number
+    for unsigned integers.
 
-    With a plan of documents `x` has the tokens of all documents, and padding rows of the result are 0.
+    With a plan of documents, `x` has the tokens of all documents, and padding rows of the result are 0.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         return shard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length), rank)
@@ -270,12 +274,11 @@ def unshard(
     layout: str = "document",
     row_length: int | None = None,
 ) -> torch.Tensor:
-    """Undo `shard`: return the batch `[total, ...]` from the rank-major rows `x [W * T, ...]` of all ranks.
+    """Undo `shard`: return the batch `[total, ...]` from the rows `x [W * T, ...]` of all ranks, in rank order.
 
-    `cu_seqlens` and `world_size`, W, are as in `shard`.
-    In the row layout `x` may also be `[W * B, row_length / W, ...]`, one rank's rows behind another's; the
-    result is `[B, row_length, ...]`. It treats offsets that `validate` refuses as `shard` does. With a plan of
-    documents the result has the tokens of all documents and no padding.
+    `cu_seqlens` and `world_size`, W, are as in `shard`. In the row layout `x` may also be
+    `[W * B, row_length / W, ...]`, rank after rank; the result is then `[B, row_length, ...]`. With a plan of documents
+    the result has the tokens of all documents and no padding. Invalid values are treated as in `shard`.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         return unshard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length))
@@ -325,15 +328,18 @@ def validate(
     halo: int = 0,
     max_seqlen: int | None = None,
 ) -> None:
-    """Raise `ValueError` unless `cu_seqlens` can be dealt out to `world_size` ranks; the host reads it: call it once.
+    """Raise `ValueError` unless the documents of `cu_seqlens` can be distributed over `world_size` ranks.
 
-    `total` is the number of rows of the unsharded batch; the row layout needs it, or `row_length`: the tokens of a
-    packed row. `lengths` are the real lengths of padded documents. Attention itself produces NaN for invalid values,
-    because checking them would synchronise with the GPU. With a `group` (as `zigzag_attention` takes it) every rank of
-    it makes this call; if the ranks differ in anything, or one of them finds a fault, all raise the same error.
-    `unsharded` is the whole batch before `shard`, which ranks of a group compare as well. Of a plan of documents ranks
-    compare everything. For method "halo" give the `halo` of the prepared batch, rows before a chunk that its rows may
-    see, and the `max_seqlen` that was promised.
+    Attention itself only returns NaN for invalid values, because checking them would synchronise with the GPU. This
+    function reads the values on the host, so call it once, not in every step.
+
+    `total` is the number of rows of the unsharded batch. The row layout needs `total`, or `row_length`, the tokens of a
+    packed row. `lengths` are the real lengths of padded documents. For method "halo", pass the `halo` of the prepared
+    batch, its number of rows, and the promised `max_seqlen`.
+
+    With a `group`, as in `zigzag_attention`, every rank of it makes this call. Ranks compare all arguments, and
+    `unsharded`, the whole batch before `shard`. If ranks differ, or one of them finds a fault, all raise the same
+    error.
     """
     limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
     check = functools.partial(_check_values, cu_seqlens, world_size, total, layout, row_length, lengths, limits)

@@ -100,7 +100,7 @@ def unmasked_scores(
 def _check_documents(
     lengths: tuple[int, ...], real_lengths: tuple[int, ...] | None, world_size: int
 ) -> tuple[list[int], tuple[int, ...] | None]:
-    """Return the offsets of documents and their real lengths; `ValueError` for lengths that no batch has."""
+    """Return (offsets, real lengths) of documents; `ValueError` for lengths that no batch has."""
     offsets = [*accumulate(check_document_lengths("lengths", lengths), initial=0)]
     check_lengths(offsets, world_size)
     if real_lengths is None:

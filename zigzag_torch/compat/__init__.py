@@ -1,1 +1,1 @@
-"""Published names of other packages, on top of this one: no module outside of this folder imports it."""
+"""The published names of other packages, built on this package; no module outside of this folder imports them."""

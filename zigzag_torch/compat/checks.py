@@ -1,4 +1,4 @@
-"""Checks of the arguments of the published names besides tensors: groups, slices of keys, unsupported options."""
+"""Checks of arguments that only the published names have: groups, slices of keys, unsupported options."""
 
 from itertools import accumulate
 
@@ -28,7 +28,7 @@ def check_list(name: str, x, length: int) -> None:
 
 
 def local_bounds(name: str, cu_seqlens: torch.Tensor, world_size: int, tokens: int | None = None) -> list[int]:
-    """Return the values of local offsets; `ValueError` unless a rank with `tokens` rows can have them."""
+    """Return the values of local offsets; `ValueError` unless they describe sequences in `tokens` rows of a rank."""
     check_int32(name, cu_seqlens)
     bounds = cu_seqlens.tolist()
     total = None if tokens is None else world_size * tokens
@@ -37,7 +37,7 @@ def local_bounds(name: str, cu_seqlens: torch.Tensor, world_size: int, tokens: i
 
 
 def check_slices(kv_slices: list[KVSlice], groups: int, keys: int) -> None:
-    """Raise `ValueError` unless there is a range of existing keys for each of the offsets, in each of the groups."""
+    """Raise `ValueError` unless each of the `groups` has ranges of existing keys and the matching offsets."""
     check_list("kv_slices", kv_slices, groups)
     for entry in kv_slices:
         ranges = _check_ranges(entry, keys)
@@ -50,7 +50,7 @@ def check_slices(kv_slices: list[KVSlice], groups: int, keys: int) -> None:
 
 
 def _check_ranges(entry: KVSlice, keys: int) -> list[tuple[int, int]]:
-    """Return the (start, end) of one of `kv_slices`; `ValueError` unless these are ranges of up to `keys` keys."""
+    """Return the ranges (start, end) of one of `kv_slices`; `ValueError` unless they lie within `keys` keys."""
     if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[0], list | tuple):
         raise ValueError(f"kv_slices: expected pairs of a list of (start, end) and cu_seqlens, got {entry!r}")
     for bounds in entry[0]:
@@ -69,7 +69,10 @@ def check_grouped(
     head_dim: int,
     world_size: int,
 ) -> None:
-    """Raise `ValueError` unless the shapes belong together, and rows that the host can read are each in one group."""
+    """Raise `ValueError` unless the shapes fit each other, and every local row is in exactly one group.
+
+    The second check needs indices that the host can read without waiting.
+    """
     check_tensor("kv_buffer", kv_buffer)
     if kv_buffer.ndim != 4 or kv_buffer.shape[0] != 2:
         raise ValueError(f"kv_buffer: expected [2, W * T, kv_heads, head_dim], got shape {tuple(kv_buffer.shape)}")
@@ -97,9 +100,9 @@ def check_grouped(
 
 
 def mask_of(causal: bool, dropout_p: float, window_size: tuple[int, int], alibi_slopes: torch.Tensor | None) -> Mask:
-    """Return the mask; `NotImplementedError` for options that neither path computes.
+    """Return the `Mask` of these options; `NotImplementedError` for options that neither path supports.
 
-    FlashAttention reads `causal` as the window (-1, 0): all keys to the left, and none to the right.
+    As in FlashAttention, `causal` means the window (-1, 0): all keys to the left, and none to the right.
     """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float) or dropout_p != 0:
         raise NotImplementedError(f"dropout_p: only 0 is supported, got {dropout_p}")
@@ -113,8 +116,9 @@ def mask_of(causal: bool, dropout_p: float, window_size: tuple[int, int], alibi_
 def chunks_of(kv_slices: list[KVSlice], world_size: int) -> tuple[int, int]:
     """Return the early and the late chunk of the rank for which `compute_kv_slices_for_groups` made `kv_slices`.
 
-    The keys up to chunk r and those up to chunk 2W - 1 - r of a sequence are 2W + 1 chunks together. A batch without
-    any keys is the same for every rank.
+    Rank r sees the first r + 1 chunks of a sequence from its early chunk and the first 2W - r chunks from its late one,
+    2W + 1 chunks in all: this gives the length of a chunk, and with it r. A batch without keys is the same for every
+    rank.
     """
     check_list("kv_slices", kv_slices, len(kv_slices) if isinstance(kv_slices, list | tuple) else 2)
     lengths: dict[int, list[int]] = {}
@@ -135,5 +139,5 @@ def chunks_of(kv_slices: list[KVSlice], world_size: int) -> tuple[int, int]:
 
 
 def check_n_chunks(n_chunks: int, world_size: int) -> int:
-    """Return `n_chunks`; `ValueError` unless the 2W chunks of a sequence can be in so many groups."""
+    """Return `n_chunks`, a number of groups; `ValueError` unless it is from 1 to the 2W chunks of a sequence."""
     return check_int("n_chunks", n_chunks, 1, 2 * world_size, f"1 to 2 * world_size = {2 * world_size}")

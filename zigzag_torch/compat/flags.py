@@ -1,6 +1,6 @@
 """The three flags of the published names, as environment variables and as `ZigzagConfig`.
 
-Each call reads them anew: from the innermost `ZigzagConfig` in force, else from the environment.
+Every call reads the flags again: from the innermost active `ZigzagConfig`, or without one from the environment.
 """
 
 import functools
@@ -12,8 +12,8 @@ from .. import profiling
 DEFAULTS = {"ZIGZAG_USE_FUSED_TRITON_V2": "1", "ZIGZAG_VERIFY_CORRECTNESS": "0", "ZIGZAG_PROFILE_KERNELS": "0"}
 
 
-# The dict behind `os.environ`, if this release of Python has it there: a launch looks up a flag, and `os.environ` takes
-# ten times as long for a variable that is not set.
+# The dict behind `os.environ`, if this release of Python has it there. Every launch looks up a flag, and `os.environ`
+# takes ten times as long for an unset variable.
 _environment = getattr(os.environ, "_data", os.environb)
 _VALUES = {b"0": False, b"1": True}
 
@@ -30,7 +30,7 @@ def _flag(variable: str):
 
 
 class _PublishedNames(type):
-    """The flags in force, under the names that the published class has them: `ZigzagConfig.USE_FUSED_TRITON_V2`."""
+    """The current values of the flags, under the published names, such as `ZigzagConfig.USE_FUSED_TRITON_V2`."""
 
     USE_FUSED_TRITON_V2 = property(lambda _: enabled("use_fused_triton_v2"))
     VERIFY_CORRECTNESS = property(lambda _: enabled("verify_correctness"))
@@ -49,17 +49,17 @@ class _PublishedNames(type):
 class ZigzagConfig(metaclass=_PublishedNames):
     """The flags as an object; flags that are not given keep the value of the environment.
 
-    `with ZigzagConfig(use_fused_triton_v2=False): ...` puts it in force for the whole process, as the environment is:
-    the backward pass runs in threads of its own. `ZigzagConfig.USE_FUSED_TRITON_V2`, `.VERIFY_CORRECTNESS` and
-    `.PROFILE_KERNELS` are the flags in force.
+    `with ZigzagConfig(use_fused_triton_v2=False): ...` sets the flags for the whole process, like the environment,
+    because the backward pass runs in other threads. `ZigzagConfig.USE_FUSED_TRITON_V2`, `.VERIFY_CORRECTNESS` and
+    `.PROFILE_KERNELS` are the current values of the flags. Raises `ValueError` for a flag that is not a bool.
     """
 
     use_fused_triton_v2: bool = _flag("ZIGZAG_USE_FUSED_TRITON_V2")
-    """Take the fused kernels; False takes the unfused path."""
+    """True uses the fused kernels, False the unfused path."""
     verify_correctness: bool = _flag("ZIGZAG_VERIFY_CORRECTNESS")
-    """Compute both ways, forward and backward, and raise if they differ."""
+    """True computes both paths, forward and backward, and raises `AssertionError` if they differ."""
     profile_kernels: bool = _flag("ZIGZAG_PROFILE_KERNELS")
-    """Name every launch for the profilers and record its time for `profile_report`."""
+    """True names every launch for profilers, and records its time for `profile_report`."""
 
     def __post_init__(self):
         for name in VARIABLES:
@@ -79,7 +79,7 @@ _in_force: list[ZigzagConfig] = []
 
 
 def enabled(name: str) -> bool:
-    """Return the present value of the flag `name`, a field of `ZigzagConfig`."""
+    """Return the current value of the flag `name`, a field of `ZigzagConfig`."""
     return getattr(_in_force[-1], name) if _in_force else _from_environment(VARIABLES[name])
 
 

@@ -1,7 +1,7 @@
-"""One packed attention call with its gradients, by PyTorch's own FlashAttention-2 on a GPU, else by `reference`.
+"""One packed attention call with its gradients, by PyTorch's FlashAttention-2 on a GPU, elsewhere by `reference`.
 
-FlashAttention-2 (Dao, 2023) serves 16-bit tensors. Its causal mask is aligned to the last row and the last key of each
-sequence, and so is the mask of `reference.varlen_attention`.
+FlashAttention-2 (Dao, 2023) takes 16-bit tensors. Its causal mask is aligned so that the last row of each sequence sees
+the last key; the mask of `reference.varlen_attention` is aligned in the same way.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from ..reference import Mask
 class Lengths(NamedTuple):
     """Lengths of a packed call: `cu_seqlens [N + 1]` int32 of rows and of keys, and upper bounds of the lengths.
 
-    `keys_behind [N]` are the keys behind the one at the position of the last row; None: there are none.
+    `keys_behind [N]` is the number of keys of each sequence behind the position of its last row; None means 0.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -30,7 +30,7 @@ class Lengths(NamedTuple):
 
 
 def is_flash(q: torch.Tensor, mask: Mask) -> bool:
-    """Return whether FlashAttention-2 serves `q`; its windows end where the rows do."""
+    """Return whether FlashAttention-2 can compute this call: it has no window that ends behind the row itself."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and (mask.causal or mask.window_size == NO_WINDOW)
 
 
@@ -65,8 +65,9 @@ def backward(
         dq, dk, dv = _flash_backward(residuals, dout, lengths, mask, softmax_scale)
         if dlse is None:
             return dq, dk, dv
-        # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). The gradient of q is scale * (mean key).
-        # That of k is the gradient of the values in an attention with the keys as values, whose dout is scale * q.
+        # The operator has no gradient of lse = log(sum(exp(scale * q k^T))). The derivative of lse by q is scale times
+        # the mean key: attention with the keys as values. The derivative by k is the gradient of the values in that
+        # attention, for a dout of scale * q.
         weights = softmax_scale * dlse.T[..., None]
         mean_key, _ = forward(q, k, k, lengths, mask, softmax_scale)
         dout = (weights * q).to(q.dtype)
@@ -75,7 +76,7 @@ def backward(
 
 
 def _flash_backward(residuals: Residuals, dout, lengths: Lengths, mask: Mask, softmax_scale: float):
-    random_state = torch.empty(2, dtype=torch.uint64, device=dout.device)  # of dropout, which there is not
+    random_state = torch.empty(2, dtype=torch.uint64, device=dout.device)  # unused, because there is no dropout
     unused = torch.empty(0, device=dout.device)
     return torch.ops.aten._flash_attention_backward(
         dout,
@@ -91,19 +92,19 @@ def _flash_backward(residuals: Residuals, dout, lengths: Lengths, mask: Mask, so
 
 
 def _bounded(lengths: Lengths) -> tuple:
-    """Return offsets and bounds, of two rows at least: for a bound of one, the operator expects exactly one."""
+    """Return offsets and bounds, with at least 2 rows: the operator takes a bound of 1 as exactly one row."""
     return *lengths[:2], max(lengths.max_seqlen_q, 2), lengths.max_seqlen_k
 
 
 def _window(mask: Mask) -> dict[str, int]:
-    """Return the arguments that say a window of the causal `mask`, if it has one."""
+    """Return the arguments of the operator for the window of the causal `mask`, if it has one."""
     left, _ = mask.window_size
     return {"window_size_left": left, "window_size_right": 0} if left >= 0 else {}
 
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool):
-    """Make all of PyTorch deterministic, if `wanted`: only then its FlashAttention-2 sums dQ in a fixed order."""
+    """Make PyTorch deterministic in this context, if `wanted`: its FlashAttention-2 then sums dQ in a fixed order."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         torch.use_deterministic_algorithms(True)

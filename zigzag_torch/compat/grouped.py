@@ -1,7 +1,7 @@
-"""The unfused path: copies keys into position order, slices them, and attends group of chunks by group of chunks.
+"""The unfused path: it copies keys into position order, slices them, and computes attention for groups of chunks.
 
-It is the baseline of benchmarks and checks. Names and their meaning come from the published zigzag llama3 functions.
-The host reads lengths, and waits for the device.
+Benchmarks and checks use it as their baseline. The names, and what they do, come from the published zigzag llama3
+functions. The host reads the lengths, and so waits for the device.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,14 @@ def split_q_by_zigzag_chunk_index(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Sort the local rows of `rank` into `n_chunks` groups by the index of their chunk, early chunks first.
 
-    `q [T, heads, head_dim]`; `cu_seqlens_q [N + 1]` int32, local. The `2 * world_size` chunks of a sequence are divided
-    among the groups: with two, the early chunk of every sequence is in the first and the late one in the second.
+    `q` is `[T, heads, head_dim]`; `cu_seqlens_q [N + 1]` int32 are the offsets of sequences in the local rows. The
+    `2 * world_size` chunks of a sequence are divided among the groups. With two groups, the early chunk of every
+    sequence is in the first group, and the late chunk in the second.
 
     Returns:
-        For each group its rows `[rows, heads, head_dim]` (differentiable), their `cu_seqlens` (one entry per chunk,
-        `[N + 1]` with two groups) and their local rows `[rows]` int64. Rows of padding are in none.
+        Three lists with one entry for each group: its rows `[rows, heads, head_dim]` (differentiable), the `cu_seqlens`
+        of its chunks (`[N + 1]` with two groups), and the local numbers of its rows `[rows]` int64. Padding rows are in
+        no group.
     """
     world_size = check_world_size(world_size)
     rank = check_rank(rank, world_size, False)
@@ -78,10 +80,11 @@ def split_q_by_zigzag_chunk_index(
 def rearrange_kv_from_zigzag_to_contiguous(
     kv_buffer: torch.Tensor, world_size: int, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """Gathered, rank-major `kv_buffer [2, W * T, kv_heads, head_dim]` with every sequence in position order.
+    """Return the gathered `kv_buffer [2, W * T, kv_heads, head_dim]` with every sequence in position order.
 
-    `cu_seqlens [N + 1]` int32 is local; offsets that end with `world_size * T` are taken for global ones. Rows of
-    padding come last. Differentiable.
+    In `kv_buffer` the rows of rank 0 come first, then the rows of rank 1, and so on; W is `world_size`.
+    `cu_seqlens [N + 1]` int32 are offsets in the local rows, or in all rows if they end with `W * T`. Padding rows come
+    last in the result. Differentiable.
     """
     world_size = check_world_size(world_size)
     check_tensor("kv_buffer", kv_buffer)
@@ -106,11 +109,12 @@ def compute_kv_slices_for_groups(
 ) -> list[KVSlice]:
     """Return the keys that each group sees under a causal mask: from a sequence's start to its chunk's end.
 
-    `cu_seqlens_k [N + 1]` int32 is local; `chunk_idx_0, chunk_idx_1` are the chunks of the rank, its early one first.
-    `world_size` and `n_chunks` are as in `split_q_by_zigzag_chunk_index`, which returns `chunk_cu_seqlens_q_list`.
+    `cu_seqlens_k [N + 1]` int32 are offsets in the local rows. `chunk_idx_0` and `chunk_idx_1` are the early and the
+    late chunk of the rank. `world_size` and `n_chunks` are as in `split_q_by_zigzag_chunk_index`, which returns
+    `chunk_cu_seqlens_q_list`.
 
     Returns:
-        For each group a list of (start, end) rows in the position-ordered buffer, one per entry of its
+        For each group, a list of (start, end) rows in the position-ordered buffer, one for each chunk in its
         `chunk_cu_seqlens_q_list`, and the `cu_seqlens` of these slices laid end to end.
     """
     world_size = check_world_size(world_size)
@@ -156,16 +160,17 @@ def execute_grouped_attention(  # noqa: PLR0917  (a published name)
     world_size: int,
     cu_seqlens_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Attend group by group, and put the results in local order; differentiable, also through lse.
+    """Compute attention group by group, and return the results in local order; differentiable, also through lse.
 
     `chunk_q_list`, `chunk_cu_seqlens_q_list` and `chunk_indices_list` come from `split_q_by_zigzag_chunk_index`,
-    `kv_slices` from `compute_kv_slices_for_groups`. `kv_buffer [2, W * T, kv_heads, head_dim]` is gathered and
-    rank-major, `cu_seqlens_k [N + 1]` local; W is `world_size`. Without `causal` every row sees its whole sequence, or
-    the window around it. `softmax_scale`, `dropout_p`, `window_size`, `alibi_slopes`, `deterministic`: as published.
+    `kv_slices` from `compute_kv_slices_for_groups`. `kv_buffer [2, W * T, kv_heads, head_dim]` has the rows of all
+    ranks, rank after rank, where W is `world_size`; `cu_seqlens_k [N + 1]` are offsets in the local rows. Without
+    `causal` every row sees its whole sequence, or the window around itself. `softmax_scale`, `dropout_p`,
+    `window_size`, `alibi_slopes` and `deterministic` are as in the published function.
 
     Returns:
-        out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict of the
-        three lists.
+        out `[rows, nheads, head_dim]` and lse `[nheads, rows]` float32 of all rows in the groups, and a dict with
+        `chunk_indices_list`, `chunk_cu_seqlens_q_list` and `kv_slices`.
     """
     mask = mask_of(causal, dropout_p, window_size, alibi_slopes)
     deterministic = check_flag("deterministic", deterministic)
@@ -211,7 +216,8 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]`) of this rank's rows, `heads_k_stride` KV heads at a time.
 
-    `cu_seqlens [N + 1]` is local. K/V are gathered over `group`, in the backward pass again; None is one device.
+    `cu_seqlens [N + 1]` are offsets in the local rows. K/V are gathered over `group` in both passes; a `group` of None
+    means a single device.
     """
     rank, world_size = (0, 1) if group is None else (group.rank(), group.size())
     chunks = split_q_by_zigzag_chunk_index(q, cu_seqlens, world_size, rank, n_chunks)
@@ -232,7 +238,7 @@ def chunk_info(chunk_indices_list: list, chunk_cu_seqlens_q_list: list, kv_slice
 
 
 class Call(NamedTuple):
-    """One attention call: its local rows `[rows]`, and the position-ordered ranges of keys that its sequences see."""
+    """One attention call: its local rows `[rows]`, and the ranges of position-ordered keys that they see."""
 
     rows: torch.Tensor
     ranges: list[tuple[int, int]]
@@ -241,7 +247,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Grouping:
-    """The calls of one rank on one batch, for all heads and both directions; `tokens` rows of results."""
+    """The attention calls of one rank for one batch, for all heads and both passes; results have `tokens` rows."""
 
     calls: list[Call]
     tokens: int
@@ -259,7 +265,10 @@ def make_calls(
     sequences: list[tuple[int, int]],
     causal: bool,
 ) -> list[Call]:
-    """Return a call for each group of the lists of `execute_grouped_attention`; `sequences` are ranges of keys."""
+    """Return an attention call for each group; the lists are as in `execute_grouped_attention`.
+
+    `sequences` are the ranges of keys of whole sequences, which rows see without `causal`.
+    """
     calls = []
     for cu_seqlens_q, rows, (ranges, cu_seqlens_k) in zip(
         chunk_cu_seqlens_q_list, chunk_indices_list, kv_slices, strict=True
@@ -282,10 +291,11 @@ def make_calls(
 
 
 class GroupedAttention(torch.autograd.Function):
-    """`apply(grouping, group, heads_k_stride, k, v, *chunk_q)` -> (out, lse) of `grouping.tokens` rows.
+    """The autograd function `apply(grouping, group, heads_k_stride, k, v, *chunk_q)` -> (out, lse).
 
-    `k, v [T, kv_heads, head_dim]` are this rank's and gathered over `group`, in both directions, a few heads at a time;
-    or they are gathered already, and `group` is None. dK/dV are summed in float32.
+    The results have `grouping.tokens` rows. With a `group`, `k, v [T, kv_heads, head_dim]` have the rows of this rank,
+    and are gathered in both passes, `heads_k_stride` heads at a time. Without one, k and v have all rows. dK/dV are
+    summed in float32.
     """
 
     @staticmethod
@@ -352,7 +362,7 @@ class GroupedAttention(torch.autograd.Function):
 
 
 def _gathered(group: dist.ProcessGroup | None, heads_k_stride: int, k: torch.Tensor, v: torch.Tensor):
-    """Return (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, window by window."""
+    """Return (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, for each window of KV heads."""
     return [(0, k, v)] if group is None else windows(k, v, heads_k_stride, group, streams_of(k.device))
 
 

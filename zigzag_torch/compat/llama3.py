@@ -1,6 +1,6 @@
-"""The names of the published zigzag llama3 functions, fused by default: see `flags`.
+"""The published zigzag llama3 functions, which use the fused kernels by default: see `flags`.
 
-Rows are zigzag rows: of every sequence's 2W chunks rank r holds chunk r, then chunk 2W - 1 - r.
+Rows are zigzag rows: every sequence has 2W chunks, and rank r holds chunk r, then chunk 2W - 1 - r.
 """
 
 import torch
@@ -41,27 +41,29 @@ def zigzag_llama3_flash_attn_varlen_func(  # noqa: PLR0917  (a published name)
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Attend from this rank's zigzag rows to the keys of all ranks of `group`; differentiable, also through lse.
+    """Compute attention of this rank's zigzag rows to the keys of all ranks of `group`.
+
+    The result is differentiable, also through lse.
 
     Args:
-        q: `[T, heads, head_dim]` of this rank. Inside `torch.autocast` q, k and v are cast to its type first.
+        q: `[T, heads, head_dim]` of this rank. Inside `torch.autocast`, q, k and v are first cast to its dtype.
         k, v: `[T, kv_heads, head_dim]` of this rank.
-        cu_seqlens_q: `[N + 1]` int32, local: where the sequences start in q.
-        cu_seqlens_k: `[N + 1]` int32, global: W times `cu_seqlens_q`.
-        max_seqlen_q, max_seqlen_k, local_k_slice: any value will do, as they follow from the others.
-        heads_k_stride: how many KV heads are gathered at a time; it divides kv_heads.
-        dropout_p, alibi_slopes: not supported, other values than the defaults raise.
+        cu_seqlens_q: `[N + 1]` int32, the offsets of the sequences in q.
+        cu_seqlens_k: `[N + 1]` int32, the offsets of the sequences over all ranks: W times `cu_seqlens_q`.
+        max_seqlen_q, max_seqlen_k, local_k_slice: ignored, because they follow from the other arguments.
+        heads_k_stride: number of KV heads that are gathered at a time; it divides kv_heads.
+        dropout_p, alibi_slopes: not supported; other values than the defaults raise.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
-        causal: a row sees the keys of its sequence up to its own position; all of them if False.
+        causal: True lets a row see the keys of its sequence up to its own position, False all keys of its sequence.
         window_size: (left, right), keys on each side of a row, -1 for all, as in FlashAttention.
         deterministic: repeat the backward pass bit for bit, which the fused kernels always do.
         return_attn_probs: return (out, lse, None).
-        group: None is the default process group, or this one device if there is none.
-        n_chunks: into how many groups the unfused path sorts the chunks; the result is the same.
+        group: None means the default process group, or a single device if there is none.
+        n_chunks: number of groups into which the unfused path sorts the chunks; it does not change the result.
 
     Returns:
         out `[T, heads, head_dim]`, or (out, lse `[heads, T]` float32, None). If `cu_seqlens_q` and `cu_seqlens_k`
-        contradict each other, the fused path gives NaN, because the host does not read them; the unfused path raises.
+        contradict each other, the fused path returns NaN, because the host does not read them; the unfused path raises.
 
     Raises:
         NotImplementedError: `dropout_p` or `alibi_slopes` other than the defaults.
@@ -164,7 +166,7 @@ def default_group(group):
 
 
 def agreed_cu_seqlens(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Return the global `cu_seqlens_k`, or invalid ones, which give NaN, if local `cu_seqlens_q` contradict them."""
+    """Return `cu_seqlens_k`, with all offsets -1, which gives NaN, unless they are W times `cu_seqlens_q`."""
     return torch.where((cu_seqlens_q * world_size == cu_seqlens_k).all(), cu_seqlens_k, -1)
 
 
@@ -187,9 +189,9 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(  # noqa: PLR0917  (a publishe
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Call `zigzag_llama3_flash_attn_varlen_func` with k and v as `kv [T, 2, kv_heads, head_dim]`.
+    """Call `zigzag_llama3_flash_attn_varlen_func` with k and v in one tensor `kv [T, 2, kv_heads, head_dim]`.
 
-    All other arguments are as there: `q`, `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
+    All other arguments are the same: `q`, `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
     `heads_k_stride`, `local_k_slice`, `dropout_p`, `softmax_scale`, `causal`, `window_size`, `alibi_slopes`,
     `deterministic`, `return_attn_probs`, `group` and `n_chunks`. Results and errors are the same too.
     """
@@ -234,9 +236,9 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(  # noqa: PLR0917  (a publish
     group: dist.ProcessGroup | None = None,
     n_chunks: int = 2,
 ):
-    """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v as `qkv [T, 3, heads, head_dim]`.
+    """Call `zigzag_llama3_flash_attn_varlen_func` with q, k and v in one tensor `qkv [T, 3, heads, head_dim]`.
 
-    All other arguments are as there: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
+    All other arguments are the same: `cu_seqlens_q`, `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`,
     `heads_k_stride`, `local_k_slice`, `dropout_p`, `softmax_scale`, `causal`, `window_size`, `alibi_slopes`,
     `deterministic`, `return_attn_probs`, `group` and `n_chunks`. Results and errors are the same too.
     """
@@ -293,10 +295,10 @@ def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a publish
     """Compute `execute_grouped_attention` in one launch that reads `kv_buffer` in place.
 
     Args:
-        chunk_q_list, chunk_cu_seqlens_q_list, chunk_indices_list, kv_buffer, kv_slices, nheads, head_dim: as there.
-        softmax_scale, dropout_p, causal, window_size, alibi_slopes, deterministic, world_size, cu_seqlens_k: as there.
-        chunk_idx_0, chunk_idx_1: the chunks of the rank, r and 2W - 1 - r. None, as by code that puts this function in
-            the place of `execute_grouped_attention`: they follow from `kv_slices`.
+        chunk_q_list, chunk_cu_seqlens_q_list, chunk_indices_list, kv_buffer, kv_slices, nheads, head_dim: the same.
+        softmax_scale, dropout_p, causal, window_size, alibi_slopes, deterministic, world_size, cu_seqlens_k: the same.
+        chunk_idx_0, chunk_idx_1: the chunks of the rank, r and 2W - 1 - r. None derives them from `kv_slices`, for code
+            that replaces `execute_grouped_attention` by this function.
 
     Returns:
         As `execute_grouped_attention`.
@@ -365,9 +367,10 @@ def replace_grouped_attention_with_fused_triton_v2(  # noqa: PLR0917  (a publish
 
 
 class _InLocalOrder(torch.autograd.Function):
-    """Puts the rows of all groups `[rows, nheads, head_dim]` in the order of this rank, `[tokens, nheads, head_dim]`.
+    """Puts the rows of all groups `[rows, nheads, head_dim]` into local order, `[tokens, nheads, head_dim]`.
 
-    Each row is written once, and read once in the backward pass; rows of no group are padding, and zero.
+    The forward pass writes each row once, and the backward pass reads each row once. Rows that are in no group are
+    padding, and zero.
     """
 
     @staticmethod

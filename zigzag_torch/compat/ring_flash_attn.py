@@ -1,15 +1,15 @@
-"""The fused path behind the names of the published ring_flash_attn package, version 0.1.8, and of its zigzag fork.
+"""A patch that puts the fused path behind the functions of ring_flash_attn, version 0.1.8, and of its zigzag fork.
 
-The patch replaces the autograd functions that the package's functions call, and so serves callers that imported
-those functions before. Layouts that agree:
+The patch replaces the autograd functions that the package's functions call, so that it also works for callers who
+imported those functions before. These functions have a layout that the fused path supports:
 
-- `zigzag_ring_flash_attn_varlen_*`: rank r holds chunks r and 2W - 1 - r of every sequence, as here. `cu_seqlens` is
-  local.
-- `zigzag_ring_flash_attn_*`: the same for `[batch, T, heads, head_dim]`.
-- `zigzag_llama3_flash_attn_varlen_*`, which the fork alone has: the same layout; `cu_seqlens_q` is local and
-  `cu_seqlens_k` global.
-- `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the batch, which agrees on one rank only. With
-  more ranks the package's own function serves.
+- `zigzag_ring_flash_attn_varlen_*`: rank r holds chunks r and 2W - 1 - r of every sequence, as in this package.
+  `cu_seqlens` are offsets in the local rows.
+- `zigzag_ring_flash_attn_*`: the same layout for `[batch, T, heads, head_dim]`.
+- `zigzag_llama3_flash_attn_varlen_*`, only in the fork: the same layout; `cu_seqlens_q` are offsets in the local rows,
+  `cu_seqlens_k` over all ranks.
+- `llama3_flash_attn_varlen_*`: rank r holds the r-th contiguous piece of the batch, which is the zigzag layout only
+  with one rank. With more ranks the package's own function runs.
 """
 
 import importlib
@@ -34,24 +34,24 @@ REPLACED = {  # module: autograd function, the parameters of its forward
     "zigzag_ring_flash_attn": ("ZigZagRingFlashAttnFunc", f"ctx q k v {_OPTIONS}"),
     "llama3_flash_attn_varlen": ("Llama3FlashAttnVarlenFunc", f"ctx {_LLAMA3} {_OPTIONS}"),
 }
-# Other parameters follow, which choose between ways of computing the same.
+# In the fork more parameters follow; they choose between ways to compute the same result.
 FORK = {"zigzag_llama3_flash_attn_varlen": ("ZigzagLlama3FlashAttnVarlenFunc", f"ctx {_LLAMA3} {_OPTIONS}")}
 
 
 def patch_ring_flash_attn() -> "Patch":
     """Put the fused path behind the functions of ring_flash_attn, or of its fork, which has the same layout.
 
-    Undo it with `.undo()`, or use it as a context manager. The flags work here too: ZIGZAG_USE_FUSED_TRITON_V2=0 takes
-    the package's own function, ZIGZAG_VERIFY_CORRECTNESS=1 compares with it.
+    Undo the patch with `.undo()`, or use it as a context manager. The flags of the published names work here too:
+    ZIGZAG_USE_FUSED_TRITON_V2=0 calls the package's own function, ZIGZAG_VERIFY_CORRECTNESS=1 compares with it.
 
     Raises:
-        ImportError: the package, or something that it needs, cannot be imported.
-        RuntimeError: its functions differ from version 0.1.8, or are patched already. Nothing is replaced then.
+        ImportError: the package, or a dependency of it, cannot be imported.
+        RuntimeError: the package's functions differ from version 0.1.8, or are already patched. Nothing is replaced.
     """
     found = {}
     for name, (function_name, parameters) in (REPLACED | FORK).items():
         try:
-            # The package first: of an import that failed, modules inside of the package may be left.
+            # Import the package before its module: after a failed import, modules of the package may still be loaded.
             importlib.import_module("ring_flash_attn")
             module = importlib.import_module(f"ring_flash_attn.{name}")
         except ImportError as error:
@@ -76,7 +76,7 @@ def patch_ring_flash_attn() -> "Patch":
 
 
 class Patch:
-    """A replacement in force: see `patch_ring_flash_attn`."""
+    """An active patch: see `patch_ring_flash_attn`."""
 
     def __init__(self, replaced: list):
         self._replaced = replaced
@@ -84,7 +84,7 @@ class Patch:
             setattr(module, name, _Fused(function, module.__name__ == "ring_flash_attn.llama3_flash_attn_varlen"))
 
     def undo(self) -> None:
-        """Give the package its own functions back; a second time does nothing."""
+        """Restore the package's own functions; a second call does nothing."""
         while self._replaced:
             module, name, function = self._replaced.pop()
             setattr(module, name, function)
@@ -97,9 +97,9 @@ class Patch:
 
 
 class _Fused:
-    """Stands in for an autograd function of the package, whose public functions call `apply`.
+    """A replacement of an autograd function of the package; the package's public functions call its `apply`.
 
-    `contiguous` says that a rank's rows are one piece of the batch, which is the zigzag layout on one rank alone.
+    `contiguous` says that a rank's rows are one piece of the batch, which is the zigzag layout only with one rank.
     """
 
     def __init__(self, original: Any, contiguous: bool):
@@ -145,7 +145,7 @@ class _Fused:
 
 
 def _global_cu_seqlens(call: dict[str, Any], world_size: int) -> torch.Tensor | None:
-    """Return `cu_seqlens [N + 1]` int32 of the arguments `call`; None if a batch dimension separates the sequences."""
+    """Return the offsets `[N + 1]` int32 over all ranks, from the arguments `call`; None with a batch dimension."""
     if "cu_seqlens" in call:
         return call["cu_seqlens"] * world_size
     if "cu_seqlens_q" in call:

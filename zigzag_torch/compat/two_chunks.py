@@ -1,4 +1,4 @@
-"""The published fused forward: two runs of rows of every sequence, anywhere in it, attend to keys in position order."""
+"""The published fused forward function: two runs of rows of every sequence attend to keys in position order."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,21 +34,21 @@ def fused_zigzag_llama3_flash_attn_forward_v2(  # noqa: PLR0917  (a published na
     softmax_scale: float | None = None,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attend from two groups of rows in one launch; differentiable, also through lse.
+    """Compute attention of two groups of rows in one launch; differentiable, also through lse.
 
     Args:
-        q0, q1: `[rows, heads, head_dim]`. In group g the rows of sequence i begin at position
-            `chunk_idx_g * length // total_chunks` of its `length` keys, and end at or before its end.
+        q0, q1: `[rows, heads, head_dim]`, the rows of groups 0 and 1. In group g, the rows of a sequence with `length`
+            keys begin at position `chunk_idx_g * length // total_chunks`, and end at or before position `length`.
         k, v: `[keys, kv_heads, head_dim]`, every sequence in position order.
-        cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: `[N + 1]` int32, where the sequences start in q0, in q1, and in k.
+        cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: `[N + 1]` int32, the offsets of the sequences in q0, in q1 and in k.
         chunk_idx_0, chunk_idx_1: the chunk that each group begins with, from 0 to `total_chunks - 1`.
         total_chunks: the number of equal chunks of a sequence.
         softmax_scale: positive; `1 / sqrt(head_dim)` if None.
-        causal: a row sees the keys up to its own position; all of its sequence if False.
+        causal: True lets a row see the keys up to its own position, False all keys of its sequence.
 
     Returns:
-        out0, out1 in the shapes of q0 and q1; lse0, lse1 `[heads, rows]` float32, natural logarithm. Rows behind the
-        last sequence have out 0 and lse -inf. Invalid lengths, or rows that reach beyond their sequence, give NaN
+        out0, out1 in the shapes of q0 and q1; lse0, lse1 `[heads, rows]` float32, in natural logarithm. Rows behind the
+        last sequence have out 0 and lse -inf. Invalid lengths, or rows that extend beyond their sequence, give NaN
         everywhere; the unfused path raises.
 
     Raises: as `zigzag_attention_gathered`.
@@ -129,12 +129,12 @@ class _Pair(NamedTuple):
 
 
 def _split(out: torch.Tensor, lse: torch.Tensor, pair: _Pair) -> tuple[torch.Tensor, ...]:
-    """Return (out0, out1, lse0, lse1) from the results of both groups, one behind the other."""
+    """Return (out0, out1, lse0, lse1) from results that have the rows of group 0, then of group 1."""
     return *out.split(pair.rows), *lse.split(pair.rows, 1)
 
 
 def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
-    """Return an attention call for each group, whose keys end where its rows do; `ValueError` for invalid lengths."""
+    """Return an attention call for each group, with keys up to the last row; `ValueError` for invalid lengths."""
     bounds = pair.cu_seqlens_k.tolist()
     check_lengths(bounds, 1, pair.keys)
     indices, slices, first = [], [], 0
@@ -157,14 +157,14 @@ def _calls(pair: _Pair, causal: bool) -> list[grouped.Call]:
 
 
 def _tables(pair: _Pair) -> Tables:
-    """Return the tables as the kernels read them (`zigzag_kernels.segments.columns`), heaviest entry first.
+    """Return the tables that the kernels read (`zigzag_kernels.segments.columns`), heaviest entry first.
 
     Rows behind the last sequence of a group are one more sequence, without keys. If lengths are invalid, the last
-    entry, that of the padding, claims more rows than there are, and all results become NaN.
+    entry, for the padding, begins behind the end of the arrays, so that kernels make all results NaN.
     """
     cu_seqlens_k, tokens = pair.cu_seqlens_k, sum(pair.rows)
     nothing = torch.zeros_like(cu_seqlens_k[:1])
-    length = torch.cat([cu_seqlens_k.diff(), nothing])  # [N + 1], as all that follows
+    length = torch.cat([cu_seqlens_k.diff(), nothing])  # [N + 1], like all columns below
     valid = (length >= 0).all() & (cu_seqlens_k[0] == 0) & (cu_seqlens_k[-1] <= pair.keys)
     groups, first = [], 0
     for cu_seqlens, rows, chunk in zip(pair.cu_seqlens_q, pair.rows, pair.chunks, strict=True):
@@ -175,7 +175,7 @@ def _tables(pair: _Pair) -> Tables:
         first += rows
 
     zero = torch.zeros_like(length)
-    document = length, zero, length, length, zero  # all keys are one early part
+    document = length, zero, length, length, zero  # the early part has all keys, and there is no late part
     segments = [torch.stack([zero, *group, cu_seqlens_k, zero, length, group[2], *document], 1) for group in groups]
     weight = torch.cat([torch.minimum(position + q_len, length) for _, q_len, position, _ in groups])
     halves = (column for group in reversed(groups) for column in (*group, group[2]))
@@ -190,7 +190,10 @@ def _tables(pair: _Pair) -> Tables:
 
 
 def _ordered(entries: torch.Tensor, weight: torch.Tensor, size: int, before: torch.Tensor, row: torch.Tensor):
-    """Return `entries` by weight, each with the sum of column `size` before it, and the padding behind them."""
+    """Return `entries` in descending order of weight, with the padding behind them.
+
+    Column 0 of each entry becomes the sum of column `size` of all earlier entries.
+    """
     entries = entries[weight.argsort(descending=True, stable=True)]
     entries[:, 0] = entries[:, size].cumsum(0) - entries[:, size]
     padding = torch.cat([before, row, torch.zeros_like(entries[0, 2:])])

@@ -1,9 +1,9 @@
-"""Chooses between the fused and the unfused path by flag, and compares the two.
+"""The choice between the fused and the unfused path by flags, and the comparison of the two.
 
-How far two right paths may be apart depends on the data: gradients are differences, which rounding disturbs the more
-the closer they cancel. So the unfused path is computed once more, from inputs and cotangents that are moved by one
-rounding of their type, and the change of its results is the unit of the allowed difference. `_allowed` has the whole
-measure.
+The difference of two correct paths depends on the data: gradients are differences of large terms, and rounding errors
+matter more the closer these terms cancel. Therefore the unfused path runs once more, with each input and cotangent
+changed by one rounding of its dtype. The change of its results is the unit of the allowed difference; `_allowed`
+computes the whole limit.
 """
 
 import os
@@ -17,11 +17,11 @@ from ..dispatch import first_derivatives_only, refuse_tangents, transforms_run
 from .flags import enabled
 
 BLOCK = 64
-"""Rows of one head that are compared together: a wrong tile, and a wrong row, show beside so many."""
+"""Rows of one head that are compared together: few enough that one wrong row changes their norm noticeably."""
 CHANGES = 2.0
-"""Allowed difference of the two paths, in units of the change by one rounding of the inputs."""
+"""Allowed difference of the two paths, in units of the change that one rounding of the inputs causes."""
 ROUNDINGS = 16.0
-"""Allowed error of one term, in roundings of float32; a sum of n terms may have sqrt(n) times that."""
+"""Allowed error of one term, in roundings of float32; a sum of n terms may have sqrt(n) times that error."""
 
 Path = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -31,8 +31,8 @@ def choose_path(
 ) -> tuple[torch.Tensor, ...]:
     """Return `fused(*inputs)` or `unfused(*inputs)`, or compare both and return the first, as the flags say.
 
-    `results` names the results of both; names of lse `[..., heads, rows]` begin with "lse". The comparison
-    covers the backward pass too, and raises `AssertionError` with the name of the tensor and by how much it is off.
+    `results` are the names of the results of both paths; the name of an lse `[..., heads, rows]` begins with "lse". The
+    comparison covers the backward pass too. It raises `AssertionError` with the name of the tensor and the difference.
     """
     tensors = refuse_tangents(*inputs.values())
     if not enabled("use_fused_triton_v2"):
@@ -55,7 +55,7 @@ def choose_path(
 
 
 def fused_backend(device: torch.device) -> str | None:
-    """Return the backend of the fused path: on a CPU "interpret" if TRITON_INTERPRET asks for it, else the default."""
+    """Return the backend of the fused path: "interpret" on a CPU if TRITON_INTERPRET is set, None otherwise."""
     asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
     return "interpret" if asked and device.type == "cpu" else None
 
@@ -95,7 +95,7 @@ class _Verified(torch.autograd.Function):
             leaves = [_moved(x.detach()).requires_grad_(x.requires_grad) for x in ctx.leaves]
             moved = gradients(ctx.unfused(*leaves), leaves, _moved)
         needed = [(name, x) for name, x in zip(ctx.names[0], ctx.leaves, strict=True) if x.requires_grad]
-        # <gradient, input> is of the size of <cotangent, result>, whatever cancels in the gradient.
+        # <gradient, input> has the size of <cotangent, result>, however much the terms of the gradient cancel.
         loss = sum(_size(x) * _size(y) for x, y in zip(cotangents, ctx.paths[1], strict=True) if x is not None)
         for (name, leaf), *results in zip(needed, ours, theirs, moved, strict=True):
             size = loss / max(_size(leaf), torch.finfo(torch.float32).tiny)
@@ -105,7 +105,7 @@ class _Verified(torch.autograd.Function):
 
 
 class Compared(NamedTuple):
-    """A result by the fused path, by the unfused path, and by the latter from inputs moved by one rounding."""
+    """One result of the fused path, of the unfused path, and of the unfused path with moved inputs."""
 
     fused: torch.Tensor
     unfused: torch.Tensor
@@ -113,7 +113,7 @@ class Compared(NamedTuple):
 
 
 def _moved(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` with every element moved by up to one rounding of its type, the same way each time."""
+    """Return `x` with every element moved by up to one rounding of its dtype; equal calls return equal results."""
     generator = torch.Generator(x.device).manual_seed(0)
     noise = torch.rand(x.shape, generator=generator, device=x.device).mul_(2).sub_(1)
     return (x.float() * (1 + torch.finfo(x.dtype).eps * noise)).to(x.dtype)
@@ -149,23 +149,24 @@ def _compare(name: str, results: Compared, is_lse: bool, size: float) -> None:
 
 
 def _allowed(result: torch.Tensor, norms, theirs, moved, is_lse: bool, size: float) -> torch.Tensor:
-    """Return the norm of the difference that each block may have.
+    """Return the largest allowed norm of the difference, for each block.
 
-    It is the sum of `CHANGES` times what one rounding of the inputs changes there; one rounding of the result; the
-    roundings of sums in float32, of a result or a gradient of that `size`; and the smallest number of the type.
+    The limit is a sum. Its terms are `CHANGES` times the change that one rounding of the inputs causes in the block,
+    one rounding of the result, and the smallest number of the dtype. The last term is the rounding error of float32
+    sums, for a result or a gradient of this `size`.
     """
     info, float32 = torch.finfo(result.dtype), torch.finfo(torch.float32)
     rows = theirs.shape[-1 if is_lse else -3] if theirs.ndim > 2 or is_lse else theirs.shape[0]
     elements = result.numel() / norms.numel()
     sums = ROUNDINGS * float32.eps * rows**0.5
-    # An error of lse is relative to the sum, and not to its logarithm.
+    # Rounding errors of lse are relative to the sum of exponentials, not to its logarithm.
     scale = norms + (elements**0.5 if is_lse else size / norms.numel() ** 0.5)
     rounding = info.eps * norms + info.tiny * info.eps * elements**0.5
     return (CHANGES * _norms(theirs - moved, is_lse) + rounding + sums * scale).clamp(min=float32.tiny)
 
 
 def _norms(x: torch.Tensor, is_lse: bool) -> torch.Tensor:
-    """Return the norms of blocks of rows: of lse `[..., heads, rows]`, or of `[..., rows, heads, head_dim]`."""
+    """Return the norms of blocks of rows of `x`: lse `[..., heads, rows]`, or `[..., rows, heads, head_dim]`."""
     squares = x.square() if is_lse else x.square().sum(-1).transpose(-1, -2)
     squares = torch.nn.functional.pad(squares, (0, -squares.shape[-1] % BLOCK))
     return squares.unflatten(-1, (-1, BLOCK)).sum(-1).sqrt()

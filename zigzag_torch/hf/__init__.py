@@ -1,4 +1,4 @@
-"""Attention of Hugging Face transformers models, on one device or over the ranks of a context-parallel group."""
+"""Zigzag attention for Hugging Face transformers models, on one device or over the ranks of a group."""
 
 from .checkpointing import keep_attention
 from .registry import register, use_mesh

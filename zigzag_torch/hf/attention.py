@@ -1,4 +1,4 @@
-"""The attention and the mask function that transformers calls, by its own names for arguments."""
+"""The attention function and the mask function that transformers calls, with the arguments that it passes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from ..api import zigzag_attention
 from ..batch import Batch
 from .packing import batch_of_rows, is_marker
 
-# Arguments that models pass to every attention function, and that do not change its result.
+# Arguments that models pass to every attention function, but that do not change the result.
 _WITHOUT_EFFECT = (
     {"deterministic", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch"}
     | {"output_hidden_states", "output_router_logits", "return_dict", "seq_idx", "shift_labels", "use_cache"}
@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """The options of `use_mesh`, which it leaves on every module of a model as `zigzag_mesh`."""
+    """The options of `use_mesh`, which sets them on every module of a model as `zigzag_mesh`."""
 
     group: Any = None
     world_size: int = 1
@@ -30,7 +30,7 @@ class MeshOptions:
     backend: str | None = None
 
     def __deepcopy__(self, memo) -> "MeshOptions":
-        return self  # a process group cannot be copied; the copy of a model is of the same ranks
+        return self  # a process group cannot be copied; a copy of the model uses the same ranks
 
 
 _ONE_DEVICE = MeshOptions()
@@ -60,15 +60,15 @@ def attention_forward(
     Args:
         query, key, value: `[batch, heads, T, head_dim]` and `[batch, kv_heads, T, head_dim]`; the head_dim of `value`
             may be smaller.
-        attention_mask: `[batch, T]`, padding at the end of rows, or None.
-        sliding_window: number of keys that a row sees, itself among them; in an encoder so many to each side.
+        attention_mask: `[batch, T]`, with padding only at the end of rows, or None.
+        sliding_window: number of keys that a row sees, including its own; in an encoder, the number to each side.
         s_aux: attention sinks `[heads]`.
         position_ids, cu_seq_lens_q, cu_seq_lens_k: the packing, if this device holds the whole batch.
-        zigzag_batch: the prepared batch, `[1, heads, T, head_dim]` being its rows.
+        zigzag_batch: the prepared batch; its rows are then `[1, heads, T, head_dim]`.
         zigzag_positions: `[1, T]`, positions for layers whose scores depend on them (`use_mesh` passes them on).
 
-    Returns `[batch, T, heads, head_dim]` and None, in place of attention weights. Raises `NotImplementedError` or
-    `ValueError`, with the module and the argument, for options that the kernels do not support.
+    Returns `[batch, T, heads, head_dim]`, and None in place of attention weights. Raises `NotImplementedError` or
+    `ValueError`, which name the module and the argument, for options that the kernels do not support.
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
     options = getattr(module, "zigzag_mesh", _ONE_DEVICE)
@@ -124,9 +124,10 @@ def mask_function(
     use_vmap: bool = False,
     **kwargs,
 ) -> torch.Tensor | None:
-    """Return the padding mask `[batch, T]` for `attention_forward`, or None; packing and windows reach it otherwise.
+    """Return the padding mask `[batch, T]` for `attention_forward`, or None.
 
-    Raises `NotImplementedError` for a cache and for masks that are not built of padding, packing, windows and chunks.
+    Packing and windows are passed to `attention_forward` as other arguments. Raises `NotImplementedError` for a cache,
+    and for masks that do not consist of padding, packing, windows and chunks.
     """
     is_custom = use_vmap or getattr(mask_function, "__qualname__", "").startswith("or_masks")
     if is_custom:
@@ -145,10 +146,10 @@ def mask_function(
 def _refuse(
     layer: str, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, dropout: float, kwargs: dict
 ) -> None:
-    """Raise `NotImplementedError` for arguments that ask for anything else than attention of all rows to all keys."""
+    """Raise `NotImplementedError` for arguments and models that the kernels do not support."""
     config = getattr(module, "config", None)
     for name in ("is_encoder_decoder", "add_cross_attention"):
-        if getattr(config, name, False):  # a mask of cross attention would look like padding of the rows
+        if getattr(config, name, False):  # the mask of cross attention would be mistaken for padding of the rows
             raise NotImplementedError(f"{layer}: {name}: expected False, got True")
     if query.shape[2] != key.shape[2]:
         raise NotImplementedError(
@@ -165,7 +166,7 @@ def _refuse(
 
 
 def _own_batch(layer: str, options: MeshOptions, query: torch.Tensor, mask, packing: dict, causal: bool) -> Batch:
-    """Return the batch that `packing` and `mask` describe, if this device is the only one."""
+    """Return the batch that `packing` and `mask` describe; `ValueError` if there are several ranks."""
     if options.world_size > 1:
         raise ValueError(
             f"{layer}: zigzag_batch: expected the batch of {options.world_size} ranks, got None: call "
@@ -183,7 +184,7 @@ def _own_batch(layer: str, options: MeshOptions, query: torch.Tensor, mask, pack
 
 
 def _check_batch(layer: str, options: MeshOptions, batch: Batch, rows: int, attention_mask) -> None:
-    """Raise `ValueError` unless `batch` is for the ranks of `options`, and nothing else describes the rows."""
+    """Raise `ValueError` unless `batch` is for the ranks of `options`, and no other argument describes the rows."""
     if batch.world_size != options.world_size:
         raise ValueError(
             f"{layer}: zigzag_batch: expected the batch of {options.world_size} ranks, got one of {batch.world_size}: "
@@ -197,7 +198,10 @@ def _check_batch(layer: str, options: MeshOptions, batch: Batch, rows: int, atte
 
 
 def _tempered(layer: str, module, query: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """Return `query` with the temperature of its positions; Llama 4 has scaled it by that of its row numbers."""
+    """Return `query` scaled by the temperature of its positions.
+
+    Llama 4 has already scaled it by the temperature of its row numbers, which is divided out.
+    """
     if positions is None:
         raise NotImplementedError(
             f"{layer}: attn_temperature_tuning: expected a model of zigzag_torch.hf.use_mesh, as its scores depend on "
@@ -214,14 +218,17 @@ def _tempered(layer: str, module, query: torch.Tensor, positions: torch.Tensor |
 
 
 def _mask_of(module: torch.nn.Module, causal: bool, sliding_window: int | None) -> tuple[tuple[int, int], int]:
-    """Return (window_size, attention_chunk) of a layer: transformers says chunks only in masks and in the config."""
+    """Return (window_size, attention_chunk) of a layer.
+
+    Chunks come from the config, because transformers does not pass them to the attention function.
+    """
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     kind = types[index] if types is not None and index is not None and index < len(types) else None
     chunk = config.attention_chunk_size if kind == "chunked_attention" and config is not None else 0
     if kind == "sliding_attention" and sliding_window is None and config is not None:
-        sliding_window = config.sliding_window + (not causal)  # the masks of encoders count the row itself apart
+        sliding_window = config.sliding_window + (not causal)  # the config of an encoder does not count the row itself
     if not sliding_window:
         return NO_WINDOW, chunk
     return (sliding_window - 1, 0 if causal else sliding_window - 1), chunk

@@ -1,4 +1,4 @@
-"""Batches of one device, from the arguments by which models of transformers describe packing and padding."""
+"""Batches for one device, made from the arguments with which transformers models describe packing and padding."""
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -7,12 +7,13 @@ from ..batch import Batch, prepare_batch
 from ..segment_ids import cu_seqlens_from_position_ids
 from ..shard import validate
 
-# The layers of a model are given the same tensors; a batch is made by the first of them, as its tables cost launches.
+# The batches that exist, by one of the tensors that describe them. All layers of a model get the same tensors, so the
+# first layer makes the batch, and later layers find it here: building tables costs kernel launches.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_marker(attention_mask) -> bool:
-    """Return whether `attention_mask` is the empty one of `ShardedBatch.model_kwargs`, which stands for its batch."""
+    """Return whether `attention_mask` is the empty mask of `ShardedBatch.model_kwargs`."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.numel() == 0
 
 
@@ -27,16 +28,16 @@ def batch_of_rows(
     cu_seq_lens_k: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Batch:
-    """Return the batch of `rows` rows of `tokens` tokens each, which this device holds as a whole.
+    """Return the batch of `rows` rows of `tokens` tokens each, all of them on this device.
 
     Args:
-        position_ids: `[rows, tokens]` or `[1, tokens]` integers; a document begins at position 0.
+        position_ids: `[rows, tokens]` or `[1, tokens]` integers; a document begins where the position is 0.
         attention_mask: `[rows, tokens]`, 1 for tokens and 0 for padding at the end of a row.
-        cu_seq_lens_q, cu_seq_lens_k: `[N + 1]` integers, the offsets of documents packed into one row, alike.
+        cu_seq_lens_q, cu_seq_lens_k: `[N + 1]` integers, equal offsets of documents that are packed into one row.
 
-    Offsets win over `position_ids`, as in transformers. Raises `ValueError` for positions that are none of whole
-    documents, for padding at the beginning of a row, and for offsets beside padding or other offsets of keys. The host
-    reads the values: once for all layers that are given the same tensor.
+    Offsets take precedence over `position_ids`, as in transformers. Raises `ValueError` for positions that do not
+    describe whole documents, for padding that is not at the end of a row, for offsets together with padding, and for
+    different offsets of queries and keys. The host reads the values, once for all layers that get the same tensor.
     """
     if not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
         kind = type(attention_mask).__name__
@@ -49,7 +50,8 @@ def batch_of_rows(
     known = _known.get(given[0])
     if known is None or known[0] != facts:
         batch = _make(rows, tokens, device, position_ids, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backend)
-        # The others live as long as their ids say something; the key, which would live for ever, must not be held.
+        # The entry keeps the other tensors alive, so that their ids stay unique. It must not keep its own key alive:
+        # the key would then never be freed.
         known = facts, batch, [x for x in others if x is not given[0]]
         _known[given[0]] = known
     return known[1]
@@ -81,7 +83,7 @@ def _make(rows, tokens, device, position_ids, attention_mask, cu_seq_lens_q, cu_
 
 
 def _flattened(rows, tokens, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backend) -> Batch:
-    """Return the batch of one row of documents whose offsets transformers passes on to FlashAttention."""
+    """Return the batch of one packed row, from the offsets that transformers passes to FlashAttention."""
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         missing = "cu_seq_lens_q" if cu_seq_lens_q is None else "cu_seq_lens_k"
         raise ValueError(f"{missing}: expected the same offsets as for the other one, got None")
@@ -92,11 +94,11 @@ def _flattened(rows, tokens, attention_mask, cu_seq_lens_q, cu_seq_lens_k, backe
         if cu_seq_lens_k is not cu_seq_lens_q and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
             raise ValueError("cu_seq_lens_k: expected the offsets of cu_seq_lens_q, got others; there is no cache")
         validate(cu_seq_lens_q, 1, tokens)
-    return prepare_batch(cu_seq_lens_q.clone(), backend=backend)  # which outlives the tensor that was given
+    return prepare_batch(cu_seq_lens_q.clone(), backend=backend)  # the batch must not keep the caller's tensor alive
 
 
 def _padded(real: torch.Tensor, position_ids: torch.Tensor | None, backend: str | None) -> Batch:
-    """Return the batch of the rows of `real [rows, tokens]`; each row is one document and then padding."""
+    """Return the batch of rows that are one document followed by padding; `real [rows, tokens]` marks its tokens."""
     rows, tokens = real.shape
     places = torch.arange(tokens, device=real.device)
     lengths = real.sum(1, dtype=torch.int32)
@@ -109,6 +111,6 @@ def _padded(real: torch.Tensor, position_ids: torch.Tensor | None, backend: str 
             )
         if not bool(positions):
             raise ValueError("position_ids: expected one document in each row of attention_mask, got packed ones")
-    lengths = torch.where(at_the_end & positions, lengths, -1)  # where the host cannot look, attention is NaN
+    lengths = torch.where(at_the_end & positions, lengths, -1)  # attention is NaN if the host could not check
     cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=real.device) * tokens
     return prepare_batch(cu_seqlens, lengths=lengths, backend=backend)

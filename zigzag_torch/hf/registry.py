@@ -1,4 +1,4 @@
-"""Registration with transformers, and the preparation of one model for the ranks of a group."""
+"""`register`, which registers the attention with transformers, and `use_mesh`, which prepares a model for a group."""
 
 import functools
 import inspect
@@ -13,20 +13,20 @@ from .attention import MeshOptions, attention_forward, mask_function
 from .packing import batch_of_rows
 
 NAME = "zigzag"
-# Layers that mix tokens by attention alone; others, such as recurrent ones, would see a rank's rows as a sequence.
+# Layers that mix tokens only by attention. Others, such as recurrent layers, would take a rank's rows for a sequence.
 _LAYER_TYPES = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
-# Heads that compute each row by itself; others look for the last token of a row, or put images between tokens.
+# Model heads that compute each row by itself. Others look for the last token of a row, or insert images between tokens.
 _HEADS = frozenset(("CausalLM", "MaskedLM", "TokenClassification"))
-# Rotary embeddings that choose frequencies by the largest position, which differs between ranks.
+# Rotary embeddings whose frequencies depend on the largest position, which differs between ranks.
 _ROPE_OF_THE_LONGEST = frozenset(("dynamic", "longrope"))
 
 
 def register(name: str = NAME) -> None:
     """Make `name` an attention implementation of transformers, for `attn_implementation=name` and `use_mesh`.
 
-    On one device this is all: `position_ids` that restart at 0, `cu_seq_lens_q` and `cu_seq_lens_k`, or padding at the
-    end of rows say where documents are. Options that the kernels do not support raise `NotImplementedError` or
-    `ValueError`.
+    On one device nothing else is needed: documents are described by `position_ids` that restart at 0, by
+    `cu_seq_lens_q` and `cu_seq_lens_k`, or by padding at the end of rows. Options that the kernels do not support raise
+    `NotImplementedError` or `ValueError`.
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, mask_function)
@@ -41,18 +41,19 @@ def use_mesh(
     backend: str | None = None,
     name: str = NAME,
 ) -> None:
-    """Let `model` attend between the ranks of `group`: call it once, before `fully_shard` or `torch.compile`.
+    """Make `model` compute attention over the ranks of `group`; call it before `fully_shard` or `torch.compile`.
 
-    From then on the model takes batches by `model(**batch.model_kwargs(group))`, each rank its own rows.
+    One call is enough. After it, each rank calls `model(**batch.model_kwargs(group))` with its own rows.
 
     Args:
-        model: its attention layers call `AttentionInterface`; it is not copied.
-        group: a process group or 1-D DeviceMesh, or None for this device alone. Then the model also takes packed and
-            padded batches as they are, and makes their tables once for all layers.
-        method, heads_k_stride, backend: as in `zigzag_attention`. A method of None takes the method of each batch.
-        name: the attention implementation, which is registered.
+        model: a model whose attention layers call `AttentionInterface`; it is modified, not copied.
+        group: a process group or 1-D DeviceMesh, or None for a single device. With None, the model also accepts packed
+            and padded batches in the usual form, and builds their tables once for all layers.
+        method, heads_k_stride, backend: as in `zigzag_attention`. A method of None uses the method of each batch.
+        name: the name under which the attention implementation is registered.
 
-    Raises `NotImplementedError`, with the name in the config, for models that compute across tokens elsewhere too.
+    Raises `NotImplementedError`, which names the option in the config, for models that mix tokens by anything else than
+    attention.
     """
     place = place_in(group)
     if method is not None:
@@ -78,7 +79,7 @@ def use_mesh(
 
 
 def _check_ranks(model: PreTrainedModel) -> None:
-    """Raise `NotImplementedError` for a model that computes something else across tokens than attention."""
+    """Raise `NotImplementedError` for a model that mixes tokens by anything else than attention."""
     name, config = type(model).__name__, model.config.get_text_config()
     head = name.rpartition("For")[2] if "For" in name else None
     if head is not None and head not in _HEADS:
@@ -104,8 +105,8 @@ def _check_ranks(model: PreTrainedModel) -> None:
 
 
 def _prepare_inputs(name: str, model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Return the arguments of `model` with the batch that all layers attend to; checks them before any layer runs."""
-    if model.config._attn_implementation != name:  # it was set to another since, such as to generate
+    """Check the arguments of `model` before any layer runs, and return them with the batch that all layers use."""
+    if model.config._attn_implementation != name:  # the user has set another one since, for example to generate
         return args, kwargs
     options: MeshOptions = model.zigzag_mesh
     kwargs = dict(kwargs)

@@ -1,4 +1,4 @@
-"""A mixin for the Trainer of transformers, whose ranks of a group then share each batch of documents."""
+"""A mixin for the Trainer of transformers, with which the ranks of a group share each batch of documents."""
 
 import contextlib
 from collections.abc import Sequence
@@ -21,13 +21,14 @@ _BATCH = "zigzag_sharded"
 
 
 class ZigzagTrainerMixin(_Trainer):
-    """A mixin that lets a Trainer train documents between the ranks of a group: `class T(ZigzagTrainerMixin, Trainer)`.
+    """A mixin that lets a Trainer use the ranks of a group for each batch: `class T(ZigzagTrainerMixin, Trainer)`.
 
-    The ranks of a group take the same documents of `train_dataset`, other groups take others. A dataset has mappings
-    with "input_ids" and perhaps "labels", in their own places. `per_device_train_batch_size` counts the documents of a
-    batch, which all ranks of a group hold together.
-    The loss is the mean over the targets of all ranks and accumulated batches, and the gradients are its own, as
-    DistributedDataParallel and FSDP2 average them over all processes, as they do if `TrainingArguments` say no more.
+    The ranks of a group share the same documents of `train_dataset`; each group gets other documents. The items of a
+    dataset are mappings with "input_ids" and optionally "labels", where each label is in the place of its own token.
+    `per_device_train_batch_size` counts the documents of a batch, which the ranks of a group hold together.
+
+    The loss is the mean over the targets of all ranks and all accumulated batches. Its gradients are correct with
+    DistributedDataParallel and FSDP2, which average gradients over all processes by default.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class ZigzagTrainerMixin(_Trainer):
         pad_token_id: int = 0,
         **kwargs,
     ):
-        """Take the `group`, a process group or 1-D DeviceMesh, and `tokens`: rows of each rank, padding included.
+        """Make a Trainer for a `group`, a process group or 1-D DeviceMesh, with `tokens` rows on each rank.
 
-        `method`, `heads_k_stride` and `backend` are as in `zigzag_attention`; all else is for the Trainer. Raises
-        `NotImplementedError` for a `data_collator`, `compute_metrics` or `compute_loss_func` of one's own, for label
-        smoothing, and for context, sequence or tensor parallelism of accelerate's `ParallelismConfig`.
+        `tokens` includes padding, whose token is `pad_token_id`. `method`, `heads_k_stride` and `backend` are as in
+        `zigzag_attention`; all other arguments are for the Trainer. Raises `NotImplementedError` for the arguments
+        `data_collator`, `compute_metrics` and `compute_loss_func`, for label smoothing, and for context, sequence or
+        tensor parallelism of accelerate's `ParallelismConfig`.
         """
         for name in ("data_collator", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -81,11 +83,11 @@ class ZigzagTrainerMixin(_Trainer):
         self._zigzag_documents = {"tokens": tokens, "pad_token_id": pad_token_id}
 
     def get_cp_size(self) -> int:
-        """Return the number of ranks that share a batch, by which the Trainer counts batches."""
+        """Return the number of ranks that share a batch; the Trainer divides the number of processes by it."""
         return self._zigzag_size
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of this group's documents, in an order that is drawn anew in every epoch."""
+        """Return the loader of this group's documents, in a random order that changes with every epoch."""
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected one for training, got None")
         return self._documents(self.train_dataset, self._train_batch_size, shuffle=True)
@@ -103,9 +105,10 @@ class ZigzagTrainerMixin(_Trainer):
         return self.get_eval_dataloader(test_dataset)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the loss of `model` for `inputs`, as `Trainer.prediction_step` does with `prediction_loss_only`.
+        """Return the loss of `model` for `inputs`, like `Trainer.prediction_step` with `prediction_loss_only`.
 
-        Raises `NotImplementedError` without it: rows of logits are in zigzag order. `ignore_keys` are of logits alone.
+        Without `prediction_loss_only` it raises `NotImplementedError`, because the rows of logits are in zigzag order.
+        `ignore_keys` only concern logits.
         """
         if not prediction_loss_only:
             raise NotImplementedError("prediction_loss_only: expected True, got False: take unshard_group for logits")
@@ -132,7 +135,7 @@ class ZigzagTrainerMixin(_Trainer):
         if not batch_samples:
             return None
         targets = torch.stack([batch[_BATCH].num_targets for batch in batch_samples]).sum().to(device)
-        if self.args.world_size > 1:  # every rank of a group has counted all of its targets
+        if self.args.world_size > 1:  # every rank of a group has counted all targets of the group
             dist.all_reduce(targets)
             targets = targets // self._zigzag_size
         return targets.clamp(min=1)
@@ -141,12 +144,12 @@ class ZigzagTrainerMixin(_Trainer):
         batch: Any = inputs[_BATCH]
         batch = batch.to(self.args.device)
         kwargs = batch.model_kwargs(self._zigzag_group, **self._zigzag_method, gradients="sum")
-        del kwargs["num_items_in_batch"]  # the Trainer has its own, of all accumulated batches
+        del kwargs["num_items_in_batch"]  # the Trainer passes its own number, for all accumulated batches
         return contextlib.nullcontext, kwargs
 
 
 def _replicas(group_name: str | None, world_size: int) -> tuple[int, int]:
-    """Return (number of groups like this one, its number among them), in the order of their first ranks."""
+    """Return (number of groups, number of this group); groups are ordered by their first rank."""
     if world_size == 1:
         return 1, 0
     own = [dist.get_rank()] if group_name is None else dist.get_process_group_ranks(resolve(group_name))
@@ -157,7 +160,7 @@ def _replicas(group_name: str | None, world_size: int) -> tuple[int, int]:
 
 
 class _Collator:
-    """The batch as the Trainer looks at it: a mapping of tensors, with the `ShardedBatch` that the model is given."""
+    """A collator that returns a mapping of tensors, which the Trainer expects, with the `ShardedBatch` in it."""
 
     def __init__(self, group, **options):
         self.collate = ZigzagCollator(group, **options)
@@ -168,7 +171,7 @@ class _Collator:
 
 
 class _Batches(BatchSampler):
-    """Batches whose order an epoch decides; accelerate's sampler that skips some passes the epoch on to them."""
+    """A batch sampler that passes the epoch on to its sampler, because accelerate sets the epoch on batch samplers."""
 
     def set_epoch(self, epoch: int) -> None:
         assert isinstance(self.sampler, DistributedSampler)
@@ -176,7 +179,7 @@ class _Batches(BatchSampler):
 
 
 class _Loader(DataLoader):
-    """A loader that is told the epoch, as the Trainer tells it."""
+    """A loader that passes the epoch, which the Trainer sets on it, on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         assert isinstance(self.batch_sampler, _Batches)

@@ -1,7 +1,7 @@
-"""Transports: how K/V reach the rank whose queries attend to them, and how dK/dV return.
+"""Transports, which bring K/V to the rank whose queries attend to them, and return dK/dV.
 
-A transport is frozen, holds the `Problem` of its launches, and has two functions, `forward` and `backward`. Each of
-them is one operator under `torch.compile`, which so keeps the order of launches and transfers that is written there.
+A transport is a frozen object with the `Problem` of its launches and two functions, `forward` and `backward`. Under
+`torch.compile` each function is one operator, so that the compiler keeps its order of launches and transfers.
 """
 
 import dataclasses
@@ -52,17 +52,17 @@ def transport_of(
     kv_layout: KVLayout,
     group_name: str | None,
 ) -> Transport:
-    """Return the transport of a call on these tensors, made once for all layers and steps with equal arguments.
+    """Return the transport of a call on these tensors, cached for all layers and steps with equal arguments.
 
-    `kv_layout` is the layout of k and v as they are given. Raises `ValueError` for tensors and options that are not one
-    attention problem.
+    `kv_layout` is the layout of k and v as the caller passed them. Raises `ValueError` for tensors and options that do
+    not fit each other.
     """
     arrays = (q.shape, q.dtype, q.stride()), (k.shape, k.dtype, k.stride()), (v.shape, v.dtype, v.stride())
     target = launch.target(call.backend, q.device)
-    if not torch.compiler.is_compiling():  # torch.compile would trace the cache too, and warn of it
+    if not torch.compiler.is_compiling():  # torch.compile would trace the cache too, and warn about it
         try:
             return _known_transport(arrays, target, call, sequences, world_size, kv_layout, group_name)
-        except TypeError:  # sizes of other tracers are no ints, and cannot be looked up
+        except TypeError:  # other tracers have symbolic sizes, which are not hashable
             pass
     return _make_transport(arrays, target, call, sequences, world_size, kv_layout, group_name)
 
@@ -85,14 +85,15 @@ def _make_transport(arrays, target, call, sequences, world_size, kv_layout, grou
     return choose_transport(problem, group_name)
 
 
-_known_transport = functools.lru_cache(maxsize=1024, typed=True)(_make_transport)  # typed: True is no world_size
+# The cache is typed, because True equals 1 and would find its transport, but is an invalid world_size.
+_known_transport = functools.lru_cache(maxsize=1024, typed=True)(_make_transport)
 
 
 def choose_transport(problem: Problem, group_name: str | None) -> Transport:
     """Return the transport that `problem.call` asks for; `ValueError` for options out of range.
 
-    `problem` describes this rank's own q, k and v. `group_name` is the name of the group of the ranks that hold the
-    other keys, or None if all keys are in k and v.
+    `problem` describes this rank's own q, k and v. `group_name` is the name of the group whose ranks hold the other
+    keys, or None if k and v have all keys.
     """
     if group_name is None or problem.world_size == 1:
         choose_heads_k_stride(problem.call.heads_k_stride, problem)
@@ -109,7 +110,7 @@ def _choose_moving(problem: Problem, group_name: str) -> AllGather | Halo | Ring
     stride = choose_heads_k_stride(problem.call.heads_k_stride, problem)
     is_ring = problem.call.method == Method.RING
     window = problem.kv_heads if is_ring else stride
-    strides = 2 * window * problem.head_dim, problem.head_dim  # of k and v in one buffer, head by head
+    strides = 2 * window * problem.head_dim, problem.head_dim  # each row of a buffer has the heads of K, then of V
     check_strides("k", strides, 1)
     problem = dataclasses.replace(problem, window=window, k_strides=strides, v_strides=strides)
     if is_ring:
@@ -123,7 +124,7 @@ def _choose_moving(problem: Problem, group_name: str) -> AllGather | Halo | Ring
 
 
 def _make_halo(problem: Problem, group_name: str) -> Halo:
-    """Return the transport of halos; sent rows hold K and V head by head, as in a ring."""
+    """Return the transport of halos; each row of its buffer has the heads of K, then the heads of V."""
     strides = 2 * problem.kv_heads * problem.head_dim, problem.head_dim
     check_strides("k", strides, 1)
     buffer = {"kv_layout": KVLayout.HALO, "slot_rows": problem.call.halo_rows}

@@ -1,14 +1,14 @@
 """The ranks of a group agree on a call before any data moves.
 
-A collective whose ranks were called differently hangs, or mixes up numbers. Therefore ranks compare the facts of a call
-that their hosts know (shapes, types, options), and go on together or raise the same error:
+A collective hangs, or mixes up data, if its ranks make different calls. Therefore ranks compare the facts of a call
+that their hosts know (shapes, dtypes, options), and either all continue or all raise the same error:
 
-- the first time that a rank makes a call with new facts, through the group's store (`rendezvous`);
-- with gloo, whose transfers the host waits for anyway, before every later call too, by messages of 16 bytes. Only if
-  they differ do ranks meet in the store, for the words of the error;
-- with NCCL, whose transfers the host does not wait for, later calls with these facts cost a look into a set.
+- when a rank makes a call with new facts, through the group's store (`rendezvous`);
+- with gloo, before every later call too, by messages of 16 bytes: the host waits for transfers of gloo anyway. If the
+  messages differ, ranks compare the facts in the store, for the text of the error;
+- with NCCL, whose transfers the host does not wait for, a later call with known facts only looks them up in a set.
 
-Nothing here counts calls. After an error that a program catches, the ranks are as much in step as their programs are.
+This module does not count calls. So an error that a program catches does not put the ranks out of step.
 """
 
 import enum
@@ -30,8 +30,8 @@ from zigzag_kernels.problem import Problem
 from . import rendezvous
 
 if dist.is_available():
-    # Imported once there is a group, as torch._dynamo does, its functions would keep that group as their default, and
-    # the threads of gloo would run while the process ends, which aborts it at times.
+    # The module must be imported before there is a group. If torch._dynamo imports it later, its functions keep the
+    # group as their default argument; the threads of gloo then run until the process ends, and sometimes abort it.
     import torch.distributed.nn  # noqa: F401
 
 if TYPE_CHECKING:
@@ -42,20 +42,20 @@ Facts = tuple[tuple[str, Any], ...]
 
 FORWARD, BACKWARD = "zigzag_attention", "backward pass of zigzag_attention"
 TIMEOUT_VARIABLE = "ZIGZAG_AGREEMENT_TIMEOUT"
-# Ranks reach their first call at different times: they compile, read data.
+# Ranks reach their first call at different times, because they compile and read data.
 TIMEOUT_SECONDS = 120.0
-# A rank that has found a fault waits no longer: its report stays in the store for ranks that come later.
+# A rank that has found a fault waits no longer than this: its report stays in the store for ranks that come later.
 REFUSAL_SECONDS = 10.0
-# How long ranks whose connections have ended wait for each other, to say which ranks are missing: at least a second,
-# and longer where they may have begun to wait at times that are further apart.
+# When connections have ended, the remaining ranks meet to find out which ranks are missing. They wait for each other
+# for a second, or for a share of the timeout if that is longer, because they may have begun to wait at different times.
 _ROLL_CALL_SECONDS, _ROLL_CALL_SHARE = 1.0, 0.05
-_LONGEST_SECONDS = 1e8  # gloo adds the timeout to a clock of nanoseconds
-_MESSAGE_TAG = 0x7A67  # of messages between ranks that nothing else may receive
+_LONGEST_SECONDS = 1e8  # gloo adds the timeout to a clock in nanoseconds, which must not overflow
+_MESSAGE_TAG = 0x7A67  # the tag of the messages with which ranks compare facts; no other code receives it
 _KNOWN_FACTS = 1 << 16
 
 
 class Place(NamedTuple):
-    """A rank of a group that is known by its name, or the only rank there is."""
+    """The rank of this process, and the name and size of its group, if there is one."""
 
     group_name: str | None
     rank: int
@@ -66,7 +66,7 @@ ALONE = Place(None, 0, 1)
 
 
 class Reach(enum.Enum):
-    """The means by which ranks of a group can agree: the group of a dry run has no other ranks."""
+    """The means by which ranks of a group can agree; the group of a dry run has no other ranks."""
 
     MESSAGES = "gloo"
     STORE = "any other"
@@ -75,7 +75,7 @@ class Reach(enum.Enum):
 
 @dataclass
 class _History:
-    """The digests of the facts that a group has agreed upon, and how its ranks reach each other."""
+    """The digests of the facts that a group has agreed on, and the means by which its ranks agree."""
 
     reach: Reach
     seen: dict[int, None] = field(default_factory=dict)
@@ -131,16 +131,16 @@ def place_in(group) -> Place:
 
 
 def resolve(group_name: str) -> "ProcessGroup":
-    """Return the process group of this name; operators take the name, as their schemas have no type for groups."""
+    """Return the process group with this name; operators take the name, because schemas have no type for groups."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore
 
     return _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType]
 
 
 def agree_on_call(group: "ProcessGroup", problem: Problem, **others) -> None:
-    """Make the ranks of `group` agree on everything that decides which messages a call sends, and their meaning.
+    """Make the ranks of `group` agree on everything that decides the messages of a call, and their meaning.
 
-    `others` replaces facts of `problem`. Raises as `agree`.
+    `others` replaces facts of `problem`. Raises the errors of `agree`.
     """
     agree(group, *_facts_of_call(problem, tuple(others.items())))
 
@@ -148,7 +148,8 @@ def agree_on_call(group: "ProcessGroup", problem: Problem, **others) -> None:
 @functools.lru_cache(maxsize=1024)
 def _facts_of_call(problem: Problem, others: Facts) -> tuple[Facts, int]:
     """Return the facts of a call and their digest."""
-    # The number of sequences decides no message: ranks compare `cu_seqlens` on the device, see `collectives`.
+    # The number of sequences is not among the facts: it does not change any message, and ranks compare `cu_seqlens` on
+    # the device (`collectives.common_rank`).
     call, keys = problem.call, ((problem.tokens, problem.kv_heads, problem.head_dim), problem.dtype)
     facts = {
         "call": FORWARD,
@@ -177,14 +178,15 @@ def _facts_of_call(problem: Problem, others: Facts) -> tuple[Facts, int]:
 
 
 def agree(group: "ProcessGroup", facts: Facts, digest: int | None = None) -> None:
-    """Return once all ranks of `group` have called with equal `facts`, whose digest the caller may have.
+    """Return when all ranks of `group` have called this function with equal `facts`.
 
-    Raises the same `ValueError` on every rank, which names the difference, or the error that a rank reported instead of
-    its facts; `RuntimeError` if a rank reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 120).
+    `digest` is the digest of `facts`, if the caller has it. If facts differ, every rank raises the same `ValueError`,
+    which names the difference, or the error that a rank reported instead of its facts. Raises `RuntimeError` if a rank
+    reports nothing for ZIGZAG_AGREEMENT_TIMEOUT seconds (default 120).
     """
     history = _history(group)
     digest = _digest(facts) if digest is None else digest
-    # Under NCCL this is all that a call costs whose facts are known.
+    # With NCCL, a call with known facts ends here.
     if history.reach is Reach.STORE and digest in history.seen:
         return
     compare(group, dict(facts))
@@ -210,14 +212,14 @@ def _history(group: "ProcessGroup") -> _History:
 
 
 def reach_of(group: "ProcessGroup") -> Reach:
-    """Return how the ranks of `group` reach each other: of several backends, the one for the accelerator counts."""
+    """Return how the ranks of `group` reach each other; if it has several backends, the accelerator's counts."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     on_host = _backend_name(group, torch.device("cpu"))
-    # A group may have gloo for the CPU and NCCL for the GPU: data moves by the latter.
+    # A group may have gloo for the CPU and NCCL for the GPU; the data of attention then moves through NCCL.
     backend = on_host if accelerator is None else _backend_name(group, accelerator) or on_host
     if backend == Reach.NOBODY.value:
         return Reach.NOBODY
-    # The messages are on the host whatever the device of the data is.
+    # Messages are tensors on the CPU, whatever the device of the data, so gloo must be the backend for the CPU too.
     return Reach.MESSAGES if backend == on_host == Reach.MESSAGES.value else Reach.STORE
 
 
@@ -229,21 +231,21 @@ def _backend_name(group: "ProcessGroup", device: torch.device) -> str | None:
 
 
 def refuse_together(place: Place, error: Exception) -> None:
-    """Raise `error` on all ranks, if there are several; the caller raises it if this returns.
+    """Raise `error` on all ranks, if there are several ranks; if this function returns, the caller raises it.
 
-    While `torch.compile` traces, the other ranks hear nothing, and time out.
+    While `torch.compile` traces, the other ranks cannot be notified, and time out.
     """
     if place.group_name is not None and not torch.compiler.is_compiling():
         refuse(resolve(place.group_name), error)
 
 
 def refuse(group: "ProcessGroup", error: Exception, timeout: float | None = None) -> NoReturn:
-    """Raise `error`, which this rank's call has, on the ranks that wait in `agree` too."""
+    """Raise `error`, which this rank has found, here and on the ranks that wait in `agree`."""
     try:
         compare(group, {"error": str(error)}, REFUSAL_SECONDS, timeout)
     except ValueError as joint:
         if isinstance(error, ValueError):
-            # All ranks raise one error, in the same words.
+            # Raise the joint error, so that all ranks have the same message.
             raise joint from None
     except RuntimeError as alone:
         error.add_note(f"The other ranks could not be told: {alone}")
@@ -251,7 +253,7 @@ def refuse(group: "ProcessGroup", error: Exception, timeout: float | None = None
 
 
 def timeout_seconds() -> float:
-    """Return how long a rank waits for the others; `ValueError` if ZIGZAG_AGREEMENT_TIMEOUT is no such time."""
+    """Return the seconds that a rank waits for others; `ValueError` if ZIGZAG_AGREEMENT_TIMEOUT is invalid."""
     text = os.environ.get(TIMEOUT_VARIABLE)
     if text is None:
         return TIMEOUT_SECONDS
@@ -261,16 +263,16 @@ def timeout_seconds() -> float:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise ValueError(f"{TIMEOUT_VARIABLE}: expected a positive, finite number of seconds, got {text!r}")
-    return min(max(seconds, 0.001), _LONGEST_SECONDS)  # 0 milliseconds would mean for ever
+    return min(max(seconds, 0.001), _LONGEST_SECONDS)  # a timeout of 0 milliseconds would mean no timeout
 
 
 def compare(
     group: "ProcessGroup", report: dict[str, Any], patience: float | None = None, timeout: float | None = None
 ) -> None:
-    """Return if the `report` of every rank of `group` is the same. Raises as `agree`.
+    """Return if all ranks of `group` have the same `report`; otherwise raise the errors of `agree`.
 
-    A rank with a `patience` leaves its report in the store after that time. `timeout` None is the timeout of the
-    environment.
+    A rank with a `patience`, in seconds, stops waiting after that time, and its report stays in the store. `timeout`
+    None means the timeout of the environment.
     """
     history = _history(group)
     if history.reach is Reach.NOBODY or group.size() == 1:
@@ -280,8 +282,8 @@ def compare(
             timeout = timeout_seconds()
         except ValueError as error:
             refuse(group, error, TIMEOUT_SECONDS)
-    # The first call of a group meets in the store even with gloo: a rank that does not come is named there, and no
-    # connection has to be closed for it.
+    # The first call of a group uses the store even with gloo: the store shows which ranks are missing, and a timeout
+    # closes no connection.
     words = _in_words(report)
     if history.has_agreed and history.reach is Reach.MESSAGES:
         started = time.monotonic()
@@ -312,14 +314,14 @@ def _meet(
 
 
 def _same_everywhere(group: "ProcessGroup", digest: int, timeout: float) -> bool:
-    """Return whether all ranks call this with the same `digest`, after as many messages as W has binary digits."""
+    """Return whether all W ranks call this function with the same `digest`; each sends about log2(W) messages."""
     rank, size, deadline = group.rank(), group.size(), time.monotonic() + timeout
     extremes = torch.tensor((digest, ~digest), device="cpu")  # the largest of ~x is ~ of the smallest x
     hops = 1
-    while hops < size:  # the extremes of `hops` ranks are here
+    while hops < size:  # this rank knows the extremes of `hops` ranks
         received = torch.empty_like(extremes)
-        # After each round a rank knows the extremes of twice as many ranks before it; the maximum does not mind ranks
-        # that it hears of twice.
+        # Each round doubles the number of ranks whose extremes this rank knows. A rank may count twice, which does not
+        # change the maximum.
         to, source = (rank + hops) % size, (rank - hops) % size
         works = (
             dist.isend(extremes, group=group, group_dst=to, tag=_MESSAGE_TAG),
@@ -347,9 +349,9 @@ def transfer_timeout(group: "ProcessGroup") -> timedelta | None:
 
 
 def finish(group: "ProcessGroup", works: list, timeout: timedelta | None) -> None:
-    """Wait for transfers that the host waits for; `RuntimeError` that names the ranks that took no part in time.
+    """Make the host wait for transfers; `RuntimeError` names the ranks that took no part in time.
 
-    `timeout` None: the transfers have one of their own.
+    A `timeout` of None means that the transfers have their own timeout.
     """
     started = time.monotonic()
     try:
@@ -360,7 +362,7 @@ def finish(group: "ProcessGroup", works: list, timeout: timedelta | None) -> Non
 
 
 def _raise_lost(group: "ProcessGroup", error: Exception, started: float, timeout: float) -> NoReturn:
-    """Raise `RuntimeError` that names the ranks that are missing after gloo has closed the connections of `group`."""
+    """Raise a `RuntimeError` that names the missing ranks, after gloo has closed the connections of `group`."""
     in_time = time.monotonic() - started < 0.9 * timeout
 
     def absence(ranks: list[int]) -> str:
@@ -376,7 +378,7 @@ def _raise_lost(group: "ProcessGroup", error: Exception, started: float, timeout
 
     apart = f"ranks made this call, or one before, more than {timeout:g} s ({TIMEOUT_VARIABLE}) apart, or failed in it"
     try:
-        # The ranks that lost their connections meet once more in the store: the ones that do not come are missing.
+        # The remaining ranks meet once more in the store; the ranks that do not come are the missing ones.
         roll_call = max(_ROLL_CALL_SECONDS, _ROLL_CALL_SHARE * timeout)
         message = _meet(group, {"call": "roll call"}, roll_call, absence).message
     except RuntimeError as of_store:

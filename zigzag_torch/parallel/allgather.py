@@ -1,4 +1,4 @@
-"""Attention to K/V that an all-gather brings from all ranks, a window of KV heads at a time."""
+"""The transport of method "allgather", which gathers K/V from all ranks, one window of KV heads at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of
 
 @dataclass(frozen=True)
 class AllGather:
-    """Gathers `problem.window` KV heads of K/V into one of two buffers while the window before them is attended to.
+    """Gathers the next window of KV heads into one of two buffers, while kernels compute the window before it.
 
-    Kernels of different windows do not depend on each other, nor dQ on dK/dV of the same window, so they take turns on
-    two streams: a window has few programs, and the first of the next kernel start beside the last of the one before.
-    The backward pass gathers K/V again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype`. Streams of
-    the device wait for each other and for transfers; the host does not.
+    A window has `problem.window` KV heads, and its kernels have few programs. Two streams take turns, so that the first
+    programs of a kernel run beside the last programs of the kernel before it. This is possible because kernels of
+    different windows do not depend on each other, nor does dQ depend on dK/dV of the same window. The backward pass
+    gathers K/V again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype`. Streams of the device wait for
+    each other and for transfers; the host does not wait.
     """
 
     problem: Problem
@@ -40,7 +41,8 @@ class AllGather:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        In a batch of two parts, `beside` computes the other part. The results are then the arrays that `beside`
+        returns, and k and v have only the rows of this part.
         """
         from zigzag_kernels import plan
 
@@ -48,10 +50,10 @@ class AllGather:
         agree_on_call(group, self.problem)
         streams = streams_of(k.device)
         results: Any = (None, None)
-        # Even windows are attended to on the caller's stream, odd ones on the second: the last programs of one run
-        # beside the first programs of the next.
+        # Kernels of even windows run on the caller's stream, of odd windows on the side stream: the last programs of
+        # one window run beside the first programs of the next.
         readers: Any = ((streams.current,), (streams.side,))
-        if beside is not None:  # its launches are on the caller's stream, and the first window starts before their end
+        if beside is not None:  # it launches on the caller's stream, so the first window uses the side stream
             readers = readers[::-1]
 
         def start() -> None:
@@ -62,7 +64,7 @@ class AllGather:
         gathered = windows(k, v, self.problem.window, group, streams, readers, start)
         for index, (first_head, k_window, v_window) in enumerate(gathered):
             part = part_of(first_head)
-            # The first window, or what runs beside, allocates the results: on the stream that they are returned to.
+            # The first launch, of `beside` or of the first window, allocates the results.
             with on(*readers[index % 2]):
                 arguments = launch.run, self.problem, q, k_window, v_window, tables.segments
                 results = plan.forward(*arguments, sinks=sinks, part=part, into=results)
@@ -81,13 +83,14 @@ class AllGather:
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` dq is the array that it
-        returns, and k and v are the rows of this part alone, as are dk and dv, which are then written to `into`.
+        dk and dv are sums over all ranks, dsinks is the sum over the rows of this rank. In a batch of two parts,
+        `beside` computes the other part. dq is then the array that `beside` returns, k and v have only the rows of this
+        part, and dk and dv of these rows are written to `into`.
         """
         agree_on_call(resolve(self.group_name), self.problem, call=BACKWARD)
-        # All heads are put together when the buffers are free again: with delta and lse of two windows, the buffers are
-        # the most memory that a call takes beside its results.
-        # Allocated on the stream that it is returned to.
+        # The gradients of all windows are put into one array only after the buffers are freed. This keeps the peak of
+        # memory low: apart from the results, buffers and delta and lse of two windows take most of the memory.
+        # `dsinks` is allocated here, on the stream of the caller, who gets it.
         dsinks = None if sinks is None else sinks.new_empty(sinks.shape)
         of_sinks = None if sinks is None or dsinks is None else (sinks, dsinks)
         dq, of_windows = self._window_gradients(residuals, dout, dlse, tables, of_sinks, beside)
@@ -105,9 +108,10 @@ class AllGather:
         of_sinks: tuple[torch.Tensor, torch.Tensor] | None,
         beside: Beside | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window, the last in the dtype of the sums]).
+        """Return (dq, [dk and dv `[2, T, window, head_dim]` of each window]).
 
-        `of_sinks` are the sinks, if there are some, and the tensor that their gradient is written to.
+        The gradients of the last window have the dtype of the sums. `of_sinks` is (the sinks, the tensor for their
+        gradient), or None without sinks.
         """
         from zigzag_kernels import plan
 
@@ -116,7 +120,7 @@ class AllGather:
         (dout, dlse), strides = cotangents, cotangents.strides
         problem = problem_of_backward(self.problem, q, dout)
         contribution = k.new_empty((2, problem.kv_tokens, window, problem.head_dim), dtype=getattr(torch, reduce_dtype))
-        sums = contribution.chunk(group.size(), 1)[group.rank()]  # take the place of this rank's part of them
+        sums = contribution.chunk(group.size(), 1)[group.rank()]  # the sums over ranks overwrite this rank's own part
         into, dkv = contribution.unbind(), []
         dq: Any = None
 
@@ -125,7 +129,7 @@ class AllGather:
             if beside is not None:
                 dq = beside(None)
 
-        rows = []  # of this window and the one before
+        rows = []  # delta and lse2 of this window and of the window before it
         current, side, transfers = streams = streams_of(k.device)
         for first_head, k_window, v_window in windows(k, v, window, group, streams, start=start):
             part, summed = part_of(first_head), part_of(first_head, False, reduce_dtype)
@@ -138,7 +142,7 @@ class AllGather:
                     sinks, into_dsinks = of_sinks
                     plan.backward_sinks(launch.run, problem, rows[-1], sinks, part=part, into=into_dsinks)
             arguments = launch.run, problem, q, k_window, v_window, dout, rows[-1]
-            # For the rows, and so that dQ does not start before dK/dV, whose sums travel during dQ.
+            # dQ needs `rows`. And dQ must not start before dK/dV, because the sums of dK/dV travel during dQ.
             current.wait_stream(side)
             with on(side):
                 plan.backward_keys(*arguments, tables.sequences, part=summed, into=into, **strides)
@@ -148,7 +152,7 @@ class AllGather:
             with on(transfers):
                 for total, x in zip(sums, contribution, strict=True):
                     reduce_into(total, x, group)
-                # Memory of `transfers`, which waits for the other streams before it uses that memory again.
+                # This memory belongs to `transfers`, which waits for the other streams before it reuses the memory.
                 if first_head + window < problem.kv_heads:
                     dkv.append(sums.to(k.dtype, copy=True))
         assert dq is not None
@@ -164,33 +168,33 @@ def windows(
     readers: tuple[tuple, tuple] | None = None,
     start: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks while the next window travels.
+    """Yield (first KV head, k, v `[W * T, heads_k_stride, head_dim]`) of all ranks, while the next window travels.
 
-    This rank sends from its own slot of the buffer that it receives into. `readers` are the streams that read the even
-    and the odd windows, `current` and `side` both if None. Before a window is yielded, its readers have waited for all
-    operations on `transfers`, and not for each other. `start` is called when the first transfer is under way.
+    This rank sends from its own slot of the buffer that it receives into. `readers` are (the streams that read even
+    windows, the streams that read odd windows); None means `current` and `side` for both. When a window is yielded, its
+    readers wait for all earlier operations on `transfers`, but not for each other. `start` is called after the first
+    transfer has begun.
     """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
     shape = group.size() * tokens, 2 * heads_k_stride, head_dim
-    # Two buffers, or one if a single window has all heads: a window is read in one while the next arrives in the other.
+    # Kernels read a window in one buffer while the next window arrives in the other. A single window needs one buffer.
     buffers = [k.new_empty(shape) for _ in first_heads[:2]]
     current, side, transfers = streams
     readers = readers or ((current, side), (current, side))
 
     def gather(index) -> None:
-        # Begins when the kernels of the windows so far are complete: the last of them read this buffer.
+        # The transfer begins when the kernels that read this buffer are complete.
         for stream in readers[index % 2]:
             transfers.wait_stream(stream)
         heads = slice(first_heads[index], first_heads[index] + heads_k_stride)
         own = own_slot(buffers[index % 2], group)
         with on(transfers):
-            # The own rows are copied straight into their slot, from which the collective sends: no other copy is
-            # needed.
+            # This rank's rows are copied directly into their slot, from which the collective sends them.
             torch.cat((k[:, heads], v[:, heads]), 1, out=own)
             gather_into(buffers[index % 2], own, group)
 
-    side.wait_stream(current)  # before any waits for it: while a graph is captured, it is a part of that only then
+    side.wait_stream(current)  # first, because this makes `side` a part of a CUDA graph that is being captured
     try:
         gather(0)
         start()
@@ -202,13 +206,13 @@ def windows(
             k_window, v_window = buffers[index % 2].split(heads_k_stride, 1)
             yield first_head, k_window, v_window
     finally:
-        # Memory from `current` or `side` is freed after this, and can be used again there: nothing records a stream.
-        # `current` is the last to wait, as it has to be for the end of a captured graph.
+        # After these waits, memory from `current` or `side` can be freed and reused there, without `record_stream`.
+        # `current` waits last, which the end of a captured graph requires.
         side.wait_stream(current)
         for stream in (side, transfers):
             current.wait_stream(stream)
 
 
 def own_slot(buffer: torch.Tensor, group) -> torch.Tensor:
-    """Return this rank's rows `[T, ...]` of the rank-major `buffer [W * T, ...]`."""
+    """Return this rank's rows `[T, ...]` of the gathered `buffer [W * T, ...]`."""
     return buffer.chunk(group.size())[group.rank()]

@@ -1,4 +1,4 @@
-"""Collectives: operators that `torch.compile` traces and autograd differentiates, and the exchange along a ring."""
+"""Collectives as operators, which `torch.compile` traces and autograd differentiates, and exchanges between ranks."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Reduc
 from ..dispatch import operator
 from .agreement import BACKWARD, agree, finish, resolve, transfer_timeout
 
-# torch 2.13 has new names, for which the old ones of functions warn.
+# torch 2.13 has renamed these functions, and warns about the old names.
 _IS_RENAMED = hasattr(dist, "all_gather_single")
 _gather_into = getattr(dist, "all_gather_single" if _IS_RENAMED else "all_gather_into_tensor")
 _reduce_into = getattr(dist, "reduce_scatter_single" if _IS_RENAMED else "reduce_scatter_tensor")
@@ -18,8 +18,8 @@ _GATHER_METHOD = "all_gather_single" if _IS_RENAMED else "_allgather_base"
 _REDUCE_METHOD = "reduce_scatter_single" if _IS_RENAMED else "_reduce_scatter_base"
 _LARGEST = torch.iinfo(torch.int64).max
 Neighbours = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
-"""Tensors for or from the rank before this one, and tensors for or from the next one."""
-# Odd multipliers, as of splitmix64, in the range of int64.
+"""(tensors for or from the previous rank, tensors for or from the next rank)."""
+# The odd multipliers of splitmix64, as int64.
 _STEP, _FIRST_FACTOR, _SECOND_FACTOR = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
@@ -27,8 +27,8 @@ def gather_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
     """Write `x` of all ranks, one after the other, into `output`."""
     timeout = transfer_timeout(group)
     if timeout is None:
-        # With NCCL the host goes on. With gloo it waits, at most for the timeout, and then `finish` names the missing
-        # ranks.
+        # With NCCL the host continues. With gloo, below, the host waits up to the timeout, and then `finish` names the
+        # missing ranks.
         _gather_into(output, x, group=group)
     else:
         options = _with(AllgatherOptions(), timeout)
@@ -36,7 +36,7 @@ def gather_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
 
 
 def reduce_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Write this rank's part of the sum of all ranks' `x` into `output`."""
+    """Sum `x` over all ranks, and write this rank's part of the sum into `output`."""
     timeout = transfer_timeout(group)
     if timeout is None:
         _reduce_into(output, x, group=group)
@@ -46,7 +46,7 @@ def reduce_into(output: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup)
 
 
 def maximum_in_place(x: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Replace the elements of `x` by the largest of all ranks."""
+    """Replace each element of `x` by the largest value that any rank has for it."""
     timeout = transfer_timeout(group)
     if timeout is None:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
@@ -65,11 +65,11 @@ def _with(options, timeout: timedelta):
 def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup, hops: int = 1, tag: int = 0) -> list:
     """Start to send to the rank `hops` later on the ring, and to receive from the rank `hops` earlier.
 
-    Returns the transfers to `wait` for, before `receive` is read and before `send` is written. Messages that are under
-    way at the same time have different tags.
+    Returns transfers; the caller calls `wait` before it reads `receive` or writes `send`. Messages that are under way
+    at the same time need different tags.
     """
     rank, size = group.rank(), group.size()
-    # Both in one batch: if every rank began with a send that waits for its receiver, none would receive.
+    # Both operations are in one batch: if every rank first waited for its own send, no rank would receive.
     return dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, send, group=group, group_peer=(rank + hops) % size, tag=tag),
@@ -79,9 +79,10 @@ def exchange(send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup
 
 
 def exchange_with_neighbours(sends: Neighbours, receives: Neighbours, group: dist.ProcessGroup) -> list:
-    """Start to send tensors to the rank before this one and to the next, and to receive others from them.
+    """Start to send tensors to the previous and the next rank, and to receive other tensors from them.
 
-    The first rank has none before it, the last no next one. Returns the transfers to `wait` for, as `exchange`.
+    The first rank has no previous rank, and the last rank no next one. Returns transfers to `wait` for, like
+    `exchange`.
     """
     rank, size = group.rank(), group.size()
     operations = []
@@ -118,9 +119,9 @@ def common_rank(
 ) -> torch.Tensor:
     """Return `rank`, or -1 on every rank if ranks have different tensors, or one of them has a `fault`.
 
-    The host does not wait for the values. Rank -1 is invalid, so attention becomes NaN everywhere. Ranks compare
-    fingerprints, so that the message has one size, however many sequences there are. They agree on the `layout`, in
-    words, before.
+    The host does not wait for the values. Rank -1 is invalid, so that attention returns NaN everywhere. Ranks compare
+    fingerprints, so that the size of the message does not depend on the number of sequences. Before that, their hosts
+    agree on the `layout`, a text.
     """
     group = resolve(group_name)
     facts: dict = {"call": call, "layout": layout}
@@ -133,18 +134,18 @@ def common_rank(
             own = own * _STEP + fingerprint(x)
     extremes = torch.stack((own, ~own))  # the largest of ~x is ~ of the smallest x
     if fault is not None:
-        extremes = extremes.masked_fill(fault, _LARGEST)  # not ~ of each other
+        extremes = extremes.masked_fill(fault, _LARGEST)  # two equal values, so that the comparison below fails
     maximum_in_place(extremes, group)
     largest, largest_inverse = extremes
     return torch.where(largest == ~largest_inverse, rank, -1)
 
 
 def fingerprint(x: torch.Tensor) -> torch.Tensor:
-    """Return 64 bits, one int64 on the device of `x`, that other elements or another order would change."""
+    """Return a 64-bit hash of the elements of `x` and their order, as one int64 on the device of `x`."""
     elements = x.detach().contiguous().view(-1)
     if elements.is_floating_point() or elements.is_complex():
         elements = elements.view(torch.uint8)
-    # Every element is mixed with its place, so that the sum over elements tells orders apart.
+    # Every element is mixed with its place, so that the sum over elements depends on their order.
     mixed = torch.arange(1, len(elements) + 1, device=x.device).mul_(_STEP).add_(elements)
     mixed = mixed.bitwise_xor_(mixed >> 30).mul_(_FIRST_FACTOR)
     mixed = mixed.bitwise_xor_(mixed >> 27).mul_(_SECOND_FACTOR)
@@ -158,8 +159,11 @@ def _(cu_seqlens, unsharded, rank, group_name, call, lengths=None, layout="docum
 
 @operator("zigzag::largest_of_ranks")
 def largest_of_ranks(x: torch.Tensor, group_name: str) -> torch.Tensor:
-    """Return the largest of each element of `x` over the ranks; NaN if it is NaN on any of them. It has no gradient."""
-    is_nan = x.isnan()  # of two numbers, some collectives return the one that is not NaN
+    """Return the largest value of each element of `x` over the ranks, or NaN if any has NaN.
+
+    The result has no gradient.
+    """
+    is_nan = x.isnan()  # the maximum of NaN and a number is the number in some collectives
     both = torch.stack((x.masked_fill(is_nan, float("-inf")), is_nan.to(x.dtype)))
     maximum_in_place(both, resolve(group_name))
     largest, any_nan = both
@@ -186,7 +190,7 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::reduce_scatter")
 def reduce_scatter(x: torch.Tensor, world_size: int, group_name: str) -> torch.Tensor:
-    """Return this rank's part `[T, ...]` of the sum of all ranks' `x [world_size * T, ...]`: a backward pass."""
+    """Return this rank's part `[T, ...]` of the sum of `x [world_size * T, ...]` over all ranks."""
     group = resolve(group_name)
     agree(group, _facts_of_backward(x))
     scattered = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
@@ -201,7 +205,10 @@ def _(x, world_size, group_name):
 
 @operator("zigzag::shift")
 def shift(x: torch.Tensor, hops: int, group_name: str) -> torch.Tensor:
-    """Return `x` of the rank `hops` before this one on the ring; differentiable. The backward pass has `hops` < 0."""
+    """Return `x` of the rank that is `hops` earlier on the ring; differentiable.
+
+    In the backward pass `hops` is negative.
+    """
     group = resolve(group_name)
     if hops < 0:
         agree(group, _facts_of_backward(x))

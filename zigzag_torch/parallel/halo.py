@@ -1,4 +1,4 @@
-"""Attention to the rank's own K/V and to the halos of its chunks, which its neighbours send."""
+"""The transport of method "halo", which receives the halos of this rank's chunks from its neighbours."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of
 
 @dataclass(frozen=True)
 class Halo:
-    """Sends the last rows of each chunk to the rank of the next chunk while other rows are attended to.
+    """Sends the last rows of each chunk to the next chunk's rank, while kernels compute rows without a halo.
 
-    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
-    behind it a copy of their own K/V, so that no row is computed in two parts. Each kind of rows has a stream, so that
-    the few programs of one start before the last ones of the other end. The backward pass moves halos again, as keeping
-    them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There they
-    are added after the gradients of the copies, in this order.
+    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read a buffer, which has the
+    halo and, behind it, a copy of the K/V of these rows; so no row is computed in two parts. The two kinds of rows have
+    separate streams, so that the programs of both run side by side. The backward pass moves halos again, because
+    keeping them would take memory in every layer. It sends dK/dV of the halos back in `problem.call.grad_reduce_dtype`.
+    Their owner first adds the gradients of the copies, and then the gradients that it receives, always in this order.
 
     `problem` describes the rank's own K/V, and `of_halo` the buffer.
     """
@@ -44,17 +44,18 @@ class Halo:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.forward`.
         """
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
         problem = launch.without_gluon_if_misaligned(self.problem, k, v)
-        # Halos travel while the rows that need none are attended to.
+        # Halos travel while kernels compute the rows that need none.
         keys, works = self._exchange(problem, k, v, tables, group)
         current, side, _ = streams_of(k.device)
-        # The next launch allocates the results, in memory that no work after this point has used: `side` may write it.
+        # The next launch allocates the results. `side` may write them too, because it has waited for all earlier work
+        # on their memory.
         side.wait_stream(current)
         results: Any = (None, None) if beside is None else beside(None)
         # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
@@ -79,8 +80,8 @@ class Halo:
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as
-        in `AllGather.backward`.
+        dk and dv are sums over all ranks, dsinks is the sum over the rows of this rank. `beside` and `into` are as in
+        `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -93,10 +94,11 @@ class Halo:
         dq = q.new_empty(q.shape) if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
         sums = k.new_empty((2, *k.shape), dtype=getattr(torch, reduce_dtype))
-        # dK and dV of the four slots: two halos, which go home, and two copies of own rows, which are added here.
+        # dK and dV of the four slots: two halos, whose gradients are sent back, and two copies of own rows.
         of_slots = sums.new_empty((2, KEY_SLOTS, problem.call.halo_rows, *k.shape[1:]))
         received = torch.empty_like(of_slots[:, : HaloSlot.LATE_HALO])
-        # The table of own keys has half as many entries as the table of the buffer, and lies at the end of its place.
+        # The sequence table of own keys has about half as many entries as the table of the buffer, and fills the second
+        # half of its memory.
         of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
         own = (launch.run, problem, q, k, v, dout, rows)
         apart = (launch.run, of_halo, q, *keys, dout, rows)
@@ -108,8 +110,8 @@ class Halo:
         with on(side):
             wait(works, group)
             plan.backward_keys(*apart, of_halos, part=part, into=in_slots, **strides)
-            # The gradient of the early halo goes to the rank before this one, of the late halo to the next one: where
-            # the rows came from. dQ is computed meanwhile.
+            # The gradient of the early halo goes back to the previous rank, and of the late halo to the next rank,
+            # while dQ is computed.
             works = exchange_with_neighbours(
                 (of_slots[:, HaloSlot.EARLY_HALO].unbind(), of_slots[:, HaloSlot.LATE_HALO].unbind()),
                 (received[:, 1].unbind(), received[:, 0].unbind()),
@@ -119,8 +121,8 @@ class Halo:
         with on(side):
             plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
         current.wait_stream(side)
-        # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
-        # home.
+        # The order of additions is fixed, so that the same inputs give the same bits: first the gradients of own
+        # copies, then the gradients from neighbours.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
         plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums.unbind(), slots=slots)
         wait(works, group)
@@ -131,7 +133,7 @@ class Halo:
     def _exchange(
         self, problem: Problem, k: torch.Tensor, v: torch.Tensor, tables: Tables, group
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], list]:
-        """Return ((k, v) `[4 * halo_rows, kv_heads, head_dim]` of the buffer, transfers that fill its halos)."""
+        """Return ((k, v) `[4 * halo_rows, kv_heads, head_dim]` of the buffer, the transfers that fill its halos)."""
         from zigzag_kernels import plan
 
         rows = plan.halo_rows(launch.run, problem, k, v, tables.segments[1:])

@@ -1,4 +1,4 @@
-"""Attention to K/V that are all on this rank."""
+"""The transport of calls whose K/V are all on this rank."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,17 @@ from .transport import Gradients, Residuals, Tables, problem_of_backward, readab
 
 @dataclass(frozen=True)
 class Local:
-    """Moves nothing: one launch computes the forward pass."""
+    """Moves no data: one launch computes the forward pass."""
 
     problem: Problem
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, sinks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (out `[T, heads, head_dim]`, statistics), which are lse `[heads, T]` float32.
+        """Return (out `[T, heads, head_dim]`, statistics).
 
-        With `return_max_logits` they are `[2, heads, T]`: lse, and the largest score of each row.
+        The statistics are lse `[heads, T]` float32. With `return_max_logits` they are `[2, heads, T]`: lse, and the
+        largest score of each row.
         """
         from zigzag_kernels import plan
 

@@ -1,4 +1,4 @@
-"""Attention to K/V that travel around a ring of ranks."""
+"""The transport of method "ring", which passes K/V around a ring of ranks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from .transport import Beside, Gradients, Residuals, Tables, part_of, problem_of
 
 @dataclass(frozen=True)
 class Ring:
-    """Passes K/V of all heads from rank to rank, in flight while the rank attends to earlier K/V.
+    """Passes K/V of all heads from rank to rank, while kernels compute attention to the K/V received before.
 
-    At step `s` a rank has the keys of rank `(rank - s) % world_size`, and uses table `s`. No step can be skipped, even
-    with a causal mask: a rank's late chunk attends to keys of every other rank. Tiles with nothing to compute return
-    immediately. Each step adds to the float32 results of the step before. dK/dV travel one hop behind their K/V in
-    `problem.call.grad_reduce_dtype`: the last hop brings them home.
+    At ring step `s` a rank has the keys of rank `(rank - s) % world_size`, and uses table `s`. No ring step can be
+    skipped, even with a causal mask: a rank's late chunk attends to keys of every other rank. Tiles with nothing to
+    compute return immediately. Each step adds to the float32 results of the step before. dK/dV travel one hop behind
+    their K/V, in `problem.call.grad_reduce_dtype`; the last hop brings them back to the rank of their keys.
     """
 
     problem: Problem
@@ -39,14 +39,13 @@ class Ring:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.forward`.
         """
         from zigzag_kernels import plan
 
         group = resolve(self.group_name)
         agree_on_call(group, self.problem)
-        # Each step reads and writes these float32 results in place; the first one allocates them, unless whole
-        # documents have.
+        # Each ring step reads and writes these float32 results in place; `beside` or the first step allocates them.
         results: Any = (None, None)
 
         def start() -> None:
@@ -59,7 +58,7 @@ class Ring:
             part = part_of(0, step > 0, "float32")
             results = plan.forward(launch.run, self.problem, q, *keys, segments, sinks=sinks, part=part, into=results)
         out, statistics = results
-        # Rounded once, at the end: steps add in float32.
+        # Ring steps add in float32, so that the result is rounded once, here.
         return out.to(q.dtype), statistics
 
     def backward(
@@ -75,8 +74,8 @@ class Ring:
     ) -> Gradients:
         """Return (dq, dk and dv `[2, T, kv_heads, head_dim]`, dsinks) of this rank's rows.
 
-        dk and dv are sums over all ranks, dsinks over the rows of this one. With `beside` and `into` they are as
-        in `AllGather.backward`.
+        dk and dv are sums over all ranks, dsinks is the sum over the rows of this rank. `beside` and `into` are as in
+        `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -98,15 +97,16 @@ class Ring:
 
         steps = zip(_around(k, v, group, start), tables.segments.unbind(), tables.sequences.unbind(), strict=True)
         for step, (keys, segments, sequences) in enumerate(steps):
-            # One buffer sends the sums so far while the other receives the next ones.
+            # One buffer sends the sums so far, while the other receives the sums for the next keys.
             here, there = step % 2, (step + 1) % 2
             wait(works, group)
             arguments = launch.run, problem, q, *keys, dout, rows
             part = part_of(0, step > 0, reduce_dtype)
-            # Added to the sums that came with the hop before. The first step has none, and writes.
+            # dK/dV are added to the sums that the last hop brought. In the first step there are none, so they are
+            # written.
             plan.backward_keys(*arguments, sequences, part=part, into=pairs[here], **strides)
-            # dK/dV of these keys go on to the rank that attends to them next, behind the keys, and dQ is computed
-            # meanwhile. The tag keeps them apart from K/V, which are under way at the same time.
+            # dK/dV of these keys travel to the rank that attends to the keys next, while dQ is computed. The tag
+            # separates them from K/V, which are under way at the same time.
             works = exchange(sums[here], sums[there], group, tag=1)
             part = part_of(0, step > 0, "float32")
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **strides)
@@ -120,17 +120,17 @@ class Ring:
 def _around(
     k: torch.Tensor, v: torch.Tensor, group, start: Callable[[], None]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (k, v) `[T, kv_heads, head_dim]` of rank `(rank - step) % W` at each step, while the next ones travel.
+    """Yield (k, v) `[T, kv_heads, head_dim]` of rank `(rank - step) % W` at each step, while the next K/V travel.
 
-    `start` is called when the first transfer is under way.
+    `start` is called after the first transfer has begun.
     """
-    # K and V travel as one message. This rank's own are copied, because the buffer is overwritten in the second step.
+    # K and V travel in one message. This rank's own K/V are copied, because the second step overwrites the buffer.
     own, heads, steps = torch.cat((k, v), 1), k.shape[1], group.size()
     buffers = own, torch.empty_like(own)
     keys = [(x[:, :heads], x[:, heads:]) for x in buffers]
     for step in range(steps):
         here, there = step % 2, (step + 1) % 2
-        # The last K/V are not passed on: every rank has attended to them then.
+        # In the last step K/V are not passed on, because every rank has used them.
         works = exchange(buffers[here], buffers[there], group) if step + 1 < steps else []
         if step == 0:
             start()

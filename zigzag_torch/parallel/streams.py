@@ -1,4 +1,4 @@
-"""The streams of a GPU on which parts of one pass run side by side. On a CPU they run in turn."""
+"""The GPU streams on which parts of one pass run side by side; a CPU runs the parts in turn."""
 
 import contextlib
 import functools
@@ -12,9 +12,10 @@ class Streams(NamedTuple):
 
     Both side streams first wait for the caller's stream; when the pass ends, the caller's stream waits for both.
 
-    Kernels are launched on `current` and `side`, so that the first programs of one start while the last of another end.
-    `transfers` copies and sends with high priority: at equal priority a copy would wait until all programs of a large
-    kernel have started. Collectives on it are synchronous, as asynchronous ones move to a stream of their group.
+    Kernels run on `current` and `side`, so that the first programs of one kernel start while the last programs of
+    another are running. `transfers` copies and sends with high priority: at equal priority a copy would wait until all
+    programs of a large kernel have started. Collectives on `transfers` are synchronous calls, because asynchronous
+    ones would run on a stream of their group.
     """
 
     current: Any
@@ -23,7 +24,7 @@ class Streams(NamedTuple):
 
 
 class _InTurn:
-    """A stream of a CPU, where each operation is complete before the next is given to any stream."""
+    """The stream of a CPU, where each operation is complete before the next one begins."""
 
     def wait_stream(self, stream) -> None:
         pass
@@ -39,7 +40,8 @@ def streams_of(device: torch.device) -> Streams:
 
 @functools.cache
 def _beside(current: torch.cuda.Stream) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    # Not one pair for each device: a stream is in one captured graph at a time, and threads have their own streams.
+    # Each current stream has its own pair, because a stream can be in only one captured graph at a time, and different
+    # threads may use different current streams.
     return torch.cuda.Stream(current.device), torch.cuda.Stream(current.device, priority=-1)
 
 

@@ -1,4 +1,4 @@
-"""Arguments that all transports have in common: the device tables, and the tensors kept for the backward pass."""
+"""The arguments of all transports: the packing, the device tables, and the tensors kept for the backward pass."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Packing(NamedTuple):
-    """The packing of documents and their distribution to the ranks, which decide the contents of a rank's rows.
+    """The packing of documents and their distribution over ranks, which decide what a rank's rows are.
 
-    The tensors are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
-    int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
-    `whole`, or None, packs the first rows of each rank, whose documents no other rank has a part of.
-    `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
+    The tensors are on the device: `cu_seqlens [N + 1]`, `rank [1]` and the real `lengths [N]`, or None, all int32. Only
+    the row layout uses `row_length`, the tokens of one packed row over all ranks, and `rows`, the number of packed
+    rows. In a batch of two parts, `whole` is the packing of the whole documents, in the first rows of each rank.
+    `halo` is (rows of a halo, longest real length of a document); 0 means no limit.
     """
 
     cu_seqlens: torch.Tensor
@@ -37,15 +37,15 @@ class Packing(NamedTuple):
 
     @property
     def is_in_rows(self) -> bool:
-        """True if packed rows are cut into chunks, not documents; one rank holds them whole in both layouts."""
+        """True if packed rows are cut into chunks, not documents; a single rank cuts neither."""
         return self.layout == Layout.ROW and self.world_size > 1
 
 
 class Tables(NamedTuple):
-    """Device tables of a batch: the runs of rows that tiles of queries and tiles of keys belong to.
+    """The device tables of a batch, in which kernels look up rows and keys.
 
-    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front; for halos
-    `zigzag_kernels.problem.halo_table_shapes` says which there are.
+    `zigzag_kernels.plan.segment_tables` makes them. For a ring, the first dimension is the ring step; for halos,
+    `zigzag_kernels.problem.halo_table_shapes` describes the first dimension.
     """
 
     segments: torch.Tensor
@@ -53,7 +53,7 @@ class Tables(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Arguments and results of a forward pass, which its backward pass needs."""
+    """The arguments and results of a forward pass that its backward pass needs."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -63,31 +63,32 @@ class Residuals(NamedTuple):
 
 
 Beside = Callable[[str | None], Any]
-"""Launches another part of a batch, and returns the arrays that the results of this part belong to as well.
+"""A function that launches the other part of a batch, and returns the arrays of results of both parts.
 
-A transport calls it once, with the dtype of these results (None: that of q), when its first transfer is under way.
+A transport calls it once, after its first transfer has begun. The argument is the dtype of the results; None means the
+dtype of q.
 """
 
 Gradients = tuple[torch.Tensor, Sequence[torch.Tensor] | torch.Tensor, torch.Tensor | None]
-"""(dq, dk and dv, dsinks): dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`; no sinks: None."""
+"""(dq, dk and dv, dsinks); dk and dv are two tensors, or one `[2, T, kv_heads, head_dim]`; dsinks may be None."""
 
 
 class Cotangents(NamedTuple):
-    """Gradients of out and lse; `dlse` None means zeros."""
+    """The gradients of out and lse; `dlse` None means zeros."""
 
     dout: torch.Tensor
     dlse: torch.Tensor | None
 
     @property
     def strides(self) -> dict[str, Any]:
-        """The argument of the functions of `zigzag_kernels.plan` that read `dout`."""
+        """The strides of `dout` as an argument of functions of `zigzag_kernels.plan`."""
         return {"dout_strides": row_strides(self.dout)}
 
 
 def readable(residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None) -> tuple[Residuals, Cotangents]:
-    """Return what a backward pass is given as kernels can read it.
+    """Return the tensors of a backward pass with strides that kernels can read.
 
-    Hooks that keep tensors elsewhere may return them transposed, and gradients may have any strides.
+    Gradients may have any strides, and hooks that save tensors may return them transposed.
     """
     q, k, v, out, lse = residuals
     q, k, v = launch.last_dim_contiguous(q), launch.last_dim_contiguous(k), launch.last_dim_contiguous(v)
@@ -98,10 +99,9 @@ def readable(residuals: Residuals, dout: torch.Tensor, dlse: torch.Tensor | None
 def problem_of_backward(
     problem: Problem, q: torch.Tensor, dout: torch.Tensor, keys: tuple[torch.Tensor, ...] = ()
 ) -> Problem:
-    """Return `problem` for the strides and addresses of q, dout and of `keys`, which are k and v.
+    """Return `problem` adapted to the strides and addresses of q, dout and `keys`, which are (k, v).
 
-    Without `keys` kernels read K/V in buffers that this package has allocated, aligned and with the strides of
-    `problem`.
+    Without `keys`, kernels read K/V in buffers of this package, which are aligned and have the strides of `problem`.
     """
     strides = [row_strides(x) for x in keys] or [problem.k_strides, problem.v_strides]
     return launch.without_gluon_if_misaligned(_with_strides(problem, row_strides(q), *strides), *keys, q, dout)
@@ -110,7 +110,7 @@ def problem_of_backward(
 def rows_of_backward(
     problem: Problem, residuals: Residuals, cotangents: Cotangents, sinks: torch.Tensor | None
 ) -> tuple[Any, torch.Tensor | None]:
-    """Return (what every row contributes to its gradients, the gradient of `sinks` if there are some)."""
+    """Return ((delta, lse2) of all rows, the gradient of `sinks` or None)."""
     from zigzag_kernels import plan
 
     rows = plan.backward_rows(launch.run, problem, residuals.out, residuals.lse, *cotangents, **cotangents.strides)
@@ -124,7 +124,7 @@ def row_strides(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _with_strides(problem: Problem, q: tuple[int, int], k: tuple[int, int], v: tuple[int, int]) -> Problem:
-    """Return `problem` with these (token, head) strides, which may have changed since the forward pass as well."""
+    """Return `problem` with these (token, head) strides, which may differ from the strides in the forward pass."""
     if q == problem.q_strides and k == problem.k_strides and v == problem.v_strides:
         return problem
     return dataclasses.replace(problem, q_strides=q, k_strides=k, v_strides=v)
@@ -132,7 +132,7 @@ def _with_strides(problem: Problem, q: tuple[int, int], k: tuple[int, int], v: t
 
 @functools.lru_cache(maxsize=1024)
 def part_of(first_kv_head: int = 0, accumulate: bool = False, dtype: str | None = None) -> "Part":
-    """Return the `Part` of these fields: one object for all calls."""
+    """Return the `Part` with these fields; equal arguments give the same object."""
     from zigzag_kernels.plan import Part
 
     return Part(first_kv_head, accumulate, dtype)

@@ -1,4 +1,4 @@
-"""Attention to batches of two parts: whole documents, whose keys are all on this rank, and documents that are split."""
+"""The transport of batches of two parts: whole documents, whose keys are all on this rank, and split documents."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TwoPart:
-    """Attends to whole documents while the first keys of the split documents are under way.
+    """Computes attention of whole documents while the first keys of the split documents are under way.
 
-    The first `problem.call.whole_tokens` rows of each rank are for whole documents: `whole` is their problem. The rows
-    behind them belong to `split`, None if there are none. Both write their rows of the same results.
+    The first `problem.call.whole_tokens` rows of each rank are for whole documents; `whole` is their problem. The other
+    rows are for split documents; `split` is their transport, or None if there are no such rows. Both parts write their
+    rows of the same results.
     """
 
     problem: Problem
@@ -46,8 +47,7 @@ class TwoPart:
         if self.split is None:
             agree_on_call(resolve(self.group_name), self.problem)
             return attend(None)
-        # Kernels of the split part read all rows of q by its tables, but its transfers move these rows of k and v
-        # alone.
+        # Kernels of the split part get all of q, and their tables name its rows; transfers move only its rows of k, v.
         first = self.whole.rows
         return self.split.forward(q, k[first:], v[first:], of_split, sinks, beside=attend)
 
@@ -59,7 +59,7 @@ class TwoPart:
         tables: Tables,
         sinks: torch.Tensor | None = None,
     ) -> Gradients:
-        """Return gradients as `AllGather.backward`."""
+        """Return the gradients, in the form of `AllGather.backward`."""
         from zigzag_kernels import plan
 
         of_whole, of_split = self._parts_of(tables)
@@ -69,7 +69,7 @@ class TwoPart:
         dkv, first = k.new_empty((2, *k.shape)), self.whole.rows
         dsinks = None
 
-        # The transport of the split part calls this when its first transfer is under way.
+        # The transport of the split part calls this function after its first transfer has begun.
         def attend(dtype: str | None) -> torch.Tensor:
             nonlocal dsinks
             rows, dsinks = rows_of_backward(problem, residuals, cotangents, sinks)
@@ -85,10 +85,9 @@ class TwoPart:
         return dq, dkv, None if dsinks is None else dsinks.add_(more)
 
     def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
-        """Return views of the tables of both parts, which `tables` has one after the other."""
+        """Return views of the tables of the whole and the split documents, which follow each other in `tables`."""
         call, sequences = self.problem.call, self.problem.sequences
-        # `prepare_batch` lays both parts out in one array for each kind of table, so that a batch is two tensors in any
-        # case.
+        # `prepare_batch` puts the tables of both parts into one array of each kind, so that a batch has two tensors.
         (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
         whole = Tables(tables.segments[:segments], tables.sequences[:keys])
         if self.split is None:
