@@ -71,7 +71,7 @@ def token_mean_loss(
 
 
 def _refuse_differences(labels: int, num_targets: list[float], averages: list[float]) -> None:
-    """Raise the same `ValueError` on every rank if one of them said another number than that of `labels`."""
+    """Raise the same `ValueError` on every rank if a rank's `num_targets` is not `labels`, or `averages` differ."""
     for rank, number in enumerate(num_targets):
         if number != labels:
             where = f" on rank {rank}" if len(num_targets) > 1 else ""

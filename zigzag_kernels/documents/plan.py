@@ -191,9 +191,9 @@ def check_plan(
     lengths=None,
     total: int | None = None,
 ) -> DocumentPlan:
-    """Return `plan`; `ValueError` unless it is for `world_size` ranks and serves.
+    """Return `plan`; `ValueError` unless it is for `world_size` ranks and the other options have their defaults.
 
-    The other options of a call are those that a plan says itself.
+    The plan itself decides the layout, `row_length`, `lengths` and `total`.
     """
     if check_world_size(world_size) != plan.world_size:
         raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
