@@ -54,43 +54,44 @@ def zigzag_attention_gathered(
     """Compute one rank's attention over K/V that are already gathered; differentiable, also through lse.
 
     Args:
-        q: `[T, heads, head_dim]`, the rows of `rank` in zigzag order. float16, bfloat16 or float32; head_dim is a
+        q: `[T, heads, head_dim]`, the rows of `rank` in zigzag order, in float16, bfloat16 or float32. head_dim is a
             multiple of 8 from 8 to 256.
-        k, v: `[world_size * T, kv_heads, head_dim]` in the dtype of q, the rows of all ranks in the
-            order of the ranks; heads is a multiple of kv_heads.
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch. Lengths are multiples of
-            `2 * world_size` (any length if `world_size` is 1). Repeat the last offset to keep N fixed. Rows behind the
-            last sequence are padding: out 0, lse -inf. Or the result of `prepare_batch` for the same rank and
-            world_size.
+        k, v: `[world_size * T, kv_heads, head_dim]` in the dtype of q, the rows of rank 0, then of rank 1, and so on.
+            heads is a multiple of kv_heads.
+        cu_seqlens: `[N + 1]` int32, the offsets of the sequences over all ranks. Lengths are multiples of
+            `2 * world_size`, or any numbers if `world_size` is 1. Repeat the last offset to keep N fixed. Rows behind
+            the last sequence are padding, with out 0 and lse -inf. Instead of the offsets, pass the result of
+            `prepare_batch` for the same rank and world_size.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
-        causal: whether a token attends only to itself and to the tokens before it.
+        causal: True lets a token attend to itself and the tokens before it, False to all tokens of its sequence.
         window_size: (left, right). A token attends to itself, to the `left` tokens before it and to the `right` tokens
-            after it; -1 or None is no limit. A window of w tokens that ends with the token itself is (w - 1, 0). A
+            after it; -1 or None means no limit. A window of w tokens that ends with the token itself is (w - 1, 0). A
             causal mask ignores right.
         attention_chunk: c > 0 cuts each sequence into chunks of c tokens, and a token attends only to its own chunk.
         softcap: c > 0 bounds the scaled scores: each becomes `c * tanh(score / c)`.
-        sinks: `[heads]` of a floating-point type, differentiable. Each row's softmax gets one more logit, which has no
-            value vector, so that a row may attend to little. lse includes it; -inf is no sink.
+        sinks: `[heads]` of a floating-point type, differentiable. The softmax of each row gets one more logit, which
+            has no value vector, so that the weights of the keys add up to less than 1. lse includes the sink. A sink of
+            -inf has no effect.
         softmax_scale: positive factor of the scores; None: `1 / sqrt(head_dim)`.
         return_lse: whether to return lse too, the log-sum-exp of each row's scores.
         return_max_logits: whether to return the largest score of each head too, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
-        deterministic: whether the same inputs always give the same gradients bit for bit. False allows sums in any
-            order: on a Hopper GPU with head_dim above 64, one kernel then replaces two unless sequences are short, and
-            needs 4 more bytes of memory for each element of q (`docs/log/hopper.md` has its times).
+        deterministic: True gives bit-identical gradients for the same inputs. False allows a backward kernel whose
+            order of summation varies: on a Hopper GPU with head_dim above 64, unless sequences are short, one kernel
+            replaces two, and needs 4 more bytes for each element of q (`docs/log/hopper.md` has its times).
         layout: "document" cuts each sequence into `2 * world_size` chunks, and a rank holds two of them. "row" cuts the
             packed row of `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it.
 
     Returns:
-        out `[T, heads, head_dim]`, or a tuple of out and the requested ones of lse `[heads, T]` float32, natural
-        logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows, have no gradient, and are -inf
-        where no row attends to a key. Gradients of k, v and sinks are this rank's contribution.
-        Invalid lengths or ranks produce NaN everywhere, because checking them would synchronise with the device:
-        `validate` gives the reason.
+        out `[T, heads, head_dim]`. If lse or max_logits are requested, a tuple of out and the requested results: lse
+        `[heads, T]` float32, in natural logarithm, and max_logits `[heads]` float32. max_logits cover this rank's rows,
+        have no gradient, and are -inf if no row attends to a key. Gradients of k, v and sinks are this rank's
+        contribution to them. Invalid lengths or ranks produce NaN everywhere, because checking them would synchronise
+        with the device; `validate` gives the reason.
 
     Raises:
-        ValueError: shapes, dtypes or numbers that do not fit, before anything is launched.
+        ValueError: shapes, dtypes or numbers that do not fit each other; nothing has been launched then.
         RuntimeError: a GPU below compute capability 8.0, or a backend that this process cannot run.
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
@@ -153,35 +154,38 @@ def zigzag_attention(
     """Compute attention over a packed batch, on one device or, inside `shard_map`, over the ranks of a mesh axis.
 
     Args:
-        q, k, v: `[T, heads, head_dim]` and `[T, kv_heads, head_dim]`, this rank's rows in zigzag order (see `shard`),
-            with `cu_seqlens`. Or `[batch, T, ...]` without: sequences of equal length, with T rows of each on every
-            rank.
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch, the same on every rank: its spec is
-            `P()`. None: one sequence, or one for each entry of a batch dimension. Or the result of `prepare_batch`.
-        axis_name: mesh axis, or axes, over which the rows are sharded; None: one device holds them all.
+        q, k, v: this rank's rows in zigzag order (see `shard`): q `[T, heads, head_dim]`, k and v
+            `[T, kv_heads, head_dim]`. Sequences of equal length, with T rows each on every rank, may be
+            `[batch, T, ...]` without `cu_seqlens`.
+        cu_seqlens: `[N + 1]` int32, the offsets of the sequences over all ranks, the same on every rank: its spec is
+            `P()`. None means one sequence, or one for each entry of a batch dimension. Instead of the offsets, pass the
+            result of `prepare_batch`.
+        axis_name: mesh axis, or axes, over which the rows are sharded; None: a single device has all rows.
         causal, window_size, attention_chunk, softcap, sinks, softmax_scale, return_lse, return_max_logits, backend: as
             in `zigzag_attention_gathered`. Every rank passes the same `sinks`: their spec is `P()`.
-        method: "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at a time; "ring" passes K/V from rank
-            to rank. "halo" passes the last rows of each chunk to the rank of the next one, for causal windows,
-            `attention_chunk` and documents of a promised length: `prepare_batch` and `docs/reference/methods.md` say
-            when it serves. None is the method of a prepared batch; a call that sees farther than its halos gathers, by
-            tables of its own. Without a prepared batch None is "halo" where the host knows that it serves and moves
-            less, which is without `cu_seqlens` and in the row layout, otherwise "allgather". With one rank all are the
+        method: the way in which K/V reach the ranks. "allgather" gathers K/V of all ranks, `heads_k_stride` KV heads at
+            a time. "ring" passes K/V from rank to rank. "halo" passes the last rows of each chunk to the rank of the
+            next chunk, for causal windows, `attention_chunk` and documents of a promised length; `prepare_batch` and
+            `docs/reference/methods.md` say when it is possible. None means the method of the prepared batch; a call
+            whose rows see farther than its halos uses "allgather" instead, and builds its own tables. Without a
+            prepared batch, None means "halo" if the host knows that halos suffice and move less, and otherwise
+            "allgather"; the host knows it without `cu_seqlens` and in the row layout. With one rank all methods are the
             same.
-        heads_k_stride: a divisor of kv_heads; None: the smallest that fills a GPU. A ring moves all heads.
+        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
         deterministic: as in `zigzag_attention_gathered`; between ranks gradients are always deterministic.
-        layout: as in `zigzag_attention_gathered`; pass the layout of a prepared batch here too. In the layout "row" q,
-            k and v may be `[batch, T, ...]`: `cu_seqlens` then counts the tokens of `batch` packed rows, one after the
-            other, and no sequence crosses the end of a row.
+        layout: as in `zigzag_attention_gathered`; for a prepared batch, the layout that it was prepared with. In the
+            layout "row" q, k and v may be `[batch, T, ...]`: `cu_seqlens` then counts the tokens of `batch` packed
+            rows, one after the other, and no sequence crosses the end of a row.
 
     Returns:
-        out in the shape of q, or a tuple of out and the requested ones of lse `[heads, T]` or `[batch, heads, T]`
-        float32, and max_logits `[heads]` float32 of all rows of all ranks, without gradient. Gradients of k and v
-        cover this rank's rows, summed over all ranks. The gradient of sinks, as of any parameter that ranks share,
-        is summed over the ranks if the whole `shard_map` is differentiated, or inside it with `check_vma=True`; inside
-        it with `check_vma=False`, it is the gradient of this rank's rows. Invalid lengths produce NaN everywhere.
+        out in the shape of q. If lse or max_logits are requested, a tuple of out and the requested results: lse
+        `[heads, T]` or `[batch, heads, T]` float32, and max_logits `[heads]` float32 over the rows of all ranks,
+        without gradient. Gradients of k and v are sums over all ranks. The gradient of sinks, like the gradient of any
+        parameter that ranks share, is the sum over the ranks if the whole `shard_map` is differentiated, or inside it
+        with `check_vma=True`; inside it with `check_vma=False` it is the gradient of this rank's rows. Invalid lengths
+        produce NaN everywhere.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
@@ -258,7 +262,7 @@ def _asked_for(out: jax.Array, *others: jax.Array | None) -> jax.Array | tuple[j
 
 
 def _form(call: CallSpec, cu_seqlens: Array | Batch, world_size: int, shape: tuple[int, int]) -> Form:
-    """Return the form of a batch of `shape`: (packed rows, tokens of each on every rank) unless it is prepared."""
+    """Return the `Form` of a batch; `shape` is (packed rows, tokens of each on every rank)."""
     if call.layout != Layout.ROW:
         return DOCUMENTS
     if isinstance(cu_seqlens, Batch) or check_world_size(world_size) == 1:
@@ -274,7 +278,7 @@ def _has_lengths(cu_seqlens: Array | Batch) -> bool:
 
 
 def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, form: Form) -> Batch:
-    """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis has the rank of each device."""
+    """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis already has the device's rank."""
     rank, world_size = place
     if isinstance(cu_seqlens, Batch) and axis_name is not None and cu_seqlens.compared_by == axis_name:
         rank = cu_seqlens.rank
@@ -282,7 +286,7 @@ def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, f
 
 
 def _head_dim(q: Array) -> int:
-    """Return head_dim, or 0 for a shape that `make_problem` refuses."""
+    """Return head_dim, or 0 for a shape for which `make_problem` raises an error."""
     return q.shape[-1] if q.ndim else 0
 
 
@@ -316,9 +320,9 @@ def _make_problem(
 def _attend(
     transport: Transport, inputs: Inputs, batch: Batch, return_lse: bool, *, by_default: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Return (out, lse, largest logits) by the backend of the call, which is `by_default` if the caller named none.
+    """Compute (out, lse, largest logits) with the backend of the call.
 
-    Results that nobody asked for are None.
+    `by_default` says that the caller named no backend. Results that the caller did not request are None.
     """
     backend = transport.problem.call.backend
     placement.check_one_device(backend, **inputs._asdict())

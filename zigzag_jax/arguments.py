@@ -1,4 +1,4 @@
-"""Checks and conversions of single arguments; `zigzag_kernels.checks` has the rules themselves."""
+"""Checks and conversions of single arguments that are arrays; `zigzag_kernels.checks` has the rules."""
 
 import weakref
 
@@ -36,8 +36,8 @@ def check_array(name: str, x) -> None:
 def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
     """Return offsets as an array `[N + 1]` int32; the values of a JAX array are not read.
 
-    A list, tuple or NumPy array is checked, as `validate` does. Integers that int32 cannot hold become -1, for which
-    attention returns NaN. Raises `ValueError` for anything else.
+    A list, tuple or NumPy array is checked like in `validate`. In a JAX array, integers that int32 cannot hold become
+    -1, for which attention returns NaN. Raises `ValueError` for anything else.
     """
     if isinstance(cu_seqlens, list | tuple):
         cu_seqlens = np.array(check_offsets(cu_seqlens), np.int64)
@@ -50,10 +50,10 @@ def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
 
 
 def as_lengths(lengths, cu_seqlens) -> jax.Array:
-    """Return the real lengths of the sequences of `cu_seqlens`, as the caller gave both, as an array `[N]` int32.
+    """Return the real `lengths` of the sequences of `cu_seqlens` as an array `[N]` int32.
 
-    Lists, tuples and NumPy arrays are checked: the values of JAX arrays are not read. Raises `ValueError` for anything
-    else.
+    Both arguments are as the caller passed them. Lists, tuples and NumPy arrays are checked; the values of JAX arrays
+    are not read. Raises `ValueError` for anything else.
     """
     on_host = all(isinstance(x, list | tuple | np.ndarray) for x in (lengths, cu_seqlens))
     if isinstance(lengths, list | tuple):
@@ -61,7 +61,7 @@ def as_lengths(lengths, cu_seqlens) -> jax.Array:
     check_array("lengths", lengths)
     check_real_lengths_array(lengths.shape, str(lengths.dtype), len(cu_seqlens) - 1)
     if isinstance(lengths, np.ndarray) and lengths.size:
-        check_offsets(lengths.tolist(), "lengths")  # JAX would cut off what int32 does not hold
+        check_offsets(lengths.tolist(), "lengths")  # JAX would silently drop the upper bits of larger integers
     if on_host:
         check_real_lengths(lengths.tolist(), np.asarray(cu_seqlens).tolist())
     return _as_int32(gather_rows(jnp.asarray(lengths)))
@@ -75,7 +75,7 @@ def as_sinks(sinks: Array, heads: int) -> jax.Array:
 
 
 def _as_int32(x: jax.Array) -> jax.Array:
-    """Return integers as int32, with -1 in place of integers that int32 cannot hold."""
+    """Return the integers `x` as int32, with -1 in place of integers that int32 cannot hold."""
     if x.dtype == jnp.int32:
         return x
     if jnp.can_cast(x.dtype, jnp.int32):
@@ -85,7 +85,7 @@ def _as_int32(x: jax.Array) -> jax.Array:
 
 
 def check_held(name: str, x: Array) -> None:
-    """Raise `ValueError` for integers of a NumPy array whose upper bits JAX would cut off."""
+    """Raise `ValueError` for a NumPy array with integers whose upper bits JAX would drop."""
     if isinstance(x, np.ndarray) and x.size:
         kept = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
         if x.min() < kept.min or x.max() > kept.max:
@@ -93,9 +93,9 @@ def check_held(name: str, x: Array) -> None:
 
 
 def as_rank_argument(rank, world_size: int) -> int | Array:
-    """Return `rank` as an int or as an array of one integer, whose value is not read.
+    """Return `rank`, an int, or an array of one integer whose value is not read.
 
-    Raises `ValueError` for anything else, and for an int that is no rank.
+    Raises `ValueError` for anything else, and for an int that is not from 0 to `world_size - 1`.
     """
     return check_rank(rank, world_size, isinstance(rank, jax.Array) or (isinstance(rank, np.ndarray) and rank.ndim > 0))
 
@@ -103,9 +103,10 @@ def as_rank_argument(rank, world_size: int) -> int | Array:
 def check_batch(
     cu_seqlens, rank, world_size: int, layout: Layout = Layout.DOCUMENT
 ) -> tuple[jax.Array, int | Array, int]:
-    """Return the three arguments as array, int or array, and int; `ValueError` for values that no batch has.
+    """Return the checked (cu_seqlens array, rank as an int or an array, world_size).
 
-    Values on a device are not read. In the row layout documents may have any lengths.
+    Values on a device are not read. In the row layout documents may have any lengths. Raises `ValueError` for invalid
+    arguments.
     """
     world_size = check_world_size(world_size)
     cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if layout is Layout.DOCUMENT else 1)
@@ -113,21 +114,21 @@ def check_batch(
 
 
 def as_rank(rank: int | Array) -> jax.Array:
-    """Return a checked rank as the kernels read it: `[1]` int32, -1 if int32 cannot hold it."""
+    """Return a checked rank as an array `[1]` int32, which the kernels read; -1 if int32 cannot hold it."""
     if isinstance(rank, int):
         return jnp.full((1,), rank, jnp.int32)
-    if isinstance(rank, np.ndarray):  # JAX would cut off what its integers do not hold
+    if isinstance(rank, np.ndarray):  # JAX would drop the upper bits of a large integer
         return as_rank(min(max(int(rank.item()), -1), MAX_OFFSET))
     return _as_int32(rank).reshape(1)
 
 
 def as_flag(name: str, flag: bool) -> bool:
-    """Return a flag of Python; of a traced one JAX says that it cannot be."""
+    """Return `flag` as a Python bool; for a traced flag JAX raises its own error."""
     return bool(flag) if isinstance(flag, Tracer) else check_flag(name, flag)
 
 
 def dtype_name(name: str, dtype) -> str:
-    """Return the name of a dtype, given as JAX takes it; `ValueError` for anything else."""
+    """Return the name of a dtype in any form that JAX accepts; `ValueError` for anything else."""
     try:
         if isinstance(dtype, str | type | np.dtype):
             return jnp.dtype(dtype).name
@@ -137,7 +138,7 @@ def dtype_name(name: str, dtype) -> str:
 
 
 def readable(*arrays: Array) -> bool:
-    """Return whether the host can read `arrays` without waiting: NumPy's, and JAX's in its own memory."""
+    """Return whether the host can read `arrays` without waiting: NumPy arrays, and JAX arrays on the CPU."""
     return all(map(_is_readable, arrays))
 
 
@@ -150,7 +151,7 @@ def _is_readable(x: Array) -> bool:
 
 
 def fingerprint(x: jax.Array) -> jax.Array:
-    """Return 64 bits, `[2]` int32, that other elements of `x` or another order would change."""
+    """Return a 64-bit hash of the elements of `x` and their order, as `[2]` int32."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -171,12 +172,12 @@ def _scrambled(x: jax.Array) -> jax.Array:
 
 
 def mark_padded(cu_seqlens: jax.Array) -> None:
-    """Remember that some of the tokens that `cu_seqlens` counts are padding."""
+    """Record that some of the tokens that `cu_seqlens` counts are padding, for `check_unpadded`."""
     _padded[id(cu_seqlens)] = cu_seqlens
 
 
 def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
-    """Raise `ValueError` if tokens would attend to the padding of `pad_to_zigzag`, unless `causal`."""
+    """Raise `ValueError` for a mask without `causal` under which real tokens attend to padding of `pad_to_zigzag`."""
     if not causal and _padded.get(id(cu_seqlens)) is cu_seqlens:
         raise ValueError(
             "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
@@ -185,7 +186,7 @@ def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
 
 
 def on_host(x: Array, advice: str = "call this outside of jit", name: str = "cu_seqlens") -> list[int]:
-    """Return the integers of the argument `name`, read on the host; `ValueError` if they are traced, with `advice`."""
+    """Return the integers of the argument `name`, read on the host; `ValueError` with `advice` if they are traced."""
     if isinstance(x, list | tuple):
         return check_offsets(x, name)
     check_array(name, x)

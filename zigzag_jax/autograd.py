@@ -19,8 +19,8 @@ from .surroundings import under_own_promotion
 def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
     """Return the device tables of a batch: see `zigzag_kernels.segments.columns`.
 
-    A batch of two parts has the tables of its whole documents, and behind them, if there are rows for split documents,
-    their tables.
+    In a batch of two parts, the tables of the whole documents come first. The tables of the split documents follow, if
+    there are rows for split documents.
     """
     from zigzag_kernels import plan
 
@@ -60,11 +60,12 @@ def attention(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Return (out `[T, heads, head_dim]`, lse `[heads, T]` float32, largest logits `[heads]` float32).
 
-    Without `return_lse` lse is None, as its gradient would be an array of zeros; largest logits are None unless the
-    call asks for them, and have no gradient. Remat policies know the results as "zigzag_out", "zigzag_lse" and
-    "zigzag_max_logits".
+    Without `return_lse` lse is None, because otherwise autodiff would make an array of zeros as its gradient. Largest
+    logits are None unless the call requests them, and have no gradient. For remat policies, the names of the results
+    are "zigzag_out", "zigzag_lse" and "zigzag_max_logits".
     """
-    # The gradient rule sees one rank. A cast before it lets autodiff sum the gradient of an array that ranks share.
+    # The gradient rule below is for one rank. The casts before it make autodiff sum, over the ranks, the gradient of an
+    # array that ranks share.
     axes = varying_axes(*(x for x in (*inputs, *tables) if x is not None))
     inputs = Inputs(*(None if x is None else vary(x, axes) for x in inputs))  # pyright: ignore
     return _attention(transport, bool(return_lse), inputs, tables)
@@ -77,8 +78,8 @@ def _attention(transport, return_lse, inputs, tables):
 
 @under_own_promotion
 def _forward(transport, return_lse, inputs, tables):
-    # K/V of other ranks are no residuals: the collectives are inside of this rule, and the backward pass repeats them.
-    # Residuals are the arguments themselves: a marker's results would be kept beside them.
+    # K/V of other ranks are not residuals: the collectives are inside this rule, and the backward pass repeats them.
+    # The residuals are the arguments themselves, because results of `without_derivative` would be kept in addition.
     out, lse = transport.forward(*without_derivative((inputs, tables)))
     largest = None
     if transport.problem.call.return_max_logits:

@@ -1,4 +1,4 @@
-"""Mesh axes: a shard's place on an axis, and the axes along which an array varies or is spread."""
+"""Helpers for mesh axes: a device's place on an axis, and the axes of an array's type."""
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +36,15 @@ def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def spreading_axes(x: jax.Array, dimensions: int) -> tuple[str, ...]:
-    """Return the mesh axes that, by the type of `x`, spread its first dimensions: none if axes are no types."""
+    """Return the explicit mesh axes over which the first `dimensions` of `x` are sharded, by its type."""
     names = (name for given in jax.typeof(x).sharding.spec[:dimensions] for name in axis_names(given))
     return tuple(names)
 
 
 def gather_rows(x: jax.Array, dimensions: int = 1) -> jax.Array:
-    """Return `x` with its first dimensions whole on every device; those behind stay as they are spread.
+    """Return `x` with its first dimensions whole on every device; the other dimensions keep their sharding.
 
-    Where mesh axes are types, JAX refuses to index a dimension that they spread.
+    With explicit mesh axes, JAX does not allow indexing of a sharded dimension.
     """
     if not spreading_axes(x, dimensions):
         return x
@@ -53,7 +53,7 @@ def gather_rows(x: jax.Array, dimensions: int = 1) -> jax.Array:
 
 
 def spread_like(x: jax.Array, model: jax.Array, dimensions: tuple[int | None, ...]) -> jax.Array:
-    """Return `x` with each dimension spread like the dimension of `model` with this number; None is whole."""
+    """Return `x` with each dimension sharded like the given dimension of `model`; None means not sharded."""
     spread = [array for array in (model, x) if spreading_axes(array, array.ndim)]
     if not spread:
         return x
@@ -64,7 +64,7 @@ def spread_like(x: jax.Array, model: jax.Array, dimensions: tuple[int | None, ..
 
 def largest_along(axis: int, x: jax.Array) -> jax.Array:
     """Return the largest elements of `x` along an array's axis: NaN if any is NaN, -inf if there are none."""
-    # Of two numbers, XLA on a CPU may take the one that is not NaN.
+    # The maximum of NaN and a number may be the number, in XLA on a CPU.
     return jnp.where(jnp.isnan(x).any(axis), jnp.nan, x.max(axis, initial=-jnp.inf))
 
 
@@ -74,7 +74,7 @@ def largest_on(axis_name: AxisName, x: jax.Array) -> jax.Array:
     The result has no derivative.
     """
     x = jax.lax.stop_gradient(x)
-    nan = jnp.isnan(x)  # which some collectives drop
+    nan = jnp.isnan(x)  # some collectives drop NaN, so it is transferred apart
     both = jnp.stack((jnp.where(nan, -jnp.inf, x), nan.astype(x.dtype)))
     largest, any_nan = jax.lax.pmax(both, axis_name)
     return jnp.where(any_nan > 0, jnp.nan, largest)

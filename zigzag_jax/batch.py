@@ -1,4 +1,4 @@
-"""`Batch`, the lengths and device tables that all layers of a training step share, and functions that make it."""
+"""`Batch`, which holds the lengths and device tables of a training step, and `prepare_batch`, which makes it."""
 
 import dataclasses
 import functools
@@ -38,28 +38,29 @@ from .surroundings import under_own_promotion
 )
 @dataclass(frozen=True)
 class Batch:
-    """A batch holds the lengths and device tables that all layers of a training step share.
+    """The lengths and device tables that all layers of a training step share.
 
-    `prepare_batch` makes it, and attention takes it in place of `cu_seqlens`. A batch is a pytree. Its specs for
-    `shard_map` are `Batch(P(), P(axis), world_size, method, P(axis), P(axis), axis)`; `make_zigzag_attention` makes a
-    function that prepares one outside.
+    `prepare_batch` makes a batch, and the attention calls take it in place of `cu_seqlens`. A batch is a pytree. Its
+    specs for `shard_map` are `Batch(P(), P(axis), world_size, method, P(axis), P(axis), axis)`; a function of
+    `make_zigzag_attention` prepares a batch outside `shard_map`.
 
     Attributes:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch.
-        rank: `[1]` int32.
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences over all ranks.
+        rank: `[1]` int32, the rank whose rows the tables describe.
         world_size: number of ranks.
-        method: the way of moving K/V that the tables are for.
-        segments, sequences: the device tables, or None if it was prepared for the backend "reference".
-        compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None: nobody has.
-        host_rank: the rank, if the host knows it. It is no part of the pytree: transformations forget it.
+        method: the method that the tables are for.
+        segments, sequences: the device tables, or None if the batch was prepared for the backend "reference".
+        compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None if no ranks have.
+        host_rank: the rank, if the host knows it. It is not part of the pytree, so transformations drop it.
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
-        halo: rows before a chunk that its rows may see, with method "halo"; 0 otherwise, and until a call says it.
-        max_seqlen: the most real tokens of a document, as promised; 0 if nobody did.
+        halo: rows of a halo with method "halo", if a window or a length was given; otherwise 0.
+        max_seqlen: the promised longest real length of a document; 0 without a promise.
         whole_cu_seqlens: `[N + 1]` int32, offsets of this rank's whole documents in its rows; `cu_seqlens` and
-            `lengths` then count split documents alone. None: all documents are split.
-        whole_tokens, tokens: rows of each rank for whole documents, and all of its rows; 0 unless it is of a plan.
+            `lengths` then describe only split documents. None: all documents are split.
+        whole_tokens, tokens: for a plan of documents, the rows of each rank for whole documents, and all of its rows;
+            otherwise 0.
     """
 
     cu_seqlens: jax.Array
@@ -79,7 +80,7 @@ class Batch:
 
     @property
     def limits_of_halo(self) -> tuple[int, int]:
-        """The halo, and the most real tokens of a document that it may rest on; (0, 0) with other methods."""
+        """(halo, max_seqlen) if the batch has a halo, otherwise (0, 0)."""
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
 
     whole_cu_seqlens: jax.Array | None = None
@@ -88,12 +89,12 @@ class Batch:
 
     @property
     def whole_documents(self) -> int:
-        """Entries for whole documents of a rank."""
+        """The most whole documents that a rank may have: entries of its table."""
         return 0 if self.whole_cu_seqlens is None else self.whole_cu_seqlens.shape[0] - 1
 
     @property
     def packing(self) -> Packing:
-        """Return how the batch is packed, which its tables and masks follow from."""
+        """The packing of the batch, from which its tables and masks follow."""
         form = self.layout, self.row_length, self.rows
         parts: tuple[Any, ...] = ()
         if self.whole_cu_seqlens is not None:
@@ -104,7 +105,7 @@ class Batch:
 
 
 class Form(NamedTuple):
-    """A form says how a batch is cut into chunks, by the fields of `Batch` with the same names."""
+    """The fields of `Batch` that say how the batch is cut into chunks."""
 
     layout: str = Layout.DOCUMENT.value
     row_length: int = 0
@@ -137,31 +138,33 @@ def prepare_batch(
     """Build the device tables of a batch once, for all layers and for both passes.
 
     Args:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences in the whole batch; may be traced. Other integers are
-            converted; a list, tuple or NumPy array is checked, as `validate` does. Or a plan of `plan_documents`, or
-            a `host.ShardedBatch`, inside `shard_map` by its `specs`: each rank then has the rows of the plan, whole
-            documents first.
-        rank: an int, or an array of one integer, which may be traced. None is 0 if there is one rank, or that on the
-            mesh axis.
-        world_size: number of ranks. None is 1, or the size of the mesh axis.
-        axis_name: mesh axis, or axes, of the attention calls inside `shard_map`, with neither `rank` nor `world_size`.
+        cu_seqlens: `[N + 1]` int32, offsets of the sequences over all ranks; may be traced. Other integers are
+            converted; a list, tuple or NumPy array is checked as in `validate`. Instead of offsets, pass a plan of
+            `plan_documents`, or a `host.ShardedBatch`, inside `shard_map` with its `specs`: each rank then has the rows
+            of the plan, whole documents first.
+        rank: an int, or an array of one integer, which may be traced. None means the rank on the mesh axis, or 0 on a
+            single device.
+        world_size: number of ranks. None means the size of the mesh axis, or 1.
+        axis_name: mesh axis, or axes, of the attention calls inside `shard_map`; `rank` and `world_size` are then None.
             The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
-        method: as in the attention calls. None is "halo" if the host knows that it serves the windows that are named
-            here, in the row layout or from offsets on the host, and otherwise "allgather".
+        method: as in the attention calls. None means "halo" if the host knows that halos suffice for `window_size`,
+            `attention_chunk` or `max_seqlen`, and otherwise "allgather". The host knows it in the row layout, and for
+            offsets on the host.
         backend: as in the attention calls.
-        unsharded: the whole batch before `shard`, such as token ids; its spec is `P()`. With `axis_name`, the ranks
-            compare it as they compare `cu_seqlens`, since processes that read other data would attend to a mixture.
-        lengths: `[N]` int32, the number m of real tokens of each sequence; may be traced. Its rows from m on are
-            padding: out 0, lse -inf, no gradient, and no row attends to them. A length below 0 or above that of the
-            sequence gives NaN everywhere, or an error if both `lengths` and `cu_seqlens` are lists, tuples or NumPy
-            arrays.
-        layout: as in the attention calls; pass the same one there.
-        row_length, rows: needed in the row layout with several ranks. `row_length` is the number of tokens of one
-            packed row on all ranks together, a multiple of `2 * world_size`; `rows` is the number of packed rows.
-        window_size, attention_chunk: for methods None and "halo", the farthest reach of all layers that will attend to
-            the batch: its tables bring so many rows before each chunk, and layers with smaller windows take as many.
-        max_seqlen: the promise that no document has more real tokens, which limits the reach of method "halo" too. A
-            batch that breaks it gives NaN everywhere with that method, or an error if the host has the values.
+        unsharded: the whole batch before `shard`, such as token ids; its spec is `P()`. With `axis_name`, ranks compare
+            it like `cu_seqlens`, because processes with different data would attend to a mixture of both.
+        lengths: `[N]` int32, the real tokens of each sequence; may be traced. The other rows, at the end of a sequence,
+            are padding, with out 0, lse -inf and zero gradients, and no row attends to them. A negative length, or one
+            above the length of the sequence, gives NaN everywhere, or an error if both `lengths` and `cu_seqlens` are
+            lists, tuples or NumPy arrays.
+        layout: as in the attention calls, which must get the same layout.
+        row_length, rows: required in the row layout with several ranks. `row_length` is the number of tokens of one
+            packed row over all ranks, a multiple of `2 * world_size`; `rows` is the number of packed rows.
+        window_size, attention_chunk: for methods None and "halo", the largest window of all layers that will use the
+            batch. It decides how many rows a halo has, for layers with smaller windows too.
+        max_seqlen: a promise that no document has more real tokens. With method "halo" it also limits the rows of a
+            halo. If a batch breaks the promise, that method gives NaN everywhere, or an error if the host has the
+            values.
 
     Raises the errors of `zigzag_attention_gathered`.
     """
@@ -217,7 +220,7 @@ def prepare_batch(
 
 
 def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
-    """Return the form of a batch that is prepared with these arguments; `ValueError` unless they fit together."""
+    """Return the `Form` of a batch with these arguments; `ValueError` unless they fit each other."""
     if layout == Layout.ROW and world_size > 1:
         return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
     if layout == Layout.ROW:
@@ -231,10 +234,10 @@ def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) 
 def as_batch(
     cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str, form: Form = DOCUMENTS
 ) -> Batch:
-    """Return `cu_seqlens` as a batch, still without tables if it is an array, which has this `form`.
+    """Return the prepared batch, or make a batch of this `form`, without tables, from offsets.
 
     Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
-    device knows the ranks, and they differ, attention to the batch is NaN.
+    device knows the two ranks, and they differ, attention returns NaN.
     """
     world_size = check_world_size(world_size)
     rank = as_rank_argument(rank, world_size)
@@ -260,7 +263,7 @@ def as_batch(
 
 
 def _for_rank(batch: Batch, rank: jax.Array) -> Batch:
-    """Return `batch`, but one of no rank, to which attention is NaN, if it was prepared for another than `rank`."""
+    """Return `batch`, made invalid on the device if it was prepared for another rank, so that attention returns NaN."""
     same = batch.rank == rank
     batch = dataclasses.replace(batch, rank=jnp.where(same, batch.rank, -1))
     if batch.segments is None or batch.sequences is None:
@@ -276,21 +279,21 @@ def _for_rank(batch: Batch, rank: jax.Array) -> Batch:
 
 
 def marked(batch: Batch, backend: str, by_default: bool) -> Batch:
-    """Return `batch` with the `placement.mark` of a call by `backend`, which is `by_default` if no caller named it."""
+    """Return `batch` with the `placement.mark` of a call; `by_default` says that the caller named no `backend`."""
     rank = placement.mark(batch.rank, backend, by_default)
     segments = None if batch.segments is None else placement.mark(batch.segments, backend, by_default)
     return dataclasses.replace(batch, rank=rank, segments=segments)
 
 
 def tables_of(batch: Batch, backend: str) -> Tables:
-    """Return the device tables of `batch` for the kernels of `backend`, made if it was prepared without."""
+    """Return the device tables of `batch` for the kernels of `backend`; build them if the batch has none."""
     if batch.segments is not None and batch.sequences is not None:
         return Tables(batch.segments, batch.sequences)
     return autograd.segment_tables(batch.packing, batch.method, backend)
 
 
 def check_varying(batch: Batch, axis_name: AxisName | None, *arrays: jax.Array) -> None:
-    """Raise `ValueError` if, by the types of `shard_map`, lengths differ between ranks or rank numbers do not."""
+    """Raise `ValueError` if, by types of `shard_map`, lengths differ between ranks, or rank numbers are equal."""
     check_same_on_every_rank(axis_name, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
     for axis in axis_names(axis_name):
         if axis in varying_axes(*arrays) and axis not in varying_axes(batch.rank):
@@ -317,7 +320,7 @@ def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays:
         return
     for axis in axis_names(axis_name):
         if axis not in varying_axes(rank) or jax.lax.axis_size(axis) == 1:
-            continue  # without types, or with nothing to be spread over
+            continue  # arrays have no such types, or the axis has only one device
         for name, x in arrays.items():
             if axis not in varying_axes(x):
                 raise ValueError(
@@ -327,14 +330,14 @@ def check_rows_vary(axis_name: AxisName | None, rank: int | jax.Array, **arrays:
 
 
 def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -> Batch:
-    """Return `batch`, with -1 for all of `cu_seqlens` if ranks have different ones: attention is NaN then.
+    """Return `batch`, with all offsets -1 if ranks have different batches, so that attention returns NaN.
 
-    So it is for ranks that differ in their real lengths, their rows, their halos or their `unsharded` batch.
+    Ranks compare their offsets, real lengths, packed rows, halos and `unsharded` batches.
     """
-    # The types of shard_map promise it within one process. Between processes, or without check_vma, nothing does.
+    # The types of shard_map guarantee equal arrays within one process, but not between processes or without check_vma.
     own = batch.cu_seqlens
     if batch.layout == Layout.ROW and batch.world_size > 1:
-        # Of the same shape as in the document layout, whose offsets all begin with 0.
+        # The shape is the same as in the document layout, in which the first offset is always 0.
         own = own.at[0].add(jnp.int32(batch.row_length))
     if batch.lengths is not None:
         own = jnp.concatenate((own, batch.lengths))
@@ -345,7 +348,8 @@ def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -
     extremes, whole = jnp.stack((own, ~own)), batch.whole_cu_seqlens  # the largest of ~x is ~ of the smallest x
     if whole is not None:
         fault = impossible(whole, jnp.zeros(1, jnp.int32), 1, batch.whole_tokens)
-        extremes = jnp.where(fault, MAX_OFFSET, vary(extremes, varying_axes(fault)))  # not ~ of each other
+        # Two equal values make the comparison below fail.
+        extremes = jnp.where(fault, MAX_OFFSET, vary(extremes, varying_axes(fault)))
     largest, of_inverse = jax.lax.pmax(extremes, axis_name)
     agreed = (largest == ~of_inverse).all()
     if whole is not None:
@@ -354,7 +358,7 @@ def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -
 
 
 def compare_if_untyped(batch: Batch, axis_name: AxisName | None, rank: int | jax.Array) -> Batch:
-    """Return `compare` of a batch that ranks may differ in: in several processes, or where `shard_map` has no types."""
+    """Compare `batch` unless it must be the same on all ranks, by the types of `shard_map` in a single process."""
     if axis_name is None or isinstance(rank, int) or batch.compared_by == axis_name or batch.world_size == 1:
         return batch
     typed = set(axis_names(axis_name)) <= set(varying_axes(rank))

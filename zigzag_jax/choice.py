@@ -1,4 +1,4 @@
-"""The choice of a method for a call that names none, and the halo of a call."""
+"""The choice of a method for a call whose caller named none, and the halo of a call."""
 
 import dataclasses
 
@@ -19,10 +19,11 @@ def choose_method(
     world_size: int,
     heads_k_stride: int | None,
 ):
-    """Return (`cu_seqlens`, the method of a call that names none); a prepared batch is then one for that method.
+    """Return (`cu_seqlens`, method) for a call whose caller named no method.
 
-    `shape` is (sequences or packed rows, rows of each on this rank). A prepared batch with halos becomes one of the
-    method "allgather", without tables, if the call sees farther.
+    `mask` is (causal, window_size, attention_chunk), `shape` is (number of sequences or packed rows, rows of each on
+    this rank). If a prepared batch has halos and the mask reaches farther, the result is that batch with method
+    "allgather" and without tables.
     """
     prepared = None
     if isinstance(cu_seqlens, Batch):
@@ -35,10 +36,10 @@ def choose_method(
 
 
 def with_halo(call: CallSpec, batch: Batch, q: jax.Array, length: int, given) -> tuple[CallSpec, Batch]:
-    """Return `call` and `batch` with the halo that they need; all documents have `length` tokens, 0 if unknown.
+    """Return `call` and `batch` with their halo filled in.
 
-    `given` is the argument `cu_seqlens` of the call. Raises `ValueError` if halos do not serve documents whose lengths
-    the host knows.
+    `length` is the number of tokens of every document if all have the same length, otherwise 0. `given` is the argument
+    `cu_seqlens` of the call. Raises `ValueError` if the host knows that a chunk is shorter than the halo.
     """
     sizes = {"tokens": q.shape[0] - batch.whole_tokens, "sequences": batch.cu_seqlens.shape[0] - 1}
     sizes |= {"packed_rows": batch.rows, "world_size": batch.world_size}

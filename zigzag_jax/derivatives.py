@@ -1,7 +1,7 @@
-"""Markers that refuse the derivatives that no backend computes, in the words of both front ends.
+"""Markers that raise the same error for unsupported derivatives as the PyTorch front end.
 
-JAX has no word for "reverse mode only": a `custom_vjp` fails in forward mode, by an error of JAX that depends on where
-the transform stands. Arrays pass through these markers before it, and come out as they are.
+JAX cannot declare a function as "reverse mode only": in forward mode a `custom_vjp` fails with various errors of JAX,
+depending on the transform. Therefore arrays first pass through these markers, which return them unchanged.
 """
 
 import jax
@@ -17,7 +17,7 @@ def _refuse(*_, **__):
 
 @jax.custom_jvp
 def reverse_mode_only(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Return `arrays`; whoever evaluates their tangents, rather than transposing them, gets `NotImplementedError`."""
+    """Return `arrays`; evaluating their tangents, instead of transposing them, raises `NotImplementedError`."""
     return arrays
 
 
@@ -27,7 +27,7 @@ def _(primals, tangents):
 
 
 _tangents = Primitive("zigzag_tangents")
-"""The identity of tangents, which reverse mode transposes, and nobody may evaluate."""
+"""The identity of tangents: reverse mode transposes it, and evaluating it raises an error."""
 _tangents.multiple_results = True
 _tangents.def_impl(_refuse)
 _tangents.def_abstract_eval(lambda *tangents: tangents)
@@ -39,7 +39,7 @@ batching.primitive_batchers[_tangents] = lambda tangents, dims: (_tangents.bind(
 
 @jax.custom_jvp
 def without_derivative(arrays):
-    """Return the pytree `arrays`; differentiating what is computed of them raises `NotImplementedError`."""
+    """Return the pytree `arrays`; differentiating a function of the result raises `NotImplementedError`."""
     return arrays
 
 

@@ -1,7 +1,7 @@
 """Attention functions for the layers of Flax: `linen_attention` and `nnx_attention`.
 
-They have Flax's own argument names, and refuse by name what `segmented_attention` does not compute. Flax itself is not
-imported.
+The functions have Flax's own argument names, and raise errors for options that `segmented_attention` does not support.
+This module does not import Flax.
 """
 
 import inspect
@@ -79,9 +79,8 @@ def nnx_attention(**options: Any) -> Callable[..., jax.Array]:
 
     Returns:
         A function with the arguments of `flax.nnx.dot_product_attention`, otherwise like the result of
-        `linen_attention`. The
-        layer says at each call whether attention is causal: `layer(x, mask=batch, is_causal=True)`. There may be fewer
-        KV heads than query heads.
+        `linen_attention`. Each call of the layer says whether attention is causal:
+        `layer(x, mask=batch, is_causal=True)`. There may be fewer KV heads than query heads.
 
     Raises:
         TypeError: an option that `segmented_attention` does not take.
@@ -140,7 +139,7 @@ def _refuse(absent: dict[str, Any], mask: Any, module: Any, dropout_rate: float)
 
 @under_own_promotion
 def _promoted(dtype: Any, query: Array, key: Array, value: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the arrays in `dtype`, or if that is None in the type that all of them promote to."""
+    """Return the arrays in `dtype`; None means the dtype that all of them promote to."""
     for name, x in {"query": query, "key": key, "value": value}.items():
         check_array(name, x)
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""The halo of a prepared batch, and whether the host knows that halos serve it."""
+"""The choice of method and halo for a prepared batch, from the values that the host knows."""
 
 import jax
 import numpy as np
@@ -9,17 +9,17 @@ from zigzag_kernels.checks import check_lengths, check_offsets, check_real_lengt
 from zigzag_kernels.halo import HostSizes
 
 HostValues = tuple[list[int], list[int] | None]
-"""Offsets and real lengths, None if all tokens are real."""
+"""(offsets, real lengths); the lengths are None if all tokens are real."""
 
 
 def halo_of_batch(
     method: str | None, reach: tuple, documents: tuple, packed: tuple[int, int], world_size: int
 ) -> tuple[str, int, int]:
-    """Return (method, rows before a chunk that its rows may see, promised most real tokens of a document).
+    """Return (method, rows of a halo, promised longest real length of a document) of a prepared batch.
 
-    `reach` is (window_size, attention_chunk, max_seqlen), `documents` are (cu_seqlens, lengths) as callers give them,
-    `packed` is (row_length, rows), 0 without a length. Method None is chosen. Raises `ValueError` for limits out of
-    range, and for documents on the host that halos do not serve.
+    `reach` is (window_size, attention_chunk, max_seqlen). `documents` is (cu_seqlens, lengths) as the caller passed
+    them. `packed` is (row_length, rows), with a row_length of 0 in the document layout. A `method` of None is chosen
+    here. Raises `ValueError` for limits out of range, and if the host knows that a chunk is shorter than the halo.
     """
     window_size, attention_chunk, max_seqlen = reach
     on_host = None
@@ -36,9 +36,9 @@ def halo_of_batch(
 
 
 def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: int) -> None:
-    """Raise `ValueError` if offsets on the host name documents that halos of `rows` rows do not serve.
+    """Raise `ValueError` if offsets are on the host and a chunk is shorter than a halo of `rows` rows.
 
-    `row_length` is the tokens of a packed row in the row layout, otherwise None.
+    `row_length` is the number of tokens of a packed row in the row layout, otherwise None.
     """
     on_host = _values(cu_seqlens, None)
     if on_host is not None:
@@ -46,7 +46,7 @@ def check_documents(cu_seqlens, world_size: int, row_length: int | None, rows: i
 
 
 def _values(cu_seqlens, lengths) -> HostValues | None:
-    """Return offsets and real lengths that are on the host; None for arrays of JAX, which nobody reads."""
+    """Return (offsets, real lengths) if they are on the host; None for JAX arrays, which are not read."""
     if isinstance(cu_seqlens, jax.Array) or isinstance(lengths, jax.Array):
         return None
     offsets = check_offsets(np.asarray(cu_seqlens).tolist())

@@ -1,6 +1,6 @@
-"""The data path on the host, in NumPy only: from documents to rows, labels and offsets of all ranks.
+"""The data path on the host, in NumPy only: it makes rows, labels and offsets of all ranks from documents.
 
-No function here touches a device, so that workers of a data loader can call them.
+No function here uses a device, so that worker processes of a data loader can call them.
 """
 
 import dataclasses
@@ -38,27 +38,28 @@ _SHARED = "cu_seqlens", "lengths", "num_targets", "fingerprint"
 )
 @dataclass(frozen=True)
 class ShardedBatch:
-    """A batch of documents, dealt out to all ranks for a training step: NumPy arrays, as a pytree.
+    """A batch of documents, distributed over all ranks for a training step: a pytree of NumPy arrays.
 
-    Rows `[W * T]` belong to rank 0, then to rank 1, and so on; `specs` says how arrays are spread over a mesh. A rank
-    has its whole documents and their padding, then its chunks of the split documents and their padding, by a plan.
-    Batches of equal `tokens`, `whole_tokens`, `max_whole` and `max_split` have equal shapes, so that a step
-    compiles once.
+    The rows `[W * T]` of rank 0 come first, then the rows of rank 1, and so on; `specs` returns how arrays are sharded
+    over a mesh. A rank has its whole documents and their padding, then its chunks of the split documents and their
+    padding, as a plan decides. Batches with the same `tokens`, `whole_tokens`, `max_whole` and `max_split` have the
+    same shapes, so that a step compiles once.
 
     Attributes:
         input_ids: `[W * T]` int32; padding is `pad_token_id`.
         labels: `[W * T]` int32, the next token of the same document; `ignore_index` at its end and for padding.
         position_ids: `[W * T]` int32, the position of every row in its document.
-        loss_mask: `[W * T]` bool, the rows that have a label.
-        rows: `[W * T]` int32, the token of the concatenated documents that each row is; -1 for padding.
+        loss_mask: `[W * T]` bool, True for rows that have a label.
+        rows: `[W * T]` int32, the number of the token in the concatenated documents that each row holds; -1 for
+            padding.
         whole_cu_seqlens: `[W * (N + 1)]` int32, for each rank the offsets of its whole documents in its rows.
         cu_seqlens: `[M + 1]` int32, offsets of the split documents over all ranks.
         lengths: `[M]` int32, real tokens of each split document.
-        num_targets: one int32, the labels of all ranks together.
-        fingerprint: `[2]` uint32, which differ if any token or label of the batch does, or the plan.
+        num_targets: one int32, the number of labels on all ranks together.
+        fingerprint: `[2]` uint32, a hash of all tokens and labels of the batch, and of the plan.
         world_size: W, the number of ranks.
         layout: "document" or "row". In the row layout all documents count as split.
-        whole_tokens: rows of each rank for whole documents, the first ones.
+        whole_tokens: rows of each rank for whole documents, the first rows of each rank.
         tokens: T, rows of each rank.
     """
 
@@ -80,7 +81,7 @@ class ShardedBatch:
     def specs(self, axis: str | tuple[str, ...] = "cp") -> "ShardedBatch":
         """Return the `PartitionSpec` of each array over the mesh axes `axis`, as a batch of the same structure."""
         specs: Any = dict.fromkeys(_OF_RANKS, P(axis)) | dict.fromkeys(_SHARED, P())
-        if self.world_size == 1:  # all offsets are shared
+        if self.world_size == 1:  # the only rank has all whole documents
             specs["whole_cu_seqlens"] = P()
         return dataclasses.replace(self, **specs)
 
@@ -103,29 +104,30 @@ def shard_documents(
     attention_chunk: int = 0,
     causal: bool = True,
 ) -> ShardedBatch:
-    """Return the rows of all ranks of a batch of documents, with labels, positions and what attention needs.
+    """Return the rows, labels, positions and offsets of all ranks, for a batch of documents.
 
     Args:
         documents: token ids of each document: lists or NumPy arrays `[n]` of integers that int32 holds.
         world_size: W, the number of ranks.
-        labels: for each document the label of every token in its own place, such as its ids with `ignore_index` for a
-            prompt; they are shifted here. None is the ids themselves.
+        labels: for each document, the label of every token in the token's own place, such as its id, or `ignore_index`
+            for tokens of a prompt. This function shifts the labels. None: the token ids.
         pad_token_id: token of padding rows.
         ignore_index: label of rows that have none.
-        tokens: T, rows of each rank, padding included; None is as few as this batch needs.
-        max_documents: the most documents of a batch; None is as many as this batch has.
-        max_whole: N, entries for whole documents of a rank; None is twice its share of `max_documents`. Kernels choose
-            tiles by the mean length of so many documents.
-        max_split: M, entries for split documents; None is as many as `max_documents`.
-        layout: "document", whose documents are whole or split as `plan_documents` says, or "row", which splits all
-            documents as one row.
-        split_above: split the documents longer than this, and others only if they do not fit; 0 splits all. None is as
-            few as make work equal.
-        split_tokens: rows of each rank for split documents, padding included. A fixed number gives all steps one shape;
-            None takes the fewest eighths of `tokens` that serve this batch, or what it needs if `tokens` is None.
-        window_size, attention_chunk, causal: the mask by which work is made equal, as attention takes it.
+        tokens: T, the rows of each rank, with padding. None: as few as this batch needs.
+        max_documents: the most documents that a batch may have. None: the number of documents of this batch.
+        max_whole: N, the most whole documents that a rank may have. None: twice a rank's share of `max_documents`. Do
+            not choose a much larger number: kernels choose their tiles by the mean length, rows divided by N.
+        max_split: M, the most split documents. None: `max_documents`.
+        layout: "document", in which `plan_documents` decides which documents are split, or "row", in which all
+            documents are one packed row that is split.
+        split_above: split the documents longer than this, and others only if the batch does not fit otherwise; 0 splits
+            all. None: split as few tokens as make the work of all ranks about equal.
+        split_tokens: rows of each rank for split documents, with padding. A fixed number gives all steps the same
+            shapes. None: the fewest eighths of `tokens` for which a plan exists, or as few as this batch needs if
+            `tokens` is None.
+        window_size, attention_chunk, causal: the mask for which work is predicted, as in `zigzag_attention`.
 
-    Raises `ValueError` for documents that do not fit, with the number of tokens that are too many.
+    Raises `ValueError` for documents that do not fit; the error says how many tokens are too many.
     """
     world_size = check_world_size(world_size)
     expected = "an integer that int32 holds"
@@ -141,7 +143,7 @@ def shard_documents(
     ids = np.concatenate([*parts, np.zeros(0, np.int64)])
     targets = ids
     starts = np.cumsum([0, *lengths])[:-1]
-    first = np.zeros(len(ids), bool)  # the first token of a document is nobody's next token
+    first = np.zeros(len(ids), bool)  # first tokens of documents, which no row has to predict
     first[starts[np.array(lengths, np.int64) > 0]] = True
     if labels is not None:
         own = _integers("labels", labels)
@@ -181,7 +183,7 @@ def shard_documents(
 
 
 class PackedRows(NamedTuple):
-    """Documents packed into rows of equal length for a training step: NumPy arrays, and so a pytree.
+    """Documents packed into rows of equal length for a training step: a pytree of NumPy arrays.
 
     The tokens of each row are in the order of the ranks (`reorder_rows`).
 
@@ -190,8 +192,8 @@ class PackedRows(NamedTuple):
         labels: `[B, S]` int32, the next token of the same document; `ignore_index` at its end and for padding.
         position_ids: `[B, S]` int32, the position of every token in its document.
         segment_ids: `[B, S]` int32, the number of the document in its row, from 1; 0 is padding.
-        num_targets: one int32, the labels of all rows together.
-        fingerprint: `[2]` uint32, which differ if any token or label of the batch does.
+        num_targets: one int32, the number of labels in all rows together.
+        fingerprint: `[2]` uint32, a hash of all tokens and labels of the batch.
     """
 
     input_ids: np.ndarray
@@ -202,7 +204,7 @@ class PackedRows(NamedTuple):
     fingerprint: np.ndarray
 
     def specs(self, axis: str | tuple[str, ...], batch_axis: str | tuple[str, ...] | None = None) -> "PackedRows":
-        """Return the specs of the arrays on a mesh whose `axis` spreads tokens and whose `batch_axis` spreads rows."""
+        """Return the specs of the arrays on a mesh, with tokens sharded over `axis` and rows over `batch_axis`."""
         rows: Any = P(batch_axis, axis)
         shared: Any = P()
         return PackedRows(rows, rows, rows, rows, shared, shared)
@@ -218,10 +220,10 @@ def pack_rows(
     pad_token_id: int = 0,
     ignore_index: int = -100,
 ) -> PackedRows:
-    """Return whole documents in `rows` of `row_length` tokens, each row in the order of the ranks that share it.
+    """Pack whole documents into `rows` rows of `row_length` tokens, with each row's tokens in the order of its ranks.
 
-    The longest document comes first, each into the row with the most room left, which fills rows evenly. In a row
-    documents are in the order given.
+    Each document, longest first, goes into the row with the most room left, which fills rows evenly. Within a row,
+    documents keep the order of the argument.
 
     Args:
         documents, labels, pad_token_id, ignore_index: as in `shard_documents`.
@@ -266,9 +268,10 @@ def pack_rows(
 
 
 def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
-    """Return `x [W * T, ...]` in the order of the documents of `batch`, one after another, without padding.
+    """Return the rows `x [W * T, ...]` of all ranks in the order of the documents of `batch`, without padding.
 
-    `x` has the rows of all ranks, in the order of the ranks. Raises `ValueError` for another number of rows.
+    The rows of rank 0 come first in `x`, then the rows of rank 1, and so on. Raises `ValueError` for another number of
+    rows.
     """
     if not isinstance(batch, ShardedBatch):
         raise ValueError(f"batch: expected a ShardedBatch, got {type(batch).__name__}")
@@ -284,8 +287,8 @@ def unshard_rows(x: np.ndarray, batch: ShardedBatch) -> np.ndarray:
 def reorder_rows(x: np.ndarray, world_size: int, *, to_contiguous: bool = False) -> np.ndarray:
     """Return packed rows `x [B, S, ...]` with the tokens of each row in the order of the row layout.
 
-    Tokens come in the order of the ranks, so that `P("data", "context")` gives each device its own. MaxText's
-    load-balanced reordering is the same. `to_contiguous` undoes it.
+    The tokens of rank 0 come first, then the tokens of rank 1, and so on, so that `P("data", "context")` gives each
+    device its own tokens. MaxText's load-balanced reordering is the same. `to_contiguous` undoes the reordering.
 
     Raises `ValueError` unless S is a multiple of `2 * world_size`; one rank takes any S.
     """
@@ -299,9 +302,9 @@ def reorder_rows(x: np.ndarray, world_size: int, *, to_contiguous: bool = False)
 
 
 def _places_in_plan(plan: DocumentPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return of the rows of all ranks `[W * T]`: token of the concatenated batch, -1 for padding; position; is last.
+    """Return (token, position, is last token of its document) for the rows `[W * T]` of all ranks.
 
-    The position is that in the document, and the last token of a document is nobody's predecessor.
+    The token is its number in the concatenated batch, or -1 for padding; the position is the position in the document.
     """
     shape = plan.world_size, plan.tokens
     rows, positions, is_last = np.full(shape, -1, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
@@ -316,7 +319,7 @@ def _places_in_plan(plan: DocumentPlan) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _places_in_row(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the same of documents that are cut into chunks as one row."""
+    """Return the results of `_places_in_plan` for documents that are cut into chunks as one packed row."""
     world_size, lengths = packed.world_size, np.array([*packed.lengths, 0], np.int64)  # the last one is padding
     ranks, local = np.arange(world_size)[:, None], np.arange(packed.tokens)[None, :]
     offsets = np.array(packed.cu_seqlens[: len(lengths)], np.int64)
@@ -330,7 +333,7 @@ def _places_in_row(packed: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _integers(name: str, documents) -> list[np.ndarray]:
-    """Return each document as an array `[n]` int64; `ValueError` for anything else than integers that int32 holds."""
+    """Return each document as an array `[n]` int64; `ValueError` unless it has integers that int32 can hold."""
     if isinstance(documents, str | bytes | Mapping) or not hasattr(documents, "__len__"):
         raise ValueError(f"{name}: expected a list of documents, got {type(documents).__name__}")
     result = []
@@ -350,5 +353,5 @@ def _integers(name: str, documents) -> list[np.ndarray]:
 
 
 def _taken(values: np.ndarray, rows: np.ndarray, fill: int) -> np.ndarray:
-    """Return `values[rows]` as int32, and `fill` where a row is -1."""
+    """Return `values[rows]` as int32, with `fill` where a row is -1."""
     return np.append(values, fill)[rows].astype(np.int32)

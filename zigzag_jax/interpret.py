@@ -1,4 +1,4 @@
-"""Launches in Triton's interpreter, which XLA calls back on the host: for machines without a GPU."""
+"""Launches in Triton's interpreter for machines without a GPU: XLA calls the interpreter on the host."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def call(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int])
         arrays = [np.ascontiguousarray(x) for x in arrays]
         results = [np.empty(output.shape, output.dtype) for output in outputs]
         for x in results:
-            x.view(np.uint8).fill(0xFF)  # NaN, or -1: shows what a kernel forgets to write
+            x.view(np.uint8).fill(0xFF)  # NaN, or -1, so that elements which a kernel does not write are visible
         for i, output in aliases.items():
             results[output][...] = arrays[i]
             arrays[i] = results[output]
@@ -30,7 +30,7 @@ def call(launch: Launch, outputs: tuple, arrays: tuple, aliases: dict[int, int])
 class HostTensor:
     """A NumPy array with the methods that the interpreter calls on a tensor and on its storage.
 
-    The array is on the host already, so every copy to the host and back is the array itself.
+    The array is already on the host, so every "copy" to the host or back returns the array itself.
     """
 
     def __init__(self, array: np.ndarray):

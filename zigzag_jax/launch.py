@@ -1,4 +1,4 @@
-"""The only place in this package that launches a kernel, with the choice of the backend and jax-triton's quirks."""
+"""The only place in this package that launches kernels, with the choice of the backend."""
 
 import inspect
 import os
@@ -18,37 +18,40 @@ from .arguments import Array
 from .axes import vary, varying_axes
 from .target import chosen_target
 
-GLUON_JAX = (0, 10, 1)  # the first whose jaxlib has the custom call that `launch_gluon` uses
+GLUON_JAX = (0, 10, 1)  # the first release of JAX whose jaxlib has the custom call that `launch_gluon` uses
 
 
 def choose_backend(backend: str | None) -> str:
-    """Return the backend that `backend` means on JAX's default platform: see `zigzag_kernels.backends`.
+    """Return the backend for JAX's default platform, or for a GPU inside a `lower_for` block.
 
-    In a block of `lower_for` the platform is a GPU.
+    `zigzag_kernels.backends.choose_backend` has the rule and the errors.
     """
     platform = "gpu" if chosen_target() else "rocm" if _is_rocm() else jax.default_backend()
     return backends.choose_backend(backend, platform, ("triton", "jax_triton"))
 
 
 def _is_rocm() -> bool:
-    """Return whether the GPU is AMD's: JAX calls any GPU "gpu", and these kernels are for NVIDIA's."""
+    """Return whether JAX's "gpu" is an AMD GPU, which the kernels do not support."""
     return jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version.lower()
 
 
 def target(backend: str) -> str:
-    """Return `Problem.target` under `backend`: that of the default device, or of the `lower_for` around this call."""
+    """Return the value of `Problem.target`: the default device, or the target of the `lower_for` around this call."""
     if backend != "triton":
         return backend
     return chosen_target() or jax.devices()[0].compute_capability
 
 
 def can_launch_gluon(backend: str) -> bool:
-    """Return `Problem.gluon`: whether jaxlib has the custom call for Gluon kernels. All arrays of XLA are aligned."""
+    """Return the value of `Problem.gluon`: whether jaxlib has the custom call for Gluon kernels.
+
+    Alignment needs no check, because all arrays of XLA are aligned.
+    """
     return backend == "triton" and jax.__version_info__ >= GLUON_JAX
 
 
 def describe(x: Array) -> ArraySpec:
-    """Return `x` as `make_problem` takes it; XLA hands kernels dense rows."""
+    """Return the `ArraySpec` of `x` for `make_problem`; XLA passes contiguous arrays to kernels."""
     return ArraySpec(x.shape, str(x.dtype), (x.shape[1] * x.shape[2], x.shape[2]) if x.ndim == 3 else (0, 0))
 
 
@@ -62,21 +65,21 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 
 def run(launch: Launch, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Execute `launch` on `arrays` and return its outputs. Under `vmap` the launches follow one another."""
+    """Execute `launch` on `arrays` and return its outputs; under `vmap` there is one launch after another."""
     outputs = tuple(jax.ShapeDtypeStruct(output.shape, jnp.dtype(output.dtype)) for output in launch.outputs)
     inputs = dict(zip(launch.inputs, arrays, strict=True))
     aliases = {}  # number of an input → number of the output that is written in its memory
     for i, output in enumerate(launch.outputs):
         place = launch.in_place.get(output.name)
         if place and inputs[place] is None:
-            inputs[place] = jnp.zeros(1, output.dtype)  # a pointer of the right type that nothing reads
+            inputs[place] = jnp.zeros(1, output.dtype)  # the kernel needs a pointer of this type, but does not read it
         elif place:
             aliases[launch.inputs.index(place)] = i
     arrays = tuple(inputs.values())
 
     @jax.custom_batching.sequential_vmap
     def launch_once(*arrays):
-        # Some calls give results that do not vary where their operands do, or refuse operands that vary differently.
+        # Some custom calls require operands that vary along the same mesh axes, or lose these axes in their results.
         axes = varying_axes(*arrays)
         arrays = tuple(vary(x, axes) for x in arrays)
         with jax.named_scope(f"zigzag::{launch.kernel.fn.__name__}"):  # for profilers
@@ -102,8 +105,8 @@ def _call_jax_triton(launch: Launch, outputs: tuple, arrays: tuple, aliases: dic
     arguments: tuple = (*arrays, *launch.scalars.values())
     since_04 = "out_type" in inspect.signature(jax_triton.triton_call).parameters
     if since_04 and aliases:
-        # An aliased operand of 0.4 is the output itself. It goes behind the scalars, where kernels have their outputs,
-        # and a pointer that nothing reads takes the place of the input.
+        # In jax-triton 0.4 an aliased operand is the output itself. So it is passed behind the scalars, where kernels
+        # have their outputs, and an unused pointer takes the place of the input.
         places = tuple(arrays[i] for i in aliases)
         unused = {i: jnp.zeros(1, arrays[i].dtype) for i in aliases}
         arguments = (*(unused.get(i, x) for i, x in enumerate(arrays)), *launch.scalars.values(), *places)
@@ -124,10 +127,10 @@ def _call_jax_triton(launch: Launch, outputs: tuple, arrays: tuple, aliases: dic
 
 
 def import_jax_triton():
-    """Import jax-triton and keep `TRITON_CACHE_DIR`, which its import clears.
+    """Import jax-triton, and restore `TRITON_CACHE_DIR`, which the import clears.
 
-    Only called where the backend is "triton": without a GPU plugin of JAX the import fails, and so raises
-    `RuntimeError`.
+    Raises `RuntimeError` if the import fails, as it does without JAX's plugin for CUDA. Only the backend "triton" calls
+    this function.
     """
     name = "TRITON_CACHE_DIR"
     cache_dir = os.environ.get(name)

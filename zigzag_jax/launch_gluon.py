@@ -1,7 +1,6 @@
 """Launches of Gluon kernels: Triton compiles them, and jaxlib's custom call for Triton kernels runs them.
 
-jax-triton, which launches all other kernels, cannot launch these. Each reason is visible in its releases and can be
-reported there:
+jax-triton launches all other kernels, but cannot launch Gluon kernels, for these reasons:
 
 - jax-triton 0.3 compiles every kernel as plain Triton, and provides no global memory, where the kernels make their
   descriptors for the copy engine. 0.4 concludes that Triton 3.6 has no NVIDIA backend, because its driver lacks
@@ -13,10 +12,10 @@ reported there:
 - From 0.11.1 on jaxlib allocates the global memory at each launch. That fails in a CUDA graph, and XLA makes a graph of
   five kernels in a row (CUDA_ERROR_NOT_SUPPORTED).
 
-So the memory is one more result here, which XLA allocates, and jaxlib does not know about it. Behind its own parameters
-a Triton kernel has two hidden ones, `global_scratch` and `profile_scratch`. jaxlib appends null pointers for both to
-the parameters that it is given, and the driver reads as many as the kernel declares. With the memory given last, it
-becomes `global_scratch`, and the first null pointer becomes `profile_scratch`.
+Therefore this module adds the global memory to the results, which XLA allocates. A Triton kernel has two hidden
+parameters behind its own, `global_scratch` and `profile_scratch`. jaxlib appends null pointers for both to the
+parameters that it gets, and the driver reads as many parameters as the kernel declares. This module passes the memory
+as the last parameter, so that it becomes `global_scratch`, and the first null pointer becomes `profile_scratch`.
 """
 
 import functools
@@ -75,7 +74,7 @@ def kernel_call(launch: Launch, arrays: tuple) -> bytes:
 def compile_kernel(
     kernel: Any, target: str, kinds: tuple[str, ...], constexprs: tuple, num_warps: int, num_stages: int
 ) -> Any:
-    """Compile the Gluon `kernel` for arguments of `kinds`, as a launch from PyTorch does: with aligned pointers."""
+    """Compile the Gluon `kernel` for arguments of these `kinds`, with aligned pointers, as a launch in PyTorch does."""
     signature = dict(zip(kernel.arg_names, kinds, strict=False)) | {name: "constexpr" for name, _ in constexprs}
     aligned = {(i,): [["tt.divisibility", _ALIGNED]] for i, kind in enumerate(kinds) if kind[0] == "*"}
     source = GluonASTSource(kernel, signature, dict(constexprs), aligned)

@@ -25,10 +25,11 @@ def token_mean_loss(
 
     Args:
         logits: `[rows, vocabulary]`, the rows of all ranks, or inside `shard_map` of this rank.
-        labels: `[rows]` integers, as `host.ShardedBatch` has them: already the next token, and `ignore_index` for none.
-        num_targets: of the whole batch, as `host.ShardedBatch` has it. Labels are counted: for another number the loss
-            is NaN.
-        axis_name: inside `shard_map` with `check_vma=True`, the mesh axes over which rows are spread.
+        labels: `[rows]` integers, already shifted to the next token, as in `host.ShardedBatch`; `ignore_index` for no
+            label.
+        num_targets: the number of targets of the whole batch, as in `host.ShardedBatch`. If there is another number of
+            labels, the loss is NaN.
+        axis_name: inside `shard_map` with `check_vma=True`, the mesh axes over which rows are sharded.
         ignore_index: label that does not count.
 
     The loss of a batch without targets is 0.

@@ -36,7 +36,7 @@ _OPTIONS = tuple(
 
 
 class _Axes(NamedTuple):
-    """The mesh axes that dimensions are spread over; the names are the same as of the arguments."""
+    """The mesh axes over which dimensions are sharded, under the names of the arguments."""
 
     axis: AxisName
     head_axis: AxisName | None
@@ -72,12 +72,14 @@ def make_zigzag_attention(
         - q, k, v `[batch, W * T, heads, head_dim]` and None for sequences of equal length;
         - q, k, v `[batch, W * T, heads, head_dim]` and `cu_seqlens [batch, N + 1]`, one packed row per entry,
 
-        and returns out in the shape of q, or a tuple of out and the requested ones of lse `[heads, W * T]` or
-        `[batch, heads, W * T]` float32, and max_logits `[heads]` float32 of all rows of the batch. It raises the errors
-        of `zigzag_attention`. Gradients of `sinks [heads]` are summed over all devices.
+        and returns out in the shape of q. If lse or max_logits are requested, it returns a tuple of out and the
+        requested results: lse `[heads, W * T]` or `[batch, heads, W * T]` float32, and max_logits `[heads]` float32
+        over all rows of the batch. It raises the errors of `zigzag_attention`. Gradients of `sinks [heads]` are summed
+        over all devices.
 
-        Arrays that are sharded over a mesh axis which no argument names are refused, where their sharding is known: in
-        eager calls, and if the axes of `mesh` are types. Under `jit` of other meshes XLA gathers such arrays.
+        The function raises an error for an array that is sharded over a mesh axis which no argument names, if it knows
+        the sharding: in eager calls, and with explicit axes of `mesh`. Under `jit` with other meshes, XLA gathers such
+        arrays.
 
     Raises:
         ValueError: an axis that `mesh` does not have, or has twice.
@@ -201,12 +203,15 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
 
 
 def _cut(world_size: int, layout: Layout) -> int:
-    """Return the number of ranks to which each sequence by itself is dealt out."""
+    """Return the number of ranks over which each sequence is cut by itself: 1 in the row layout."""
     return 1 if layout == Layout.ROW else world_size
 
 
 def _check_documents(cu_seqlens: Array | Batch, world_size: int, row_length: int | None, options: dict) -> None:
-    """Raise `ValueError` if halos do not serve documents whose lengths the host knows: shards of them are arrays."""
+    """Raise `ValueError` if the host knows that a chunk is shorter than the halo.
+
+    The check is here, because inside `shard_map` all offsets are traced.
+    """
     rows = reach_of_mask(
         options.get("causal", True), options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0), 0
     )
@@ -225,7 +230,7 @@ def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
 
 
 def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
-    """Raise `ValueError` for arrays that the axes do not divide, or that are spread over others."""
+    """Raise `ValueError` for arrays that the axes do not divide, or that are sharded over other axes."""
     for name, x in arrays.items():
         check_array(name, x)
     for name, x in arrays.items():

@@ -1,4 +1,4 @@
-"""Padding a packed batch so that it can be dealt out to the ranks, and taking the padding away again."""
+"""Functions that pad a packed batch so that it can be distributed over ranks, and that remove the padding."""
 
 import itertools
 
@@ -27,24 +27,23 @@ def pad_to_zigzag(
     layout: str = "document",
     row_length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Append `value` so that a batch can be dealt out: to each document, in the row layout to the end.
+    """Pad a batch with `value` for its distribution over ranks: each document, or in the row layout the end.
 
     Args:
         x: `[rows, ...]`, the packed batch.
         cu_seqlens: `[N + 1]` int32, its offsets, which are read on the host: `ValueError` if traced.
-        world_size: W, the number of ranks; one takes any lengths.
-        total: number of rows of the result; rows of `value` behind the last document fill it up. In the document layout
-            a multiple of W. In the row layout whole rows, or a multiple of 2W; None is as few as that takes.
-        value: 0 for tokens; labels want the index that the loss ignores, such as -100.
+        world_size: W, the number of ranks; a single rank needs no padding.
+        total: number of rows of the result, filled up with `value` behind the last document: a multiple of W in the
+            document layout; whole packed rows, or a multiple of 2W, in the row layout. None: as few as possible.
+        value: 0 for tokens; for labels, the index that the loss ignores, such as -100.
         layout: "document", where lengths become multiples of 2W, or "row", where documents keep their lengths.
         row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
 
     Returns:
-        (padded `x`, its `cu_seqlens`). In the document layout attention treats the padding as tokens at the end of
-        their document, so that with a causal mask no real token attends to them. Without one, every real token would:
-        attention refuses `causal=False` with the `cu_seqlens` of this function, unless they are traced or
-        `prepare_batch` gets the real `lengths` too. In the row layout padding belongs to no document, and either mask
-        is right.
+        (padded `x`, its `cu_seqlens`). In the document layout, padding tokens are keys at the end of their document.
+        With a causal mask no real token attends to them; without it, every real token would. Therefore attention raises
+        an error for `causal=False` with the `cu_seqlens` of this function, unless they are traced or `prepare_batch`
+        gets the real `lengths`. In the row layout padding belongs to no document, so that every mask is correct.
     """
     check_array("x", x)
     layout = check_layout(layout)
@@ -75,7 +74,7 @@ def _limits(dtype: np.dtype) -> tuple[float, float]:
 
 @under_own_promotion
 def unpad(x: Array, cu_seqlens: Array, world_size: int, *, layout: str = "document") -> jax.Array:
-    """Return the rows of a padded batch that are no padding: undoes `pad_to_zigzag`.
+    """Undo `pad_to_zigzag`: return the rows of a padded batch that are not padding.
 
     Args:
         x: `[rows, ...]`, the padded batch.

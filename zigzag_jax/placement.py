@@ -1,6 +1,6 @@
-"""A mark in a program that refuses, at lowering, devices on which attention would be wrong or repeated.
+"""A marker in a program that raises an error, at lowering, for devices on which attention would be wrong.
 
-Only then is it known for which platform a program is compiled, for how many devices, and which axes are automatic.
+Only at lowering does JAX know the platform of a program, its number of devices, and which mesh axes are automatic.
 """
 
 import jax
@@ -17,19 +17,19 @@ _mark = Primitive("zigzag_placement")
 
 
 def mark(x: jax.Array, backend: str, by_default: bool) -> jax.Array:
-    """Return the integers `x`, on which attention by `backend` depends; `by_default` if no caller named it.
+    """Return the integers `x`, marked as inputs of attention with `backend`.
 
-    Lowering the program raises `RuntimeError` for a platform that `backend` was not chosen for, and `ValueError` for a
-    program of several devices in which XLA would have each of them run the kernels on everything.
+    `by_default` says that the caller named no backend. Lowering the program raises `RuntimeError` for a platform on
+    which `backend` does not run, and `ValueError` if XLA would make each of several devices compute everything.
     """
     return _mark.bind(x, backend=backend, by_default=by_default)
 
 
 def check_one_device(backend: str, **arrays: jax.Array | None) -> None:
-    """Raise `ValueError` for arrays outside `shard_map` that are known to be spread over several devices.
+    """Raise `ValueError` for arrays outside `shard_map` that are known to be sharded over several devices.
 
-    That is known of all arrays in eager calls, and of traced ones where mesh axes are types. The dense reference takes
-    such arrays, unless types spread their rows, for which JAX has no product.
+    The sharding is known in eager calls, and of traced arrays with explicit mesh axes. The dense reference accepts
+    sharded arrays, except rows that are sharded over explicit axes, for which JAX has no product.
     """
     for name, x in arrays.items():
         if x is None:

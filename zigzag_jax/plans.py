@@ -1,4 +1,4 @@
-"""Plans of documents as arrays: the offsets, rows and positions that a rank has in a plan."""
+"""Plans of documents as arrays: the offsets, rows and positions of a rank in a plan."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,13 +18,13 @@ from .host import ShardedBatch
 class Parts(NamedTuple):
     """The two parts of a rank's rows: whole documents and their padding, then chunks of split documents.
 
-    `prepare_batch` takes it in place of `cu_seqlens`. The arrays are int32.
+    `prepare_batch` takes `Parts` in place of `cu_seqlens`. The arrays are int32.
 
     Attributes:
         whole_cu_seqlens: `[N + 1]`, offsets of this rank's whole documents in its rows.
-        split_cu_seqlens: `[M + 1]`, offsets of the split documents over all ranks, with the padding of each.
+        split_cu_seqlens: `[M + 1]`, offsets of the split documents over all ranks, including their padding.
         split_lengths: `[M]`, real tokens of the split documents.
-        whole_tokens: rows of each rank for whole documents, padding included.
+        whole_tokens: rows of each rank for whole documents, including padding.
         tokens: rows of each rank.
     """
 
@@ -58,7 +58,7 @@ def offsets_of(batch: ShardedBatch, world_size: int, layout: str) -> tuple[Array
 
 
 def parts_of_all(given: DocumentPlan | Parts, world_size: int, layout: str) -> Parts:
-    """Return the parts of all ranks, with the `whole_cu_seqlens` of one rank behind another."""
+    """Return the parts of all ranks, with the `whole_cu_seqlens` of rank 0, then of rank 1, and so on."""
     if layout != Layout.DOCUMENT:
         raise ValueError(f"layout: expected 'document' with a plan, got {str(layout)!r}")
     if isinstance(given, Parts):
@@ -68,9 +68,9 @@ def parts_of_all(given: DocumentPlan | Parts, world_size: int, layout: str) -> P
 
 
 def one_part(parts: Parts, world_size: int) -> tuple[Array, Array | None, Parts | None]:
-    """Return (cu_seqlens, real lengths, `parts` unless these offsets are of all rows).
+    """Return (cu_seqlens, real lengths, `parts`), or None in place of `parts` if the offsets describe all rows.
 
-    On a single rank both parts are one, in which the padding between them is a document without real tokens.
+    A single rank has both parts in one batch, in which the padding between them is a document without real tokens.
     """
     whole, split, lengths, whole_tokens, tokens = parts
     if world_size > 1:
@@ -114,7 +114,7 @@ def positions_of_plan(plan: DocumentPlan, rank: int | Array, tokens: int | None)
 
 
 def _of_rank(numbers: Callable[[int], list[int]], plan: DocumentPlan, rank: int | Array) -> jax.Array:
-    """Return the `numbers` of `rank`, which may be traced: JAX takes the nearest rank for one that is none."""
+    """Return the `numbers` of `rank`, which may be traced; JAX clamps an invalid traced rank to the nearest one."""
     rank = as_rank_argument(rank, plan.world_size)
     if isinstance(rank, int):
         return jnp.asarray(numbers(rank), jnp.int32)

@@ -1,8 +1,8 @@
-"""Dense attention in plain jax.numpy, differentiable by JAX: the default backend on machines without a GPU.
+"""The backend "reference": dense attention in plain jax.numpy, the default on machines without a GPU.
 
-It needs memory for heads * T * W * T float32 scores. Products and softmax are float32 whatever the inputs are. NaN and
-infinities reach only the rows and keys that see them, as in the kernels. Between ranks the collectives of the transport
-deliver the same K/V as to the kernels, and autodiff transposes them.
+It needs memory for heads * T * W * T float32 scores. Products and softmax are float32, whatever the dtype of the
+inputs. NaN and infinities reach only the rows and keys that see them, as in the kernels. The collectives of the
+transport move K/V between ranks as for the kernels, and autodiff transposes the collectives.
 """
 
 import functools
@@ -44,7 +44,7 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
         # Autodiff sums dK/dV over the ranks in the dtype in which the collectives carry K/V.
         k, v = (x.astype(problem.call.grad_reduce_dtype) for x in (k, v))
     parts = []
-    if isinstance(transport, Halo):  # gathers all, and its rows see no more than halos
+    if isinstance(transport, Halo):  # the reference gathers all K/V; its mask still limits what rows see
         transport = AllGather(problem, transport.axis_name)
     if isinstance(transport, AllGather):
         for head in transport.first_heads:
@@ -54,7 +54,7 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
         out, lse = jnp.concatenate(out, axis=1), jnp.concatenate(lse)
         largest = jnp.concatenate([largest_along(1, x) for x in maxima])
     elif isinstance(transport, Ring):
-        queries = q.astype(jnp.float32)  # once, so that autodiff sums dQ of all steps in float32
+        queries = q.astype(jnp.float32)  # one cast for all steps, so that autodiff sums dQ of all steps in float32
         for step in range(problem.world_size):
             if step:
                 k, v = transport.pass_on(k, v)
@@ -73,7 +73,7 @@ def attention(transport: Transport, inputs: Inputs, packing: Packing) -> tuple[j
 
 
 def _attend_parts(transport: TwoPart, inputs: Inputs, packing: Packing):
-    """Return `attention` of whole documents, then of split ones."""
+    """Return `attention` of a batch of two parts: rows of whole documents, then of split documents."""
     assert packing.whole is not None
     first, (q, k, v, sinks) = transport.whole.rows, inputs
     parts = [attention(Local(transport.whole), Inputs(q[:first], k[:first], v[:first], sinks), packing.whole)]
@@ -85,7 +85,7 @@ def _attend_parts(transport: TwoPart, inputs: Inputs, packing: Packing):
 
 
 def _add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (out, lse) with one more logit `sinks [heads]`, which has no value, in each row that sees a key."""
+    """Return (out, lse) after adding the logits `sinks [heads]`, without values, to each row that sees a key."""
     sinks = vary(sinks, varying_axes(lse))  # its transpose sums the gradient over the ranks
     of_sinks = jnp.where(jnp.isneginf(lse), -jnp.inf, sinks[:, None])
     return merge_partials(jnp.stack((out, jnp.zeros_like(out))), jnp.stack((lse, of_sinks)))
@@ -93,7 +93,7 @@ def _add_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Ar
 
 @under_own_promotion
 def merge_partials(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Combine attention to n disjoint parts of the keys into attention to all of them; differentiable.
+    """Merge attention to n disjoint parts of the keys into attention to all keys; differentiable.
 
     Args:
         out: `[n, T, heads, head_dim]`, the result for each part.
@@ -128,12 +128,12 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return float32 (out, lse, largest score of each row) of `q` for the keys of the ranks `slots [n]`.
 
-    k and v are `[n * T, kv_heads, head_dim]`, rank-major.
+    k and v are `[n * T, kv_heads, head_dim]`, rank after rank.
     """
     rows, keys = (_places(packing, ranks, len(q)) for ranks in (packing.rank, slots[:, None]))
     visible = _visible(problem.call, rows, keys)
 
-    # A factor of the results, and of the inputs so that gradients are NaN, too.
+    # A factor, 1 or NaN, of the results, and of the inputs so that the gradients become NaN too.
     batch = packing.cu_seqlens, packing.rank, packing.world_size, len(q)
     fault = impossible(*batch, packing.in_rows, packing.lengths, packing.halo)
     poison = jnp.where(fault, jnp.nan, 1.0).astype(jnp.float32)
@@ -145,14 +145,14 @@ def _attend(
 
 
 def _places(packing: Packing, ranks: jax.Array, tokens: int) -> Rows:
-    """Return the `Rows` of the `ranks`, `[1]` or `[n, 1]`, behind one another."""
+    """Return the `Rows` of the `ranks`, `[1]` or `[n, 1]`, one rank after the other."""
     cu_seqlens, world_size = packing.cu_seqlens, packing.world_size
     places = place_of_rows(cu_seqlens, ranks, world_size, tokens, packing.in_rows, packing.lengths)
     return Rows(*(x.reshape(-1) for x in places))
 
 
 def _visible(call: CallSpec, rows: Rows, keys: Rows) -> jax.Array:
-    """Return `[rows, keys]`: whether a row sees a key, by their documents and positions alone."""
+    """Return `[rows, keys]`: whether a row sees a key, which depends on their documents and positions."""
     row, key = rows.position[:, None], keys.position[None, :]
     visible = (rows.document[:, None] == keys.document[None, :]) & (keys.document >= 0)[None, :]
     left, right = call.window_size
@@ -169,16 +169,16 @@ def _visible(call: CallSpec, rows: Rows, keys: Rows) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dense(call, q, k, v, visible):
-    """Return float32 (out, lse, largest scores) of rows over the keys that `visible [rows, keys]` lets them see."""
+    """Return float32 (out, lse, largest scores); a row sees a key where `visible [rows, keys]` is true."""
     probabilities, statistics, _ = _probabilities(call, q, k, visible)
     lse, maxima = (x.reshape(q.shape[1], len(q)) for x in statistics)
-    maxima = jnp.where(jnp.isnan(lse), lse, maxima)  # which may have dropped NaN, as maxima do in kernels
+    maxima = jnp.where(jnp.isnan(lse), lse, maxima)  # the maximum may have dropped NaN
     return _mix_keys(probabilities, visible, v, signed=False).reshape(q.shape), lse, maxima
 
 
 @under_own_promotion
 def _forward(call, q, k, v, visible):
-    # Residuals are the arguments themselves: a marker's results would be kept beside them.
+    # The residuals are the arguments themselves, because results of `without_derivative` would be kept in addition.
     results: Any = _dense(call, *without_derivative((q, k, v, visible)))
     return results, (q, k, v, visible, results[0])
 
@@ -222,7 +222,8 @@ def _probabilities(
     scores = jnp.where(visible, scores, -jnp.inf)
     largest = scores.max(-1, initial=-jnp.inf)
     maximum = jnp.where(alone, 0.0, largest)
-    # Divided by their sum, the weights add up to 1 whatever the size of the scores: lse would round large ones.
+    # The weights are divided by their sum, so that they add up to 1. With exp(score - lse) they might not, because lse
+    # is rounded if scores are large.
     weights = jnp.exp(scores - maximum[..., None])
     total = jnp.where(alone, 1.0, weights.sum(-1))
     probabilities = jnp.where(visible, weights / total[..., None], 0.0)
@@ -242,10 +243,10 @@ def _mix_rows(weights: jax.Array, visible: jax.Array, x: jax.Array, *, signed: b
 
 
 def _foul(equation: str, visible: jax.Array, x: jax.Array, signed: bool) -> jax.Array:
-    """Return what the NaN and infinite elements of `x` add to the visible sums: 0, NaN or an infinity.
+    """Return the NaN and infinities that elements of `x` add to visible sums; 0 if all are finite.
 
-    In a dense product they would reach all sums: zero times NaN is NaN. Weights are positive unless `signed`, where any
-    such element makes NaN.
+    A dense product would add them to all sums, because zero times NaN is NaN. If weights are `signed`, infinities
+    become NaN too.
     """
     nan = jnp.isnan(x)
     up, down = nan | jnp.isposinf(x), nan | jnp.isneginf(x)

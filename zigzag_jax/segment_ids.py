@@ -1,4 +1,4 @@
-"""Conversion of `segment_ids` and `position_ids`, two usual packings of models, to `cu_seqlens`."""
+"""Conversion of `segment_ids` and `position_ids`, two common ways to describe packed batches, to `cu_seqlens`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,22 @@ def cu_seqlens_from_segment_ids(
     """Convert the `segment_ids` of a packed row, or of a batch of rows, to `cu_seqlens`.
 
     A document is a run of tokens with the same id, and id 0 is padding. Padding at the end belongs to no document;
-    padding between two documents counts as a document of its own.
+    padding between two documents counts as one more document.
 
     Args:
         segment_ids: `[total]` integers in any order; may be traced. Or `[batch, tokens]`, whose rows follow one another
-            in the packed batch `[batch * tokens]`: each begins a document. For one `cu_seqlens` a row use `jax.vmap`.
+            in the packed batch `[batch * tokens]`; a document ends with its row. For one `cu_seqlens` for each row, use
+            `jax.vmap`.
         max_sequences: N, the most documents that all of `segment_ids` can have.
         positions: integers in the shape of `segment_ids`. With them a document also begins where the position is 0,
-            for packings that give neighbours the same id.
-        return_lengths: whether real lengths are wanted too. Then the offsets reach into the last row even if it is
-            padding alone, as the row layout wants it, so that N counts padding of the rows before.
+            for packings in which neighbours may have the same id.
+        return_lengths: True also returns real lengths. The offsets then extend into the last row even if that row is
+            only padding, as the row layout requires, so that N also counts the padding of earlier rows.
 
     Returns:
-        `[max_sequences + 1]` int32, with the last offset repeated. A row with more documents ends with -1, which
-        `validate` refuses, and for which attention returns NaN. With `return_lengths`, (these offsets, the real lengths
-        `[max_sequences]` int32 that `prepare_batch` takes: 0 for padding).
+        `[max_sequences + 1]` int32 offsets, with the last offset repeated. If there are more documents, the last offset
+        is -1, for which `validate` raises an error and attention returns NaN. With `return_lengths`, a tuple of these
+        offsets and the real lengths `[max_sequences]` int32 for `prepare_batch`, which are 0 for padding.
     """
     given = {"segment_ids": segment_ids} if positions is None else {"segment_ids": segment_ids, "positions": positions}
     for name, x in given.items():
@@ -54,8 +55,8 @@ def cu_seqlens_from_segment_ids(
 def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax.Array:
     """Convert the `position_ids` of a packed row, or of a batch of rows, to `cu_seqlens`.
 
-    A document begins where the position is 0, and at the beginning of a row; every other position follows the one
-    before it. There is no padding: a token at position 0 behind another is a document of one token.
+    A document begins where the position is 0, and at the beginning of a row; every other position must be one more than
+    the position before it. There is no padding: each of several tokens at position 0 in a row is a document.
 
     Args:
         position_ids: `[total]` integers; may be traced. Or `[batch, tokens]`, whose rows follow one another in the
@@ -63,8 +64,9 @@ def cu_seqlens_from_position_ids(position_ids: Array, max_sequences: int) -> jax
         max_sequences: N, the most documents that all of `position_ids` can have.
 
     Returns:
-        `[max_sequences + 1]` int32, with the last offset repeated. It ends with -1, which `validate` refuses, and for
-        which attention returns NaN, if there are more documents, or if positions skip any, as in a rank's zigzag rows.
+        `[max_sequences + 1]` int32 offsets, with the last offset repeated. If there are more documents, or if positions
+        skip numbers, as in a rank's zigzag rows, the last offset is -1, for which `validate` raises an error and
+        attention returns NaN.
     """
     _check_ids("position_ids", position_ids, "position_ids", position_ids)
     positions, width = _one_after_another(position_ids), max(position_ids.shape[-1], 1)
@@ -112,12 +114,12 @@ def _check_ids(name: str, x, model_name: str, model: Array) -> None:
 
 
 def _one_after_another(ids: Array) -> jax.Array:
-    """Return integers of a row or of a batch of rows as `[total]`, with all values on every device."""
+    """Return the integers of one or several packed rows as `[total]`, with all values on every device."""
     return gather_rows(jnp.asarray(ids), ids.ndim).reshape(-1)
 
 
 def _offsets(begins: jax.Array, end: jax.Array, max_sequences: int, fault: jax.Array | None) -> jax.Array:
-    """Return the offsets of the rows where documents begin, with `end` behind them, and -1 if there is a fault."""
+    """Return the offsets of documents that begin at `begins`; the last is `end`, or -1 with a fault."""
     max_sequences = check_int("max_sequences", max_sequences, 1, MAX_ROWS, "a positive int")
     (starts,) = jnp.nonzero(begins, size=max_sequences, fill_value=end)
     wrong = begins.sum() > max_sequences

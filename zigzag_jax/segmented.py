@@ -1,4 +1,4 @@
-"""`segmented_attention`: attention of batches of packed rows, whole arrays on a mesh, described by segment ids."""
+"""`segmented_attention`: attention of packed rows that segment ids describe, for whole arrays on a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -48,42 +48,43 @@ def segmented_attention(
     grad_reduce_dtype: jnp.dtype | str | None = None,
     deterministic: bool = True,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """Compute attention of packed rows `[B, S, heads, head_dim]` that are spread over a mesh.
+    """Compute attention of packed rows `[B, S, heads, head_dim]` that are sharded over a mesh.
 
-    The arrays are whole, under `jit` or eagerly, on a mesh with automatic or explicit axes: no `shard_map` is needed.
-    Inside a `shard_map` over all axes of its mesh, the arrays are the shards of one device. The rows of a device make
-    one packed batch, which one launch attends to.
+    The arrays are whole arrays, under `jit` or in eager calls, on a mesh with automatic or explicit axes: no
+    `shard_map` is needed. Inside a `shard_map` over all axes of its mesh, the arrays are the shards of one device. The
+    rows of a device are one packed batch, for which there is one launch.
 
     Args:
         q: `[B, S, heads, head_dim]`, in zigzag order (`layout`).
-        k, v: `[B, S, kv_heads, head_dim]` in the dtype of q. Along S they may be whole on every device, as MaxText
-            leaves them: each device uses its own part, and the others come by `method`.
+        k, v: `[B, S, kv_heads, head_dim]` in the dtype of q. As in MaxText, every device may have all of S: it then
+            uses its own part, and the other parts come by `method`.
         segment_ids: `[B, S]` integers in the order of q. A document is a run of tokens with the same id, and id 0 is
-            padding. Or the result of `prepare_segments` for all layers. None: `positions` say where documents begin, or
-            each row is one.
+            padding. Instead of ids, pass the result of `prepare_segments`, which all layers share. None: `positions`
+            say where documents begin, or without positions each row is one document.
         positions: `[B, S]` integers: see `prepare_segments`.
-        mesh: the mesh; None: that of `jax.set_mesh` or of the `shard_map` around, or without both one device.
-        axis: mesh axis, or axes, over which tokens are spread (context parallelism).
-        batch_axis: mesh axis, or axes, over which rows are spread (data parallelism, FSDP).
-        head_axis: mesh axis, or axes, over which heads, and with them `sinks`, are spread (tensor parallelism).
-        kv_head_axis: the first of `head_axis`, over which KV heads are spread; `()`: none. A device uses the
-            KV heads that its query heads attend to. None is `head_axis` if that divides kv_heads and `()`
-            otherwise, and inside `shard_map` always `head_axis`.
-        layout: "row": each row is cut into chunks as a whole, as MaxText's load-balanced reordering does. "document":
-            each document is cut, and every device has as many tokens of it.
-        max_segments: the most documents of a row, which segment ids and positions need.
+        mesh: the mesh. None means the mesh of `jax.set_mesh` or of the `shard_map` around the call, or without both a
+            single device.
+        axis: mesh axis, or axes, over which tokens are sharded (context parallelism).
+        batch_axis: mesh axis, or axes, over which rows are sharded (data parallelism, FSDP).
+        head_axis: mesh axis, or axes, over which heads, and with them `sinks`, are sharded (tensor parallelism).
+        kv_head_axis: the first axes of `head_axis`, over which KV heads are sharded; `()` for none. A device uses the
+            KV heads that its query heads attend to. None means `head_axis` if that divides kv_heads, or inside
+            `shard_map`, and otherwise `()`.
+        layout: "row" cuts each row into chunks as a whole, like MaxText's load-balanced reordering. "document" cuts
+            each document, so that every device has the same number of its tokens.
+        max_segments: the most documents of a row; required for segment ids and positions.
         causal, window_size, attention_chunk, softcap, sinks: as in `zigzag_attention`. `sinks` are `[heads]`.
         softmax_scale, heads_k_stride, backend, grad_reduce_dtype, deterministic: as in `zigzag_attention`.
         method: as in `zigzag_attention`; None: "allgather". "halo" moves only the rows that windows need.
-        return_lse: whether to return lse too.
+        return_lse: True also returns lse.
 
     Returns:
-        out in the shape of q, or a tuple of out and lse `[B, heads, S]` float32. Rows of padding have out 0 and lse
-        -inf. For segment ids and positions that `prepare_segments` cannot use, results are NaN.
+        out in the shape of q, or a tuple of out and lse `[B, heads, S]` float32. Padding rows have out 0 and lse -inf.
+        Results are NaN for segment ids and positions that `prepare_segments` cannot use.
 
     Raises:
-        ValueError: an argument by its name, among others for an axis that the mesh does not have, and for rows, tokens
-            or heads that the devices along an axis do not divide.
+        ValueError: an invalid argument, which the error names; for example an axis that the mesh does not have, or
+            rows, tokens or heads that the devices along an axis do not divide.
         RuntimeError: as `zigzag_attention`.
     """
     axes: dict[str, AxisName | None] = {"axis": axis, "batch_axis": batch_axis, "head_axis": head_axis}
@@ -132,9 +133,9 @@ def segmented_attention(
 
 
 class _KVHeads(NamedTuple):
-    """The KV heads that a device's query heads attend to, where devices along `axes` share KV heads.
+    """The choice of KV heads for a device's query heads, if devices along `axes` have the same KV heads.
 
-    The device with number i along them takes `count` of its KV heads, from `i * heads // group` on.
+    The device with number i along `axes` uses `count` of its KV heads, from number `i * heads // group` on.
     """
 
     axes: tuple[str, ...]
@@ -153,7 +154,7 @@ def _attend_shard(
     batch: SegmentedBatch | None = None,
     sinks: jax.Array | None = None,
 ):
-    """Call `attend` on one device's shards; k and v may have rows and heads that other devices use."""
+    """Call `attend` on one device's shards; k and v may also have rows and heads for other devices."""
     rows, tokens = q.shape[:2]
     if axis is not None and k.shape[1] > tokens:
         first = jax.lax.axis_index(axis) * tokens
@@ -180,7 +181,7 @@ def _check_arrays(around: Surroundings, axes: dict[str, AxisName | None], arrays
             raise ValueError(f"{name}: expected [B, S, heads, head_dim], got shape {x.shape}")
     q, k = arrays["q"], arrays["k"]
     expected = [q.shape[:2]]
-    if around.inside:  # the keys of all devices; this one takes its own
+    if around.inside:  # k and v may have the keys of all devices
         expected.append((q.shape[0], q.shape[1] * around.size(axes["axis"])))
     for name, x in arrays.items():
         if x.shape[:2] not in (expected if x is k else [k.shape[:2]] if x is not q else [q.shape[:2]]):
@@ -192,7 +193,7 @@ def _check_arrays(around: Surroundings, axes: dict[str, AxisName | None], arrays
 def _choose_kv_heads(
     around: Surroundings, head_axis: AxisName | None, kv_head_axis: AxisName | None, q: Array, k: Array
 ) -> tuple[tuple[str, ...], _KVHeads | None]:
-    """Return (axes that spread the KV heads, the choice of each device among those it has, or None for all)."""
+    """Return (axes over which KV heads are sharded, the choice among a device's KV heads, or None for all)."""
     names, size, kv_heads = axis_names(head_axis), around.parts(head_axis), k.shape[2]
     if kv_head_axis is None:
         kv_names = names if kv_heads % size == 0 else ()
@@ -219,7 +220,7 @@ def _choose_kv_heads(
 def _check_types(
     around: Surroundings, axes: dict[str, AxisName | None], chosen: _KVHeads | None, arrays: dict[str, Any]
 ) -> None:
-    """Raise `ValueError` for k and v that, by their types in `shard_map`, are the same where q differs."""
+    """Raise `ValueError` if, by types of `shard_map`, k or v is the same along an axis on which q differs."""
     if not around.inside:
         return
     known = {*axis_names(axes["axis"]), *(chosen.axes if chosen else ())}
@@ -249,7 +250,7 @@ def _prepare(
 
 
 def _check_batch(batch: SegmentedBatch, around: Surroundings, q: Array, **wanted) -> None:
-    """Raise `ValueError` for a batch that was prepared for other rows or options than this call has."""
+    """Raise `ValueError` for a batch that was prepared for other rows or options than this call."""
     of_batch = {"axis": batch.axis, "batch_axis": batch.batch_axis, "layout": batch.batch.layout}
     of_batch |= {"method": batch.batch.method}
     if around.mesh is None:

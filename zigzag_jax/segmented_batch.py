@@ -31,17 +31,17 @@ from .surroundings import under_own_promotion
 )
 @dataclass(frozen=True)
 class SegmentedBatch:
-    """A segmented batch holds the lengths and device tables of packed rows, for all layers of a training step.
+    """The lengths and device tables of packed rows, for all layers of a training step.
 
-    `prepare_segments` makes it, and `segmented_attention` takes it in place of segment ids. It is a pytree, and `specs`
-    are its specs for a `shard_map` around a layer.
+    `prepare_segments` makes a segmented batch, and `segmented_attention` takes it in place of segment ids. It is a
+    pytree, and `specs` are its specs for a `shard_map` around a layer.
 
     Attributes:
-        batch: the packed batch that the rows of a device make; whole arrays hold the batches of all devices.
+        batch: the packed batch of a device's rows; whole arrays hold the batches of all devices.
         row_length: tokens of a row on all devices of `axis`.
-        axis: mesh axis, or axes, over which tokens are spread; None: one device has them all.
-        batch_axis: mesh axis, or axes, over which rows are spread.
-        rows: rows of a device.
+        axis: mesh axis, or axes, over which tokens are sharded; None: a single device has all tokens.
+        batch_axis: mesh axis, or axes, over which rows are sharded.
+        rows: number of rows of a device.
     """
 
     batch: Batch
@@ -52,7 +52,7 @@ class SegmentedBatch:
 
     @property
     def specs(self) -> "SegmentedBatch":
-        """Return the specs of the arrays on the mesh, as `in_specs` of `shard_map` take them."""
+        """The specs of the arrays on the mesh, for `in_specs` of `shard_map`."""
         rows, ranks = P(self.batch_axis), P((*axis_names(self.batch_axis), *axis_names(self.axis)))
         specs = {"cu_seqlens": rows, "lengths": rows, "rank": ranks, "segments": ranks, "sequences": ranks}
         specs = {name: spec for name, spec in specs.items() if getattr(self.batch, name) is not None}
@@ -82,19 +82,19 @@ def prepare_segments(
             id, and id 0 is padding. None: `positions` say where documents begin, and there is no padding.
         positions: `[B, S]` integers. With them a document also begins where the position is 0. In the row layout they
             must count the tokens of each document.
-        max_segments: the most documents of a row. There is room for one run of padding besides, so that each run
-            between documents takes the place of one.
-        mesh, axis, batch_axis, layout, method, backend: as in `segmented_attention`; pass the same ones there.
-        window_size, attention_chunk, max_seqlen: for method "halo", the farthest reach of all layers: see
+        max_segments: the most documents of a row. Padding at the end of a row does not count, but each run of padding
+            between documents counts as one document.
+        mesh, axis, batch_axis, layout, method, backend: as in `segmented_attention`, which must get the same values.
+        window_size, attention_chunk, max_seqlen: for method "halo", the largest window of all layers: see
             `prepare_batch`.
 
     Returns:
-        A `SegmentedBatch`. Attention to it is NaN, on the devices that share a row, if a row has more than
-        `max_segments` documents. So it is if positions skip or repeat one inside a document, as they do in arrays of
-        another order, or if documents do not fit the document layout.
+        A `SegmentedBatch`. On the devices that share a row, attention returns NaN in three cases: the row has more than
+        `max_segments` documents; positions skip or repeat a number inside a document, as in arrays of another order;
+        documents do not fit the document layout.
 
     Raises:
-        ValueError: arrays, axes or options that do not fit.
+        ValueError: arrays, axes or options that do not fit each other.
     """
     given = {"segment_ids": segment_ids, "positions": positions}
     given = {name: x for name, x in given.items() if x is not None}
@@ -133,7 +133,7 @@ def prepare_segments(
     rows = first.shape[0] // around.parts(batch_axis)
     row_length = first.shape[1] * size // around.parts(axis)
     form = batch_form(layout, row_length if layout is Layout.ROW else None, rows if layout is Layout.ROW else 1, size)
-    # Of the shape and with the static fields of what `prepare` returns; the arrays are made below.
+    # This batch has the structure and the static fields of the result of `prepare`, and specs in place of arrays.
     shared = {"compared_by": axis_name, "lengths": P(), "halo": halo, "max_seqlen": promised, **form._asdict()}
     batch = Batch(P(), P(), size, method, **shared)  # pyright: ignore
     if choose_backend(backend) != Backend.REFERENCE:
@@ -177,7 +177,7 @@ def _prepare_shard(
         order = gathered_packed_row(jnp.arange(width), width, width // world_size, world_size)
         in_order = [x.reshape(rows, width)[:, order] for x in whole]
     else:
-        # Every device has a part of the same length of each document.
+        # In the document layout, every device has a part of each document, and all parts have the same length.
         in_order = [x[:, 0] for x in whole]
         if segment_ids is not None:
             fault = (whole[0] != whole[0][:, :1]).any()
@@ -192,11 +192,11 @@ def _prepare_shard(
 
 
 def _whole_rows(x: jax.Array, axis_name: AxisName | None, world_size: int) -> jax.Array:
-    """Return integers `[rows, T]` of all devices, as `[rows, world_size, T]` which is the same on each."""
+    """Return the integers `[rows, T]` of all devices as `[rows, world_size, T]`, the same on every device."""
     if axis_name is None:
         return x[:, None]
     parts = jnp.zeros((x.shape[0], world_size, x.shape[1]), x.dtype)
-    # A sum, since an all-gather is typed as varying along the axis.
+    # This is a sum, because the result of an all-gather has the type of an array that varies along the axis.
     parts = jax.lax.dynamic_update_slice_in_dim(parts, x[:, None], jax.lax.axis_index(axis_name), 1)
     return jax.lax.psum(parts, axis_name)
 

@@ -1,6 +1,6 @@
-"""Compares a tiny attention and its gradients with JAX's own: `python -m zigzag_jax.selftest` prints a line of JSON.
+"""A self-test that compares a tiny attention with JAX's own and prints one line of JSON.
 
-`zigzag-doctor` runs it in a process of its own, which contains any crash.
+`zigzag-doctor` runs `python -m zigzag_jax.selftest` in a separate process, so that a crash does not stop the doctor.
 """
 
 import functools
@@ -38,7 +38,8 @@ def main() -> None:
 def difference(dtype) -> float:
     """Return the largest error of out and gradients, relative to the largest value of each.
 
-    One sequence is attended to causally, then in a causal window with sinks. To JAX a sink is one more key.
+    The test computes one sequence with a causal mask, then with a causal window and sinks. JAX's attention has no
+    sinks, so a sink is one more key there.
     """
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = (1, TOKENS, 4, 64), (1, TOKENS, 2, 64), (1, TOKENS, 2, 64), (4,), (1, TOKENS, 4, 64)

@@ -1,4 +1,4 @@
-"""Rows of a packed batch in zigzag order: dealing them out to ranks, undoing that, and checks of both."""
+"""Functions that distribute the rows of a packed batch over ranks in zigzag order, restore them, and check both."""
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,9 @@ from .surroundings import under_own_promotion
 
 
 def sequence_of_rows(cu_seqlens: Array, world_size: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (sequence, offset from its first local row, global length) of each of `tokens` local rows, int32.
+    """Return (sequence, offset from its first local row, length over all ranks) of each local row, int32.
 
-    The three are the same on every rank. Rows behind the last sequence have sequence -1, offset 0 and length 0.
+    The result is the same for all ranks. Rows behind the last sequence have sequence -1, and offset and length 0.
     """
     cu_seqlens = jnp.asarray(cu_seqlens)
     rows = jnp.arange(tokens, dtype=jnp.int32)
@@ -80,8 +80,9 @@ def place_of_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Return (document, position in it) of the local rows of `rank`, int32; document -1 is padding.
 
-    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is None in the document layout, and
-    the tokens of a packed row in the row layout. `lengths [N]` are real lengths, behind which documents are padding.
+    A `rank [1]` gives results `[T]`, and ranks `[n, 1]` give `[n, T]`. `row_length` is the number of tokens of a packed
+    row in the row layout, None in the document layout. `lengths [N]` are real lengths; the rest of a document is
+    padding.
     """
     if row_length is None or world_size == 1:
         document, offset, length = sequence_of_rows(cu_seqlens, world_size, tokens)
@@ -105,10 +106,10 @@ def local_cu_seqlens(
 ) -> jax.Array:
     """Return the offsets, int32, of the pieces of documents in the local rows of a rank.
 
-    In the document layout every document is one piece, its two chunks end to end: `[N + 1]`, the same for all ranks. In
-    the row layout it is `[2 * N + 1]`, and `rank` must be given: each document has two pieces, what lies of it in the
-    rank's early chunk and in the late one, which are counted in the order of the local rows. Most of them are empty.
-    Rows behind the last offset are padding. One rank has the document layout.
+    In the document layout every document has one piece on each rank, its two chunks end to end; the result is `[N + 1]`
+    and the same for all ranks. In the row layout the result is `[2 * N + 1]`, and `rank` is required: each document has
+    two pieces, its parts in the rank's early and late chunk, in the order of the local rows. Most of these pieces are
+    empty. Rows behind the last offset are padding. For a single rank the result is always that of the document layout.
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch.
@@ -117,8 +118,8 @@ def local_cu_seqlens(
         row_length: tokens of a packed row over all ranks, in the row layout.
         rank: an int, or an array of one integer, which may be traced.
 
-    Raises `ValueError` for offsets that `validate` refuses, for a rank that is none, and in the row layout without
-    `row_length`; if the values are traced or on a GPU, all of the result is -1.
+    Raises `ValueError` for offsets that `validate` rejects, for an invalid rank, and in the row layout without
+    `row_length`. If the values are traced or on a GPU, all elements of the result are -1 instead.
     """
     layout = check_layout(layout)
     if rank is None and layout is Layout.ROW and check_world_size(world_size) > 1:
@@ -147,16 +148,16 @@ def position_ids(
 
     Args:
         cu_seqlens: `[N + 1]` int32, offsets in the whole batch. Or a plan of `plan_documents`, which `shard`, `unshard`
-            and `validate` take too.
+            and `validate` also accept.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks.
-        tokens: T. Without it the last offset is read, which waits for the device, and padding is not counted, except
-            the padding of the last row of `row_length`.
+        tokens: T. None: the host reads the last offset, which waits for the device, and T has no padding behind the
+            last document, except the padding of the last packed row.
         layout: "document" or "row".
-        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
+        row_length: tokens of a packed row over all ranks, in the row layout; None means one row of all tokens.
 
-    Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced, for offsets that `validate` refuses, for a rank
-    that is none, and for fewer `tokens` than the documents have. If the values are traced or on a GPU, all positions
+    Raises `ValueError` if `tokens` is None and `cu_seqlens` is traced, for offsets that `validate` rejects, for an
+    invalid rank, and for fewer `tokens` than the documents have. If the values are traced or on a GPU, all positions
     are -1 instead.
     """
     if isinstance(cu_seqlens, DocumentPlan):
@@ -181,9 +182,10 @@ def _fault(
     tokens: int | None = None,
     row_length: int | None = None,
 ) -> jax.Array | None:
-    """Return whether the values cannot describe a batch of `tokens` local rows, as an array that nobody has read.
+    """Return a boolean array, true if the values do not describe a batch of `tokens` local rows.
 
-    Values that the host can read without waiting are checked instead: `ValueError`, or None.
+    If the host can read the values without waiting, it checks them instead: the function raises `ValueError`, or
+    returns None.
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
@@ -194,7 +196,7 @@ def _fault(
 
 
 def _poisoned(x: jax.Array, fault: jax.Array | None) -> jax.Array:
-    """Return `x`, but NaN in every place, or -1, or the largest of unsigned numbers, if there is a `fault`."""
+    """Return `x`, or if there is a `fault` an array of NaN, of -1, or of the largest unsigned number."""
     if fault is None:
         return x
     if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -215,9 +217,9 @@ def _rows_of(x: Array, cu_seqlens: jax.Array, world_size: int) -> int:
 def _one_after_another(
     x: Array, layout: Layout, row_length: int | None, world_size: int, parts: int
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """Return `x` as `[total, ...]`, and () or, if its packed rows are beside one another, its shape `[batch, rows]`.
+    """Return (`x` as `[total, ...]`, its leading shape), which is () unless `x` is `[batch, rows, ...]`.
 
-    Every device has all rows then, where the axes of a mesh are types.
+    With explicit mesh axes, every device has all rows of the result.
     """
     check_array("x", x)
     x = jnp.asarray(x)
@@ -229,7 +231,7 @@ def _one_after_another(
 
 
 def _take(x: jax.Array, rows: jax.Array, fault: jax.Array | None) -> jax.Array:
-    """Return `x[rows]`, poisoned if there is a `fault`, with which `rows` may not exist."""
+    """Return `x[rows]`, poisoned if there is a `fault`; with a fault `rows` may be out of range."""
     return _poisoned(x[rows], fault)
 
 
@@ -238,7 +240,7 @@ def _global_rows(
 ) -> jax.Array:
     """Return the row of the whole batch that each local row holds, `[T]`.
 
-    Of the document layout padding behind the last document is dealt out evenly.
+    In the document layout, ranks share the padding behind the last document evenly.
     """
     rank = as_rank(rank)
     rows = jnp.arange(tokens, dtype=jnp.int32)
@@ -265,21 +267,21 @@ def shard(
     """Return the rows of a whole batch that belong to `rank`, in zigzag order; differentiable.
 
     Args:
-        x: `[total, ...]`, the whole batch. Rows behind the last document are padding, which is dealt out evenly in the
+        x: `[total, ...]`, the whole batch. Rows behind the last document are padding, which ranks share evenly in the
             document layout. In the row layout also `[B, row_length, ...]`, whose rows follow one another in
             `cu_seqlens`.
         cu_seqlens: `[N + 1]` int32, offsets of its documents; may be traced. With a plan of documents `x` has the
             tokens of all documents, and padding rows of the result are 0.
         rank: an int, or an array of one integer, which may be traced.
         world_size: number of ranks; `ValueError` unless it divides `total`.
-        layout: "document", or "row": packed rows are dealt out, and only the last may have padding.
-        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
+        layout: "document", or "row", in which packed rows are cut into chunks and only the last row may have padding.
+        row_length: tokens of a packed row over all ranks, in the row layout; None means one row of all tokens.
 
     Returns:
         `[total / world_size, ...]`, or `[B, row_length / world_size, ...]`.
 
-    Raises `ValueError` for offsets that `validate` refuses and for a rank that is none. If those values are traced or
-    on a GPU, all of the result is NaN instead, -1 if `x` has integers, or the largest number if it has unsigned ones.
+    Raises `ValueError` for offsets that `validate` rejects and for an invalid rank. If these values are traced or on a
+    GPU, all elements of the result are NaN instead, or -1 for integers, or the largest number for unsigned integers.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         return shard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length), rank)
@@ -302,7 +304,7 @@ def unshard(
     layout: str = "document",
     row_length: int | None = None,
 ) -> jax.Array:
-    """Return the whole batch in its original order: undoes `shard`.
+    """Undo `shard`: return the whole batch in its original order.
 
     Args:
         x: `[world_size * T, ...]`, the rows of all ranks in the order of the ranks. In the row layout also
@@ -311,7 +313,7 @@ def unshard(
         world_size: number of ranks.
         layout, row_length: as for `shard`.
 
-    It treats offsets that `validate` refuses as `shard` does.
+    Invalid offsets are treated as in `shard`.
     """
     if isinstance(cu_seqlens, DocumentPlan):
         return unshard_by_plan(x, check_plan(cu_seqlens, world_size, layout=layout, row_length=row_length))
@@ -326,7 +328,7 @@ def unshard(
 
 
 def _position_order(cu_seqlens: jax.Array, world_size: int, tokens: int, row_length: int | None) -> jax.Array:
-    """Return `[W * tokens]`: the row of the gathered, rank-major buffer that holds each row of the whole batch."""
+    """Return `[W * tokens]`: the row of the gathered buffer that holds each row of the whole batch."""
     total = world_size * tokens
     rows = jnp.arange(total, dtype=jnp.int32)
     if row_length is not None and world_size > 1:

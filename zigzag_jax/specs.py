@@ -1,4 +1,4 @@
-"""Mesh axes that a caller names: their mesh, checks that arrays fit them, and calls on one device's shards."""
+"""Functions for mesh axes that a caller names: they find the mesh, check arrays, and call functions on shards."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from .axes import AxisName, axis_names
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The mesh of a call, and whether a `shard_map` around the call maps over it already.
+    """The mesh of a call, and whether the call is inside a `shard_map` over it.
 
     Attributes:
-        mesh: None outside of any mesh, where one device holds everything.
-        inside: whether the arrays of the call are shards of one device, inside a `shard_map`.
-        given: whether the caller passed `mesh`; otherwise it comes from `jax.set_mesh` or the `shard_map`.
+        mesh: the mesh, or None for a single device without a mesh.
+        inside: True if the arrays of the call are shards of one device, inside a `shard_map`.
+        given: True if the caller passed `mesh`; otherwise it comes from `jax.set_mesh` or the `shard_map`.
     """
 
     mesh: Mesh | AbstractMesh | None
@@ -33,11 +33,11 @@ class Surroundings:
         return 1 if self.mesh is None else size_on(self.mesh, axes)
 
     def parts(self, axes: AxisName | None) -> int:
-        """Return into how many parts `call` cuts a dimension that is spread over `axes`."""
+        """Return the number of parts into which `call` cuts a dimension that is sharded over `axes`."""
         return 1 if self.inside else self.size(axes)
 
     def call(self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any) -> Any:
-        """Return `function(**arrays)` of each device's shards, by `specs` of the same names."""
+        """Call `function(**shards)` on each device; `specs` say, by name, how `arrays` are sharded."""
         if self.mesh is None or self.inside:
             return function(**arrays)
         if AxisType.Explicit in self.mesh.axis_types:
@@ -53,10 +53,10 @@ class Surroundings:
 
 
 def surroundings_of(mesh: Mesh | AbstractMesh | None, axes: Mapping[str, AxisName | None]) -> Surroundings:
-    """Return the mesh of a call: `mesh`, or None for that of `jax.set_mesh` or of the `shard_map` around.
+    """Return the `Surroundings` of a call; without a `mesh` it uses `jax.set_mesh` or the `shard_map` around it.
 
-    `axes` are the axes that the caller named, by argument; the first is needed, and the others may be None. Raises
-    `ValueError` unless the mesh has all of them, each once, and in a `shard_map` over only some axes of its mesh.
+    `axes` are the axes that the caller named, by argument; the first is required, and the others may be None. Raises
+    `ValueError` unless the mesh has each of them once, and inside a `shard_map` over only some axes of its mesh.
     """
     around = jax.sharding.get_abstract_mesh()
     inside = bool(around.manual_axes)
@@ -82,7 +82,7 @@ def surroundings_of(mesh: Mesh | AbstractMesh | None, axes: Mapping[str, AxisNam
 
 
 def check_mesh(mesh: Mesh | AbstractMesh, axes: Mapping[str, AxisName | None]) -> None:
-    """Raise `ValueError` unless `mesh` has all of the axes, by argument, and none has two meanings."""
+    """Raise `ValueError` unless `mesh` has all of `axes`, and no axis is named by two arguments."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
     seen = {}
@@ -106,9 +106,9 @@ def size_on(mesh: Mesh | AbstractMesh, axes: AxisName | None) -> int:
 
 
 def check_divided(name: str, x: Array, dimension: int, what: str, over: tuple[str, AxisName | None, int]) -> None:
-    """Raise `ValueError` for an array with a `dimension`, of `what`, that the devices it is spread `over` don't divide.
+    """Raise `ValueError` unless the devices along the axes `over` divide a `dimension` of the array.
 
-    `over` is (argument that names the axes, the axes, number of devices along them).
+    `what` names the dimension in the error. `over` is (argument that names the axes, the axes, number of devices).
     """
     argument, axes, size = over
     if axes is not None and x.shape[dimension] % size:
@@ -119,7 +119,7 @@ def check_divided(name: str, x: Array, dimension: int, what: str, over: tuple[st
 
 
 def check_spread(name: str, x: Array, axes: Mapping[str, AxisName | None]) -> None:
-    """Raise `ValueError` for an array that is known to be spread over an axis which no argument of `axes` names."""
+    """Raise `ValueError` for an array that is known to be sharded over an axis which no argument names."""
     sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, Tracer) else getattr(x, "sharding", None)
     spec = getattr(sharding, "spec", None) or ()
     named = {axis for given in axes.values() for axis in axis_names(given)}
@@ -135,7 +135,7 @@ def check_spread(name: str, x: Array, axes: Mapping[str, AxisName | None]) -> No
 
 
 def reshard(arrays: dict[str, Any], specs: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """Return `arrays`, which may be pytrees, spread over `mesh` by `specs` of the same names."""
+    """Return `arrays`, which may be pytrees, sharded over `mesh` by the `specs` of the same names."""
     placed = {}
     for name, x in arrays.items():
         spread = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[name], is_leaf=lambda x: isinstance(x, P))

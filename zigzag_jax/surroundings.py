@@ -1,4 +1,4 @@
-"""Settings of JAX around a user's call, which must not forbid the arithmetic of this package."""
+"""Protection of this package's arithmetic from JAX settings that a user's program may have made stricter."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def under_own_promotion(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with JAX's standard promotion of dtypes and ranks, whatever the user has set around the call."""
+    """Wrap `function` to run with JAX's standard promotion of dtypes and ranks, whatever the user has set."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,8 +1,8 @@
-"""Transports: how K/V reach the rank whose queries attend to them, and how dK/dV return.
+"""Transports, which bring K/V to the rank whose queries attend to them, and return dK/dV.
 
-A transport is static and has two functions, `forward` and `backward`, which each shard calls. Collectives and kernels
-alternate in them, so that XLA can overlap both. Each `optimization_barrier` keeps an operation from starting before
-others are complete, which bounds the memory.
+A transport is a static object with two functions, `forward` and `backward`, which run on each device. Collectives and
+kernels alternate in them, so that XLA can overlap both. An `optimization_barrier` prevents XLA from starting operations
+too early, which limits the memory.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def _choose_moving(problem: Problem, axis_name: AxisName) -> AllGather | Halo | 
 
 
 def _make_halo(problem: Problem, axis_name: AxisName) -> Halo:
-    """Return the transport of halos; K and V of the rows that are sent are dense arrays of all heads."""
+    """Return the transport of halos; K and V of its buffer are contiguous arrays of all heads."""
     strides = problem.kv_heads * problem.head_dim, problem.head_dim
     buffer = {"kv_layout": KVLayout.HALO, "slot_rows": problem.call.halo_rows}
     of_halo = dataclasses.replace(problem, **buffer, k_strides=strides, v_strides=strides)

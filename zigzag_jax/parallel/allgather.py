@@ -1,4 +1,4 @@
-"""Attention to K/V that an all-gather brings from all ranks, a window of KV heads at a time."""
+"""The transport of method "allgather", which gathers K/V from all ranks, one window of KV heads at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,12 @@ from .transport import Beside, Inputs, Residuals, Tables, move_again
 
 @dataclass(frozen=True)
 class AllGather:
-    """Gathers `problem.window` KV heads of K/V while the window before them is attended to.
+    """Gathers the next window of KV heads while kernels compute the window before it.
 
-    A window's results are written in place into the arrays of all heads. At most two windows are in memory: the
-    transfer of the next one starts when the one before the current is no longer needed. The backward pass gathers K/V
-    again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype` while it computes dQ of the same window.
+    A window has `problem.window` KV heads, and its results are written in place into the arrays of all heads. At most
+    two windows are in memory: the transfer of the next window starts when the previous window is no longer needed. The
+    backward pass gathers K/V again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype` while it computes
+    dQ of the same window.
     """
 
     problem: Problem
@@ -29,24 +30,25 @@ class AllGather:
     def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        In a batch of two parts, `beside` computes the other part. The results are then the arrays that `beside`
+        returns, and k and v have only the rows of this part.
         """
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
         results: Any = None
-        # The first transfer has nothing of this part to hide behind; whole documents run beside it.
+        # No kernel of this part can run during the first transfer, but the kernels for whole documents can.
         coming = self.gather(k, v, 0)
-        start = (None, None) if beside is None else beside(None)  # the second gather does not wait for it
+        start = (None, None) if beside is None else beside(None)  # the second gather does not wait for `beside`
         for head in self.first_heads:
-            # The barrier makes the next gather wait for the window before this one: otherwise XLA could start all of
-            # them at once, and keep all in memory.
+            # The barrier makes the next gather wait for the window before this one: otherwise XLA could start all
+            # gathers immediately, and keep all windows in memory.
             here = coming
             if head + self.problem.window < self.problem.kv_heads:
                 k, v, here, results = optimization_barrier((k, v, here, results))
                 coming = self.gather(k, v, head + self.problem.window)
             part = plan.Part(first_kv_head=head)
-            # Each window writes its own heads of the same arrays.
+            # Each window writes its own heads into the same arrays.
             results = plan.forward(
                 launch.run, self.problem, q, *here, tables.segments, sinks=sinks, part=part, into=results or start
             )
@@ -62,7 +64,8 @@ class AllGather:
     ) -> Inputs:
         """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks.
 
-        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        In a batch of two parts, `beside` computes the other part. dq, dk and dv are then the arrays that `beside`
+        returns, and k and v have only the rows of this part.
         """
         from zigzag_kernels import plan
 
@@ -78,9 +81,9 @@ class AllGather:
             if head + problem.window < problem.kv_heads:
                 k, v, here, dq = optimization_barrier((k, v, here, dq))
                 coming = self.gather(k, v, head + problem.window)
-            # dK/dV and dQ of the window before are complete here, so that one buffer serves the contributions of all
-            # windows, and one each their delta and lse. Everything in this window but its transfer reads this dout,
-            # and so starts no earlier.
+            # The barrier waits for dK/dV and dQ of the previous window, so that all windows can use the same memory for
+            # contributions, delta and lse. Everything in this window except its transfer reads this dout, and so starts
+            # behind the barrier.
             dout, dq, dk, dv = optimization_barrier((dout, dq, dk, dv))
             part, summed = plan.Part(head), plan.Part(head, dtype=problem.call.grad_reduce_dtype)
             rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides)
@@ -94,10 +97,10 @@ class AllGather:
         return Inputs(dq, dk, dv, dsinks)
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
-        """Return `gradient` with the sum of all ranks' `contribution`s in the window that begins at `head`."""
-        # Rank-major: each rank gets the rows of its own slot.
+        """Return `gradient` with the sum of `contribution` over all ranks in the window that begins at `head`."""
+        # Each rank gets the rows of its own slot.
         window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
-        first_row = gradient.shape[0] - window.shape[0]  # rows before it belong to another part
+        first_row = gradient.shape[0] - window.shape[0]  # earlier rows belong to the other part of the batch
         return jax.lax.dynamic_update_slice(gradient, window, (first_row, head, 0))
 
     @property
@@ -106,7 +109,7 @@ class AllGather:
         return range(0, self.problem.kv_heads, self.problem.window)
 
     def gather(self, k: jax.Array, v: jax.Array, head: int) -> tuple[jax.Array, jax.Array]:
-        """Return K/V `[world_size * T, window, head_dim]`, rank-major, of the window that begins at KV head `head`."""
+        """Return K/V `[world_size * T, window, head_dim]` of all ranks, for the window from KV head `head` on."""
 
         def window(x):
             x = jax.lax.slice_in_dim(x, head, head + self.problem.window, axis=1)

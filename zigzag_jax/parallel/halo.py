@@ -1,4 +1,4 @@
-"""Attention to the rank's own K/V and to the halos of its chunks, which its neighbours send."""
+"""The transport of method "halo", which receives the halos of this rank's chunks from its neighbours."""
 
 import itertools
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ from .transport import Beside, Inputs, Residuals, Tables, behind, move_again, ro
 
 @dataclass(frozen=True)
 class Halo:
-    """Sends the last rows of each chunk to the rank of the next chunk while other rows are attended to.
+    """Sends the last rows of each chunk to the next chunk's rank, while kernels compute rows without a halo.
 
-    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read one buffer: the halo, and
-    behind it a copy of their own K/V, so that no row is computed in two parts. The backward pass moves halos again, as
-    keeping them would cost memory in every layer, and sends their dK/dV home in `problem.call.grad_reduce_dtype`. There
-    they are added after the gradients of the copies, in this order.
+    Rows that need no halo read the rank's own K/V in place. The first rows of each chunk read a buffer, which has the
+    halo and, behind it, a copy of the K/V of these rows; so no row is computed in two parts. The backward pass moves
+    halos again, because keeping them would take memory in every layer. It sends dK/dV of the halos back in
+    `problem.call.grad_reduce_dtype`. Their owner first adds the gradients of the copies, and then the gradients that it
+    receives, always in this order.
 
     `problem` describes the rank's own K/V, and `of_halo` the buffer.
     """
@@ -34,13 +35,12 @@ class Halo:
     def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.forward`.
         """
         from zigzag_kernels import plan
 
         q, k, v, sinks = inputs
-        # XLA overlaps this transfer with the attention of the rows that need no halo, as neither reads the other's
-        # results.
+        # XLA can overlap this transfer with the rows that need no halo, because neither reads results of the other.
         k_near, v_near = self._bring(k, v, tables)
         start = (None, None) if beside is None else beside(None)
         results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks, into=start)
@@ -59,7 +59,7 @@ class Halo:
     ) -> Inputs:
         """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks.
 
-        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -79,8 +79,8 @@ class Halo:
         sent = self._send_home(*in_slots)
         dq = plan.backward_queries(*own, tables.segments[0], into=start, **strides)
         dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
-        # The order is fixed, so that the same inputs give the same bits: own rows first, then the gradients that come
-        # home.
+        # The order of additions is fixed, so that the same inputs give the same bits: first the gradients of own
+        # copies, then the gradients from neighbours.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
         sums = plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums, slots=slots)
         dk, dv = plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums, slots=(0, 1))
@@ -88,7 +88,7 @@ class Halo:
         return Inputs(dq, dk, dv, dsinks)
 
     def _bring(self, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]` of the slots of `HaloSlot`, halos of others included."""
+        """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]`: the first four slots of `HaloSlot`, with their halos."""
         from zigzag_kernels import plan
 
         slots = self._slots(plan.halo_rows(launch.run, self.problem, k, v, tables.segments[1:]), len(HaloSlot))
@@ -98,9 +98,8 @@ class Halo:
 
     def _send_home(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return (dk, dv) `[2 * halo_rows, kv_heads, head_dim]` of the rows that this rank sent as halos."""
-        slots = self._slots(jnp.concatenate((dk, dv), 1), KEY_SLOTS)  # in one transfer each way, like K and V
-        # The early halo came from the rank before this one, and the late halo from the next one: their gradients go
-        # back there.
+        slots = self._slots(jnp.concatenate((dk, dv), 1), KEY_SLOTS)  # one transfer has both, as for K and V
+        # The gradient of the early halo goes back to the previous rank, and of the late halo to the next rank.
         late, early = self._exchange(slots[HaloSlot.LATE_HALO], slots[HaloSlot.EARLY_HALO])
         rows = jnp.concatenate((early, late))
         return rows[:, : dk.shape[1]], rows[:, dk.shape[1] :]
@@ -109,8 +108,8 @@ class Halo:
         return x.reshape(count, self.problem.call.halo_rows, *x.shape[1:])
 
     def _exchange(self, to_next: jax.Array, to_previous: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the arrays from the rank before this one and from the next; zeros where there is none."""
-        # No hop from the last rank to the first: the last rank's early chunk precedes its own late chunk.
+        """Return the arrays from the previous and from the next rank; zeros if there is no such rank."""
+        # Nothing moves from the last rank to the first: the last rank's early chunk precedes its own late chunk.
         onward = [*itertools.pairwise(range(self.problem.world_size))]
         of_previous = jax.lax.ppermute(to_next, self.axis_name, onward)
         return of_previous, jax.lax.ppermute(to_previous, self.axis_name, [(to, source) for source, to in onward])

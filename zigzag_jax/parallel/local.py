@@ -1,4 +1,4 @@
-"""Attention to K/V that are all on this rank."""
+"""The transport of calls whose K/V are all on this rank."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,15 @@ from .transport import Inputs, Residuals, Tables
 
 @dataclass(frozen=True)
 class Local:
-    """Moves nothing: one launch computes the forward pass."""
+    """Moves no data: one launch computes the forward pass."""
 
     problem: Problem
 
     def forward(self, inputs: Inputs, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (out `[T, heads, head_dim]`, statistics), which are lse `[heads, T]` float32.
+        """Return (out `[T, heads, head_dim]`, statistics).
 
-        With `return_max_logits` they are `[2, heads, T]`: lse, and the largest logit of each row.
+        The statistics are lse `[heads, T]` float32. With `return_max_logits` they are `[2, heads, T]`: lse, and the
+        largest logit of each row.
         """
         from zigzag_kernels import plan
 
@@ -31,7 +32,7 @@ class Local:
         from zigzag_kernels import plan
 
         (q, k, v, sinks), out, lse = residuals
-        strides = {"dout_strides": self.problem.q_strides}  # XLA makes dout as dense as q
+        strides = {"dout_strides": self.problem.q_strides}  # in XLA, dout is contiguous like q
         dq, dk, dv, *dsinks = plan.backward(
             launch.run, self.problem, q, k, v, out, lse, dout, dlse=dlse, segments=tables.segments,
             sequences=tables.sequences, sinks=sinks, **strides,

@@ -1,4 +1,4 @@
-"""Attention to K/V that travel from rank to rank."""
+"""The transport of method "ring", which passes K/V from rank to rank."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from .transport import Beside, Inputs, Residuals, Tables, behind, move_again, ro
 
 @dataclass(frozen=True)
 class Ring:
-    """Passes K/V of all heads to the next rank while this rank attends to them.
+    """Passes K/V of all heads to the next rank, while kernels compute attention to them.
 
-    At step `s` a rank holds the K/V of rank `(rank - s) % world_size` and uses table `s`. Each step folds its results
-    into the float32 results so far. dK/dV travel behind their K/V in `problem.call.grad_reduce_dtype`, in each step
-    while dQ of that step is computed, and return to their rank after `world_size` hops.
+    At ring step `s` a rank holds the K/V of rank `(rank - s) % world_size` and uses table `s`. Each step merges its
+    results into the float32 results so far. dK/dV travel one hop behind their K/V, in `problem.call.grad_reduce_dtype`,
+    while dQ is computed; after `world_size` hops they are back on the rank of their keys.
 
-    Compile time does not depend on `world_size`: the steps are a loop. The first step stands before the loop, because
-    there are no results to fold into, and the last behind it, because it sends no K/V.
+    Compile time does not depend on `world_size`, because the steps are a loop. The first step is before the loop,
+    because there are no earlier results, and the last step is behind the loop, because it sends no K/V.
     """
 
     problem: Problem
@@ -30,7 +30,7 @@ class Ring:
     def forward(self, inputs: Inputs, tables: Tables, beside: Beside | None = None) -> tuple[jax.Array, jax.Array]:
         """Return (out, statistics) as `Local.forward`; k and v are this rank's `[T, kv_heads, head_dim]`.
 
-        With `beside` they are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.forward`.
         """
         from zigzag_kernels import plan
 
@@ -38,7 +38,7 @@ class Ring:
 
         def step(k, v, segments, results):
             part = plan.Part(accumulate=results is not None, dtype="float32")
-            # Steps add to the results in place. The first one allocates them, unless whole documents have.
+            # Ring steps add to the results in place; `beside` or the first step allocates them.
             into = results or ((None, None) if beside is None else beside("float32"))
             return plan.forward(launch.run, self.problem, q, k, v, segments, sinks=sinks, part=part, into=into)
 
@@ -55,7 +55,7 @@ class Ring:
     ) -> Inputs:
         """Return gradients as `Local.backward`; dk and dv of this rank's rows are summed over the ranks.
 
-        With `beside` dq, dk and dv are the arrays that it returns, and k and v are the rows of this part alone.
+        `beside` is as in `AllGather.backward`.
         """
         from zigzag_kernels import plan
 
@@ -71,7 +71,7 @@ class Ring:
             arguments = launch.run, problem, q, k, v, dout, rows
             part = plan.Part(accumulate=gradients is not None, dtype=problem.call.grad_reduce_dtype)
             dk, dv = plan.backward_keys(*arguments, tables.sequences, part=part, into=(dk, dv), **strides)
-            # On their way to the next rank while dQ of this step is computed, which does not read them.
+            # dK/dV travel to the next rank while dQ of this step is computed.
             dk, dv = self.pass_on(dk, dv)
             part = plan.Part(accumulate=gradients is not None, dtype="float32")
             return plan.backward_queries(*arguments, tables.segments, part=part, into=dq, **strides), dk, dv
@@ -87,7 +87,7 @@ class Ring:
         """
 
         def hop(carry, table, last=False):
-            k, v, result = optimization_barrier(carry)  # K/V are sent no earlier than they are attended to
+            k, v, result = optimization_barrier(carry)  # K/V are not sent before the results of the last step exist
             coming = (k, v) if last else self.pass_on(k, v)
             return (*coming, step(k, v, table, result)), None
 
@@ -95,14 +95,14 @@ class Ring:
             return jax.tree.map(lambda table: table[steps], tables)
 
         carry, _ = hop((k, v, None), select(0))
-        # K/V alternate between two buffers. A trip of the loop has to end in the buffer that it began in, and XLA
-        # copies K/V if it does not: with two hops a trip, it does.
+        # K/V alternate between two buffers. Each trip of the loop has two hops, so that it ends with K/V in the buffer
+        # in which it began; otherwise XLA would copy K/V.
         carry, _ = jax.lax.scan(hop, carry, select(slice(1, -1)), unroll=2)
         (_, _, result), _ = hop(carry, select(-1), last=True)
         return result
 
     def pass_on(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Send `arrays` to the next rank and return the arrays of the rank before this one."""
+        """Send `arrays` to the next rank, and return the arrays of the previous rank."""
         world_size = self.problem.world_size
         following = [(rank, (rank + 1) % world_size) for rank in range(world_size)]
         return jax.lax.ppermute(arrays, self.axis_name, following)

@@ -1,4 +1,4 @@
-"""Arguments that all transports have in common: the device tables, and the arrays kept for the backward pass."""
+"""The arguments of all transports: the packing, the device tables, and the arrays kept for the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from .. import launch
 
 
 class Packing(NamedTuple):
-    """The packing of documents and their distribution to the ranks, which decide the contents of a rank's rows.
+    """The packing of documents and their distribution over ranks, which decide what a rank's rows are.
 
     The arrays are on the device, and `cu_seqlens [N + 1]`, the rank `[1]` and the real `lengths [N]`, or None, are
     int32. `row_length`, the tokens of one packed row on all ranks, and `rows`, their number, matter in the row layout.
-    `halo` is (rows before a chunk that alone move to its rank, most real tokens of a document), or 0 for no such limit.
+    `halo` is (rows of a halo, longest real length of a document); 0 means no limit.
     `whole`, or None, packs the rows before `first_row`, whose documents no other rank has a part of; `end_row` is then
     the number of all rows of a rank.
     """
@@ -36,15 +36,15 @@ class Packing(NamedTuple):
 
     @property
     def in_rows(self) -> int | None:
-        """Tokens of a packed row, if rows are cut into chunks and not documents: one rank holds all whole."""
+        """Tokens of a packed row if packed rows are cut into chunks, otherwise None; a single rank cuts nothing."""
         return self.row_length if self.layout == Layout.ROW and self.world_size > 1 else None
 
 
 class Tables(NamedTuple):
-    """Device tables of a batch: what each tile of queries and each tile of keys belongs to.
+    """The device tables of a batch, in which kernels look up rows and keys.
 
-    `zigzag_kernels.plan.segment_tables` makes them. A ring has one of each per step, stacked in front; for halos
-    `zigzag_kernels.problem.halo_table_shapes` says which there are.
+    `zigzag_kernels.plan.segment_tables` makes them. For a ring, the first dimension is the ring step; for halos,
+    `zigzag_kernels.problem.halo_table_shapes` describes the first dimension.
     """
 
     segments: jax.Array
@@ -52,7 +52,7 @@ class Tables(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arrays of one rank that attention is differentiated by; `sinks [heads]` float32, or None."""
+    """The arrays of one rank that have gradients; `sinks [heads]` is float32, or None."""
 
     q: jax.Array
     k: jax.Array
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Arguments and results of a forward pass, which its backward pass needs."""
+    """The arguments and results of a forward pass that its backward pass needs."""
 
     inputs: Inputs
     out: jax.Array
@@ -69,14 +69,15 @@ class Residuals(NamedTuple):
 
 
 Beside = Callable[[str | None], Any]
-"""Launches another part of a batch, and returns the arrays that the results of this part belong to as well.
+"""A function that launches the other part of a batch, and returns the arrays of results of both parts.
 
-A transport calls it with the dtype of these results, None for that of q, and begins with them in place of new arrays.
+A transport calls it with the dtype of these results, where None means the dtype of q, and writes its own results into
+these arrays.
 """
 
 
 def behind(of_whole: Sequence[jax.Array], of_split: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return (dk, dv) `of_split` in the last rows of the arrays `of_whole`; as they are if there are none."""
+    """Return `of_whole` with (dk, dv) `of_split` in its last rows, or `of_split` if `of_whole` is empty."""
     if not of_whole:
         return of_split
     (dk, dv), (dk_split, dv_split) = of_whole, of_split
@@ -88,7 +89,7 @@ def behind(of_whole: Sequence[jax.Array], of_split: tuple[jax.Array, jax.Array])
 def rows_of_backward(
     problem: Problem, residuals: Residuals, dout: jax.Array, dlse: jax.Array | None
 ) -> tuple[Any, jax.Array | None]:
-    """Return (what every row contributes to its gradients, the gradient of the sinks if there are some)."""
+    """Return ((delta, lse2) of all rows, the gradient of the sinks or None)."""
     from zigzag_kernels import plan
 
     sinks, strides = residuals.inputs.sinks, problem.q_strides

@@ -1,4 +1,4 @@
-"""Attention to batches of two parts: whole documents, whose keys are all on this rank, and documents that are split."""
+"""The transport of batches of two parts: whole documents, whose keys are all on this rank, and split documents."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ from .transport import Inputs, Residuals, Tables, rows_of_backward
 
 @dataclass(frozen=True)
 class TwoPart:
-    """Attends to whole documents, which need no transfer, and to split ones.
+    """Computes attention of whole documents, which need no transfer, and of split documents.
 
-    The first `problem.call.whole_tokens` rows of each rank are for whole documents: `whole` is their problem. The rows
-    behind them belong to `split`, None if there are none. Kernels of both read all rows of q, and write their own rows
-    of the same results, so that XLA copies no part of them. Nothing makes the first transfer wait for the whole
-    documents, nor these for it.
+    The first `problem.call.whole_tokens` rows of each rank are for whole documents; `whole` is their problem. The other
+    rows are for split documents; `split` is their transport, or None if there are no such rows. Kernels of both parts
+    get all of q, and write their own rows of the same results, so that XLA copies nothing. Whole documents and the
+    first transfer do not wait for each other.
     """
 
     problem: Problem
@@ -66,12 +66,12 @@ class TwoPart:
         return gradients if dsinks is None else gradients._replace(sinks=dsinks + gradients.sinks)
 
     def _split_rows(self, inputs: Inputs) -> Inputs:
-        """Return `inputs` with the rows of k and v that move; kernels read these rows of q where they are."""
+        """Return `inputs` with only the rows of k and v that move; q keeps all rows, which the tables name."""
         first = self.whole.rows
         return inputs._replace(k=inputs.k[first:], v=inputs.v[first:])
 
     def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
-        """Return the tables of both parts, which `tables` has one after the other."""
+        """Return the tables of the whole and the split documents, which follow each other in `tables`."""
         call, sequences = self.problem.call, self.problem.sequences
         (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
         whole = Tables(tables.segments[:segments], tables.sequences[:keys])
