@@ -12,6 +12,7 @@ from bisect import bisect_right
 
 from zigzag_kernels.cost import Machine, Step, extra_memory, predict, predict_slowest
 from zigzag_kernels.documents import plan_documents
+from zigzag_kernels.layout import MAX_OFFSET
 
 RANKS = [2**i for i in range(1, 11)]
 TOKENS = (2048, 8192, 65536)  # of a rank, of one sequence
@@ -41,7 +42,8 @@ def gigabytes(step: Step) -> float:
 def most_ranks(tokens: int, heads_k_stride: int) -> int:
     """Ranks up to which the all-gather fits into the memory of one GPU, were there nothing else in it."""
     limit = Machine().memory / 1e9
-    return bisect_right(range(1, 2**20), limit, key=lambda w: gigabytes(layer(tokens, w, "all-gather", heads_k_stride)))
+    ranks = range(1, MAX_OFFSET // tokens + 1)  # of a sequence that int32 offsets hold
+    return bisect_right(ranks, limit, key=lambda w: gigabytes(layer(tokens, w, "all-gather", heads_k_stride)))
 
 
 def efficiency_table() -> list[str]:
