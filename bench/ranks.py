@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bench import timing
+from bench.arguments import new_file
 from examples.figures import FAINT, INK, RANK_COLOURS
 from tests.support.cases import CASES
 from zigzag_kernels import cost, plan
@@ -254,7 +255,7 @@ def save_plot(path, measured):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    parser.add_argument("--json", type=new_file, help="write what was measured to this file too")
     parser.add_argument("--plot", type=Path, help="draw it into this file")
     options = parser.parse_args()
     gpu = timing.require_gpu()

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from bench import report, timing
+from bench.arguments import new_file, positive
 from bench.compare import IMPLEMENTATIONS, TORCH, Unavailable, prepare
 from bench.slices import scores_of
 from bench.waves import in_waves
@@ -279,8 +280,10 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="only the few cases that matter most")
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
     parser.add_argument("--implementations", nargs="+", default=["*"], metavar="NAME", help="shell patterns")
-    parser.add_argument("--processes", type=int, metavar="N", help="that compile side by side; one a case at a time")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument(
+        "--processes", type=positive, metavar="N", help="that compile side by side; one a case at a time"
+    )
+    parser.add_argument("--json", type=new_file, help="write what was measured to this file")
     parser.add_argument("--plots", type=Path, help="draw throughput.png and speedup.png into this folder")
     return parser.parse_args(arguments)
 

@@ -29,6 +29,7 @@ import triton
 from tqdm import tqdm
 
 from bench import timing
+from bench.arguments import new_file
 from bench.planning import Planning
 from tests.support.cases import CASES
 from zigzag_kernels.checks import DTYPE_BYTES
@@ -203,7 +204,7 @@ def main(arguments=None):
     parser.add_argument("--kernel", choices=kernels_by_name(), required=True)
     parser.add_argument("--head-dim", type=int, required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16")
-    parser.add_argument("--output", type=Path, default=Path("tiles.json"))
+    parser.add_argument("--output", type=new_file, default=Path("tiles.json"))
     options = parser.parse_args(arguments)
     about = {"gpu": timing.require_gpu(), "torch": torch.__version__, "triton": triton.__version__}
     target = "{}.{}".format(*torch.cuda.get_device_capability())

@@ -25,6 +25,7 @@ import triton
 from tqdm import tqdm
 
 from bench import timing
+from bench.arguments import new_file
 from bench.run import chosen
 from tests.support.cases import BENCH, CASES
 from zigzag_torch import launch
@@ -127,7 +128,7 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("revision", help="as git names it: HEAD, main, a tag, a commit")
     parser.add_argument("--cases", nargs="+", default=["rectangle-d*", "packed16-d128"], metavar="NAME")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    parser.add_argument("--json", type=new_file, help="write what was measured to this file too")
     options = parser.parse_args(arguments)
     cases = {case.name: case for case in CASES if case.tags & BENCH}
     cases = [cases[name] for name in chosen(list(cases), options.cases)]

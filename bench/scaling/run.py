@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tqdm import tqdm
 
+from bench.arguments import new_file, positive
 from bench.scaling.ways import ALONE, HEADS, PLANNED, Way, predictions, step_of
 from examples.text import documents
 from tests.support.cases import Case
@@ -69,6 +70,14 @@ def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Wo
         workload("documents", document_lengths(ranks * tokens, 2 * ranks), None, rounds, 4, PLANNED),
         workload("one long sequence", (ranks * long_tokens,), None, max(1, rounds // 4), 1),
     ]
+
+
+def chosen(batches: list[Workload], names: list[str]) -> list[Workload]:
+    """Return the `batches` whose names begin with one of `names`; `SystemExit` for one with which none begins."""
+    for name in names:
+        if not any(batch.name.startswith(name) for batch in batches):
+            raise SystemExit(f"--only: {name!r} begins none of {'; '.join(batch.name for batch in batches)}")
+    return [batch for batch in batches if batch.name.startswith(tuple(names))]
 
 
 def document_lengths(total: int, multiple: int) -> tuple[int, ...]:
@@ -206,13 +215,18 @@ def save(file: Path | None, measured: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("torch", "jax"), required=True)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a GPU (default 8192)")
-    parser.add_argument("--long-tokens", type=int, default=65536, help="of a GPU, the long sequence (default 65536)")
-    parser.add_argument("--rounds", type=int, default=20, help="of which the median is taken (default 20)")
+    parser.add_argument("--tokens", type=positive, default=8192, help="of a GPU (default 8192)")
+    parser.add_argument(
+        "--long-tokens", type=positive, default=65536, help="of a GPU, the long sequence (default 65536)"
+    )
+    parser.add_argument("--rounds", type=positive, default=20, help="of which the median is taken (default 20)")
     parser.add_argument("--only", nargs="+", default=[""], help="batches whose name begins with one of these")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    parser.add_argument("--json", type=new_file, help="write what was measured to this file too")
     parser.add_argument("--trace", type=Path, help="write the timeline of a step of each way into this directory")
     options = parser.parse_args()
+    for name in ("tokens", "long_tokens"):
+        if getattr(options, name) % 2:
+            parser.error(f"--{name.replace('_', '-')}: expected an even number, as a rank has two chunks")
     if options.framework == "torch":
         if "RANK" not in os.environ:
             parser.error("--framework torch: expected to be started by torchrun")
@@ -225,8 +239,8 @@ def main() -> None:
     say(", ".join(f"{name} {value}" for name, value in ranks.versions.items()))
     file = options.json if ranks.chief else None
     measured = {"versions": ranks.versions, "rows": [], "timelines": []}
-    batches = workloads(ranks.size, options.tokens, options.long_tokens, options.rounds)
-    for i, workload in enumerate(x for x in batches if x.name.startswith(tuple(options.only))):
+    batches = chosen(workloads(ranks.size, options.tokens, options.long_tokens, options.rounds), options.only)
+    for i, workload in enumerate(batches):
         rows, calls = measure(ranks, workload)
         measured["rows"] += rows
         say("\n".join(["", *table(rows)]), flush=True)

@@ -1,9 +1,11 @@
 """The benchmark between GPUs: what it makes of times and timelines, and a tiny run of each framework."""
 
+import argparse
 import json
 
 import pytest
 
+from bench import arguments
 from bench.scaling import run as scaling
 from bench.scaling import ways
 from tests.support.cases import Case
@@ -96,3 +98,25 @@ def test_a_tiny_run(framework, forks, tmp_path):
     for timeline in measured["timelines"]:
         assert 0 <= timeline["beside_attention"] <= 1
         assert 0 < timeline["communication_ms"] <= timeline["step_ms"]
+
+
+def test_batches_are_chosen_by_the_beginning_of_their_names():
+    batches = scaling.workloads(2, 64, 64, 1)
+    assert [x.case.name for x in scaling.chosen(batches, ["one l", "doc"])] == ["documents", "one long sequence"]
+    assert scaling.chosen(batches, [""]) == batches
+    with pytest.raises(SystemExit, match="--only: 'nobody' begins none of one sequence, 64 tokens a GPU; one sequence"):
+        scaling.chosen(batches, ["documents", "nobody"])
+
+
+def test_arguments_are_checked_before_anything_is_measured(tmp_path):
+    assert arguments.positive("3") == 3
+    assert arguments.new_file(str(tmp_path / "new.json")) == tmp_path / "new.json"
+    for take, wrong, message in (
+        (arguments.positive, "0", "expected a whole number of at least 1, got '0'"),
+        (arguments.positive, "-8", "expected a whole number of at least 1, got '-8'"),
+        (arguments.positive, "1.5", "expected a whole number of at least 1, got '1.5'"),
+        (arguments.new_file, str(tmp_path), "expected a file in a folder that exists"),
+        (arguments.new_file, str(tmp_path / "no" / "new.json"), "expected a file in a folder that exists"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            take(wrong)
