@@ -256,7 +256,7 @@ def save_plot(path, measured):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=new_file, help="write what was measured to this file too")
-    parser.add_argument("--plot", type=Path, help="draw it into this file")
+    parser.add_argument("--plot", type=new_file, help="draw it into this file")
     options = parser.parse_args()
     gpu = timing.require_gpu()
     print(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}; medians")
