@@ -1,4 +1,4 @@
-"""Types of command line arguments that scripts share: a wrong one is named before anything is measured."""
+"""Types of command line arguments that scripts share, which reject a wrong argument before anything is measured."""
 
 import argparse
 from pathlib import Path

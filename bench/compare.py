@@ -1,8 +1,9 @@
 """The implementations that the benchmark compares: this library in both frameworks, and other attentions.
 
 An implementation makes `Calls` of a case, one for each set of inputs; all compute one rank's rows of a zigzag batch.
-Those that know no zigzag layout get K/V that were copied together before, and their dK/dV are put back only to be
-checked: neither is timed, though somebody has to do it. `Unavailable` says why one cannot run, here or at all.
+Implementations without a zigzag layout get K/V that were copied into position order, and their dK/dV are copied back
+for the check. Neither copy is timed, although real training would need both. `Unavailable` says why an implementation
+cannot run on this machine, or cannot compute a case.
 """
 
 import functools
@@ -51,7 +52,7 @@ def ours_torch(case, rank, sets, deterministic=True):
 
 
 def unfused(case, rank, sets):
-    """The published path: keys put in position order, then sliced and attended chunk by chunk, all of it timed."""
+    """The published path: it copies keys into position order, slices them, and attends by chunk; all of it is timed."""
     _check_plain(case)
 
     def calls(q, k, v, dout, cu_seqlens):
@@ -134,15 +135,15 @@ def flash4_torch(case, rank, sets, deterministic=False):
 
 
 def _check_plain(case):
-    """Raise `Unavailable` for options that `make` does not hand on."""
+    """Raise `Unavailable` for options that the implementation does not pass on."""
     if case.has_options:
         raise Unavailable("compared only without windows, caps, sinks and the row layout")
 
 
 def _check_one_mask(case):
-    """Raise `Unavailable` for cases whose causal mask both interfaces would place differently.
+    """Raise `Unavailable` for cases whose causal mask these interfaces would align differently.
 
-    They align the first row with the first key, but the last row of a late chunk belongs to the last key.
+    They align the first row with the first key. In a late chunk, the last row must be aligned with the last key.
     """
     _check_plain(case)
     if len(case.lengths) != 1 or (case.causal and case.world_size > 1):
@@ -176,7 +177,7 @@ def flex_torch(case, rank, sets):
         return same & (q_position[row] >= k_position[key]) if case.causal else same
 
     torch._dynamo.reset()
-    # The backward pass is repeated on what one forward pass has kept.
+    # The backward pass is repeated on the saved tensors of one forward pass.
     torch._functorch.config.donated_buffer = False
     mask = create_block_mask(visible, None, None, case.tokens, case.total, device=cu_seqlens.device)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -192,7 +193,7 @@ def jax_calls(attend, arrays, extra=()):
     """`Calls` of `attend(*leaves, *extra)` for each (*leaves, dout) of `arrays`, compiled once; without `results`."""
     import jax
 
-    # A custom gradient remembers how it was traced, under whatever environment.
+    # JAX caches a custom gradient as it was first traced, with the environment of that time.
     jax.clear_caches()
     *leaves, dout = arrays[0]
     forward = jax.jit(attend).lower(*leaves, *extra).compile()

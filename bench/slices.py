@@ -1,4 +1,4 @@
-"""One rank's rows as an ordinary packed batch, for attentions that know no zigzag."""
+"""One rank's rows as an ordinary packed batch, for attentions without a zigzag layout."""
 
 from itertools import accumulate
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """All pieces of a rank behind one another, with the keys of each."""
+    """All pieces of a rank, one after the other, with the keys of each piece."""
 
     rows: torch.Tensor  # of the gathered buffer, in the order in which they are copied together
     lengths: flash2.Lengths
@@ -42,7 +42,7 @@ def form_of(case) -> dict:
 
 
 def tokens_of(case, rank: int) -> torch.Tensor:
-    """Return the tokens of the whole batch that the rows of `rank` are."""
+    """Return the number of the token in the whole batch that each row of `rank` holds."""
     bounds = torch.tensor(case.cu_seqlens)
     return zigzag_torch.shard(torch.arange(case.total), bounds, rank, case.world_size, **form_of(case))
 
@@ -66,7 +66,7 @@ def pieces_of(case, rank: int) -> list[Piece]:
 
 
 def scores_of(case, rank: int) -> int:
-    """Return the scores of one query head that the mask leaves to `rank`."""
+    """Return the number of unmasked scores of one query head in the rows of `rank`."""
     mask = Mask(case.causal, case.window_size, case.attention_chunk)
     if not case.causal and case.window_size != (-1, -1):
         raise NotImplementedError("window_size: expected a causal mask, got none")  # a piece has no one position

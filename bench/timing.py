@@ -1,4 +1,4 @@
-"""Inputs, checks and clocks of all benchmarks: results are checked before they are timed, and calls take turns."""
+"""Inputs, checks and clocks of all benchmarks; results are checked before anything is timed, and calls take turns."""
 
 import math
 import random
@@ -15,15 +15,15 @@ from zigzag_torch import dense, reference
 from zigzag_torch.shard import place_of_rows
 
 ROUNDS, CALLS = 7, 8
-ROUND_MS, MOST_CALLS = 20, 64  # what a round of an adaptive number of calls takes, and how many it may be
-HOST_BURSTS, HOST_CALLS, HOST_SECONDS = 20, 8, 0.5  # to see what a call costs the host, and when fewer bursts will do
-SCORES = 2**27  # that the check computes at a time: 512 MiB for each array of them
-NAMES = "out", "dq", "dk", "dv", "dsinks"  # the last one of cases with sinks
-CLOSE = 5e-3  # relative error that bfloat16 arithmetic may leave
+ROUND_MS, MOST_CALLS = 20, 64  # milliseconds of a round, and the most calls in it
+HOST_BURSTS, HOST_CALLS, HOST_SECONDS = 20, 8, 0.5  # bursts of calls that time the host, and the seconds they may take
+SCORES = 2**27  # scores that the check computes at a time: 512 MiB for each array of scores
+NAMES = "out", "dq", "dk", "dv", "dsinks"  # dsinks only in cases with sinks
+CLOSE = 5e-3  # relative error that bfloat16 arithmetic may cause
 
 
 class Calls(NamedTuple):
-    """An attention that is ready to be timed, and what its calls compute, in the layout of the inputs."""
+    """An attention that is ready to be timed, with the results of its calls in the layout of the inputs."""
 
     forward: Callable[[], object]
     backward: Callable[[], object]  # of one forward pass, again and again
@@ -63,7 +63,7 @@ def options_of(case):
 
 
 def autograd_calls(attend, leaves, dout):
-    """`Calls` of a differentiable `attend(*leaves) -> out`, forward with what training keeps for the backward pass."""
+    """`Calls` of a differentiable `attend(*leaves) -> out`; the forward pass saves tensors as in training."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = attend(*leaves)
 
@@ -164,10 +164,10 @@ def cuda_sample(calls: Sequence[Callable], count: int) -> float:
 
 
 def host_ms(call: Callable, wait: Callable) -> float:
-    """Median milliseconds that one of a few calls keeps the host, one after the other as in a training step.
+    """Median milliseconds of the host for one of a few calls, one after the other as in a training step.
 
-    They are few, so that none waits for room in the device's queue. A call after a wait would be slower: by how much
-    says more of the machine than of the call.
+    There are few calls, so that no call waits for room in the device's queue. The first call after a wait would be
+    slower, by a time that depends more on the machine than on the call.
     """
     times, start = [], time.perf_counter()
     wait(call())
@@ -204,7 +204,7 @@ def in_turns(samplers, tick=lambda: None, rounds=None):
 
 
 def matmul_tflops(dtype, size=8192, device="cuda"):
-    """Median TFLOP/s of a product of random square matrices: what the GPU gives in practice, here and now."""
+    """Median TFLOP/s of a product of random square matrices: the speed that this GPU reaches in practice."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     sample = cuda_sample if device == "cuda" else lambda *x: host_sample(*x, wait=lambda _: None)
     times = in_turns({"matmul": lambda: sample([lambda: a @ b], CALLS)})["matmul"]

@@ -41,8 +41,8 @@ from zigzag_kernels.tiles.config import KernelId, TileConfig
 NAMES = "rectangle-d128", "short-d128", "packed16-d128", "packed64-d128"  # with the head_dim and type asked for
 RANK = 3
 WORKERS = 8
-GIVE_UP = 1.25  # times the time in use in any case: other cases could not make up for it
-# Which kernel for Hopper serves depends on the shape of a batch: each of these is tuned on the cases that it serves.
+GIVE_UP = 1.25  # a configuration that takes this many times the current time in any case is given up
+# The shape of a batch decides which Hopper kernel runs, so each kernel is tuned on the cases that it runs.
 LONG, FEW, SHORT = ("rectangle-d128",), ("short-d128", "packed16-d128"), ("packed64-d128",)
 SERVES = {
     KernelId("hopper", operation, length_class): cases
@@ -77,13 +77,13 @@ def candidates(kernel, head_dim, dtype, target):
 
 
 def entry(kernel, head_dim, dtype, target, config):
-    """The contents of an override file that puts `config` in force."""
+    """The contents of an override file with `config`."""
     place = override.find_entry(family_of(kernel).architecture(target), kernel, head_dim, dtype)
     return override.as_tables(place, config)
 
 
 def merged(tables, new):
-    """Nested `tables` with what `new` has in place of theirs."""
+    """Nested `tables`, in which the entries of `new` replace existing entries."""
     if not (isinstance(tables, dict) and isinstance(new, dict)):
         return new
     return tables | {name: merged(tables[name], x) if name in tables else x for name, x in new.items()}
@@ -157,13 +157,13 @@ def is_deterministic(kernel):
 
 
 def environment(kernel, tiles):
-    """Variables under which the family of `kernel` serves wherever it can, with the file `tiles` if there is one."""
+    """Environment variables that force the family of `kernel`, with the file `tiles` if there is one."""
     families = {family.variable: str(int(family.name == kernel.family)) for family in FAMILIES if family.variable}
     return families | ({override.VARIABLE: str(tiles)} if tiles else {})
 
 
 def compile_one(kernel, case, tiles):
-    """Leave the kernels with the file `tiles` in Triton's cache; what goes wrong will again, in the search."""
+    """Compile the kernels with the file `tiles` into Triton's cache; the search will report any error again."""
     with contextlib.suppress(Exception), Planning(**environment(kernel, tiles)):
         timing.torch_calls(case, RANK, *timing.inputs(case), deterministic=is_deterministic(kernel)).results()
     torch.cuda.empty_cache()
@@ -179,7 +179,7 @@ def compile_all(kernel, case, overrides):
 
 
 def write_overrides(folder, configs, entry_of):
-    """{config: file with its override}, over the tables that are in force already."""
+    """{config: file with its override}, on top of the current tables."""
     before = os.environ.get(override.VARIABLE)
     tables = json.loads(Path(before).read_text(encoding="utf-8")) if before else {}
     paths = {}

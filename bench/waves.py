@@ -1,4 +1,4 @@
-"""Tasks in several processes: a wave of them is prepared side by side, and then measured one after another."""
+"""Tasks in several processes: the tasks of a wave are prepared side by side, and then measured in turn."""
 
 import contextlib
 import multiprocessing

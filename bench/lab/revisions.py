@@ -2,9 +2,9 @@
 
     python -m bench.lab.revisions REVISION [--cases NAME ...] [--json FILE]
 
-For whoever changes a kernel: clocks move by more between two runs than most changes are worth. Results of both have to
-be close before anything is timed. Cases are the names of `bench/run.py`, shell patterns. The other revision is taken
-from git; what front ends do is of this checkout for both.
+Use this script when you change a kernel: between two runs, clocks differ by more than most changes gain. The results of
+both revisions must be close before anything is timed. Cases are names of `bench/run.py`, as shell patterns. The other
+revision is read from git; both use the front ends of this checkout.
 """
 
 import argparse

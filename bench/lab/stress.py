@@ -1,4 +1,4 @@
-"""Launches the kernels for Hopper on random packings, thousands of times: does one hang, or compute something else?
+"""Launches the kernels for Hopper on random packings, thousands of times, to find hangs and wrong results.
 
     python -m bench.lab.stress [--launches 10000] [--seconds 120] [--seed 0]
     python -m bench.lab.stress --seed 0 --packing 17
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
 
 
 def draw(seed: int, number: int, signatures=SIGNATURES, tokens=TOKENS) -> Packing:
-    """Sequences of lengths from one row, and none, to a few times the mean, all orders of magnitude alike."""
+    """Return random sequences, from empty to a few times the mean length, equally often of each order of magnitude."""
     generator = random.Random(f"{seed} {number}")
     sizes = generator.choice(signatures)
     count, left = _log_uniform(generator, 1, SEQUENCES), generator.randint(1, tokens)

@@ -48,7 +48,7 @@ class Ranks:
         }
 
     def load(self, case):
-        """Make the rows of this rank, another draw on each, and what it gets if it works alone."""
+        """Make the rows of this rank, random and different on each rank, and the results of this rank alone."""
         generator = torch.Generator(self.device).manual_seed(self.rank)
 
         def draw(heads):
@@ -114,7 +114,7 @@ class Ranks:
         return lambda: attend(*arrays), lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
 
     def check(self, way, forward, both):
-        """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
+        """Raise `AssertionError` unless a step gives the results of the ranks alone, with dK/dV summed over ranks."""
         out, dq, *sums = self.alone
         expected = [out, dq]
         for x in sums:

@@ -1,4 +1,4 @@
-"""The ways to attend to the batches of the benchmark, and what the cost model expects of each."""
+"""The ways to compute attention of the benchmark's batches, and the prediction of the cost model for each."""
 
 import dataclasses
 import functools

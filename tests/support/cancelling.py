@@ -1,4 +1,4 @@
-"""A batch between two ranks whose contributions to each result all but cancel: rounding one shows in the sum."""
+"""A batch between two ranks whose contributions almost cancel, so that rounding of one of them shows in the sum."""
 
 import numpy as np
 

@@ -104,9 +104,9 @@ def select(*tags):
 def make_inputs(case, seed=0):
     """Global `q, k, v, dout` `[total, heads, head_dim]` with values of `case.dtype`, and `dlse [heads, total]`.
 
-    All are float32 arrays. Every row is another draw, so no two ranks hold the same, and the padding is as random as
-    the rest: a kernel that reads it is found out. There are `sinks [heads]` if the case has them: of four heads or more
-    the third has none, as its sink is -inf, and the sink of the fourth takes all weight.
+    All are float32 arrays. Every row is random, so that no two ranks have the same rows. Padding is random too, so that
+    tests find a kernel that reads it. There are `sinks [heads]` if the case has them. With four or more heads, the sink
+    of the third is -inf, which has no effect, and the sink of the fourth takes all weight.
     """
     rng = np.random.default_rng(seed)
     q_shape = (case.total, case.heads, case.head_dim)

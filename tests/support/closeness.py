@@ -1,14 +1,15 @@
 """The one tolerance rule: how close to the float64 oracle a result has to be.
 
-A result may be as wrong as the straightforward computation in its own precision (`oracle.straightforward`) times a
-factor, because another order of summation is another draw from the same noise, plus `FLOAT32_ROUNDINGS`, because that
-draw may have been a lucky one. Nothing is tuned by case, type, shape or device.
+The limit is the error of a straightforward computation in the result's own precision (`oracle.straightforward`), times
+a factor, plus `FLOAT32_ROUNDINGS`. The factor allows for another order of summation, whose error is another random draw
+of the same size. The constant allows for a straightforward error that is small by luck. The rule is the same for all
+cases, dtypes, shapes and devices.
 """
 
 import numpy as np
 
-# The norm averages the noise of all elements and judges precision. An extreme is a single draw of it and varies more;
-# it judges whether every row is right at all.
+# The norm averages the errors of all elements, and tests precision. The largest error of a row varies more; it tests
+# whether every row is correct at all.
 FACTORS = {"Frobenius norm": 2, "worst element": 10}
 # Scores in base 2, a hardware exp2, rescaled and sequential sums: what float32 kernels round and NumPy does not.
 FLOAT32_ROUNDINGS = 32 * 2.0**-24

@@ -1,4 +1,4 @@
-"""Each framework's attention of one rank as the same NumPy function, so that one test can ask both."""
+"""The attention of one rank in each framework, as functions of NumPy arrays, so that one test can check both."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, one for each way in which they attend, and their results for each document alone."""
+"""Tiny transformers models, one for each kind of attention, and their results for each document alone."""
 
 import functools
 import os

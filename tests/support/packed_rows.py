@@ -40,12 +40,12 @@ def make_rows(documents, length, *, heads=4, kv_heads=2, head_dim=16, seed=0):
 
 
 def row_order(length, world_size):
-    """The token of a row that each place of it holds once ranks have theirs behind one another: `[length]`."""
+    """Return `[length]`: the token of a packed row at each place, when tokens are in the order of the ranks."""
     return np.concatenate([oracle.rank_positions(length, rank, world_size) for rank in range(world_size)])
 
 
 def dealt_out(rows, world_size):
-    """`rows` with the tokens of each in the order of the ranks."""
+    """Return `rows` with the tokens of each row in the order of the ranks."""
     order = row_order(rows.q.shape[1], world_size)
     return PackedRows(*(x[..., order] if name == "dlse" else x[:, order] for name, x in rows._asdict().items()))
 

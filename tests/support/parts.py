@@ -1,4 +1,4 @@
-"""One rank's attention in parts, through the plan only: windows of heads, ring steps, all layouts of keys."""
+"""One rank's attention in parts, computed by the plan alone: windows of heads, ring steps, all layouts of keys."""
 
 from dataclasses import dataclass
 from typing import Any

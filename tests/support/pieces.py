@@ -66,7 +66,7 @@ def fused_arguments(arguments, rank):
 
 
 def grouped(case, rank, q, kv, n_chunks=2, fused=False, **options):
-    """`execute_grouped_attention`, or its stand-in, on what the other pieces make of `q` and the gathered `kv`."""
+    """Call `execute_grouped_attention`, or its fused replacement, with the arguments that `grouped_arguments` makes."""
     cu_seqlens = tensor(case.cu_seqlens, "int32")
     arguments = grouped_arguments(q, kv, cu_seqlens, rank, case.world_size, case.causal, n_chunks)
     options = {"softmax_scale": case.softmax_scale, "window_size": case.window_size} | options
