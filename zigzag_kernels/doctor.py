@@ -248,7 +248,7 @@ def main() -> int:
     for finding in sorted(findings, key=lambda finding: finding.note):
         print(f"\n{'Note' if finding.note else 'Problem'}: {finding.text}.\n    {finding.command}")
     wrong = any(not finding.note for finding in findings)
-    print("\nSomething is to be mended." if wrong else "\nAll is well.")
+    print("\nRun the commands above to fix the problems." if wrong else "\nAll is well.")
     return int(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Scripts that tests run in forks of one process for all of them, which has imported both frameworks."""
+"""Scripts that tests run in forks of one process, which has already imported both frameworks."""
 
 import json
 import os
