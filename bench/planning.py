@@ -1,4 +1,4 @@
-"""Launches planned under settings of the environment; one process can hold the launches of several settings."""
+"""Launches that are planned with different environment variables, side by side in one process."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from zigzag_kernels import plan
 
 
 class Planning(contextlib.ExitStack):
-    """Within it the variables of `environment` are set, and launches are those planned under them.
+    """A context in which the variables of `environment` are set, with the launches that are planned under them.
 
-    Each has a planner of its own: entering and leaving costs no planning, and a timed call finds its launches as one in
-    training does.
+    Each context has its own planner. So entering it again needs no planning, and a timed call finds its launches in the
+    cache, as in training.
     """
 
     def __init__(self, **environment: str):

@@ -2,10 +2,11 @@
 
     python bench/ranks.py [--json FILE] [--plot FILE]
 
-Three ways, in rounds that take turns: one launch on gathered K/V, the all-gather's windows of KV heads, and the ring's
-steps; the last two without any link, so that their time over one launch is what working in parts costs by itself.
-Everything is checked before it is timed. Ends with status 1 if the slowest rank takes over 1.02 times the fastest, or
-an all-gather call has more memory at its peak than the buffers that K/V and dK/dV of its windows are in.
+Each rank computes its attention in three ways, which take turns: one launch on gathered K/V, the windows of KV heads of
+an all-gather, and the steps of a ring. There are no transfers, so the time of windows or steps, divided by the time of
+one launch, is the cost of working in parts. Everything is checked before it is timed. The exit status is 1 if the
+slowest rank takes more than 1.02 times as long as the fastest, or if an all-gather call needs more memory at its peak
+than the buffers of K/V and dK/dV of its windows.
 """
 
 import argparse
@@ -146,9 +147,9 @@ class Player:
         return torch.zeros(shape, dtype=torch.float32, device=self.k.device)
 
     def check(self, windows, tensors):
-        """`AssertionError` unless one launch agrees with float32, and windows and the ring closely with it.
+        """Raise `AssertionError` unless one launch agrees with float32, and windows and ring agree closely with it.
 
-        Windows may take other tiles than one launch, as fewer heads have fewer rows.
+        Windows may have other tiles than one launch, because fewer heads have fewer rows.
         """
         name = f"{self.case}, rank {self.rank}"
         out, dq, dk, dv = results = self.whole.results()
@@ -169,7 +170,7 @@ class Player:
             timing.check_close(f"{name}: {what} of the ring", a, b)
 
     def calls(self, windows, sums):
-        """{(way, direction): call}, all of them of results that `check` has seen."""
+        """Return {(way, direction): call} for the calls that `check` has tested."""
         out, lse = self.windows_forward(windows)
         return {
             ("one launch", "forward"): self.whole.forward,
@@ -220,7 +221,7 @@ def spread(times, way, direction):
 
 
 def table(times):
-    """`times` as Markdown lines: a row a rank, then slowest over fastest and the mean over that of one launch."""
+    """Return `times` as Markdown: a row for each rank, then slowest / fastest, and the mean / mean of one launch."""
     columns = [(way, direction) for direction in DIRECTIONS for way in WAYS]
     ranks = sorted({rank for rank, *_ in times})
     mean = {key: statistics.mean(times[rank, *key] for rank in ranks) for key in columns}

@@ -159,7 +159,7 @@ def _jax_over_torch(rows, case):
 
 
 def _per_flop(rows, case, implementation):
-    """Time over work of a step, in units of its own that ratios do not have."""
+    """Return the time of a step divided by its work; only ratios of these numbers have a meaning."""
     found = find(rows, case, implementation)
     time = step(rows, case, implementation)
     return time and time / sum(row["ms"] * row["tflops"] for row in found.values())

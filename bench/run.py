@@ -1,10 +1,10 @@
-"""Times one rank's attention, this library's and others', on the bench cases, after checking what each computes.
+"""Times the attention of one rank, by this library and by others, on the bench cases, after checking all results.
 
     python bench/run.py [--quick] [--cases NAME ...] [--implementations NAME ...] [--json FILE] [--plots FOLDER]
                         [--processes N]
 
-Needs a GPU. An implementation that cannot run here, or whose results are wrong, gets a row that says so. Ends with
-status 1 if that is one of this library's. docs/guide/benchmarking.md says how to read the table.
+The script needs a GPU. An implementation that cannot run, or whose results are wrong, has a row with the reason. The
+exit status is 1 if that is an implementation of this library. docs/guide/benchmarking.md says how to read the table.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def rank_of(case):
 
 
 def make_sets(case, device):
-    """Inputs several times over, until together they exceed what the L2 cache may keep of one call until the next."""
+    """Make several sets of inputs, enough that the L2 cache cannot keep data from one call for the next."""
     first = timing.inputs(case, device)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
     count = min(MOST_SETS, 1 + 2 * cache // sum(x.nbytes for x in first))
@@ -233,7 +233,7 @@ def failed_rows(case, names, error):
 
 
 def clean():
-    """Give memory back, so that both frameworks may have it."""
+    """Free cached memory, so that both frameworks can allocate it."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():

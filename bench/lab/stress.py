@@ -163,13 +163,13 @@ class Watchdog:
 
 
 def wait_for(event, poll: float = 1e-4) -> None:
-    """Until the device has come to `event`; whoever waits longer than a `Watchdog` allows is ended by it."""
+    """Wait until the device has reached `event`; the `Watchdog` ends a process that waits too long."""
     while not event.query():
         time.sleep(poll)
 
 
 class Played(NamedTuple):
-    """A packing under way: what was compared with what, and the place on the host that the differences come to."""
+    """A packing that is being computed: the names of the compared results, and the host memory for the differences."""
 
     packing: Packing
     compared: list[str]

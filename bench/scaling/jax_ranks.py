@@ -26,7 +26,7 @@ MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several
 
 
 class Ranks:
-    """All devices, driven by one process: it prints, and what it waits for is the slowest."""
+    """All devices, driven by one process, which prints, and waits for the slowest device."""
 
     framework = "jax"
     chief = True
@@ -39,7 +39,7 @@ class Ranks:
         self.versions = {"ranks": self.size, "gpu": self.first.device_kind, "jax": jax.__version__}
 
     def load(self, case):
-        """Make the rows of all ranks, each another draw, and what they get if the first device plays them alone."""
+        """Make the rows of all ranks, random and different, and the results of the first device for each rank alone."""
         self.case = case
         rows = NamedSharding(self.mesh, P("cp"))
         heads = case.heads, case.kv_heads, case.kv_heads, case.heads
@@ -126,7 +126,7 @@ class Ranks:
         return jax.jit(dealt, out_shardings=NamedSharding(self.mesh, P("cp")))(x)
 
     def check(self, way, forward, both):
-        """`AssertionError` unless the calls of a step give what the ranks get alone, dK/dV summed over them."""
+        """Raise `AssertionError` unless a step gives the results of the ranks alone, with dK/dV summed over ranks."""
         results = forward(), *both()
         out, dq, *gradients = map(self._zigzag_rows, results) if way == PLANNED else results
         for rank, (wanted_out, wanted_dq, *_) in enumerate(self.alone):

@@ -3,11 +3,12 @@
     torchrun --nproc_per_node=8 bench/scaling/run.py --framework torch [--only NAME ...] [--json FILE] [--trace DIR]
     python bench/scaling/run.py --framework jax [--json FILE] [--trace DIR]
 
-Efficiency is the time of one GPU for 1 / W of the attention, with the same kernels on K/V gathered beforehand, the mean
-over the shares of all ranks, over the time of a step between the ranks, that of the slowest. Beside it stands what the
-cost model predicts for the measured rate of one GPU. Results are checked before anything is timed; then all ways take
-turns. In PyTorch a short step is a CUDA graph, as a GPU waits for the host of its calls, whose time stands beside. On a
-machine without a GPU it runs on the CPU, which says nothing of GPUs.
+Efficiency is the time of one GPU for 1 / W of the attention, divided by the time of a step between the ranks. The first
+time is measured with the same kernels on K/V gathered beforehand, as the mean over the shares of all ranks; the second
+is the time of the slowest rank. The table also has the prediction of the cost model for the measured rate of one GPU.
+Results are checked before anything is timed; then all ways take turns. In PyTorch a short step is timed as a CUDA
+graph, because the GPU would wait for the host; the time of the host is in the table too. On a machine without a GPU
+the script runs on the CPU, and its times say nothing about GPUs.
 """
 
 import argparse
@@ -54,7 +55,7 @@ class Workload:
 
 
 def workloads(ranks: int, tokens: int, long_tokens: int, rounds: int) -> list[Workload]:
-    """One sequence, at all strides; a window, a long one and documents, at the stride that is chosen by default."""
+    """Return the workloads: one sequence with all strides; a window, a long sequence and documents with the default."""
 
     def workload(name, lengths, strides, rounds, steps, *more, window_size=NO_WINDOW):
         case = Case(name=name, world_size=ranks, lengths=lengths, window_size=window_size, **HEADS)

@@ -1,4 +1,4 @@
-"""Launches that a test repeats are interpreted once: the same kernel and constants on the same bits."""
+"""A cache for tests: a launch with the same kernel, constants and bits is interpreted only once."""
 
 import contextlib
 from unittest import mock
@@ -13,9 +13,9 @@ from zigzag_kernels import interpreter
 def each_launch_once():
     """Repeat the results of a launch that was interpreted before in this context.
 
-    A launch with any other bit or constant is another launch. If the two front ends are right they launch the same
-    kernels on the same arrays, so that comparing them takes half of the time. This is for tests of the launches and
-    their arrays, not for tests that count the work of kernels.
+    A launch with any other bit or constant is another launch. Correct front ends launch the same kernels on the same
+    arrays, so that a comparison of both takes half the time. Use this in tests of launches and their arrays, not in
+    tests that count the work of kernels.
     """
     run, known = interpreter.interpret, {}
 

@@ -1,4 +1,4 @@
-"""A batch of JAX, whole or spread over a mesh: its arrays, the differentiated function, and its expected results."""
+"""A batch in JAX, whole or sharded over a mesh: its arrays, its function with gradients, and its expected results."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def offsets(case):
 
 
 def global_arrays(case, seed=0):
-    """q, k, v, dout, dlse of the whole batch, the rows of the ranks behind one another."""
+    """Return q, k, v, dout, dlse of the whole batch, in the order of the ranks."""
     inputs, rows = make_inputs(case, seed), gathered_rows(case)
     arrays = (jnp.asarray(inputs[name][rows], case.dtype) for name in ("q", "k", "v", "dout"))
     return *arrays, jnp.asarray(inputs["dlse"][:, rows])

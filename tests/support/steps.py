@@ -10,10 +10,10 @@ import torch
 import zigzag_torch
 from tests.support.machine import LATENESS
 
-TIMEOUT = 2 * LATENESS  # of the agreement, in seconds: a rank that comes late, but in time, comes in half of it
-TOO_LATE = TIMEOUT + LATENESS  # when the others have given up
-PLENTY = 20 * LATENESS  # of an agreement to which all ranks come; to name a missing one takes a twentieth of it
-ENDS = 2 * PLENTY  # whoever waits longer waits for ever
+TIMEOUT = 2 * LATENESS  # seconds until an agreement gives up; a rank that is late, but in time, comes after half of it
+TOO_LATE = TIMEOUT + LATENESS  # seconds after which the other ranks have given up
+PLENTY = 20 * LATENESS  # timeout of agreements to which all ranks come; naming a missing rank takes a twentieth of it
+ENDS = 2 * PLENTY  # a call that takes longer than this hangs
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 16
 GOOD, LENGTHS, DOCUMENTS = (0, 2, 8), (0, 4, 8), (0, 2, 6, 8)  # offsets of sequences in the rows of a rank
 
