@@ -64,8 +64,6 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     small = problem.head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FUSED_BACKWARD:
         return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
-    if operation is Operation.DQ and is_wide(problem.head_dim):
-        return not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
