@@ -23,7 +23,7 @@ SURROUNDINGS = {
     "matmul precision": lambda: jax.default_matmul_precision("bfloat16"),
     "debug_nans": lambda: jax.debug_nans(True),
 }
-SLOW = "x64", "matmul precision", "rank promotion raises"
+SLOW = "x64", "matmul precision", "rank promotion raises", "debug_nans"
 
 
 def attention(backend):

@@ -177,7 +177,7 @@ class RowBlocks:
         return pairs, places, clamped
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     """The order of the producer of dK/dV, and where the fused kernel adds dQ: never before the first row of a half."""
     blocks = RowBlocks()
@@ -204,7 +204,7 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     assert clamped > 100
 
 
-@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered):
     """Windows, chunks and padding, with all keys in the buffer or those of one rank: no block is brought in vain."""
     blocks = RowBlocks(lambda owned: owned.document)

@@ -16,7 +16,8 @@ def run_relaunch(triton_cache, *options):
     assert ended.code == 0, ended.errors[-4000:]
 
 
-@pytest.mark.parametrize("in_c", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_c", [True, False])
 def test_a_compiled_kernel_is_launched_again_as_triton_would(triton_cache, in_c):
     """The same kernel for arrays of the same types and alignment on the same GPU, another one for others."""
     if in_c and not triton.__version__.startswith(("3.6.", *LATER_RELEASES)):

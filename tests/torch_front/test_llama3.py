@@ -336,7 +336,7 @@ def check_compiled(rank, world_size, backend, by_default):
     ("backend", "by_default"),
     [
         pytest.param("reference", ("kvpacked_func", "qkvpacked_func"), marks=pytest.mark.slow, id="reference"),
-        pytest.param("interpret", ("func",), id="interpret"),
+        pytest.param("interpret", ("func",), marks=pytest.mark.slow, id="interpret"),
     ],
 )
 def test_published_names_compile_into_one_graph(backend, by_default, tmp_path):
