@@ -143,6 +143,7 @@ def check_costs(rank, world_size):
     check_fork(world_size)
 
 
+@pytest.mark.slow
 def test_costs_of_the_agreement(tmp_path):
     run_ranks(2, tmp_path, check_costs)
 

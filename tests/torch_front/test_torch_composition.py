@@ -151,7 +151,8 @@ def check_shapes(rank, world_size, group):
         torch.testing.assert_close(out, whole)
 
 
-@pytest.mark.parametrize("backend", ["interpret", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["interpret", "reference"])
 def test_compile_and_checkpointing(backend, tmp_path):
     run_ranks(2, tmp_path, check_transformations, backend)
 
