@@ -141,7 +141,10 @@ def _first_row(rows, case, names, direction):
 
 
 def _times_as_fast(rows, case, direction, names, theirs):
-    """Return the time of `theirs` over that of the first of `names` that was timed; None without one of both."""
+    """Return the time of `theirs` divided by the time of this library, by the first of `names` that was timed.
+
+    The result is None if either was not timed.
+    """
     own, other = _first_row(rows, case, names, direction), _first_row(rows, case, (theirs,), direction)
     if own is None or other is None:
         return None

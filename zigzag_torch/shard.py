@@ -23,14 +23,7 @@ from zigzag_kernels.checks import (
 )
 from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.halo import check_max_seqlen
-from zigzag_kernels.layout import (
-    gathered_packed_row,
-    gathered_row,
-    impossible,
-    packed_row,
-    piece_offsets,
-    row_position,
-)
+from zigzag_kernels.layout import gathered_packed_row, gathered_row, impossible, packed_row, piece_offsets, row_position
 from zigzag_kernels.modes import Layout
 
 from .arguments import as_cu_seqlens, as_lengths, as_rank, check_batch, check_device, check_tensor, readable

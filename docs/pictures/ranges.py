@@ -36,7 +36,7 @@ PANELS = (
 
 
 class Cells(NamedTuple):
-    """What happens to each pair of a row and a key, `[TOKENS, TOKENS]`."""
+    """Two masks over all pairs of a row and a key, `[TOKENS, TOKENS]`."""
 
     seen: np.ndarray
     read: np.ndarray  # the kernel multiplies the pair: its block of keys is read for the tile of the row

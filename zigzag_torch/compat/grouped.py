@@ -12,14 +12,7 @@ import torch
 import torch.distributed as dist
 
 from zigzag_kernels.callspec import make_call_spec
-from zigzag_kernels.checks import (
-    check_flag,
-    check_int,
-    check_lengths,
-    check_rank,
-    check_rows,
-    check_world_size,
-)
+from zigzag_kernels.checks import check_flag, check_int, check_lengths, check_rank, check_rows, check_world_size
 from zigzag_kernels.problem import ArraySpec, make_problem
 
 from ..arguments import cast_for_autocast, check_int32, check_tensor
@@ -34,15 +27,7 @@ from ..profiling import region
 from ..reference import Mask
 from ..shard import position_order
 from . import flash2
-from .checks import (
-    KVSlice,
-    check_grouped,
-    check_list,
-    check_n_chunks,
-    check_slices,
-    local_bounds,
-    mask_of,
-)
+from .checks import KVSlice, check_grouped, check_list, check_n_chunks, check_slices, local_bounds, mask_of
 
 
 def split_q_by_zigzag_chunk_index(
