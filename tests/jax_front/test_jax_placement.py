@@ -162,7 +162,7 @@ def test_a_batch_is_prepared_once_for_all_layers(method, backend):
 
 @pytest.mark.slow
 def test_a_batch_is_prepared_on_a_mesh_whose_axes_are_types():
-    mesh = jax.make_mesh((2,), ("cp",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("cp",), axis_types=(AxisType.Explicit,), devices=mesh_of(2).devices.flatten())
     attend = zigzag_jax.make_zigzag_attention(mesh, backend="reference")
     arrays = global_arrays(CASE)[:3]
     with jax.set_mesh(mesh):

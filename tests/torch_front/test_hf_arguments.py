@@ -268,7 +268,7 @@ T5 = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num
 
 
 def test_all_that_use_mesh_is_told_reaches_attention(monkeypatch):
-    told, attend = {"method": "ring", "heads_k_stride": 1, "backend": "interpret"}, hf.attention.zigzag_attention
+    told, attend = {"method": "ring", "heads_k_stride": 1, "backend": "reference"}, hf.attention.zigzag_attention
     seen = []
 
     def recorded(*arguments, **options):

@@ -172,9 +172,9 @@ def check_graphs(rank, world_size):
     warnings.simplefilter("ignore")  # dynamo's own
     group = dist.group.WORLD
     torch.manual_seed(rank)
-    q, k, v = (torch.randn(8, heads, 16, requires_grad=True) for heads in (4, 2, 2))
-    sinks = torch.tensor([0.5, -1.0, 2.0, float("-inf")], requires_grad=True)
-    cu_seqlens, lengths = torch.tensor([0, 7, 13], dtype=torch.int32), torch.tensor([5, 6], dtype=torch.int32)
+    q, k, v = (torch.randn(8, heads, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.tensor([0.5, -1.0, 2.0, float("-inf")], device=DEVICE, requires_grad=True)
+    cu_seqlens, lengths = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 7, 13], [5, 6]))
     for backend in BACKENDS:
         for method in ("ring", "allgather"):
 
@@ -193,8 +193,9 @@ def check_graphs(rank, world_size):
 
 
 @pytest.mark.slow
+@pytest.mark.multigpu
 def test_a_graph_between_ranks_computes_the_same(tmp_path):
-    run_ranks(2, tmp_path, check_graphs)
+    run_ranks(2, tmp_path, check_graphs, backend="nccl" if GPU else "gloo")
 
 
 def _results(function, leaves):
