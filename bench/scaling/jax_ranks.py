@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 # Set before JAX starts: otherwise XLA's scheduler need not put attention between the start and the end of a transfer.
@@ -25,17 +27,30 @@ from zigzag_jax import Batch, zigzag_attention, zigzag_attention_gathered
 MOST_SCORES = 2**31  # of one head in float32, for the reference to hold several times
 
 
+@dataclass(frozen=True)
+class Call:
+    """Jitted functions with their arrays; calling it calls them in turn, and returns their results."""
+
+    parts: tuple[tuple[Callable, tuple], ...]
+
+    def __call__(self):
+        results = [function(*arrays) for function, arrays in self.parts]
+        return results if len(results) > 1 else results[0]
+
+
 class Ranks:
     """All devices, driven by one process, which prints, and waits for the slowest device."""
 
     framework = "jax"
     chief = True
-    has_graphs = False  # XLA records its own
+    records = True
+
 
     def __init__(self):
         self.size = jax.device_count()
         self.mesh = jax.make_mesh((self.size,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
         self.first = jax.devices()[0]
+        self.recorded_steps = 12 if self.first.platform == "gpu" else 2  # layers of a model
         self.versions = {"ranks": self.size, "gpu": self.first.device_kind, "jax": jax.__version__}
 
     def load(self, case):
@@ -71,12 +86,11 @@ class Ranks:
         batch = zigzag_jax.prepare_batch(self.cu_seqlens, jnp.asarray([rank], jnp.int32), self.size)
         batch = jax.device_put(batch, self.first)
         arrays, dout = (self._rows(self.q, rank), self.k_all, self.v_all), self._rows(self.dout, rank)
-        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, dout)
+        return Call(((forward, (*arrays, batch)),)), Call(((both, (*arrays, batch, dout)),))
 
     def share_calls(self):
         """(forward, forward + backward) of all ranks in turn."""
-        shares = self.shares
-        return [lambda i=i: [share[i]() for share in shares] for i in range(2)]
+        return [Call(tuple(part for share in self.shares for part in share[i].parts)) for i in range(2)]
 
     def calls(self, way):
         """(forward, forward + backward) of a step between the ranks; they return out, and (dq, dk, dv)."""
@@ -99,7 +113,7 @@ class Ranks:
         forward = spread(attend, (rows, rows, rows, specs), rows)
         both = spread(with_gradients(attend), (rows, rows, rows, specs, rows), (rows, rows, rows))
         arrays = self.q, self.k, self.v
-        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, self.dout)
+        return Call(((forward, (*arrays, batch)),)), Call(((both, (*arrays, batch, self.dout)),))
 
     def _planned_calls(self):
         """Return the calls of a step on the same documents in the rows of a plan."""
@@ -113,7 +127,7 @@ class Ranks:
         batch = attention.prepare_batch(self.plan)
         *arrays, dout = (jax.jit(dealt, out_shardings=rows)(x) for x in (self.q, self.k, self.v, self.dout))
         forward, both = jax.jit(attention), jax.jit(with_gradients(attention))
-        return lambda: forward(*arrays, batch), lambda: both(*arrays, batch, dout)
+        return Call(((forward, (*arrays, batch)),)), Call(((both, (*arrays, batch, dout)),))
 
     def _zigzag_rows(self, x):
         """Return all rows, as `load` deals them out, from a result in the rows of the plan."""
@@ -146,6 +160,10 @@ class Ranks:
         dq, *_ = pullback(dout[:, -1:].astype(jnp.float32))
         for name, got, wanted in zip(("out", "dq"), self.alone[rank], (out, dq), strict=False):
             check_close(f"{self.case}, rank {rank}: {name} of the last head", got[:, -1:], wanted)
+
+    def record(self, call):
+        """Return a call of `recorded_steps` steps in one program, for which the host starts once."""
+        return Call(tuple((repeated(function, self.recorded_steps), arrays) for function, arrays in call.parts))
 
     def milliseconds(self, call, steps):
         """Return the time of one of `steps` consecutive calls, until all devices have finished all of them."""
@@ -182,6 +200,20 @@ class Ranks:
 
     def leave(self):
         pass
+
+
+def repeated(function, steps):
+    """Return a jitted function that calls `function` in a loop of `steps` steps, and returns (last results, 0)."""
+
+    def call(*arrays):
+        def step(_, carry):
+            # Behind the barrier the arrays differ from step to step for XLA, which otherwise computes one step only.
+            same, mark = jax.lax.optimization_barrier((arrays, carry[1]))
+            return function(*same), mark
+
+        return jax.lax.fori_loop(1, steps, step, (function(*arrays), jnp.int32(0)))
+
+    return jax.jit(call)
 
 
 def with_gradients(attend):

@@ -6,9 +6,10 @@
 Efficiency is the time of one GPU for 1 / W of the attention, divided by the time of a step between the ranks. The first
 time is measured with the same kernels on K/V gathered beforehand, as the mean over the shares of all ranks; the second
 is the time of the slowest rank. The table also has the prediction of the cost model for the measured rate of one GPU.
-Results are checked before anything is timed; then all ways take turns. In PyTorch a short step is timed as a CUDA
-graph, because the GPU would wait for the host; the time of the host is in the table too. On a machine without a GPU
-the script runs on the CPU, and its times say nothing about GPUs.
+Results are checked before anything is timed; then all ways take turns. A GPU would wait for the host in short steps. So
+PyTorch records them in a CUDA graph, and JAX does 12 of them in one program, like a model of 12 layers; the time of
+single calls is in the table too. On a machine without a GPU the script runs on the CPU, and its times say nothing about
+GPUs.
 """
 
 import argparse
@@ -116,13 +117,13 @@ def measure(ranks, workload: Workload) -> tuple[list[dict], dict[Way, Callable]]
         ranks.check(way, *own)
         calls |= {(way, i): call for i, call in enumerate(own)}
 
-    def timed(calls: dict) -> dict:
-        times = in_turns(calls, workload.rounds, lambda call: ranks.milliseconds(call, workload.steps))
+    def timed(calls: dict, steps: int = 1) -> dict:
+        times = in_turns(calls, workload.rounds, lambda call: ranks.milliseconds(call, workload.steps) / steps)
         return {(way, i): ranks.mean(ms) if way == ALONE else ranks.slowest(ms) for (way, i), ms in times.items()}
 
-    in_graphs = ranks.has_graphs and workload.steps > 1
-    times = timed({key: ranks.graph(call) for key, call in calls.items()} if in_graphs else calls)
-    of_calls = timed(calls) if in_graphs else times
+    of_calls = times = timed(calls)
+    if ranks.records and workload.steps > 1:
+        times = timed({key: ranks.record(call) for key, call in calls.items()}, ranks.recorded_steps)
     predicted = predictions(workload.case, workload.ways, [times[ALONE, i] for i in range(len(DIRECTIONS))])
     rows = [
         {

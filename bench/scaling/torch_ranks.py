@@ -30,6 +30,7 @@ class Ranks:
     """The rank of this process among the processes that torchrun started; the `chief` prints."""
 
     framework = "torch"
+    recorded_steps = 1
 
     def __init__(self):
         self.gpu = torch.cuda.is_available()
@@ -39,7 +40,7 @@ class Ranks:
         dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.chief = self.rank == 0
-        self.has_graphs = self.gpu
+        self.records = self.gpu
         self.versions = {
             "ranks": self.size,
             "gpu": torch.cuda.get_device_name() if self.gpu else "none",
@@ -126,7 +127,7 @@ class Ranks:
         for name, got, wanted in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
             timing.check_close(f"{self.case}, rank {self.rank}, {way}: {name}", got, wanted)
 
-    def graph(self, call):
+    def record(self, call):
         """Return the replay of a CUDA graph of `call`, transfers included."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

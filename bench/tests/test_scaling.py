@@ -63,6 +63,9 @@ def test_a_wrong_result_is_not_timed():
     ranks.load(Case(name="tiny", world_size=ranks.size, lengths=(16 * ranks.size,), heads=4, kv_heads=2))
     forward, both = ranks.calls(("ring", None))
     ranks.check("ring", forward, both)
+    steps, zero = ranks.record(both)()
+    ranks.check("ring, the last of several steps", forward, lambda: steps)
+    assert zero == 0
     with pytest.raises(AssertionError, match="rank 0, ring: out is off"):
         ranks.check("ring", lambda: forward()[::-1], both)
     dq, dk, dv = both()
