@@ -142,6 +142,20 @@ def test_broken_plans_are_nan_on_all_ranks(backend):
     zigzag_jax.validate(plan, 2)
 
 
+@pytest.mark.parametrize("backend", [KERNELS, "reference"])
+def test_a_batch_without_rows_has_no_rows_of_results(backend):
+    """XLA has no collectives of such arrays."""
+    attention = zigzag_jax.make_zigzag_attention(mesh_of(2), method="allgather", backend=backend)
+
+    @jax.jit
+    def both_passes(q, k):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, jnp.zeros(2, jnp.int32)), q, k, k)
+        return out, *vjp(out)
+
+    q, kv = (0, 4, 8), (0, 2, 8)
+    assert [x.shape for x in both_passes(jnp.ones(q), jnp.ones(kv))] == [q, q, kv, kv]
+
+
 def test_a_plan_inside_shard_map_is_that_outside():
     """Each device takes its own rows of a plan, and of a batch of the data path."""
     case = next(case for case in CASES if case.name == "w2")

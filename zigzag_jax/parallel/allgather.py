@@ -98,6 +98,8 @@ class AllGather:
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of `contribution` over all ranks in the window that begins at `head`."""
+        if not contribution.shape[0]:  # XLA has no collectives of arrays without rows
+            return gradient
         # Each rank gets the rows of its own slot.
         window = jax.lax.psum_scatter(contribution, self.axis_name, tiled=True).astype(gradient.dtype)
         first_row = gradient.shape[0] - window.shape[0]  # earlier rows belong to the other part of the batch
@@ -113,6 +115,6 @@ class AllGather:
 
         def window(x):
             x = jax.lax.slice_in_dim(x, head, head + self.problem.window, axis=1)
-            return jax.lax.all_gather(x, self.axis_name, tiled=True)
+            return jax.lax.all_gather(x, self.axis_name, tiled=True) if x.shape[0] else x
 
         return window(k), window(v)
