@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from zigzag_kernels import halo
 from zigzag_kernels.callspec import CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_layout, check_method, check_world_size
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
@@ -24,8 +25,8 @@ from .batch import (
     marked,
     tables_of,
 )
-from .choice import choose_method, with_halo
 from .derivatives import reverse_mode_only
+from .halos import check_documents
 from .parallel import Inputs, Local, Transport, choose_transport
 from .surroundings import under_own_promotion
 
@@ -171,7 +172,8 @@ def zigzag_attention(
             prepared batch, None means "halo" if the host knows that halos suffice and move less, and otherwise
             "allgather"; the host knows it without `cu_seqlens` and in the row layout. With one rank all methods are the
             same.
-        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size.
+        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size. The
+            methods "ring" and "halo" check it too, but move all heads at once.
         grad_reduce_dtype: dtype in which dK and dV are summed over the ranks: float32 (None), or the dtype of q, which
             moves half as many bytes.
         deterministic: as in `zigzag_attention_gathered`; between ranks gradients are always deterministic.
@@ -201,8 +203,10 @@ def zigzag_attention(
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
     size, length = batched or (1, q.shape[0])
     if method is None:
-        mask = causal, window_size, attention_chunk
-        cu_seqlens, method = choose_method(cu_seqlens, mask, (size, length), layout, world_size, heads_k_stride)
+        mask, form = (causal, window_size, attention_chunk), layout if given else None
+        batch = cu_seqlens if isinstance(cu_seqlens, Batch) else None
+        batch, method = halo.method_of_call(batch, mask, (size, length), form, world_size, heads_k_stride)
+        cu_seqlens = cu_seqlens if batch is None else batch
     check_method(method)
     if cu_seqlens is None:
         layout = Layout.DOCUMENT  # rows of one sequence each
@@ -237,7 +241,9 @@ def zigzag_attention(
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if method == Method.HALO and world_size > 1:
-        call, batch = with_halo(call, batch, q, 0 if given else world_size * length, cu_seqlens if given else None)
+        call, batch = halo.with_halo(call, batch, q.shape[0], 0 if given else world_size * length)
+        if given and not isinstance(cu_seqlens, Batch):
+            check_documents(cu_seqlens, world_size, batch.row_length or None, call.halo)
     if given:
         batch = compare_if_untyped(batch, axis_name, rank)
     kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED

@@ -13,7 +13,7 @@ from zigzag_kernels.batch_checks import check_documents_in_rows
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
 from zigzag_kernels.documents import DocumentPlan, check_plan
-from zigzag_kernels.layout import MAX_OFFSET, impossible
+from zigzag_kernels.layout import MAX_OFFSET, is_invalid_batch
 from zigzag_kernels.modes import Backend, Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
@@ -347,7 +347,7 @@ def compare(batch: Batch, axis_name: AxisName, unsharded: Array | None = None) -
         own = jnp.concatenate((own, fingerprint(jnp.asarray(unsharded))))
     extremes, whole = jnp.stack((own, ~own)), batch.whole_cu_seqlens  # the largest of ~x is ~ of the smallest x
     if whole is not None:
-        fault = impossible(whole, jnp.zeros(1, jnp.int32), 1, batch.whole_tokens)
+        fault = is_invalid_batch(whole, jnp.zeros(1, jnp.int32), 1, batch.whole_tokens)
         # Two equal values make the comparison below fail.
         extremes = jnp.where(fault, MAX_OFFSET, vary(extremes, varying_axes(fault)))
     largest, of_inverse = jax.lax.pmax(extremes, axis_name)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_kernels.callspec import CallSpec
-from zigzag_kernels.layout import impossible
+from zigzag_kernels.layout import is_invalid_batch
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_array
@@ -135,7 +135,7 @@ def _attend(
 
     # A factor, 1 or NaN, of the results, and of the inputs so that the gradients become NaN too.
     batch = packing.cu_seqlens, packing.rank, packing.world_size, len(q)
-    fault = impossible(*batch, packing.in_rows, packing.lengths, packing.halo)
+    fault = is_invalid_batch(*batch, packing.in_rows, packing.lengths, packing.halo)
     poison = jnp.where(fault, jnp.nan, 1.0).astype(jnp.float32)
     arrays = *(x.astype(jnp.float32) * poison for x in (q, k, v)), visible
     axes = varying_axes(*arrays)
@@ -233,16 +233,16 @@ def _probabilities(
 def _mix_keys(weights: jax.Array, visible: jax.Array, x: jax.Array, *, signed: bool) -> jax.Array:
     """Return the sums `[rows, kv_heads, group, head_dim]` of the keys' `x [keys, kv_heads, head_dim]`."""
     mixed = _einsum("kgts,skd->tkgd", weights, jnp.where(jnp.isfinite(x), x, 0.0))
-    return mixed + _foul("ts,skd->tkd", visible, x, signed)[:, :, None]
+    return mixed + _nonfinite_sums("ts,skd->tkd", visible, x, signed)[:, :, None]
 
 
 def _mix_rows(weights: jax.Array, visible: jax.Array, x: jax.Array, *, signed: bool) -> jax.Array:
     """Return the sums `[keys, kv_heads, head_dim]` of the rows' `x [rows, kv_heads, group, head_dim]`."""
     mixed = _einsum("kgts,tkgd->skd", weights, jnp.where(jnp.isfinite(x), x, 0.0))
-    return mixed + _foul("ts,tkgd->skd", visible, x, signed)
+    return mixed + _nonfinite_sums("ts,tkgd->skd", visible, x, signed)
 
 
-def _foul(equation: str, visible: jax.Array, x: jax.Array, signed: bool) -> jax.Array:
+def _nonfinite_sums(equation: str, visible: jax.Array, x: jax.Array, signed: bool) -> jax.Array:
     """Return the NaN and infinities that elements of `x` add to visible sums; 0 if all are finite.
 
     A dense product would add them to all sums, because zero times NaN is NaN. If weights are `signed`, infinities

@@ -9,8 +9,8 @@ from zigzag_kernels.batch_checks import (
     check_host_offsets,
     check_row_length,
     check_whole_batch,
+    default_rows,
     is_batch_of_rows,
-    unsaid_rows,
 )
 from zigzag_kernels.checks import (
     MAX_ROWS,
@@ -27,7 +27,7 @@ from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
     gathered_row,
-    impossible,
+    is_invalid_batch,
     packed_row,
     piece_offsets,
     row_position,
@@ -166,7 +166,7 @@ def position_ids(
     layout = check_layout(layout)
     if tokens is None:
         offsets = on_host(cu_seqlens, "give the number of local rows as `tokens`")
-        tokens = unsaid_rows(offsets, check_world_size(world_size), layout, row_length)
+        tokens = default_rows(offsets, check_world_size(world_size), layout, row_length)
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, layout)
     tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
     row_length = check_row_length(layout, row_length, world_size, world_size * tokens, "tokens")
@@ -189,7 +189,7 @@ def _fault(
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
-        return impossible(cu_seqlens, as_rank(rank), world_size, tokens, row_length)
+        return is_invalid_batch(cu_seqlens, as_rank(rank), world_size, tokens, row_length)
     check_rank(rank if number else int(np.asarray(rank).item()), world_size, False)
     check_host_offsets(np.asarray(cu_seqlens).tolist(), world_size, tokens, row_length)
     return None

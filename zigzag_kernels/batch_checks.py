@@ -5,11 +5,11 @@ from itertools import pairwise
 
 from .checks import (
     MAX_TOTAL,
+    check_default_rows,
     check_int,
     check_layout,
     check_lengths,
     check_real_lengths,
-    check_unsaid_rows,
     python_value,
 )
 from .layout import MAX_OFFSET, chunk_length, padded_length
@@ -122,18 +122,18 @@ def check_halo(
             )
 
 
-def unsaid_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
-    """Return the number of local rows that `cu_seqlens` describe, for a caller who did not say how many.
+def default_rows(cu_seqlens: list[int], world_size: int, layout: str, row_length: int | None) -> int:
+    """Return the number of local rows that `cu_seqlens` describe, which is the default of `tokens`.
 
     In the row layout only the last packed row may have padding. Raises `ValueError` for documents that cannot be
-    distributed over the ranks, and for more rows than `check_unsaid_rows` accepts.
+    distributed over the ranks, and for more rows than `check_default_rows` accepts.
     """
     check_lengths(cu_seqlens, world_size if check_layout(layout) is Layout.DOCUMENT else 1)
     end = cu_seqlens[-1]
     packed = check_row_length(layout, row_length, world_size, end if row_length is None else None, "tokens")
     if packed:
         end = -(-end // packed) * packed
-    return check_unsaid_rows(end // world_size)
+    return check_default_rows(end // world_size)
 
 
 def check_whole_batch(

@@ -19,7 +19,7 @@ MAX_BLOCK = 256
 MAX_RANKS = 2**20  # the kernels hold chunk numbers, and their products with rows, in int32
 MAX_TOTAL = 2**40  # rows of a whole batch with its padding: far above MAX_OFFSET, and safe in int64
 # Local rows that `cu_seqlens` alone may ask for; a larger number means that the array holds garbage, not a batch.
-MAX_UNSAID_ROWS = 2**27
+MAX_DEFAULT_ROWS = 2**27
 # Between these limits softmax_scale, and its products with scores, are normal float32 numbers.
 SCALES = 1e-30, 1e30
 # Between these limits a cap, its inverse and its products with scores are normal float32 numbers.
@@ -301,11 +301,11 @@ def check_fill(name: str, value, dtype: str, limits: tuple[float, float]):
     return value
 
 
-def check_unsaid_rows(rows: int) -> int:
-    """Return `rows`, the local rows that `cu_seqlens` describe; `ValueError` above `MAX_UNSAID_ROWS`.
+def check_default_rows(rows: int) -> int:
+    """Return `rows`, the local rows that `cu_seqlens` describe; `ValueError` above `MAX_DEFAULT_ROWS`.
 
     A caller who needs more rows must pass `tokens`.
     """
-    if rows > MAX_UNSAID_ROWS:
-        raise ValueError(f"tokens: expected a number, as {rows} local rows are above {MAX_UNSAID_ROWS}, got None")
+    if rows > MAX_DEFAULT_ROWS:
+        raise ValueError(f"tokens: expected a number, as {rows} local rows are above {MAX_DEFAULT_ROWS}, got None")
     return rows

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from enum import IntEnum
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from .callspec import NO_WINDOW, CallSpec
 from .checks import check_attention_chunk, check_int, check_window_size
@@ -25,6 +25,30 @@ class HaloSlot(IntEnum):
 
 
 KEY_SLOTS = HaloSlot.EARLY_SENT.value
+
+
+class PreparedBatch(Protocol):
+    """The fields of a front end's `Batch` that methods and halos depend on; they mean the same in both."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def cu_seqlens(self) -> Any: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def whole_tokens(self) -> int: ...
+    @property
+    def halo(self) -> int: ...
+    @property
+    def max_seqlen(self) -> int: ...
+
+
+BatchT = TypeVar("BatchT", bound=PreparedBatch)
 
 
 def check_max_seqlen(max_seqlen: int | None) -> int:
@@ -130,29 +154,30 @@ def reach_of_mask(causal: bool, window_size, attention_chunk: int, max_seqlen: i
     return reach(left, chunk, max_seqlen) if causal or right == 0 else None
 
 
-def with_halo(
-    call: CallSpec, halo: int, max_seqlen: int, *, tokens: int, sequences: int, packed_rows: int, world_size: int
-) -> CallSpec:
-    """Return `call` with its `halo` and `halo_rows` filled in.
+def with_halo(call: CallSpec, batch: BatchT, rows: int, length: int) -> tuple[CallSpec, BatchT]:
+    """Return `call` and `batch` with their halo filled in.
 
-    `halo` is the number of rows of a halo in the tables of a prepared batch, or 0 if the call decides. `tokens` is the
-    number of rows of a rank, `packed_rows` the number of packed rows in the row layout. Raises `ValueError` if rows
-    see keys that are more than `halo` positions away. In the row layout the host knows the length of chunks, so a chunk
-    shorter than the halo raises there too.
+    `rows` is the number of rows of q. `length` is the number of tokens of every document if all have the same length,
+    otherwise 0. Raises `ValueError` if rows see keys that are more than the batch's halo away, or if the host knows
+    that a chunk is shorter than the halo.
     """
     if not call.causal:
         raise ValueError("causal: expected True, or a window that ends with its row, with method 'halo', got False")
-    needed = check_reach(call.window_size[0], call.attention_chunk, max_seqlen)
-    halo = halo or needed
+    needed = check_reach(call.window_size[0], call.attention_chunk, batch.max_seqlen)
+    halo = batch.halo or needed
     if needed > halo:
         raise ValueError(
             f"window_size: expected at most the {halo} positions before a row that the batch was prepared for, got "
             f"{needed}; give prepare_batch the largest window"
         )
+    tokens, packed_rows = rows - batch.whole_tokens, 0
     if call.layout is Layout.ROW:
-        check_halo_in_chunk(halo, world_size * tokens // max(packed_rows, 1), world_size)
-        return dataclasses.replace(call, halo=halo, halo_rows=message_rows(halo, tokens, sequences, packed_rows))
-    return dataclasses.replace(call, halo=halo, halo_rows=message_rows(halo, tokens, sequences, 0))
+        packed_rows = batch.rows
+        check_halo_in_chunk(halo, batch.world_size * tokens // max(packed_rows, 1), batch.world_size)
+    check_halo_in_chunk(halo, length, batch.world_size)
+    sent = message_rows(halo, tokens, batch.cu_seqlens.shape[0] - 1, packed_rows)
+    call = dataclasses.replace(call, halo=halo, halo_rows=sent)
+    return call, batch if batch.halo else dataclasses.replace(batch, halo=halo)
 
 
 def check_halo_in_chunk(halo: int, length: int, world_size: int) -> None:
@@ -166,32 +191,33 @@ def check_halo_in_chunk(halo: int, length: int, world_size: int) -> None:
 
 
 def method_of_call(
-    prepared: tuple[str, int, int] | None,
+    batch: BatchT | None,
     mask: tuple[bool, tuple, int],
     shape: tuple[int, int],
     layout: str | None,
     world_size: int,
     heads_k_stride: int | None,
-) -> str:
-    """Return the method of a call whose caller named none.
+) -> tuple[BatchT | None, str]:
+    """Return (`batch`, method) of a call whose caller named no method; `batch` is None without a prepared batch.
 
-    `prepared` is (method, halo, max_seqlen) of the prepared batch, None without one. The call uses the batch's halos
-    unless its mask reaches farther. `mask` is (causal, window_size, attention_chunk). `shape` is (number of sequences
-    or packed rows, rows of each on this rank). `layout` is None for sequences of equal length, which have no
-    `cu_seqlens`.
+    If a prepared batch has halos and the mask reaches farther, the result is that batch with method "allgather" and
+    without tables. `mask` is (causal, window_size, attention_chunk). `shape` is (number of sequences or packed rows,
+    rows of each on this rank). `layout` is None for sequences of equal length, which have no `cu_seqlens`.
     """
-    if prepared is not None:
-        method, halo_rows, max_seqlen = prepared
-        if method != Method.HALO or world_size == 1:
-            return method
-        rows_seen = reach_of_mask(*mask, max_seqlen=max_seqlen)
-        return Method.ALLGATHER.value if rows_seen is None or rows_seen > halo_rows else method
+    if batch is not None:
+        if batch.method != Method.HALO or world_size == 1:
+            return batch, batch.method
+        rows_seen = reach_of_mask(*mask, max_seqlen=batch.max_seqlen)
+        if rows_seen is not None and rows_seen <= batch.halo:
+            return batch, batch.method
+        method = Method.ALLGATHER.value
+        return dataclasses.replace(batch, method=method, segments=None, sequences=None, halo=0), method
     _, window_size, attention_chunk = mask
     if world_size == 1 or heads_k_stride is not None or (window_size is NO_WINDOW and attention_chunk == 0):
-        return Method.ALLGATHER.value
+        return None, Method.ALLGATHER.value
     sizes, (number, rows) = None, shape
     if layout is None:
         sizes = HostSizes(number * rows, number, 0, rows // 2)
     elif layout == Layout.ROW:
         sizes = sizes_of_rows(rows * world_size, number, world_size)
-    return choose_method(reach_of_mask(*mask, max_seqlen=0), sizes, world_size).value
+    return None, choose_method(reach_of_mask(*mask, max_seqlen=0), sizes, world_size).value

@@ -85,7 +85,7 @@ def padded_length(length: int, world_size: int) -> int:
     return -(-length // step) * step
 
 
-def impossible(
+def is_invalid_batch(
     cu_seqlens,
     rank,
     world_size: int,

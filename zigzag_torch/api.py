@@ -5,6 +5,7 @@ import functools
 
 import torch
 
+from zigzag_kernels import halo
 from zigzag_kernels.callspec import NO_WINDOW, CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_flag, check_layout, check_method, check_world_size
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
@@ -13,8 +14,8 @@ from . import launch, reference
 from .arguments import as_rank, as_sinks, cast_for_autocast, check_device, check_tensor, check_unpadded
 from .autograd import agreed_rank, attention
 from .batch import DOCUMENTS, Batch, Form, as_batch, tables_of
-from .choice import choose_method, with_halo
 from .dispatch import refuse_tangents
+from .halos import check_documents
 from .parallel import Local, Moving, Transport, transport_of
 from .parallel.agreement import Place, place_in, refuse_together
 from .parallel.collectives import common_rank, largest_of_ranks
@@ -159,7 +160,8 @@ def zigzag_attention(
             the method of the prepared batch; a call whose rows see farther than its halos uses "allgather" instead, and
             builds its own tables. Without a prepared batch, None means "halo" if the host knows that halos suffice and
             move less, and otherwise "allgather"; the host knows it with `cu_seqlens=None` and in the row layout.
-        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size.
+        heads_k_stride: number of KV heads that one all-gather brings, a divisor of kv_heads. None: chosen by size. The
+            methods "ring" and "halo" check it too, but move all heads at once.
         return_lse, backend: as in `zigzag_attention_gathered`.
         grad_reduce_dtype: dtype in which dK/dV are summed over the ranks: float32 (also for None) or the dtype of q.
         deterministic: as in `zigzag_attention_gathered`; between ranks the kernels are always deterministic.
@@ -189,7 +191,9 @@ def zigzag_attention(
         equal_lengths = cu_seqlens is None
         if method is None:
             mask, shape = (causal, window_size, attention_chunk), batched or (1, q.shape[0] if q.ndim else 0)
-            cu_seqlens, method = choose_method(cu_seqlens, mask, shape, layout, place.world_size, heads_k_stride)
+            batch, form = cu_seqlens if isinstance(cu_seqlens, Batch) else None, None if equal_lengths else layout
+            batch, method = halo.method_of_call(batch, mask, shape, form, place.world_size, heads_k_stride)
+            cu_seqlens = cu_seqlens if batch is None else batch
         if cu_seqlens is None:
             check_layout(layout)
             cu_seqlens = _equal_lengths(q, *(batched or (1, q.shape[0])), place, method)
@@ -216,7 +220,9 @@ def zigzag_attention(
         sequences = batch.cu_seqlens.shape[0] - 1
         if method == Method.HALO and place.world_size > 1:
             length = q.shape[0] // max(sequences, 1) * place.world_size if equal_lengths else 0
-            call, batch = with_halo(call, batch, q, length, cu_seqlens)
+            call, batch = halo.with_halo(call, batch, q.shape[0] if q.ndim else 0, length)
+            if not isinstance(cu_seqlens, Batch):
+                check_documents(cu_seqlens, place.world_size, batch.row_length or None, call.halo)
         kv_layout = KVLayout.GATHERED if place.world_size == 1 else KVLayout.PEER
         transport = transport_of(q, k, v, call, sequences, place.world_size, kv_layout, place.group_name)
         sinks = None if sinks is None else as_sinks(sinks, q)

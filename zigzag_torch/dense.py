@@ -149,23 +149,23 @@ def _product(equation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _mix_keys(weights: torch.Tensor, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor:
     """Return the sums `[rows, kv_heads, group, head_dim]` of the keys' `x [keys, kv_heads, head_dim]`."""
-    foul = _foul("ts,skd->tkd", visible, x, signed)
-    mixed = _product("kgts,skd->tkgd", weights, _without_foul(x, foul))
-    return mixed if foul is None else mixed + foul[:, :, None]
+    nonfinite = _nonfinite_sums("ts,skd->tkd", visible, x, signed)
+    mixed = _product("kgts,skd->tkgd", weights, _finite(x, nonfinite))
+    return mixed if nonfinite is None else mixed + nonfinite[:, :, None]
 
 
 def _mix_rows(weights: torch.Tensor, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor:
     """Return the sums `[keys, kv_heads, head_dim]` of the rows' `x [rows, kv_heads, group, head_dim]`."""
-    foul = _foul("ts,tkgd->skd", visible, x, signed)
-    mixed = _product("kgts,tkgd->skd", weights, _without_foul(x, foul))
-    return mixed if foul is None else mixed + foul
+    nonfinite = _nonfinite_sums("ts,tkgd->skd", visible, x, signed)
+    mixed = _product("kgts,tkgd->skd", weights, _finite(x, nonfinite))
+    return mixed if nonfinite is None else mixed + nonfinite
 
 
-def _without_foul(x: torch.Tensor, foul: torch.Tensor | None) -> torch.Tensor:
-    return x if foul is None else x.masked_fill(~x.isfinite(), 0.0)
+def _finite(x: torch.Tensor, nonfinite: torch.Tensor | None) -> torch.Tensor:
+    return x if nonfinite is None else x.masked_fill(~x.isfinite(), 0.0)
 
 
-def _foul(equation: str, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor | None:
+def _nonfinite_sums(equation: str, visible: torch.Tensor, x: torch.Tensor, signed: bool) -> torch.Tensor | None:
     """Return the NaN and infinities that elements of `x` add to visible sums; None if all are finite.
 
     A dense product would add them to all sums, because zero times NaN is NaN. If weights are `signed`, infinities

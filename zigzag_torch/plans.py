@@ -8,7 +8,7 @@ from zigzag_kernels.batch_checks import check_parts
 from zigzag_kernels.checks import check_int
 from zigzag_kernels.documents import DocumentPlan, fingerprint
 from zigzag_kernels.halo import HostSizes, sizes_of_documents
-from zigzag_kernels.layout import MAX_OFFSET, impossible
+from zigzag_kernels.layout import MAX_OFFSET, is_invalid_batch
 
 from .arguments import check_device, check_int32, check_tensor
 
@@ -72,7 +72,7 @@ class Parts(NamedTuple):
     def fault(self) -> torch.Tensor:
         """A boolean tensor, true if the whole documents do not fit into their rows; the host does not read it."""
         whole = self.whole_cu_seqlens
-        return impossible(whole, whole.new_zeros(1), 1, self.whole_tokens)
+        return is_invalid_batch(whole, whole.new_zeros(1), 1, self.whole_tokens)
 
     def joined(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (cu_seqlens, real lengths or None) of a single rank, with both parts as one batch.

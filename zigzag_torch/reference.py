@@ -12,7 +12,7 @@ import torch
 
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import dtype_name
-from zigzag_kernels.layout import impossible
+from zigzag_kernels.layout import is_invalid_batch
 from zigzag_kernels.problem import Problem
 
 from .arguments import check_device, check_tensor
@@ -114,7 +114,7 @@ def _attend(
 
     # A factor, 1 or NaN, of the results, and of the inputs so that the gradients become NaN too.
     row_length = packing.row_length if packing.is_in_rows else None
-    fault = impossible(
+    fault = is_invalid_batch(
         packing.cu_seqlens, packing.rank, packing.world_size, tokens, row_length, packing.lengths, packing.halo
     )
     poison = torch.where(fault, float("nan"), 1.0)

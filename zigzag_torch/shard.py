@@ -9,8 +9,8 @@ from zigzag_kernels.batch_checks import (
     check_host_offsets,
     check_row_length,
     check_whole_batch,
+    default_rows,
     is_batch_of_rows,
-    unsaid_rows,
 )
 from zigzag_kernels.checks import (
     MAX_ROWS,
@@ -23,7 +23,14 @@ from zigzag_kernels.checks import (
 )
 from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.halo import check_max_seqlen
-from zigzag_kernels.layout import gathered_packed_row, gathered_row, impossible, packed_row, piece_offsets, row_position
+from zigzag_kernels.layout import (
+    gathered_packed_row,
+    gathered_row,
+    is_invalid_batch,
+    packed_row,
+    piece_offsets,
+    row_position,
+)
 from zigzag_kernels.modes import Layout
 
 from .arguments import as_cu_seqlens, as_lengths, as_rank, check_batch, check_device, check_tensor, readable
@@ -141,7 +148,7 @@ def position_ids(
     cu_seqlens, rank, world_size = check_batch(cu_seqlens, rank, world_size, check_layout(layout))
     if tokens is None:
         offsets = cu_seqlens.tolist()
-        tokens = unsaid_rows(offsets, world_size, layout, row_length)
+        tokens = default_rows(offsets, world_size, layout, row_length)
     tokens = check_int("tokens", tokens, 0, MAX_ROWS, f"a number of rows up to {MAX_ROWS}")
     row_length = check_row_length(layout, row_length, world_size, world_size * tokens, "tokens")
     fault = _fault(cu_seqlens, rank, world_size, tokens, row_length)
@@ -163,7 +170,7 @@ def _fault(
     """
     number = isinstance(rank, int)
     if not readable(cu_seqlens) or not (number or readable(rank)):
-        return impossible(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, tokens, row_length)
+        return is_invalid_batch(cu_seqlens, as_rank(rank, cu_seqlens.device), world_size, tokens, row_length)
     check_rank(rank if number else int(rank), world_size, False)
     check_host_offsets(cu_seqlens.tolist(), world_size, tokens, row_length)
     return None

@@ -45,7 +45,6 @@ class Ranks:
     chief = True
     records = True
 
-
     def __init__(self):
         self.size = jax.device_count()
         self.mesh = jax.make_mesh((self.size,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -1,5 +1,7 @@
 """When calls that name no method take halos, and how many rows a message has."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from zigzag_kernels.batch_checks import check_halo
@@ -12,6 +14,17 @@ from zigzag_kernels.halo import (
     sizes_of_rows,
 )
 from zigzag_kernels.modes import Method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Stands for the `Batch` of a front end."""
+
+    method: str
+    halo: int = 0
+    max_seqlen: int = 0
+    segments: str | None = "tables"
+    sequences: str | None = "tables"
 
 
 @pytest.mark.parametrize(
@@ -43,9 +56,12 @@ def test_halos_are_chosen_where_the_host_knows_that_they_serve_and_move_less():
 @pytest.mark.parametrize(("seen", "method"), [((4, 0), "halo"), ((5, 0), "allgather"), ((-1, -1), "allgather")])
 def test_halos_of_a_prepared_batch_serve_calls_that_see_no_farther(seen, method):
     call = {"shape": (1, 24), "layout": "document", "world_size": 2, "heads_k_stride": None}
-    assert method_of_call(("halo", 4, 0), (True, seen, 0), **call) == method
-    assert method_of_call(("halo", 4, 0), (False, seen, 0), **call) == method  # ends with its row all the same
-    assert method_of_call(("ring", 0, 0), (True, seen, 0), **call) == "ring"
+    halos, ring = Prepared("halo", 4), Prepared("ring")
+    for causal in True, False:  # a window ends with its row all the same
+        batch, chosen = method_of_call(halos, (causal, seen, 0), **call)
+        assert chosen == batch.method == method
+        assert batch is halos or batch == Prepared("allgather", segments=None, sequences=None)
+    assert method_of_call(ring, (True, seen, 0), **call) == (ring, "ring")
 
 
 def test_documents_that_end_before_their_third_chunk_limit_no_halo():

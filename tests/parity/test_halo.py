@@ -1,7 +1,5 @@
 """Halos in both frameworks: the same bits, and the same choice."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -15,6 +13,7 @@ from tests.support.machine import GPU, GPUS
 from tests.support.processes import run_ranks
 from tests.support.spread import halo_arrays, spread_halos
 from tests.support.torch_ranks import KERNELS, attend, on_device
+from zigzag_kernels import halo
 
 NAMES = "out", "lse", "dq", "dk", "dv"
 
@@ -47,14 +46,13 @@ def test_both_frameworks_give_the_same_bits(name, tmp_path):
 @pytest.mark.skipif(GPU, reason="a list makes a batch of the CPU, whose kernels are interpreted")
 @pytest.mark.parametrize("package", [zigzag_torch, zigzag_jax], ids=["torch", "jax"])
 def test_a_call_that_sees_farther_takes_the_batch_without_its_halos(package):
-    choose = importlib.import_module(f"{package.__name__}.choice").choose_method
     batch = package.prepare_batch([0, 48], 0, 2, window_size=(4, 0), backend="interpret")
     assert (batch.method, batch.halo) == ("halo", 4)
     rest = (1, 24), "document", 2, None
-    same, method = choose(batch, (True, (4, 0), 0), *rest)
+    same, method = halo.method_of_call(batch, (True, (4, 0), 0), *rest)
     assert same is batch
     assert method == "halo"
-    other, method = choose(batch, (True, (5, 0), 0), *rest)
+    other, method = halo.method_of_call(batch, (True, (5, 0), 0), *rest)
     assert (method, other.method, other.halo, other.segments, other.sequences) == (
         "allgather",
         "allgather",

@@ -348,8 +348,8 @@ def finish_dq(
 ):
     """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
     # The sums say nothing about invalid tables: NaN times any sum is NaN.
-    impossible = tables_are_invalid(segments_ptr, n_segments, T)
+    invalid = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < T.to(tl.int64) * ROW
-    dq = tl.load(sums_ptr + places, mask=inside) * tl.where(impossible, float("nan"), SOFTMAX_SCALE)
+    dq = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
     tl.store(dq_ptr + places, dq.to(dq_ptr.dtype.element_ty), mask=inside)
