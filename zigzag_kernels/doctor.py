@@ -27,7 +27,12 @@ FRONT_ENDS = {  # package, front end, and the command that installs a build for 
     "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10'"),
 }
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
-FLAGS = ("ZIGZAG_USE_FUSED_TRITON_V2", "ZIGZAG_VERIFY_CORRECTNESS", "ZIGZAG_PROFILE_KERNELS")
+FLAGS = (
+    "ZIGZAG_USE_FUSED_TRITON_V2",
+    "ZIGZAG_VERIFY_CORRECTNESS",
+    "ZIGZAG_PROFILE_KERNELS",
+    "ZIGZAG_AGREE_IN_EVERY_CALL",
+)
 PREFIX = "ZIGZAG_"
 # Runs a module. The current folder is not in the path, because a file torch.py in it would hide PyTorch. The folder of
 # these packages is last in the path, for a checkout that is not installed.

@@ -326,6 +326,12 @@ def check_other_calls_by_store(rank, world_size):
     for fault in DIFFERENCES:
         for when in ("first call", "first step") if "prepare" not in fault else ("first call",):
             check_differences(next(new), when, fault)
+    os.environ[agreement.EVERY_CALL_VARIABLE] = "1"
+    for check in (check_agreed_before, check_no_backward):
+        check(next(new), "third step")
+    check_differences(next(new), "third step", "own fault")
+    os.environ[agreement.EVERY_CALL_VARIABLE] = "yes"
+    expect(error_of(next(new).first_call), ValueError, "ZIGZAG_AGREE_IN_EVERY_CALL: expected 0 or 1, got 'yes'")
 
 
 def check_waiting_by_store(rank, world_size):

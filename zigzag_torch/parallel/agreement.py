@@ -6,7 +6,8 @@ that their hosts know (shapes, dtypes, options), and either all continue or all 
 - when a rank makes a call with new facts, through the group's store (`rendezvous`);
 - with gloo, before every later call too, by messages of 16 bytes: the host waits for transfers of gloo anyway. If the
   messages differ, ranks compare the facts in the store, for the text of the error;
-- with NCCL, whose transfers the host does not wait for, a later call with known facts only looks them up in a set.
+- with NCCL, whose transfers the host does not wait for, a later call with known facts only looks them up in a set,
+  unless ZIGZAG_AGREE_IN_EVERY_CALL is 1.
 
 This module does not count calls. So an error that a program catches does not put the ranks out of step.
 """
@@ -41,7 +42,7 @@ Facts = tuple[tuple[str, Any], ...]
 """Pairs of a name and a hashable value."""
 
 FORWARD, BACKWARD = "zigzag_attention", "backward pass of zigzag_attention"
-TIMEOUT_VARIABLE = "ZIGZAG_AGREEMENT_TIMEOUT"
+TIMEOUT_VARIABLE, EVERY_CALL_VARIABLE = "ZIGZAG_AGREEMENT_TIMEOUT", "ZIGZAG_AGREE_IN_EVERY_CALL"
 # Ranks reach their first call at different times, because they compile and read data.
 TIMEOUT_SECONDS = 120.0
 # A rank that has found a fault waits no longer than this: its report stays in the store for ranks that come later.
@@ -75,9 +76,10 @@ class Reach(enum.Enum):
 
 @dataclass
 class _History:
-    """The digests of the facts that a group has agreed on, and the means by which its ranks agree."""
+    """The digests of the facts that a group has agreed on, unless it forgets them, and how its ranks agree."""
 
     reach: Reach
+    remembers: bool
     seen: dict[int, None] = field(default_factory=dict)
     has_agreed: bool = False
 
@@ -190,6 +192,8 @@ def agree(group: "ProcessGroup", facts: Facts, digest: int | None = None) -> Non
     if history.reach is Reach.STORE and digest in history.seen:
         return
     compare(group, dict(facts))
+    if not history.remembers:
+        return
     if len(history.seen) == _KNOWN_FACTS:  # ranks add and forget facts in the same order
         del history.seen[next(iter(history.seen))]
     history.seen[digest] = None
@@ -207,7 +211,10 @@ def _in_words(report: dict[str, Any]) -> rendezvous.Report:
 def _history(group: "ProcessGroup") -> _History:
     history = _histories.get(group)
     if history is None:
-        history = _histories[group] = _History(reach_of(group))
+        text = os.environ.get(EVERY_CALL_VARIABLE, "0")
+        if text not in ("0", "1"):
+            raise ValueError(f"{EVERY_CALL_VARIABLE}: expected 0 or 1, got {text!r}")
+        history = _histories[group] = _History(reach_of(group), remembers=text == "0")
     return history
 
 
