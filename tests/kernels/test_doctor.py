@@ -66,7 +66,7 @@ SICK = {
     ),
     "unknown": (
         changed(LAPTOP, environment={"ZIGZAG_WINDOW": "4"}),
-        "ZIGZAG_WINDOW is set, and nothing reads it: there are ZIGZAG_AGREEMENT_TIMEOUT, ZIGZAG_HOPPER, ",
+        "ZIGZAG_WINDOW is set, and nothing reads it: there are ZIGZAG_AGREEMENT_TIMEOUT, ZIGZAG_AGREE_IN_EVERY_CALL, ",
         "unset ZIGZAG_WINDOW",
     ),
     "timeout": (
