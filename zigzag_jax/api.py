@@ -118,6 +118,7 @@ def zigzag_attention_gathered(
         world_size,
         Method.ALLGATHER.value,
         _form(call, cu_seqlens, world_size, (1, q.shape[0] if q.ndim else 0)),
+        q.shape[0] if q.ndim else None,
     )
     if batch.whole_tokens:
         raise ValueError("cu_seqlens: expected one part, got a batch of whole and split documents: zigzag_attention")
@@ -235,9 +236,8 @@ def zigzag_attention(
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
         check_varying(cu_seqlens, axis_name, q, k, v)
-    batch = _batch_on(
-        cu_seqlens, (rank, world_size), method, axis_name, _form(call, cu_seqlens, world_size, (size, length))
-    )
+    form = _form(call, cu_seqlens, world_size, (size, length))
+    batch = _batch_on(cu_seqlens, (rank, world_size), method, axis_name, form, size * length)
     check_varying(batch, axis_name, q, k, v)
     check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
     if method == Method.HALO and world_size > 1:
@@ -283,12 +283,12 @@ def _has_lengths(cu_seqlens: Array | Batch) -> bool:
     return isinstance(cu_seqlens, Batch) and cu_seqlens.lengths is not None
 
 
-def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, form: Form) -> Batch:
+def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, form: Form, tokens: int) -> Batch:
     """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis already has the device's rank."""
     rank, world_size = place
     if isinstance(cu_seqlens, Batch) and axis_name is not None and cu_seqlens.compared_by == axis_name:
         rank = cu_seqlens.rank
-    return as_batch(cu_seqlens, rank, world_size, method, form)
+    return as_batch(cu_seqlens, rank, world_size, method, form, tokens)
 
 
 def _head_dim(q: Array) -> int:

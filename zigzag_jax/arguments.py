@@ -33,18 +33,18 @@ def check_array(name: str, x) -> None:
         raise ValueError(f"{name}: expected an array of JAX or NumPy, got {type(x).__name__}")
 
 
-def as_cu_seqlens(cu_seqlens, world_size: int) -> jax.Array:
+def as_cu_seqlens(cu_seqlens, world_size: int, total: int | None = None) -> jax.Array:
     """Return offsets as an array `[N + 1]` int32; the values of a JAX array are not read.
 
-    A list, tuple or NumPy array is checked like in `validate`. In a JAX array, integers that int32 cannot hold become
-    -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    A list, tuple or NumPy array is checked like in `validate`, with the `total` rows that there are. In a JAX array,
+    integers that int32 cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
     """
     if isinstance(cu_seqlens, list | tuple):
         cu_seqlens = np.array(check_offsets(cu_seqlens), np.int64)
     check_array("cu_seqlens", cu_seqlens)
     check_cu_seqlens(cu_seqlens.shape, str(cu_seqlens.dtype))
     if isinstance(cu_seqlens, np.ndarray):
-        check_lengths(check_offsets(cu_seqlens.tolist()), world_size)
+        check_lengths(check_offsets(cu_seqlens.tolist()), world_size, total)
         cu_seqlens = cu_seqlens.astype(np.int32)
     return _as_int32(gather_rows(jnp.asarray(cu_seqlens)))
 

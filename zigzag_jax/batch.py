@@ -232,18 +232,25 @@ def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) 
 
 
 def as_batch(
-    cu_seqlens: Array | Batch, rank: int | Array, world_size: int, method: str, form: Form = DOCUMENTS
+    cu_seqlens: Array | Batch,
+    rank: int | Array,
+    world_size: int,
+    method: str,
+    form: Form = DOCUMENTS,
+    tokens: int | None = None,
 ) -> Batch:
     """Return the prepared batch, or make a batch of this `form`, without tables, from offsets.
 
     Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
-    device knows the two ranks, and they differ, attention returns NaN.
+    device knows the two ranks, and they differ, attention returns NaN. `tokens` are the rows of one rank, if they are
+    known; `ValueError` for offsets on the host that count more rows than all ranks have.
     """
     world_size = check_world_size(world_size)
     rank = as_rank_argument(rank, world_size)
     host_rank = rank if isinstance(rank, int) else None
     if not isinstance(cu_seqlens, Batch):
-        given, cu_seqlens = cu_seqlens, as_cu_seqlens(cu_seqlens, 1 if form.layout == Layout.ROW else world_size)
+        total, step = None if tokens is None else world_size * tokens, 1 if form.layout == Layout.ROW else world_size
+        given, cu_seqlens = cu_seqlens, as_cu_seqlens(cu_seqlens, step, total)
         if form.row_length and not isinstance(given, jax.Array):
             offsets = np.asarray(given).tolist()
             check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)

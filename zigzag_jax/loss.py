@@ -26,7 +26,7 @@ def token_mean_loss(
     Args:
         logits: `[rows, vocabulary]`, the rows of all ranks, or inside `shard_map` of this rank.
         labels: `[rows]` integers, already shifted to the next token, as in `host.ShardedBatch`; `ignore_index` for no
-            label.
+            label. Other numbers outside of the vocabulary give NaN.
         num_targets: the number of targets of the whole batch, as in `host.ShardedBatch`. If there is another number of
             labels, the loss is NaN.
         axis_name: inside `shard_map` with `check_vma=True`, the mesh axes over which rows are sharded.
@@ -53,8 +53,10 @@ def token_mean_loss(
                 "their type: spread them with P(axis) in in_specs, and leave check_vma=True"
             )
     counted = labels != ignore_index
+    known = (labels >= 0) & (labels < logits.shape[-1])  # JAX would count negative numbers from the end
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    chosen = jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(scores, jnp.where(counted & known, labels, 0)[..., None], axis=-1)[..., 0]
+    chosen = jnp.where(known, chosen, jnp.nan)
     total, count = -jnp.where(counted, chosen, 0).sum(), counted.sum(dtype=jnp.int32)
     if axis_names(axis_name):
         total, count = jax.lax.psum((total, count), axis_name)

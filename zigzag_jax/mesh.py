@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_sinks
+from zigzag_kernels.checks import check_layout, check_lengths, check_offsets, check_sinks
 from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.halo import reach_of_mask
 from zigzag_kernels.modes import Backend, Layout, Method
@@ -105,7 +105,7 @@ def make_zigzag_attention(
         specs: dict[str, Any] = dict.fromkeys(arrays, rows)
         if cu_seqlens is not None:
             arrays["cu_seqlens"], specs["cu_seqlens"] = _spread_lengths(
-                cu_seqlens, mesh, axes, q.shape[: q.ndim - 3], layout
+                cu_seqlens, mesh, axes, q.shape[: q.ndim - 2], layout
             )
             if options.get("method") == Method.HALO:
                 row_length = q.shape[-3] if layout == Layout.ROW else None
@@ -248,9 +248,13 @@ def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
 
 
 def _spread_lengths(
-    cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, batch: tuple[int, ...], layout: Layout
+    cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, shape: tuple[int, ...], layout: Layout
 ) -> tuple[Any, Any]:
-    """Return (cu_seqlens as an array or a batch, its spec); `batch` is the batch dimension of q, or empty."""
+    """Return (cu_seqlens as an array or a batch, its spec); `shape` is (batch, tokens) of q, or (tokens,).
+
+    Raises `ValueError` for offsets on the host that do not describe these tokens.
+    """
+    *batch, tokens = shape
     if isinstance(cu_seqlens, Batch):
         rows_of_all = layout == Layout.ROW and axes.batch_axis is None
         if (batch and not rows_of_all) or cu_seqlens.compared_by != axes.axis:
@@ -259,9 +263,13 @@ def _spread_lengths(
                 f"got one prepared for axis_name {cu_seqlens.compared_by!r}"
             )
         return cu_seqlens, _batch_specs(cu_seqlens, axes.axis)
+    step = _cut(size_on(mesh, axes.axis), layout)
     if not batch:
-        return as_cu_seqlens(cu_seqlens, _cut(size_on(mesh, axes.axis), layout)), P()
+        return as_cu_seqlens(cu_seqlens, step, tokens), P()
     check_array("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
         raise ValueError(f"cu_seqlens: expected [batch, N + 1] with batch {batch[0]} as in q, got {cu_seqlens.shape}")
+    if isinstance(cu_seqlens, np.ndarray):
+        for offsets in cu_seqlens:
+            check_lengths(check_offsets(offsets.tolist()), step, tokens)
     return cu_seqlens, P(axes.batch_axis)

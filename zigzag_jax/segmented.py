@@ -72,7 +72,7 @@ def segmented_attention(
             `shard_map`, and otherwise `()`.
         layout: "row" cuts each row into chunks as a whole, like MaxText's load-balanced reordering. "document" cuts
             each document, so that every device has the same number of its tokens.
-        max_segments: the most documents of a row; required for segment ids and positions.
+        max_segments: the most documents of a row; required for segment ids and positions. A prepared batch has it.
         causal, window_size, attention_chunk, softcap, sinks: as in `zigzag_attention`. `sinks` are `[heads]`.
         softmax_scale, heads_k_stride, backend, grad_reduce_dtype, deterministic: as in `zigzag_attention`.
         method: as in `zigzag_attention`; None: "allgather". "halo" moves only the rows that windows need.
@@ -103,6 +103,8 @@ def segmented_attention(
         batch = _prepare(q, segment_ids, positions, max_segments, mesh=mesh, backend=backend, **prepared, **reach)
     elif positions is not None:
         raise ValueError("positions: expected None with a batch of prepare_segments, which has them already")
+    elif segment_ids is None and max_segments is not None:
+        raise ValueError(f"segment_ids: expected ids or positions, as max_segments is {max_segments}, got None")
     if isinstance(batch, SegmentedBatch):
         _check_batch(batch, around, q, **prepared)
         arrays["batch"], specs["batch"] = batch, batch.specs

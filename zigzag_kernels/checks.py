@@ -173,7 +173,8 @@ def check_offsets(values, name: str = "cu_seqlens") -> list[int]:
         raise ValueError(f"{name}: expected [N + 1] integers, got none")
     for i, value in enumerate(offsets):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name}: expected integers, got {type(value).__name__} {value!r} at [{i}]")
+            shown = repr(value) if isinstance(value, str | int | float) else ""  # an array would fill the screen
+            raise ValueError(f"{name}: expected integers, got {type(value).__name__} {shown}".rstrip() + f" at [{i}]")
         if not -MAX_OFFSET <= value <= MAX_OFFSET:
             raise ValueError(f"{name}: expected integers that int32 holds, got {value} at [{i}]")
     return offsets

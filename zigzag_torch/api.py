@@ -93,7 +93,7 @@ def zigzag_attention_gathered(
     backend = _choose_backend(q, k, v, backend)
     q, k, v = cast_for_autocast(q, k, v)
     form = DOCUMENTS if layout == Layout.DOCUMENT else _rows_form(cu_seqlens, layout, 1, q, world_size)
-    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q.device, form)
+    batch = as_batch(cu_seqlens, rank, world_size, Method.ALLGATHER.value, q, form)
     if batch.whole_tokens:
         raise ValueError("cu_seqlens: expected one part, got a batch of whole and split documents: zigzag_attention")
     check_device("cu_seqlens", batch.cu_seqlens, "q", q)
@@ -202,7 +202,7 @@ def zigzag_attention(
         q, k, v = cast_for_autocast(q, k, v)
         rows = batched[0] if batched else 1
         form = DOCUMENTS if is_documents else _rows_form(cu_seqlens, layout, rows, q, place.world_size)
-        batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q.device, form)
+        batch = as_batch(cu_seqlens, place.rank, place.world_size, method, q, form)
         check_device("cu_seqlens", batch.cu_seqlens, "q", q)
         return_lse = check_flag("return_lse", return_lse)
         ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits

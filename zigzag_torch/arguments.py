@@ -56,15 +56,18 @@ def check_int32(name: str, cu_seqlens) -> None:
         raise ValueError(f"{name}: expected dtype int32, got {dtype_name(cu_seqlens)}")
 
 
-def as_cu_seqlens(cu_seqlens, world_size: int, device: torch.device | None = None) -> torch.Tensor:
+def as_cu_seqlens(
+    cu_seqlens, world_size: int, device: torch.device | None = None, total: int | None = None
+) -> torch.Tensor:
     """Return offsets as a tensor `[N + 1]` int32; the values of a tensor are not read.
 
-    A list, tuple or NumPy array is checked like in `validate`, and copied to `device`. In a tensor, integers that int32
+    A list, tuple or NumPy array is checked like in `validate`, with the `total` rows that there are, and copied to
+    `device`. In a tensor, integers that int32
     cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
     """
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = _host_offsets(cu_seqlens)
-        check_lengths(offsets, world_size)
+        check_lengths(offsets, world_size, total)
         return torch.tensor(offsets, dtype=torch.int32, device=device)
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0]:  # the usual case, fast

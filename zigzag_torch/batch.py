@@ -308,19 +308,22 @@ def as_batch(
     rank: int | torch.Tensor,
     world_size: int,
     method: str,
-    device: torch.device,
+    q: torch.Tensor,
     form: Form = DOCUMENTS,
 ) -> Batch:
     """Return the prepared batch, or make a batch of this `form`, without tables, from offsets.
 
     Raises `ValueError` for a batch that was prepared for another rank, `world_size`, `method` or layout. If only the
-    device knows the two ranks, and they differ, attention returns NaN. Offsets on the host are copied to `device`.
+    device knows the two ranks, and they differ, attention returns NaN. Offsets on the host are copied to the device of
+    `q`, the rows of one rank; `ValueError` if they count more rows than all ranks have.
     """
     world_size = check_world_size(world_size)
     if not isinstance(cu_seqlens, Batch):
         if form.row_length:
             _check_host_rows(cu_seqlens, form, world_size)
-        cu_seqlens = as_cu_seqlens(cu_seqlens, world_size if form.layout == Layout.DOCUMENT else 1, device)
+        total = world_size * q.shape[0] if q.ndim and not isinstance(cu_seqlens, torch.Tensor) else None
+        step = world_size if form.layout == Layout.DOCUMENT else 1
+        cu_seqlens = as_cu_seqlens(cu_seqlens, step, q.device, total)
         rank = as_rank_argument(rank, world_size, cu_seqlens.device)
         host_rank = rank if isinstance(rank, int) else None
         own_rank = as_rank(rank, cu_seqlens.device)

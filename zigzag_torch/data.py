@@ -19,6 +19,7 @@ from .plans import Parts, order_of_tokens
 from .shard import validate
 
 INT64 = torch.iinfo(torch.int64)
+_OF_TOKENS = "attention_mask", "position_ids"  # entries of an example that say whether it is one whole document
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,11 @@ class ZigzagCollator:
         shard_documents([], self.rank, self.world_size, **self.options)  # raises here for options, not in a worker
 
     def __call__(self, examples: Sequence) -> ShardedBatch:
-        """Return the batch of `examples`: token ids, or mappings with "input_ids" and perhaps "labels"."""
+        """Return the batch of `examples`: token ids, or mappings with "input_ids" and perhaps "labels".
+
+        An example is one document without padding: other entries are not used, but an "attention_mask" with a 0 and
+        "position_ids" of several documents raise `ValueError`.
+        """
         if not any(isinstance(example, Mapping) for example in examples):
             return shard_documents(examples, self.rank, self.world_size, **self.options)
         documents, labels = [], []
@@ -343,11 +348,26 @@ class ZigzagCollator:
                 raise ValueError(
                     f"examples: expected a mapping with 'input_ids', got {type(example).__name__} at [{i}]"
                 )
+            _check_whole(example, i)
             documents.append(example["input_ids"])
             labels += [example["labels"]] if "labels" in example else []
         if labels and len(labels) != len(documents):
             raise ValueError(f"examples: expected 'labels' in all {len(documents)} or in none, got {len(labels)}")
         return shard_documents(documents, self.rank, self.world_size, labels=labels or None, **self.options)
+
+
+def _check_whole(example: Mapping, i: int) -> None:
+    """Raise `ValueError` if entries of an example say that it is padded, or that it has several documents."""
+    mask, positions = (None if (x := example.get(name)) is None else torch.as_tensor(x) for name in _OF_TOKENS)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            f"attention_mask: expected documents without padding, got {int((mask == 0).sum())} zeros in examples[{i}]"
+        )
+    if positions is not None and not torch.equal(positions, torch.arange(len(positions), device=positions.device)):
+        raise ValueError(
+            "position_ids: expected one document in each example, with positions from 0, got "
+            f"{positions.tolist()[:16]} in examples[{i}]"
+        )
 
 
 def unshard_group(x: torch.Tensor, batch: ShardedBatch, group=None) -> torch.Tensor:

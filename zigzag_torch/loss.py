@@ -24,6 +24,7 @@ def token_mean_loss(
     Args:
         logits: `[T, vocabulary]`, the rows of this rank.
         labels: `[T]` integers, already shifted to the next token, as in `ShardedBatch`; `ignore_index` for no label.
+            Other numbers outside of the vocabulary give NaN on all ranks, or `ValueError` if the values are on the CPU.
         num_targets: the number of targets of the whole batch, as in `ShardedBatch`. Ranks add up their numbers of
             labels, and compare `num_targets` and `gradients`. If the sum is another number, or ranks differ, the loss
             is NaN on all ranks, or the call raises `ValueError` if the values are on the CPU.
@@ -36,7 +37,7 @@ def token_mean_loss(
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)
-    if logits.ndim < 2 or labels.shape != logits.shape[:-1] or labels.is_floating_point():
+    if logits.ndim < 2 or labels.shape != logits.shape[:-1] or not _is_integer(labels):
         raise ValueError(
             f"labels: expected integers {tuple(logits.shape[:-1])} as in logits, got shape {tuple(labels.shape)} "
             f"{dtype_name(labels)}"
@@ -52,22 +53,38 @@ def token_mean_loss(
     elif num_targets.numel() != 1:
         raise ValueError(f"num_targets: expected one integer, got shape {tuple(num_targets.shape)}")
     wanted = num_targets.reshape(()).to(logits.device, torch.float64)
+    labels, vocabulary = labels.flatten().long(), logits.shape[-1]
+    counted = labels != ignore_index
+    # Cross entropy of such labels would end this process on a GPU; on a CPU it would raise on this rank alone.
+    unknown = counted & ((labels < 0) | (labels >= vocabulary))
     losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten().long(), ignore_index=ignore_index, reduction="sum"
+        logits.flatten(0, -2).float(),
+        labels.masked_fill(unknown, ignore_index),
+        ignore_index=ignore_index,
+        reduction="sum",
     )
-    total = torch.zeros(2 + 2 * place.world_size, dtype=torch.float64, device=logits.device)
-    total[0], total[1] = losses.detach(), (labels != ignore_index).sum()
-    _, _, *said = total.split((1, 1, place.world_size, place.world_size))
+    total = torch.zeros(3 + 2 * place.world_size, dtype=torch.float64, device=logits.device)
+    total[0], total[1], total[2] = losses.detach(), counted.sum(), unknown.sum()
+    _, _, _, *said = total.split((1, 1, 1, place.world_size, place.world_size))
     said[0][place.rank], said[1][place.rank] = wanted, float(gradients == "mean")  # a place of its own for each rank
     if place.group_name is not None and place.world_size > 1:
         dist.all_reduce(total, group=resolve(place.group_name))
     known = wanted.clamp(min=1)
     if readable(total):
+        if total[2] > 0:
+            raise ValueError(
+                f"labels: expected 0 to {vocabulary - 1}, or ignore_index = {ignore_index}, got {int(total[2])} others "
+                "on all ranks together"
+            )
         _refuse_differences(int(total[1]), *(x.tolist() for x in said))
-    same = (said[0] == total[1]).all() & (said[1] == said[1][0]).all()
+    same = (total[2] == 0) & (said[0] == total[1]).all() & (said[1] == said[1][0]).all()
     mean = torch.where(same, total[0] / known, float("nan")).float()
     own = losses * ((place.world_size if gradients == "mean" else 1) / known).float()
     return mean + (own - own.detach())
+
+
+def _is_integer(x: torch.Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _refuse_differences(labels: int, num_targets: list[float], averages: list[float]) -> None:

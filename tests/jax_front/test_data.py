@@ -133,6 +133,10 @@ def test_the_loss_is_the_mean_of_all_targets_or_nan():
     np.testing.assert_allclose(token_mean_loss(logits, one, 1), -jax.nn.log_softmax(logits)[1, 2], rtol=1e-6)
     assert jnp.isnan(token_mean_loss(logits, np.where(labels == IGNORE, 0, labels), 4))  # padded with token 0
     assert jnp.isnan(token_mean_loss(logits, labels, 2))  # of one rank: a mean of means
+    for unknown in (-1, 9):  # JAX would take -1 for the last number of the vocabulary
+        assert jnp.isnan(token_mean_loss(logits, np.where(labels == 8, unknown, labels), 4))
+    own = token_mean_loss(logits, np.where(labels == IGNORE, -1, labels), 4, ignore_index=-1)
+    np.testing.assert_allclose(own, wanted, rtol=1e-6)
 
 
 def test_other_tokens_of_equal_lengths_have_another_fingerprint():

@@ -294,6 +294,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         attend(q, k[:, :8], v[:, :8], ids)
     with pytest.raises(ValueError, match="max_segments: expected the most documents of a row"):
         attend(q, k, v, ids, max_segments=None)
+    with pytest.raises(ValueError, match="segment_ids: expected ids or positions, as max_segments is 3, got None"):
+        attend(q, k, v)
     with pytest.raises(ValueError, match=r"segment_ids: expected integers \[B, S\] = \[4, 16\] as in q, got shape"):
         attend(q, k, v, ids[:2])
     with pytest.raises(ValueError, match="positions: expected integers"):

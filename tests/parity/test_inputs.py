@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType
 
 import zigzag_jax
 import zigzag_torch
@@ -137,6 +139,26 @@ def test_bad_input_is_refused_before_a_launch(framework, case, kernel_backend):
     options = {"rank": 0, "world_size": 2, "backend": kernel_backend} | options
     with pytest.raises(ValueError, match=message):
         framework.package.zigzag_attention_gathered(**arrays, cu_seqlens=cu_seqlens, **options)
+
+
+@pytest.mark.parametrize("make", [list, np.array], ids=["list", "numpy"])
+def test_offsets_on_the_host_count_no_more_rows_than_there_are(framework, make):
+    q, kv, local = framework.array(Q), framework.array(KV), framework.array((4, 2, 16))
+    message = "cu_seqlens: expected to end at or before the {} rows there are, got 16"
+    with pytest.raises(ValueError, match=message.format(8)):
+        framework.package.zigzag_attention_gathered(q, kv, kv, make([0, 8, 16]), 0, 2)
+    with pytest.raises(ValueError, match=message.format(4)):
+        framework.package.zigzag_attention(q, local, local, make([0, 2, 16]))
+
+
+@pytest.mark.skipif(GPU, reason="a mesh of devices of the CPU")
+def test_offsets_of_whole_arrays_on_the_host_count_no_more_rows_than_there_are():
+    attend = zigzag_jax.make_zigzag_attention(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,)))
+    q = jnp.zeros((8, 2, 16))
+    with pytest.raises(ValueError, match="cu_seqlens: expected to end at or before the 8 rows there are, got 9"):
+        attend(q, q, q, [0, 9])
+    with pytest.raises(ValueError, match="cu_seqlens: expected no decrease, got 9 then 8"):
+        attend(q[None], q[None], q[None], np.array([[0, 9, 8]]))
 
 
 def test_what_was_accepted_lets_nothing_like_it_in(framework):

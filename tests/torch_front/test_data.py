@@ -321,6 +321,11 @@ def test_the_loss_is_the_mean_of_all_targets_and_no_mean_of_means():
     assert token_mean_loss(logits, torch.full((6,), IGNORE), 0) == 0
     one = torch.tensor([IGNORE, 2, *[IGNORE] * 4])
     torch.testing.assert_close(token_mean_loss(logits, one, 1), -logits.log_softmax(1)[1, 2])
+    for unknown in (-1, 9):
+        with pytest.raises(ValueError, match="labels: expected 0 to 8, or ignore_index = -100, got 1 others"):
+            token_mean_loss(logits, torch.where(labels == 8, unknown, labels), 4)
+    with pytest.raises(ValueError, match=r"labels: expected integers \(6,\) as in logits, got shape \(6,\) bool"):
+        token_mean_loss(logits, labels > 0, 6)
 
 
 ALREADY = [np.array([2, 3, 4, IGNORE]), np.array([6, 7, IGNORE])]
@@ -382,3 +387,9 @@ def test_examples_of_a_collator_are_all_alike():
         collate([{"input_ids": [1], "labels": [1]}, {"input_ids": [2]}])
     with pytest.raises(ValueError, match=r"examples: expected a mapping with 'input_ids', got list at \[1\]"):
         collate([{"input_ids": [1]}, [2]])
+    whole = {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 1], "position_ids": [0, 1, 2]}
+    assert collate([whole]).num_targets == 2
+    with pytest.raises(ValueError, match=r"attention_mask: expected documents without padding, got 1 zeros in .*\[1\]"):
+        collate([whole, whole | {"attention_mask": [1, 1, 0]}])
+    with pytest.raises(ValueError, match=r"position_ids: expected one document .* got \[0, 1, 0\] in examples\[0\]"):
+        collate([whole | {"position_ids": [0, 1, 0]}])

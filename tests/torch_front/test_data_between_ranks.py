@@ -78,6 +78,10 @@ def check_mistakes(rank, world_size, group, batch, logits, documents):
         token_mean_loss(logits, batch.labels, together + last, **options)
     with pytest.raises(ValueError, match=r"gradients: expected the same on every rank, got sum, .*mean"):
         token_mean_loss(logits, batch.labels, together, group, gradients="mean" if last else "sum")
+    labels = batch.labels.clone()
+    labels[0] = logits.shape[1] if last else labels[0]
+    with pytest.raises(ValueError, match=r"labels: expected 0 to \d+, or ignore_index = -100, got 1 others"):
+        token_mean_loss(logits, labels, together, **options)
     if batch.layout == "document":
         chunk = batch.shortest_chunk
         assert batch.prepare(group, method="halo", backend="reference", window_size=(chunk, 0)).halo == chunk

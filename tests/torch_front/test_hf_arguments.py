@@ -250,6 +250,8 @@ def test_models_that_compute_across_tokens_elsewhere_are_refused(monkeypatch):
     for model, words in cases:
         with pytest.raises(NotImplementedError, match=words):
             hf.use_mesh(model, "cp")
+    with pytest.raises(ValueError, match=r"model: expected a model of transformers, before .* got Linear"):
+        hf.use_mesh(nn.Linear(1, 1), None)
     with pytest.raises(NotImplementedError, match="T5ForConditionalGeneration: is_encoder_decoder"):
         hf.use_mesh(transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)), None)
     with pytest.raises(NotImplementedError, match="BloomForCausalLM: attn_implementation"):

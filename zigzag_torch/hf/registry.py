@@ -55,6 +55,11 @@ def use_mesh(
     Raises `NotImplementedError`, which names the option in the config, for models that mix tokens by anything else than
     attention.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise ValueError(
+            "model: expected a model of transformers, before DistributedDataParallel or other wrappers, got "
+            f"{type(model).__name__}"
+        )
     place = place_in(group)
     if method is not None:
         check_method(method)
