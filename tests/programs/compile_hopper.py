@@ -26,7 +26,7 @@ TUNED = triton.__version__.startswith("3.6.")
 # other releases make of the kernels is in docs/log/hopper.md.
 SPILLS = {
     "hopper_dkdv": 16,
-    "hopper_fused": 112,
+    "hopper_fused": 8,
     "hopper_dkdv_short": 160,
     "hopper_dq_short": 96,
     "hopper_forward_short": 8,

@@ -139,7 +139,10 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
 
     problem = draft.problem
     segments, _ = problem.table_entries
-    shape, row = (problem.tokens, problem.heads, problem.head_dim), problem.heads * problem.head_dim
+    # A row of a box is permuted in shared memory by 32 columns (128 bytes), which must all be there.
+    columns = -(-problem.head_dim // 32) * 32
+    sums = Output("sums", (problem.tokens, problem.heads, columns), "float32")
+    row = problem.heads * columns
     elements = {
         "target": problem.target,
         "grid": (max(1, -(-problem.tokens * row // ELEMENTS)), 1, 1),
@@ -149,7 +152,7 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
         kernel=clear_sums,
         inputs=("q",),
         scalars={"T": problem.tokens},
-        outputs=(Output("sums", shape, "float32"),),
+        outputs=(sums,),
         constexprs={"ROW": row, "BLOCK": ELEMENTS},
         **elements,
     )
@@ -157,11 +160,18 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
         kernel=finish_dq,
         inputs=("sums", "segments"),
         scalars={"n_segments": segments, "T": problem.tokens},
-        outputs=(Output("dq", shape, problem.dtype),),
-        constexprs={"ROW": row, "SOFTMAX_SCALE": problem.call.softmax_scale, "BLOCK": ELEMENTS},
+        outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),),
+        constexprs={
+            "ROW": row,
+            "HEAD_DIM": problem.head_dim,
+            "COLUMNS": columns,
+            "SOFTMAX_SCALE": problem.call.softmax_scale,
+            "BLOCK": ELEMENTS,
+        },
         **elements,
     )
-    return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
+    draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))
+    return clear, draft.launch(backward_fused_hopper, constexprs | {"COLUMNS": columns}, **resources), finish
 
 
 HOPPER = Hopper()

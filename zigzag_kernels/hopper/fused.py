@@ -2,7 +2,8 @@
 
 Scores are computed once instead of twice, but the same inputs do not give the same bits. dS goes through shared memory,
 where the keys of both consumers meet: each multiplies half of head_dim. A third partition lets the copy engine add both
-halves to `sums`. `clear_sums` sets that array to zero before, and `finish_dq` turns it into dQ.
+halves to `sums`, in whose rows columns stand in the order of `in_order_of_sums`. `clear_sums` sets that array to zero
+before, and `finish_dq` turns it into dQ.
 """
 
 import triton
@@ -32,7 +33,7 @@ from .rows import (
 )
 from .scores import cap_scores, score_scale_log2
 from .stages import make_barrier
-from .warps import specialize_warps
+from .warps import opaque, specialize_warps
 
 
 @builtin
@@ -75,6 +76,18 @@ class _SharedDs:
         return self.buffers.index((i & 1) * 2 + consumer).permute((1, 0))
 
 
+@gluon.jit
+def in_order_of_sums(dq):
+    """Return `dq` with each 32 columns in the order of `sums`: column 8 j + 4 h + x becomes column 16 h + 4 j + x.
+
+    No value moves. Of a row of a product a thread has two neighbours in each 8 columns. In their own order, the 4 rows
+    that are stored together would use half of the banks, each twice; in this order they use all banks once.
+    """
+    SHAPE: gl.constexpr = dq.shape
+    PARTS: gl.constexpr = [SHAPE[0], SHAPE[1] // 32, 4, 2, 4]
+    return dq.reshape(PARTS).permute((0, 1, 3, 2, 4)).reshape(SHAPE)
+
+
 @struct
 class _DqOut:
     """The buffers that take dQ of a block to `_writer`; each of the two consumers fills half of the columns."""
@@ -92,7 +105,7 @@ class _DqOut:
         hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
         # Only the scores of the next block were issued behind dQ: they may still be under way.
         dq = hopper.warpgroup_mma_wait(1, [dq_token])
-        buffer.reshape(ROWS).store(dq)
+        buffer.reshape(ROWS).store(in_order_of_sums(dq))
         hopper.fence_async_shared()
         # The writer waits until both consumers have stored their half.
         hopper.mbarrier.arrive(self.full, count=1)
@@ -154,8 +167,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     geometry = program.geometry
     stream = program.stream
     HALF_D: gl.constexpr = geometry.BLOCK_D // 2
-    # This consumer waits until the producer has brought dO of block i and its delta.
-    dp = stream.dout.issue_scores(own.v, i, own.zero)
+    dp = stream.dout.issue_scores_at_once(own.v, i, own.zero)
     lse2 = stream.numbers(stream.lse2, i)
     if program.SOFTCAP > 0:
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
@@ -216,12 +228,18 @@ def _consumer(warpgroup: gl.constexpr, program):
     dk = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
     dv = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
     no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, product_layout(BLOCK_D // 2))
-    keys = _Keys(v=v, numbers=numbers, zero=zero, no_dq=no_dq)
     if blocks > 0:
         # This consumer waits until the producer has brought the first Q and its lse.
         scores = stream.q.issue_scores(k, 0, zero)
         for i in range(blocks):
+            # This consumer waits until the producer has brought dO of block i and its delta; the tensor cores are at
+            # work on the scores.
+            stream.dout.wait(i)
             scores = hopper.warpgroup_mma_wait(0, [scores])
+            # The places of K and V are opaque: otherwise the addresses of all their parts are computed once, and
+            # spilled.
+            v = program.v_buffers.index(opaque(gl.to_tensor(warpgroup)))
+            keys = _Keys(v=v, numbers=numbers, zero=zero, no_dq=no_dq)
             dk, dv, dq_token = _block(warpgroup, program, keys, scores, dk, dv, i)
             # When only the two products of dQ are left, dV and dK are complete.
             dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
@@ -230,6 +248,7 @@ def _consumer(warpgroup: gl.constexpr, program):
             # This consumer waits until the producer has brought the next Q: its scores are queued behind dQ of this
             # block and run while dQ is written out. After the last block there is no wait: the product is of stale
             # data and is never read.
+            k = program.k_buffers.index(opaque(gl.to_tensor(warpgroup)))
             scores = stream.q.issue_scores(k, i + 1, zero, pred=i + 1 < blocks)
             program.dq.put(warpgroup, dq_token, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
@@ -240,7 +259,7 @@ def _consumer(warpgroup: gl.constexpr, program):
 def _writer(dq, sums, sequence, order, blocks, geometry, packing):
     """Let the copy engine add dQ of every block to the `Strided` array `sums`."""
     BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
-    descriptor = sequence.descriptor(sums, geometry, BOX)
+    descriptor = sequence.descriptor(sums, geometry, BOX, sums.STRIDE_H)
     for i in range(blocks):
         # The same order as the producer's, computed from block numbers, as nothing tells the writer where a block is.
         row, head = order.place(i, packing)
@@ -257,10 +276,11 @@ def backward_fused_hopper(
     STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
-    `sums` is `[T, HEADS, HEAD_DIM]` float32. BLOCK_M is 64.
+    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64.
     """
     tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
@@ -311,7 +331,7 @@ def backward_fused_hopper(
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
         lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
     )  # fmt: skip
-    sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * HEAD_DIM, STRIDE_H=HEAD_DIM)
+    sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * COLUMNS, STRIDE_H=COLUMNS)
     order = order_blocks(late, early, sequence, mask)
     specialize_warps(
         _consumer, (program,), 2,
@@ -326,8 +346,8 @@ def backward_fused_hopper(
 def clear_sums(
     q_ptr,  # [T, heads, head_dim], not read: the kernel runs on its device
     T,
-    sums_ptr,  # [T, heads, head_dim] float32
-    ROW: tl.constexpr,  # heads * head_dim
+    sums_ptr,  # [T, heads, columns] float32
+    ROW: tl.constexpr,  # heads * columns
     BLOCK: tl.constexpr,
 ):
     """Set `sums` to zero before `backward_fused_hopper` adds to it. Grid: blocks of elements."""
@@ -337,12 +357,14 @@ def clear_sums(
 
 @triton.jit(do_not_specialize=["n_segments", "T"])
 def finish_dq(
-    sums_ptr,  # [T, heads, head_dim] float32
+    sums_ptr,  # [T, heads, COLUMNS] float32
     segments_ptr,
     n_segments,
     T,
-    dq_ptr,  # [T, heads, head_dim]
-    ROW: tl.constexpr,
+    dq_ptr,  # [T, heads, HEAD_DIM]
+    ROW: tl.constexpr,  # heads * COLUMNS
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -351,5 +373,11 @@ def finish_dq(
     invalid = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < T.to(tl.int64) * ROW
-    dq = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
+    sums = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
+    # Back from `in_order_of_sums`.
+    dq = sums.reshape([BLOCK // 32, 2, 4, 4]).permute([0, 2, 1, 3]).reshape([BLOCK])
+    if COLUMNS > HEAD_DIM:
+        column = places % COLUMNS
+        inside &= column < HEAD_DIM
+        places = places // COLUMNS * HEAD_DIM + column
     tl.store(dq_ptr + places, dq.to(dq_ptr.dtype.element_ty), mask=inside)

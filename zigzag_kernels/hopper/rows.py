@@ -169,12 +169,12 @@ class SequenceRows:
     kv_head: gl.tensor  # the first head that the program serves, int64
 
     @gluon.jit
-    def descriptor(self, array, geometry, BOX: gl.constexpr):
-        """Make the copy engine's descriptor of these rows of a `Strided` array, no others: [row, head, head_dim]."""
+    def descriptor(self, array, geometry, BOX: gl.constexpr, COLUMNS: gl.constexpr):
+        """Make the copy engine's descriptor of these rows of a `Strided` array, no others: [row, head, COLUMNS]."""
         heads = array.from_head(self.kv_head * geometry.GROUP)
         return hopper.tma.make_tensor_descriptor(
             heads.ptr + self.first.to(gl.int64) * array.STRIDE_T,
-            [self.count, geometry.GROUP * geometry.HEADS_TOGETHER, geometry.HEAD_DIM],
+            [self.count, geometry.GROUP * geometry.HEADS_TOGETHER, COLUMNS],
             [array.STRIDE_T, array.STRIDE_H, 1], BOX,
             gl.NVMMASharedLayout.get_default_for(BOX, array.ptr.dtype.element_ty),
         )  # fmt: skip
@@ -288,8 +288,8 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
     BOX: gl.constexpr = [TOKENS, PACK, geometry.BLOCK_D]
     RUNS: gl.constexpr = 6 if mask.RANGED else 4
     # Descriptors are made while the consumers load their keys.
-    q_desc = sequence.descriptor(arrays.q, geometry, BOX)
-    dout_desc = sequence.descriptor(arrays.dout, geometry, BOX)
+    q_desc = sequence.descriptor(arrays.q, geometry, BOX, geometry.HEAD_DIM)
+    dout_desc = sequence.descriptor(arrays.dout, geometry, BOX, geometry.HEAD_DIM)
     # Packed row r of a block is token r // PACK and head r % PACK of its box, as the box lies in shared memory.
     packed = gl.arange(0, geometry.STREAMED, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     i = 0

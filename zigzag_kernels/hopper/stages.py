@@ -85,6 +85,11 @@ class Ring:
     def issue_scores(self, rows, i, zero, pred=True):
         """Wait for block `i`, and issue the product of `rows` and the block's rows, in the layout of `zero`."""
         self.wait(i, pred)
+        return self.issue_scores_at_once(rows, i, zero)
+
+    @gluon.jit
+    def issue_scores_at_once(self, rows, i, zero):
+        """Issue the product of `rows` and the rows of block `i`, for which the caller has waited."""
         # A view: the tensor cores read the transposed block from the same memory.
         columns = self.block(i).permute((1, 0))
         return hopper.warpgroup_mma(rows, columns, zero, use_acc=False, is_async=True)

@@ -1,0 +1,38 @@
+"""The sums of the fused backward: the order of their columns, and the kernel that makes dQ of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import planned
+from tests.support.device_code import in_numpy
+from tests.support.problems import hopper_problem, launches_of
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.segments.columns import SEGMENT_FIELDS
+
+
+class Values(np.ndarray):
+    """An array with the methods of a tensor that the kernel uses."""
+
+    def permute(self, order):
+        return self.transpose(order)
+
+
+@pytest.mark.parametrize("head_dim", [128, 80])
+def test_dq_has_its_own_order_of_columns_again(head_dim, monkeypatch):
+    """Rows of the sums may be longer than rows of dQ."""
+    from zigzag_kernels.hopper import fused
+
+    tokens, heads, columns = 16, 32, -(-head_dim // 32) * 32
+    monkeypatch.setenv(HOPPER.variable, "1")
+    asked = hopper_problem(tokens, head_dim, world_size=1, deterministic=False)
+    *_, finish = launches_of(asked, Operation.FUSED_BACKWARD)
+    dq = np.random.default_rng(0).standard_normal((tokens * heads, columns)).astype("float32")
+    sums = in_numpy(fused.in_order_of_sums)(dq.view(Values))
+    for j, h, x in ((0, 1, 2), (3, 0, 1), (2, 1, 3)):
+        np.testing.assert_array_equal(sums[:, 32 + 16 * h + 4 * j + x], dq[:, 32 + 8 * j + 4 * h + x])
+    segments = torch.zeros(finish.scalars["n_segments"], SEGMENT_FIELDS, dtype=torch.int32)
+    (found,) = planned.interpret(finish, torch.tensor(sums.reshape(tokens, heads, columns)), segments)
+    expected = dq.reshape(tokens, heads, columns)[..., :head_dim] * asked.call.softmax_scale
+    np.testing.assert_allclose(found.float().numpy(), expected, rtol=2**-7)
