@@ -26,7 +26,7 @@ FRONT_ENDS = {  # package, front end, and the command that installs a build for 
     "PyTorch": ("torch", "zigzag_torch", "pip install --force-reinstall torch"),
     "JAX": ("jax", "zigzag_jax", "pip install 'jax[cuda13]>=0.10'"),
 }
-PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc")
+PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax-triton", "numpy", "nvidia-cuda-nvcc", "transformers")
 FLAGS = (
     "ZIGZAG_USE_FUSED_TRITON_V2",
     "ZIGZAG_VERIFY_CORRECTNESS",
@@ -123,6 +123,9 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
         yield Finding(f"Triton {versions['triton']} is too old", "pip install --upgrade 'triton>=3.6'")
     if has("jax"):
         yield from _diagnose_jax(machine)
+    if has("transformers") and not has("transformers", "5.17", "6"):
+        text = f"zigzag_torch.hf needs transformers 5.17 or newer, below 6, and {versions['transformers']} is installed"
+        yield Finding(text, "pip install 'transformers>=5.17,<6'", note=True)
     for name, capability in dict.fromkeys(machine.gpus):
         if _release(capability) < (8, 0):
             text = f"{name} has compute capability {capability}, and the kernels need 8.0 or newer"

@@ -132,6 +132,8 @@ def test_what_does_not_concern_everyone_is_a_note():
         (changed(HOPPER, jax=None, torch="2.16.0", triton="3.10.0"), "'triton>=3.6,<3.10' 'torch>=2.11'"),
         (changed(HOPPER, torch=None, triton="3.10.0", jax_triton="0.4.1", nvidia_cuda_nvcc="13.1.2"), "<3.10'"),
         (changed(HOPPER, jax="0.10.0"), "jax>=0.10.1"),
+        (changed(LAPTOP, transformers="4.57.1"), "'transformers>=5.17,<6'"),
+        (changed(LAPTOP, transformers="6.0.0"), "'transformers>=5.17,<6'"),
     ):
         (finding,) = diagnose(machine)
         assert finding.note
@@ -167,6 +169,7 @@ def test_the_packages_ask_for_what_the_doctor_asks_for():
     assert project["dependencies"][0].startswith("triton>=3.6")
     assert {"torch>=2.11", "numpy"} <= set(extras["torch"])
     assert {"jax>=0.10", "jax-triton>=0.3.1,<0.4"} <= set(extras["jax"])
+    assert "transformers>=5.17,<6" in extras["hf"]
     assert extras["cuda"][0] in doctor.FRONT_ENDS["JAX"][2]
     module, function = project["scripts"]["zigzag-doctor"].split(":")
     assert getattr(sys.modules[module], function) is doctor.main
