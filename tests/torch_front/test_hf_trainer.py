@@ -45,6 +45,15 @@ def test_one_device(tmp_path, kind):
     batch = next(iter(trainer.get_eval_dataloader()))["zigzag_sharded"]
     in_order = [x for document in data[: trainer.args.eval_batch_size] for x in document["input_ids"]]
     assert unshard_group(batch.input_ids, batch).tolist() == in_order
+    check_evaluation(trainer, data)
+
+
+def check_evaluation(trainer, data):
+    """Batches of three, three and two documents: their targets count alike, however many a batch has."""
+    trainer.args.per_device_eval_batch_size = 3
+    found = trainer.evaluate()["eval_loss"]
+    trainer.model.set_attn_implementation("eager")
+    assert abs(found - alone(trainer.model, data, range(8)).item()) < 1e-5
 
 
 def check_curve(rank, world_size, directory):
@@ -58,9 +67,7 @@ def check_curve(rank, world_size, directory):
     with_targets = batch.loss_mask.any().int()
     dist.all_reduce(with_targets)
     assert 0 < with_targets < world_size
-    found = trainer.evaluate()["eval_loss"]
-    trainer.model.set_attn_implementation("eager")
-    assert abs(found - alone(trainer.model, data, range(8)).item()) < 1e-5
+    check_evaluation(trainer, data)
 
 
 @pytest.mark.multigpu
@@ -76,6 +83,7 @@ def check_replicas(rank, world_size, directory):
     trainer, found = train(directory, data, mesh["cp"], gradient_accumulation_steps=2, max_steps=5)
     assert_same(found, plain_curve(data, order_of_two(accumulated=2)))
     assert trainer.get_total_train_batch_size(trainer.args) == 4 * BATCH
+    check_evaluation(trainer, data)
 
 
 @pytest.mark.slow

@@ -27,8 +27,9 @@ class ZigzagTrainerMixin(_Trainer):
     dataset are mappings with "input_ids" and optionally "labels", where each label is in the place of its own token.
     `per_device_train_batch_size` counts the documents of a batch, which the ranks of a group hold together.
 
-    The loss is the mean over the targets of all ranks and all accumulated batches. Its gradients are correct with
-    DistributedDataParallel and FSDP2, which average gradients over all processes by default.
+    The loss is the mean over the targets of all ranks and all accumulated batches, and `evaluate` returns the mean over
+    the targets of all batches. The gradients are correct with DistributedDataParallel and FSDP2, which by default
+    average gradients over all processes.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ZigzagTrainerMixin(_Trainer):
         use_mesh(model, group, method=method, heads_k_stride=heads_k_stride, backend=backend)
         self._zigzag_replicas, self._zigzag_replica = _replicas(place.group_name, self.args.world_size)
         self._zigzag_documents = {"tokens": tokens, "pad_token_id": pad_token_id}
+        self._zigzag_evaluated = self._nothing_evaluated()
 
     def get_cp_size(self) -> int:
         """Return the number of ranks that share a batch; the Trainer divides the number of processes by it."""
@@ -93,7 +95,10 @@ class ZigzagTrainerMixin(_Trainer):
         return self._documents(self.train_dataset, self._train_batch_size, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the loader of this group's documents of `eval_dataset`, in their order."""
+        """Return the loader of this group's documents of `eval_dataset`, in their order.
+
+        If the number of groups does not divide the documents, the first documents are repeated, and count twice.
+        """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
         if dataset is None:
@@ -112,7 +117,26 @@ class ZigzagTrainerMixin(_Trainer):
         """
         if not prediction_loss_only:
             raise NotImplementedError("prediction_loss_only: expected True, got False: take unshard_group for logits")
-        return super().prediction_step(model, inputs, True, ignore_keys)
+        loss: Any = super().prediction_step(model, inputs, True, ignore_keys)[0]
+        targets = self._count_targets([inputs], self.args.device)
+        self._zigzag_evaluated += torch.stack((loss.double() * targets, targets.double()))
+        return loss, None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Evaluate the model on all batches of `dataloader`, like `Trainer.evaluation_loop`.
+
+        The loss is the mean over the targets of all batches. The Trainer's own is the mean over batches, whatever the
+        number of their targets.
+        """
+        total = self._zigzag_evaluated = self._nothing_evaluated()
+        arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        output: Any = super().evaluation_loop(*arguments)
+        if self.args.world_size > 1:
+            dist.all_reduce(total)
+        output.metrics[f"{metric_key_prefix}_loss"] = (total[0] / total[1].clamp(min=1)).item()
+        return output
 
     def _documents(self, dataset, batch_size: int, *, shuffle: bool) -> DataLoader:
         if not hasattr(dataset, "__len__"):
@@ -132,13 +156,19 @@ class ZigzagTrainerMixin(_Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        if not batch_samples:
-            return None
+        return self._count_targets(batch_samples, device).clamp(min=1) if batch_samples else None
+
+    def _nothing_evaluated(self) -> torch.Tensor:
+        """Return the sum of the losses of all targets and their number, both 0."""
+        return torch.zeros(2, dtype=torch.float64, device=self.args.device)
+
+    def _count_targets(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """Return the number of targets of these batches in all groups."""
         targets = torch.stack([batch[_BATCH].num_targets for batch in batch_samples]).sum().to(device)
         if self.args.world_size > 1:  # every rank of a group has counted all targets of the group
             dist.all_reduce(targets)
             targets = targets // self._zigzag_size
-        return targets.clamp(min=1)
+        return targets
 
     def _prepare_context_parallel_inputs(self, model, inputs):
         batch: Any = inputs[_BATCH]
