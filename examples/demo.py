@@ -44,6 +44,8 @@ def main() -> int:
     steps, picture = options.steps, options.picture
     if steps < 1:
         parser.error(f"--steps: expected at least 1, got {steps}")
+    if not picture.parent.is_dir():
+        parser.error(f"--picture: expected a file in a folder that exists, got {picture}")
     started = time.perf_counter()
     device = choose_device()
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"

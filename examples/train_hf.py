@@ -69,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("steps", "tokens", "documents", "context", "replicas", "save_every", "mlp_rows"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists, got {arguments.json}")
     return arguments
 
 

@@ -46,6 +46,11 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists, got {arguments.json}")
+    for name in ("processes", "process"):
+        if getattr(arguments, name) is not None and not arguments.coordinator:
+            parser.error(f"--{name}: expected --coordinator with it, without which this process would train alone")
 
     start_jax(arguments)
     devices = jax.device_count()

@@ -33,6 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that exists, got {arguments.json}")
 
     group, device = join_group()
     losses = train(arguments, group, device)

@@ -6,6 +6,7 @@ Prints the tables of docs/reference/cost.md; docs/pictures/prediction.py draws t
 on which speeds the numbers rest, and which of those are assumptions.
 """
 
+import argparse
 import math
 import random
 from bisect import bisect_right
@@ -104,4 +105,5 @@ def memory_table() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.lab.predict", description=__doc__.partition("\n")[0]).parse_args()
     print("\n".join([*efficiency_table(), "", *document_table(), "", *plan_table(), "", *memory_table()]))

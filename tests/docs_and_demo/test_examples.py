@@ -166,3 +166,32 @@ def test_the_demo_runs_and_refuses_no_steps(forks, tmp_path):
     ((code, _, errors),) = forks.run("examples/demo.py", "--steps", "0")
     assert code == 2
     assert "expected at least 1, got 0" in errors
+
+
+NO_FOLDER = "expected a file in a folder that exists, got missing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("train_torch", ["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (
+            "train_torch",
+            ["--json", "missing/losses.json"],
+            f"--json: {NO_FOLDER}",
+        ),
+        (
+            "train_jax",
+            ["--json", "missing/losses.json"],
+            f"--json: {NO_FOLDER}",
+        ),
+        ("train_jax", ["--processes", "2"], "--processes: expected --coordinator with it"),
+        ("train_hf", ["--json", "missing/losses.json"], f"--json: {NO_FOLDER}"),
+        ("demo", ["--picture", "missing/demo.png"], f"--picture: {NO_FOLDER}"),
+    ],
+)
+def test_an_example_refuses_options_before_it_trains(forks, script, options, message):
+    ((code, _, errors),) = forks.run(f"examples/{script}.py", *options)
+    assert code == 2
+    assert message in errors
