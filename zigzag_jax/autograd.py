@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels.modes import Method
@@ -12,26 +11,23 @@ from zigzag_kernels.modes import Method
 from . import launch
 from .axes import largest_along, vary, varying_axes
 from .derivatives import without_derivative
-from .parallel import Inputs, Packing, Residuals, Tables, Transport
+from .parallel import Inputs, Packing, Residuals, Tables, Transport, halo_tables
 from .surroundings import under_own_promotion
 
 
 def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
-    """Return the device tables of a batch: see `zigzag_kernels.segments.columns`.
+    """Return the device tables of a batch: see `zigzag_kernels.segments.columns` and `Tables`.
 
-    In a batch of two parts, the tables of the whole documents come first. The tables of the split documents follow, if
-    there are rows for split documents.
+    In a batch of two parts without rows for split documents, there are only the tables of the whole documents.
     """
     from zigzag_kernels import plan
 
-    target, whole = launch.target(backend), packing.whole
-    parts = []
+    target, whole, of_whole = launch.target(backend), packing.whole, None
     if whole is not None:
         sizes: Any = {"sequences": whole.cu_seqlens.shape[0] - 1, "world_size": 1, "target": target}
         of_whole = plan.segment_tables(launch.run, whole.cu_seqlens, whole.rank, end_row=packing.first_row, **sizes)
         if packing.first_row == packing.end_row:
             return Tables(*of_whole)
-        parts.append(of_whole)
     split = plan.segment_tables(
         launch.run,
         packing.cu_seqlens,
@@ -49,10 +45,9 @@ def segment_tables(packing: Packing, method: str, backend: str) -> Tables:
         first_row=packing.first_row,
         end_row=packing.end_row,
     )
-    if not parts:
-        return Tables(*split)
-    parts.append(tuple(table.reshape(-1, table.shape[-1]) for table in split))
-    return Tables(*(jnp.concatenate(tables) for tables in zip(*parts, strict=True)))
+    if method == Method.HALO and packing.world_size > 1:
+        split = halo_tables(*split)
+    return Tables(*(split if of_whole is None else zip(of_whole, split, strict=True)))
 
 
 def attention(
@@ -66,7 +61,7 @@ def attention(
     """
     # The gradient rule below is for one rank. The casts before it make autodiff sum, over the ranks, the gradient of an
     # array that ranks share.
-    axes = varying_axes(*(x for x in (*inputs, *tables) if x is not None))
+    axes = varying_axes(*jax.tree.leaves((inputs, tables)))
     inputs = Inputs(*(None if x is None else vary(x, axes) for x in inputs))  # pyright: ignore
     return _attention(transport, bool(return_lse), inputs, tables)
 

@@ -49,7 +49,8 @@ class Batch:
         rank: `[1]` int32, the rank whose rows the tables describe.
         world_size: number of ranks.
         method: the method that the tables are for.
-        segments, sequences: the device tables, or None if the batch was prepared for the backend "reference".
+        segments, sequences: the device tables, each an array or a tuple of arrays, or None if the batch was prepared
+            for the backend "reference".
         compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None if no ranks have.
         host_rank: the rank, if the host knows it. It is not part of the pytree, so transformations drop it.
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
@@ -67,8 +68,8 @@ class Batch:
     rank: jax.Array
     world_size: int
     method: str = Method.ALLGATHER.value
-    segments: jax.Array | None = None
-    sequences: jax.Array | None = None
+    segments: jax.Array | tuple | None = None
+    sequences: jax.Array | tuple | None = None
     compared_by: AxisName | None = None
     host_rank: int | None = None
     lengths: jax.Array | None = None
@@ -275,21 +276,22 @@ def _for_rank(batch: Batch, rank: jax.Array) -> Batch:
     batch = dataclasses.replace(batch, rank=jnp.where(same, batch.rank, -1))
     if batch.segments is None or batch.sequences is None:
         return batch
-    keys = jnp.array([SegmentColumn.KV_LEN, SegmentColumn.KEYS])
-    segments = jnp.zeros_like(batch.segments).at[..., -1, keys].set(-1)
-    sequences = jnp.zeros_like(batch.sequences).at[..., -1, SequenceColumn.KEYS].set(-1)
+
+    def of_rank(columns):
+        return lambda table: jnp.where(same, table, jnp.zeros_like(table).at[..., -1, columns].set(-1))
+
+    segments = of_rank(jnp.array([SegmentColumn.KV_LEN, SegmentColumn.KEYS]))
     return dataclasses.replace(
         batch,
-        segments=jnp.where(same, batch.segments, segments),
-        sequences=jnp.where(same, batch.sequences, sequences),
+        segments=jax.tree.map(segments, batch.segments),
+        sequences=jax.tree.map(of_rank(SequenceColumn.KEYS), batch.sequences),
     )
 
 
 def marked(batch: Batch, backend: str, by_default: bool) -> Batch:
     """Return `batch` with the `placement.mark` of a call; `by_default` says that the caller named no `backend`."""
-    rank = placement.mark(batch.rank, backend, by_default)
-    segments = None if batch.segments is None else placement.mark(batch.segments, backend, by_default)
-    return dataclasses.replace(batch, rank=rank, segments=segments)
+    mark = functools.partial(placement.mark, backend=backend, by_default=by_default)
+    return dataclasses.replace(batch, rank=mark(batch.rank), segments=jax.tree.map(mark, batch.segments))
 
 
 def tables_of(batch: Batch, backend: str) -> Tables:

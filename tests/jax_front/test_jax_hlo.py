@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.support.machine import GPU
 from tests.support.spread import mesh_of
 from zigzag_jax import make_zigzag_attention, plan_documents, zigzag_attention, zigzag_attention_gathered
+from zigzag_kernels.segments.columns import SEGMENT_FIELDS
 
 WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
 DTYPE = "bfloat16" if GPU else "float32"  # XLA's collectives on a CPU convert all others, there and back
@@ -141,3 +142,28 @@ def test_no_second_q_k_and_v_are_kept_for_the_backward_pass(method, kernel_backe
     assert kept >= set(traced.invars)
     rows = [x for x in kept if math.prod(x.aval.shape) >= TOKENS * KV_HEADS * HEAD_DIM]
     assert len(rows) == len(traced.invars) + 1
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("form", ["halo", "plan", "plan and halo"])
+def test_tables_of_a_prepared_batch_are_passed_to_kernels_whole(form, kernel_backend):
+    """XLA would copy each part of a table in every layer."""
+    if jax.device_count() < WORLD_SIZE:
+        pytest.skip(f"needs {WORLD_SIZE} devices")
+    method = "halo" if "halo" in form else "allgather"
+    options = {"method": method, "backend": kernel_backend} | ({"window_size": (3, 0)} if method == "halo" else {})
+    attention = make_zigzag_attention(mesh_of(WORLD_SIZE), **options)
+    plan = plan_documents([96, 40, 50, 60, 30], WORLD_SIZE, tokens=TOKENS + 24, split_tokens=48, split_above=90)
+    given, tokens = (jnp.array([0, 64, 256]), TOKENS) if form == "halo" else (plan, plan.tokens)
+    batch = jax.eval_shape(lambda: attention.prepare_batch(given))
+
+    def step(q, k, v, batch):
+        out, pullback = jax.vjp(lambda *x: attention(*x, batch), q, k, v)
+        return pullback(out)
+
+    q, kv = (array(WORLD_SIZE * tokens, heads) for heads in (HEADS, KV_HEADS))
+    cuts = re.compile(r"\w+:i32\[[\d,]+\](\{[^}]*\})? = (slice|dynamic_slice|squeeze|gather|split|reshape)\[")
+    table = f"{SEGMENT_FIELDS}]"
+    text = str(jax.make_jaxpr(step)(q, kv, kv, batch))
+    assert table in text
+    assert [line for line in text.splitlines() if cuts.search(line)] == []

@@ -17,7 +17,7 @@ from .allgather import AllGather
 from .halo import Halo
 from .local import Local
 from .ring import Ring
-from .transport import Inputs, Packing, Residuals, Tables
+from .transport import Inputs, Packing, Residuals, Tables, halo_tables
 from .two_part import TwoPart
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Transport",
     "TwoPart",
     "choose_transport",
+    "halo_tables",
 ]
 
 Transport = Local | AllGather | Halo | Ring | TwoPart

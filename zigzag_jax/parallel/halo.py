@@ -43,11 +43,11 @@ class Halo:
         # XLA can overlap this transfer with the rows that need no halo, because neither reads results of the other.
         k_near, v_near = self._bring(k, v, tables)
         start = (None, None) if beside is None else beside(None)
-        results = plan.forward(launch.run, self.problem, q, k, v, tables.segments[0], sinks=sinks, into=start)
-        # Table 0 has the rows that need no halo, table 1 the first rows of each chunk. Together they write every row
-        # once.
-        apart = launch.run, self.of_halo, q, k_near, v_near, tables.segments[1]
-        return plan.forward(*apart, sinks=sinks, into=results)
+        of_own, of_first, *_ = tables.segments
+        results = plan.forward(launch.run, self.problem, q, k, v, of_own, sinks=sinks, into=start)
+        # One table has the rows that need no halo, the other the first rows of each chunk. Together they write every
+        # row once.
+        return plan.forward(launch.run, self.of_halo, q, k_near, v_near, of_first, sinks=sinks, into=results)
 
     def backward(
         self,
@@ -70,20 +70,20 @@ class Halo:
         k_near, v_near = self._bring(k, v, tables)
         start, *of_whole = (None,) if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, dout, dlse)
-        of_own, of_halos = tables.sequences[0, tables.sequences.shape[1] // 2 :], tables.sequences[1]
+        (of_own, of_first, of_sent, _), (keys_of_own, keys_of_halos) = tables
         own = launch.run, problem, q, k, v, dout, rows
         apart = launch.run, self.of_halo, q, k_near, v_near, dout, rows
         part = plan.Part(dtype=problem.call.grad_reduce_dtype)
-        sums = plan.backward_keys(*own, of_own, part=part, **strides)
-        in_slots = plan.backward_keys(*apart, of_halos, part=part, **strides)
+        sums = plan.backward_keys(*own, keys_of_own, part=part, **strides)
+        in_slots = plan.backward_keys(*apart, keys_of_halos, part=part, **strides)
         sent = self._send_home(*in_slots)
-        dq = plan.backward_queries(*own, tables.segments[0], into=start, **strides)
-        dq = plan.backward_queries(*apart, tables.segments[1], into=dq, **strides)
+        dq = plan.backward_queries(*own, of_own, into=start, **strides)
+        dq = plan.backward_queries(*apart, of_first, into=dq, **strides)
         # The order of additions is fixed, so that the same inputs give the same bits: first the gradients of own
         # copies, then the gradients from neighbours.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
-        sums = plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums, slots=slots)
-        dk, dv = plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums, slots=(0, 1))
+        sums = plan.add_halo_rows(launch.run, problem, in_slots, of_first, sums, slots=slots)
+        dk, dv = plan.add_halo_rows(launch.run, problem, sent, of_sent, sums, slots=(0, 1))
         dk, dv = behind(of_whole, (dk.astype(k.dtype), dv.astype(v.dtype)))
         return Inputs(dq, dk, dv, dsinks)
 
@@ -91,7 +91,7 @@ class Halo:
         """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]`: the first four slots of `HaloSlot`, with their halos."""
         from zigzag_kernels import plan
 
-        slots = self._slots(plan.halo_rows(launch.run, self.problem, k, v, tables.segments[1:]), len(HaloSlot))
+        slots = self._slots(plan.halo_rows(launch.run, self.problem, k, v, tables.segments[3]), len(HaloSlot))
         early, late = self._exchange(slots[HaloSlot.EARLY_SENT], slots[HaloSlot.LATE_SENT])
         rows = jnp.concatenate((early, slots[HaloSlot.EARLY_ROWS], late, slots[HaloSlot.LATE_ROWS]))
         return rows[:, : k.shape[1]], rows[:, k.shape[1] :]

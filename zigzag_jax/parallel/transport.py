@@ -43,12 +43,23 @@ class Packing(NamedTuple):
 class Tables(NamedTuple):
     """The device tables of a batch, in which kernels look up rows and keys.
 
-    `zigzag_kernels.plan.segment_tables` makes them. For a ring, the first dimension is the ring step; for halos,
-    `zigzag_kernels.problem.halo_table_shapes` describes the first dimension.
+    `zigzag_jax.autograd.segment_tables` makes them. For a ring, the first dimension is the ring step. A transport that
+    passes parts of a table to kernels has a tuple of these parts as table, because XLA would copy them in each call:
+    see `halo_tables`, and `TwoPart`, whose tables are (of whole documents, of split documents).
     """
 
-    segments: jax.Array
-    sequences: jax.Array
+    segments: Any
+    sequences: Any
+
+
+def halo_tables(segments: jax.Array, sequences: jax.Array) -> Tables:
+    """Return the parts of the tables of `zigzag_kernels.problem.halo_table_shapes` that `Halo` passes to kernels.
+
+    The parts of `segments` are the tables 0, 1 and 2, and the tables 1 and 2 in one array. The parts of `sequences` are
+    the entries of table 0 that are filled, and table 1.
+    """
+    own, apart, sent = segments
+    return Tables((own, apart, sent, segments[1:]), (sequences[0, sequences.shape[1] // 2 :], sequences[1]))
 
 
 class Inputs(NamedTuple):

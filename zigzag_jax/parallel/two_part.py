@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from zigzag_kernels.problem import Problem, segment_table_shapes, table_shapes
+from zigzag_kernels.problem import Problem
 
 from .. import launch
 from .allgather import AllGather
@@ -71,12 +71,8 @@ class TwoPart:
         return inputs._replace(k=inputs.k[first:], v=inputs.v[first:])
 
     def _parts_of(self, tables: Tables) -> tuple[Tables, Tables]:
-        """Return the tables of the whole and the split documents, which follow each other in `tables`."""
-        call, sequences = self.problem.call, self.problem.sequences
-        (segments, _), (keys, _) = segment_table_shapes(call.whole_documents)
-        whole = Tables(tables.segments[:segments], tables.sequences[:keys])
+        """Return the tables of the whole and of the split documents."""
         if self.split is None:
-            return whole, whole
-        of_segments, of_sequences = table_shapes(call.method.kv_layout, sequences, self.problem.world_size)
-        rest = tables.segments[segments:].reshape(of_segments), tables.sequences[keys:].reshape(of_sequences)
-        return whole, Tables(*rest)
+            return tables, tables
+        whole, split = zip(*tables, strict=True)
+        return Tables(*whole), Tables(*split)
