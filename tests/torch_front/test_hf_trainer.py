@@ -101,11 +101,25 @@ def test_refusals(tmp_path):
     smooth = training_arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(NotImplementedError, match="label_smoothing_factor: expected 0, got"):
         ZigzagTrainer(make_model("qwen3"), smooth, tokens=64)
+    by_length = training_arguments(tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(NotImplementedError, match=r"train_sampling_strategy: expected one of .* got 'group_by_length'"):
+        ZigzagTrainer(make_model("qwen3"), by_length, tokens=64)
     trainer, _ = train(tmp_path, data, None, max_steps=1)
     with pytest.raises(NotImplementedError, match="prediction_loss_only"):
         trainer.predict(data)
     with pytest.raises(NotImplementedError, match="dataset: expected one with a length, got generator"):
         trainer.get_eval_dataloader(x for x in data)
+
+
+def test_documents_are_in_order_if_sequential(tmp_path):
+    data = examples("equal")
+    trainer = make_trainer(training_arguments(tmp_path, train_sampling_strategy="sequential"), data, None)
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batch = next(iter(loader))["zigzag_sharded"]
+        in_order = [x for document in data[:BATCH] for x in document["input_ids"]]
+        assert unshard_group(batch.input_ids, batch).tolist() == in_order
 
 
 def test_an_epoch_has_an_order_of_its_own_also_where_training_goes_on(tmp_path):

@@ -78,10 +78,11 @@ class _SharedDs:
 
 @gluon.jit
 def in_order_of_sums(dq):
-    """Return `dq` with each 32 columns in the order of `sums`: column 8 j + 4 h + x becomes column 16 h + 4 j + x.
+    """Return `dq` with the columns of each group of 32 in the order of `sums`.
 
-    No value moves. Of a row of a product a thread has two neighbours in each 8 columns. In their own order, the 4 rows
-    that are stored together would use half of the banks, each twice; in this order they use all banks once.
+    Column 8 j + 4 h + x of a group becomes column 16 h + 4 j + x. No value moves. Of a row of a product a thread has
+    two neighbours in each 8 columns. In their own order, the 4 rows that are stored together would use half of the
+    banks, each twice; in this order they use all banks once.
     """
     SHAPE: gl.constexpr = dq.shape
     PARTS: gl.constexpr = [SHAPE[0], SHAPE[1] // 32, 4, 2, 4]

@@ -18,6 +18,7 @@ else:
     _Trainer = object
 
 _BATCH = "zigzag_sharded"
+_STRATEGIES = "random", "sequential"  # orders of the documents in training
 
 
 class ZigzagTrainerMixin(_Trainer):
@@ -47,8 +48,9 @@ class ZigzagTrainerMixin(_Trainer):
 
         `tokens` includes padding, whose token is `pad_token_id`. `method`, `heads_k_stride` and `backend` are as in
         `zigzag_attention`; all other arguments are for the Trainer. Raises `NotImplementedError` for the arguments
-        `data_collator`, `compute_metrics` and `compute_loss_func`, for label smoothing, and for context, sequence or
-        tensor parallelism of accelerate's `ParallelismConfig`.
+        `data_collator`, `compute_metrics` and `compute_loss_func`, for label smoothing, for a `train_sampling_strategy`
+        other than "random" and "sequential", and for context, sequence or tensor parallelism of accelerate's
+        `ParallelismConfig`.
         """
         for name in ("data_collator", "compute_metrics", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -59,6 +61,8 @@ class ZigzagTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
             raise NotImplementedError(f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}")
+        if (strategy := self.args.train_sampling_strategy) not in _STRATEGIES:
+            raise NotImplementedError(f"train_sampling_strategy: expected one of {_STRATEGIES}, got {strategy!r}")
         if self.args.n_gpu > 1:
             raise NotImplementedError(f"n_gpu: expected one process for each GPU, got {self.args.n_gpu} GPUs")
         if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
@@ -89,10 +93,13 @@ class ZigzagTrainerMixin(_Trainer):
         return self._zigzag_size
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of this group's documents, in a random order that changes with every epoch."""
+        """Return the loader of this group's documents.
+
+        Their order is random, and another one in every epoch, unless the `train_sampling_strategy` is "sequential".
+        """
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected one for training, got None")
-        return self._documents(self.train_dataset, self._train_batch_size, shuffle=True)
+        return self._documents(self.train_dataset, self._train_batch_size, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of this group's documents of `eval_dataset`, in their order.
@@ -103,7 +110,7 @@ class ZigzagTrainerMixin(_Trainer):
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
         if dataset is None:
             raise ValueError("eval_dataset: expected one for evaluation, got None")
-        return self._documents(dataset, self.args.eval_batch_size, shuffle=False)
+        return self._documents(dataset, self.args.eval_batch_size, training=False)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """Return the loader of this group's documents of `test_dataset`, in their order."""
@@ -138,16 +145,17 @@ class ZigzagTrainerMixin(_Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = (total[0] / total[1].clamp(min=1)).item()
         return output
 
-    def _documents(self, dataset, batch_size: int, *, shuffle: bool) -> DataLoader:
+    def _documents(self, dataset, batch_size: int, *, training: bool) -> DataLoader:
         if not hasattr(dataset, "__len__"):
             raise NotImplementedError(f"dataset: expected one with a length, got {type(dataset).__name__}")
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        shuffle = training and args.train_sampling_strategy == "random"
         sampler = DistributedSampler(dataset, self._zigzag_replicas, self._zigzag_replica, shuffle, seed)
         collate = _Collator(self._zigzag_group, max_documents=batch_size, **self._zigzag_documents)
         return _Loader(
             dataset,
-            batch_sampler=_Batches(sampler, batch_size, bool(shuffle and args.dataloader_drop_last)),
+            batch_sampler=_Batches(sampler, batch_size, training and bool(args.dataloader_drop_last)),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
