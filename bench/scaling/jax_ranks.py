@@ -98,7 +98,7 @@ class Ranks:
         method, stride = way
         rows, replicated = P("cp"), P()
         window = {"window_size": self.case.window_size}
-        halo = self.case.window_size[0] if method == "halo" else 0
+        halo = self.case.window_size[0] if method == "halo" and self.size > 1 else 0
         specs = Batch(replicated, rows, self.size, method, rows, rows, compared_by="cp", halo=halo)
 
         def spread(function, in_specs, out_specs):
