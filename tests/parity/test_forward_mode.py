@@ -67,3 +67,7 @@ def test_forward_mode_of_jax_is_refused(number, backend):
     for function in (attend, jax.jit(attend)):
         with pytest.raises(NotImplementedError, match=REFUSED):
             jax.jvp(function, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        jax.jacfwd(attend)(x)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jacfwd(jax.jit(attend))(x)
