@@ -207,12 +207,14 @@ def test_rows_of_another_batch_are_not_put_in_order():
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 24), max_size=12), st.integers(1, 3), st.integers(1, 3))
-def test_packed_rows_hold_whole_documents(lengths, rows, world_size):
+@given(st.lists(st.integers(0, 24), max_size=12), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_packed_rows_hold_whole_documents(lengths, rows, world_size, masked):
     """In the order of the tokens each document is in one place, its labels are its next tokens, and ids count up."""
     documents = [1000 * i + np.arange(length) for i, length in enumerate(lengths, 1)]
+    targets = [np.where(x % 3 == 0, IGNORE, x) if masked else x for x in documents]
     row_length = 2 * world_size * -(-(sum(lengths) // rows + 24) // (2 * world_size))  # always enough
-    packed = host.pack_rows(documents, rows, row_length, world_size, pad_token_id=7)
+    labels = {"labels": targets} if masked else {}
+    packed = host.pack_rows(documents, rows, row_length, world_size, pad_token_id=7, **labels)
     in_order = [host.reorder_rows(x, world_size, to_contiguous=True) for x in packed[:4]]
     found = []
     for ids, labels, positions, segments in zip(*in_order, strict=True):
@@ -224,7 +226,9 @@ def test_packed_rows_hold_whole_documents(lengths, rows, world_size):
             of_number = segments == number
             document = ids[of_number]
             found.append(document.tolist())
-            np.testing.assert_array_equal(labels[of_number], [*document[1:], -100] if len(document) else [])
+            following = [*document[1:], IGNORE] if len(document) else []
+            following = [IGNORE if masked and x % 3 == 0 else x for x in following]
+            np.testing.assert_array_equal(labels[of_number], following)
             np.testing.assert_array_equal(positions[of_number], np.arange(len(document)))
     assert sorted(x for x in found if x) == sorted(x.tolist() for x in documents if len(x))
     assert packed.num_targets == (packed.labels != -100).sum()

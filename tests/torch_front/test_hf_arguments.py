@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,6 +283,19 @@ def test_all_that_use_mesh_is_told_reaches_attention(monkeypatch):
     hf.use_mesh(model, None, **told)
     model(**flattened())
     assert seen == [told] * 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_that_a_layer_does_not_pass_on_is_that_of_its_config(causal):
+    """The config of a decoder counts the row itself, the config of an encoder does not."""
+    layer = nn.Module()
+    layer.config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
+    q, k, v = torch.randn(3, 1, 2, 12, 8)
+    options = {"is_causal": causal, "position_ids": torch.arange(12)[None]}
+    for layer.layer_idx, window in ((0, 3 if causal else 4), (1, None)):
+        found, _ = hf.attention.attention_forward(layer, q, k, v, None, **options)
+        wanted, _ = hf.attention.attention_forward(nn.Module(), q, k, v, None, sliding_window=window, **options)
+        assert torch.equal(found, wanted)
 
 
 def test_a_batch_of_ranks_needs_use_mesh_and_a_model_of_ranks_needs_a_batch(monkeypatch):
