@@ -337,8 +337,8 @@ class ZigzagCollator:
     def __call__(self, examples: Sequence) -> ShardedBatch:
         """Return the batch of `examples`: token ids, or mappings with "input_ids" and perhaps "labels".
 
-        An example is one document without padding: other entries are not used, but an "attention_mask" with a 0 and
-        "position_ids" of several documents raise `ValueError`.
+        An example is one document without padding: other entries are not used, but an "attention_mask" with a 0, and
+        "position_ids" or "seq_lengths" of several documents raise `ValueError`.
         """
         if not any(isinstance(example, Mapping) for example in examples):
             return shard_documents(examples, self.rank, self.world_size, **self.options)
@@ -363,6 +363,9 @@ def _check_whole(example: Mapping, i: int) -> None:
         raise ValueError(
             f"attention_mask: expected documents without padding, got {int((mask == 0).sum())} zeros in examples[{i}]"
         )
+    lengths = example.get("seq_lengths")  # of packed examples
+    if isinstance(lengths, Sequence | torch.Tensor) and len(lengths) > 1:
+        raise ValueError(f"seq_lengths: expected one document in each example, got several in examples[{i}]")
     if positions is not None and not torch.equal(positions, torch.arange(len(positions), device=positions.device)):
         raise ValueError(
             "position_ids: expected one document in each example, with positions from 0, got "

@@ -393,3 +393,5 @@ def test_examples_of_a_collator_are_all_alike():
         collate([whole, whole | {"attention_mask": [1, 1, 0]}])
     with pytest.raises(ValueError, match=r"position_ids: expected one document .* got \[0, 1, 0\] in examples\[0\]"):
         collate([whole | {"position_ids": [0, 1, 0]}])
+    with pytest.raises(ValueError, match=r"seq_lengths: expected one document in each example, got several in .*\[0\]"):
+        collate([whole | {"seq_lengths": [2, 1]}])
