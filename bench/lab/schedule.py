@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
+from bench.arguments import positive
 from bench.lab.transfers import beside_kernels
 
 H100 = """
@@ -75,15 +76,15 @@ def scheduled(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4, help="GPUs of one machine (default 4)")
-    parser.add_argument("--tokens", type=int, default=8192, help="rows of each (default 8192)")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--ranks", type=positive, default=4, help="GPUs of one machine (default 4)")
+    parser.add_argument("--tokens", type=positive, default=8192, help="rows of each (default 8192)")
+    parser.add_argument("--heads", type=positive, default=32)
+    parser.add_argument("--kv-heads", type=positive, default=8)
+    parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--method", choices=("allgather", "ring"), default="allgather")
-    parser.add_argument("--stride", type=int, help="KV heads of a window (default as in attention)")
+    parser.add_argument("--stride", type=positive, help="KV heads of a window (default as in attention)")
     parser.add_argument("--backward", action="store_true", help="both passes")
-    parser.add_argument("--in-flight", type=int, default=1, help=f"{LIMIT} (default 1, as XLA's)")
+    parser.add_argument("--in-flight", type=positive, default=1, help=f"{LIMIT} (default 1, as XLA's)")
     for kernel, transfers in beside_kernels(scheduled(parser.parse_args())):
         print(f"{kernel:>17} | {', '.join(transfers) or '-'}")
 

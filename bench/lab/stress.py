@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from bench import timing
+from bench.arguments import positive
 from bench.planning import Planning
 from tests.support.cases import Case
 from zigzag_torch import launch
@@ -267,7 +268,7 @@ def play(player: Player, packings, watchdog: Watchdog, enough: Callable[[], bool
 
 def main(arguments: list[str] | None = None, player: Player | None = None, **drawing) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--launches", type=int, default=10_000, help="of the forward, dK/dV, dQ and fused kernels")
+    parser.add_argument("--launches", type=positive, default=10_000, help="of the forward, dK/dV, dQ and fused kernels")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after these, compilation included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packing", type=int, help="play this one alone")
