@@ -46,11 +46,14 @@ NARROW_KEYS = 1024
 FEW_ROWS = 2**17
 """Query rows of a sequence, over the window's heads, below which it has few tiles: 1024 tiles of 128 rows."""
 
-# When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences".
-MODERATE_KEYS = 2**14
-"""Keys of a sequence or window up to which the start and end of a program take a noticeable time."""
+# When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences" and
+# "The forward across the border".
+MODERATE_KEYS = 2**15
+"""Keys of a sequence or window up to which programs of the forward take several heads."""
+MODERATE_KEYS_DQ = 2**14
+"""Keys of a sequence or window up to which programs of dQ take several heads."""
 MANY_ROWS = 2**19
-"""Query rows of a launch, over the window's heads, that fill 1024 programs of four heads and 128 rows."""
+"""Query rows of a launch of dQ, over the window's heads, that fill 1024 programs of four heads."""
 
 
 def halo_moves_less(message_rows: int, rows: int, world_size: int) -> bool:

@@ -172,7 +172,7 @@ def test_tiles_of_query_rows_under_narrow_windows(monkeypatch):
 
 @needs_triton
 def test_programs_of_moderate_walks_take_several_heads(monkeypatch):
-    """Forward at head_dim 128, dQ at 64; neither where keys are many, nor where few programs would be left."""
+    """The forward, and dQ at head_dim 64; neither where keys are many, nor where few programs would be left."""
     monkeypatch.setenv(HOPPER.variable, "1")
 
     def heads(head_dim, tokens, world_size=1, sequences=1, **options):
@@ -184,13 +184,25 @@ def test_programs_of_moderate_walks_take_several_heads(monkeypatch):
         ]
 
     assert heads(128, 16384) == [4, 1]
-    assert heads(128, 32768) == [1, 1]
-    assert heads(128, 32768, window_size=(4095, -1)) == [4, 1]
+    assert heads(128, 32768) == [4, 1]
+    assert heads(128, 65536) == [1, 1]
+    assert heads(128, 65536, window_size=(4095, -1)) == [4, 1]
     assert heads(128, 8192, world_size=8) == [1, 1]
-    assert heads(128, 8192) == [1, 1]
-    assert heads(64, 16384) == [1, 4]
+    assert heads(128, 8192) == [4, 1]
+    assert heads(64, 16384) == [4, 4]
+    assert heads(64, 8192) == [2, 1]
     assert heads(64, 8192, world_size=8) == [1, 1]
+    assert heads(64, 32768) == [4, 1]
     assert heads(128, 16384, sequences=0) == [4, 1]
+
+
+def test_tiles_without_room_for_the_queries_of_two_heads_take_one(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+    asked = problem(head_dim=64, tokens=32768, world_size=1)
+    narrow = dataclasses.replace(asked, call=dataclasses.replace(asked.call, window_size=(127, -1)))
+    roomy, full = TileConfig(192, 128, 4, 3), TileConfig(192, 128, 4, 6)
+    assert HOPPER.fit_tiles(narrow, Operation.FORWARD, roomy).heads_together > 1
+    assert HOPPER.fit_tiles(narrow, Operation.FORWARD, full).heads_together == 1
 
 
 @needs_triton

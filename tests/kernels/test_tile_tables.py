@@ -56,6 +56,8 @@ def test_every_entry_fits_its_budget(architecture, dtype, kernel, head_dim):
         ("hopper_dq", (256, 64, 4, 2), "BLOCK_M 128 or 192 and num_warps 4"),
         ("hopper_dkdv", (64, 128, 8, 2), "BLOCK_N 128 or 192 and num_warps 4"),
         ("hopper_fused", (64, 128, 4, 2, 0, 2), "1 as heads_together"),
+        ("hopper_forward", (192, 128, 4, 6), None),
+        ("hopper_forward", (192, 128, 4, 6, 0, 2), "bytes of shared memory, the GPU has"),  # queries of two heads
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(kernel, config, refused):

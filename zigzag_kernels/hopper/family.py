@@ -40,11 +40,16 @@ class Hopper(Family):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
         if operation.owns_keys or rules.is_wide(problem.head_dim):
             return config
+        fitted = config
         if rules.is_narrow(problem):
-            return _for_few_blocks(operation, problem.head_dim, config)
-        if rules.length_class(problem) is LengthClass.LONG and rules.has_moderate_walks(problem):
-            return _for_moderate_walks(operation, problem.head_dim, config)
-        return config
+            fitted = _for_few_blocks(operation, problem.head_dim, config)
+        elif rules.length_class(problem) is LengthClass.LONG and rules.has_moderate_walks(problem, operation):
+            fitted = _for_moderate_walks(operation, problem.head_dim, config)
+        kernel = self.choose_kernel(problem, operation)
+        # Tiles of a file of the user may leave no room for the rows of a second head.
+        if self.fits(kernel, fitted, problem.head_dim, problem.dtype, problem.target):
+            return replace(fitted, heads_together=config.heads_together)
+        return fitted
 
     def shared_memory(
         self, kernel: KernelId, config: TileConfig, head_dim: int, dtype: str, architecture: Architecture
@@ -60,8 +65,8 @@ class Hopper(Family):
         if operation.owns_keys:
             own, streamed = streamed, own
         stays, passes, other = 2 * row, 2 * row, 1024 + own // 64 * 2048
-        if operation is Operation.FORWARD:  # Q; K and V
-            stays = row
+        if operation is Operation.FORWARD:  # Q, of two heads where a program takes several; K and V
+            stays = row * min(config.heads_together, 2)
         elif operation.owns_keys:  # K and V; Q, dO and up to four numbers a row
             passes += 16
         if rules.is_wide(head_dim):
@@ -106,16 +111,16 @@ class Hopper(Family):
 
 def _for_few_blocks(operation: Operation, head_dim: int, config: TileConfig) -> TileConfig:
     """Return `config` for programs with few blocks of keys, which serve several heads, one after the other."""
-    small = head_dim <= SMALL_HEAD_DIM
     if operation is Operation.FORWARD:
-        return replace(config, tiles_together=0, heads_together=max(config.heads_together, 8 if small else 4))
-    return config if small else replace(config, tiles_together=0)
+        heads = 8 if head_dim <= SMALL_HEAD_DIM else 4
+        return replace(config, tiles_together=0, heads_together=max(config.heads_together, heads))
+    return config if head_dim <= SMALL_HEAD_DIM else replace(config, tiles_together=0)
 
 
 def _for_moderate_walks(operation: Operation, head_dim: int, config: TileConfig) -> TileConfig:
     """Return `config` for long sequences whose programs gain by serving several heads, one after the other."""
     if operation is Operation.FORWARD:
-        return config if head_dim <= SMALL_HEAD_DIM else replace(config, heads_together=max(config.heads_together, 4))
+        return replace(config, heads_together=max(config.heads_together, 4))
     return replace(config, tiles_together=1, heads_together=4) if head_dim <= SMALL_HEAD_DIM else config
 
 

@@ -14,16 +14,12 @@ from ..segments.ranges import make_mask
 from .geometry import Geometry
 from .keys import KeyStream, make_key_stream, produce_keys
 from .masks import mask_rows
-from .owned import Strided, load_query_tile, own_query_rows
+from .owned import QueryBuffers, Strided, load_query_tile, make_query_buffers, own_query_rows
 from .releases import struct, thread_barrier
 from .results import cast_result, result_layout
 from .scores import cap_scores, score_scale_log2
-from .warps import specialize_warps
-
-# The score of hidden keys, below all real scores. It is finite, so that a row whose first blocks are all hidden gives
-# no NaN; the first key that the row sees scales their sums to zero. It is a power of two, so that it stays exact when
-# scaled: otherwise the fused multiplication and subtraction of the maximum would leave a huge rounding error.
-HIDDEN = gl.constexpr(-(2.0**100))
+from .softmax import HIDDEN, empty_softmax, first_softmax, fold, rescale_sums
+from .warps import opaque, specialize_warps
 
 
 @struct
@@ -39,7 +35,7 @@ class _Forward:
     sinks_ptr: gl.tensor
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
-    q_buffers: gl.shared_memory_descriptor  # [consumers, 64, BLOCK_D]
+    queries: QueryBuffers
     stream: KeyStream
     HEADS: gl.constexpr
     MASK: gl.constexpr  # the `Mask`, or None unless it is ranged
@@ -49,74 +45,6 @@ class _Forward:
     HAS_SINKS: gl.constexpr
     HAS_MAX: gl.constexpr
     ACCUMULATE: gl.constexpr
-
-
-@struct
-class _RowResult:
-    """The log-sum-exp of each row, its largest score, and the factor that turns its sum over V into its output."""
-
-    factor: gl.tensor  # [64]
-    lse2: gl.tensor  # [64], base 2
-    largest2: gl.tensor  # [64], base 2
-
-
-@struct
-class _Softmax:
-    """The online softmax (Milakov and Gimelshein, arXiv:1805.02867) of the rows, base 2, after the blocks so far."""
-
-    maximum: gl.tensor  # [64], of the scaled scores
-    total: gl.tensor  # [64], of the exponentials
-    SCALE_LOG2: gl.constexpr
-
-    @gluon.jit
-    def add(self, scores):
-        """Add a block: return (its exponentials, the factor for earlier sums, the next `_Softmax`)."""
-        # Scores stay unscaled: the scale is a part of the one multiply-add before each exponential.
-        maximum = gl.maximum(self.maximum, gl.max(scores, 1) * self.SCALE_LOG2)
-        rescale = gl.exp2(self.maximum - maximum)
-        p = gl.exp2(scores * self.SCALE_LOG2 - maximum[:, None])
-        total = self.total * rescale + gl.sum(p, 1)
-        return p, rescale, _Softmax(maximum=maximum, total=total, SCALE_LOG2=self.SCALE_LOG2)
-
-    @gluon.jit
-    def add_sinks(self, sinks):
-        """Return the `_Softmax` after adding `sinks [64]`, base 2, to the total of each row."""
-        maximum = gl.maximum(self.maximum, sinks)
-        total = self.total * gl.exp2(self.maximum - maximum) + gl.exp2(sinks - maximum)
-        return _Softmax(maximum=maximum, total=total, SCALE_LOG2=self.SCALE_LOG2)
-
-    @gluon.jit
-    def blind(self):
-        """Return `[64]` true for rows that see no key, provided that every block was hidden from them."""
-        # The maximum of a row that sees no key is HIDDEN, scaled. A row of NaN scores has the same maximum, but a NaN
-        # total.
-        return (self.maximum < HIDDEN * self.SCALE_LOG2 * 0.5) & (self.total == self.total)
-
-    @gluon.jit
-    def finish(self, blind, largest2, kv_len, factor):
-        """Return the `_RowResult` of rows whose blocks have all been added. Sums over V still lack `factor`."""
-        lse2 = gl.where(blind, float("-inf"), self.maximum + gl.log2(self.total))
-        factor = gl.where(blind, 0.0, factor / self.total)
-        largest2 = gl.where(blind, float("-inf"), largest2)
-        if kv_len < 0:  # invalid tables: every result becomes NaN
-            lse2 = lse2 + float("nan")
-            factor = factor + float("nan")
-        return _RowResult(factor=factor, lse2=lse2, largest2=largest2)
-
-
-@gluon.jit
-def _empty_softmax(SCALE_LOG2: gl.constexpr, ROWS: gl.constexpr):
-    """Return the `_Softmax` of rows before their first block."""
-    maximum = gl.full([64], float("-inf"), gl.float32, ROWS)
-    return _Softmax(maximum=maximum, total=gl.zeros([64], gl.float32, ROWS), SCALE_LOG2=SCALE_LOG2)
-
-
-@gluon.jit
-def _first_softmax(scores, SCALE_LOG2: gl.constexpr):
-    """Return (the exponentials of the first block, the `_Softmax` of this block)."""
-    maximum = gl.max(scores, 1) * SCALE_LOG2
-    p = gl.exp2(scores * SCALE_LOG2 - maximum[:, None])
-    return p, _Softmax(maximum=maximum, total=gl.sum(p, 1), SCALE_LOG2=SCALE_LOG2)
 
 
 @gluon.jit
@@ -129,69 +57,91 @@ def _cap(forward, scores):
 
 
 @gluon.jit
-def _attend(forward, blocks, q_buffer, zero):
-    """Attend to the `HeadBlocks` of one head: return (sums over V of the rows in `q_buffer`, their `_Softmax`)."""
-    geometry = forward.geometry
-    stream = forward.stream
-    SUM_ROWS: gl.constexpr = gl.SliceLayout(1, geometry.SUMS)
-    softmax = _empty_softmax(forward.SCALE_LOG2, gl.SliceLayout(1, geometry.SCORES))
-    acc = gl.zeros([64, geometry.BLOCK_D], gl.float32, geometry.SUMS)
-    begin, end = blocks.begin, blocks.end
-    ragged = blocks.ragged
-    if blocks.count > 0:
-        # This consumer waits until the producer has brought the first K.
-        scores = stream.k.issue_scores(q_buffer, begin, zero)
-        scores = hopper.warpgroup_mma_wait(0, [scores])
-        # The producer waits until all consumers have left the first K and, if there is one, the V before it: the last V
-        # of the head before.
-        stream.empty.leave(begin)
-        scores = _cap(forward, scores)
-        scores, ragged = blocks.hide(scores, HIDDEN, begin, ragged)
-        p, softmax = _first_softmax(scores, forward.SCALE_LOG2)
-        p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
-        for i in range(begin + 1, end):
-            # This consumer waits until the producer has brought K of block i, then V of the block before.
-            s_token = stream.k.issue_scores(q_buffer, i, zero)
-            stream.v.wait(i - 1)
-            acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
-            # Products complete in the order of issue: when only the one with V is left, the scores are complete, and
-            # the softmax runs while the tensor cores multiply by V.
-            scores = hopper.warpgroup_mma_wait(1, [s_token])
-            scores = _cap(forward, scores)
-            scores, ragged = blocks.hide(scores, HIDDEN, i, ragged)
-            p, rescale, softmax = softmax.add(scores)
-            # V has already arrived; this second wait only keeps the assembler from moving the next one above the
-            # softmax.
-            stream.v.wait(i - 1)
-            acc = hopper.warpgroup_mma_wait(0, [acc_token])
-            # The producer waits until all consumers have left K of block i and V of the block before.
-            stream.empty.leave(i)
-            # The sums over V so far are relative to the maximum before this block.
-            acc = acc * gl.convert_layout(rescale, SUM_ROWS)[:, None]
-            p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
-        # This consumer waits until the producer has brought the last V. It leaves that V by its arrival for the first K
-        # of the next head; after the last head the producer loads nothing.
-        stream.v.wait(end - 1)
-        acc = hopper.warpgroup_mma(p_operand, stream.v.block(end - 1), acc, is_async=True)
-        acc = hopper.warpgroup_mma_wait(0, [acc])
-    return acc, softmax
+def _operand(forward, p):
+    """Return exponentials as the operand of a product that lies in registers."""
+    return gl.convert_layout(p.to(forward.geometry.dtype), forward.geometry.OPERAND)
 
 
 @gluon.jit
-def _fold(result, before):
-    """Merge `result` with earlier results of the same rows, whose log-sum-exp is `before`, base 2.
+def _first_block(forward, blocks, scores):
+    """Return (the exponentials of the first block of a head, its `Softmax`, the next ragged block)."""
+    scores, ragged = blocks.hide(_cap(forward, scores), HIDDEN, blocks.begin, blocks.ragged)
+    p, softmax = first_softmax(scores, forward.SCALE_LOG2)
+    return p, softmax, ragged
 
-    Return (the merged `_RowResult`, the factor for the earlier output).
+
+@gluon.jit
+def _enter(forward, blocks, q_buffer, zero):
+    """Attend to the first block of the first head: see `_first_block`."""
+    stream = forward.stream
+    # This consumer waits until the producer has brought the first K.
+    scores = stream.k.issue_scores(q_buffer, blocks.begin, zero)
+    scores = hopper.warpgroup_mma_wait(0, [scores])
+    # The producer waits until all consumers have left the first K.
+    stream.empty.leave(blocks.begin)
+    return _first_block(forward, blocks, scores)
+
+
+@gluon.jit
+def _walk(forward, blocks, q_buffer, zero, p_operand, softmax, ragged):
+    """Attend to all blocks of a head but the first, whose exponentials are `p_operand`.
+
+    Return (sums over V of all blocks but the last, the exponentials of the last block, the `Softmax` of all blocks).
     """
-    largest = gl.maximum(result.lse2, before)
-    largest = gl.where(largest == float("-inf"), 0.0, largest)
-    # Each output is an average by its own total: together they weigh as much as their share of both totals.
-    now, then = gl.exp2(result.lse2 - largest), gl.exp2(before - largest)
-    sums = now + then
-    none = sums == 0.0
-    sums = gl.where(none, 1.0, sums)
-    lse2 = gl.where(none, float("-inf"), largest + gl.log2(sums))
-    return _RowResult(factor=result.factor * (now / sums), lse2=lse2, largest2=result.largest2), then / sums
+    geometry = forward.geometry
+    stream = forward.stream
+    SUM_ROWS: gl.constexpr = gl.SliceLayout(1, geometry.SUMS)
+    acc = gl.zeros([64, geometry.BLOCK_D], gl.float32, geometry.SUMS)
+    rescale = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, geometry.SCORES))
+    for i in range(blocks.begin + 1, blocks.end):
+        # This consumer waits until the producer has brought K of block i, then V of the block before.
+        s_token = stream.k.issue_scores(q_buffer, i, zero)
+        stream.v.wait(i - 1)
+        # While the tensor cores compute scores, the sums over V so far become relative to the maximum of block i - 1.
+        acc = rescale_sums(acc, gl.convert_layout(rescale, SUM_ROWS))
+        acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
+        # Products complete in the order of issue: when only the one with V is left, the scores are complete, and the
+        # softmax runs while the tensor cores multiply by V.
+        scores = hopper.warpgroup_mma_wait(1, [s_token])
+        scores, ragged = blocks.hide(_cap(forward, scores), HIDDEN, i, ragged)
+        p, rescale, softmax = softmax.add(scores)
+        # V has already arrived; this second wait only keeps the assembler from moving the next one above the softmax.
+        stream.v.wait(i - 1)
+        acc = hopper.warpgroup_mma_wait(0, [acc_token])
+        # The producer waits until all consumers have left K of block i and V of the block before.
+        stream.empty.leave(i)
+        p_operand = _operand(forward, p)
+    return rescale_sums(acc, gl.convert_layout(rescale, SUM_ROWS)), p_operand, softmax
+
+
+@gluon.jit
+def _cross(forward, following, q_buffer, zero, p_operand, acc):
+    """Complete the sums over V of one head beside the first block of the `following` one, whose rows `q_buffer` has.
+
+    Return (the sums, the exponentials of the first block, its `Softmax`, the next ragged block).
+    """
+    stream = forward.stream
+    i = following.begin
+    # Consumers and the producer wait for each other as in `_walk`.
+    s_token = stream.k.issue_scores(q_buffer, i, zero)
+    stream.v.wait(i - 1)
+    acc_token = hopper.warpgroup_mma(p_operand, stream.v.block(i - 1), acc, is_async=True)
+    scores = hopper.warpgroup_mma_wait(1, [s_token])
+    p, softmax, ragged = _first_block(forward, following, scores)
+    stream.v.wait(i - 1)
+    acc = hopper.warpgroup_mma_wait(0, [acc_token])
+    stream.empty.leave(i)
+    return acc, _operand(forward, p), softmax, ragged
+
+
+@gluon.jit
+def _complete(forward, blocks, p_operand, acc):
+    """Return the sums over V of the last head: those so far, and the product of the last block."""
+    stream = forward.stream
+    # This consumer waits until the producer has brought the last V. The producer brings nothing behind it.
+    stream.v.wait(blocks.end - 1)
+    acc = hopper.warpgroup_mma(p_operand, stream.v.block(blocks.end - 1), acc, is_async=True)
+    return hopper.warpgroup_mma_wait(0, [acc])
 
 
 @gluon.jit
@@ -213,7 +163,7 @@ def _store(forward, own, kv_head, acc, result):
     out_ptrs = forward.out_ptr + places[:, None] + out_dims[None, :]
     if forward.ACCUMULATE:
         before = gl.load(forward.lse_ptr + statistics, mask=inside, other=0.0) * LOG2_E
-        result, kept = _fold(result, before)
+        result, kept = fold(result, before)
         kept = gl.convert_layout(kept, gl.SliceLayout(1, RESULT))
     out = acc * gl.convert_layout(result.factor, gl.SliceLayout(1, SUMS))[:, None]
     if forward.ACCUMULATE:
@@ -232,7 +182,7 @@ def _store(forward, own, kv_head, acc, result):
 
 @gluon.jit
 def _finish(forward, own, mask, softmax, sinks):
-    """Return the `_RowResult` of the rows `own`, with `sinks [64]`, base 2, if there are any."""
+    """Return the `RowResult` of the rows `own`, with `sinks [64]`, base 2, if there are any."""
     if forward.MASK is None:
         blind = softmax.blind()
     else:  # a block that all real rows see is not masked, so that padding rows may have added keys: go by the range
@@ -251,29 +201,58 @@ def _consumer(warpgroup: gl.constexpr, forward):
     """Compute the output of 64 rows of the tile, for one KV head after the other."""
     geometry = forward.geometry
     stream = forward.stream
+    queries = forward.queries
     GROUP: gl.constexpr = geometry.GROUP
     HEADS_TOGETHER: gl.constexpr = geometry.HEADS_TOGETHER
     own = own_query_rows(warpgroup, forward.tile, forward.position, geometry, forward.MASK)
-    q_buffer = forward.q_buffers.index(warpgroup)
-    q = own.load(forward.q, forward.first_kv_head, own.real_end())
+    first_q = own.load(forward.q, forward.first_kv_head, own.real_end())
+    if HEADS_TOGETHER > 1:
+        second_q = own.load(forward.q, forward.first_kv_head + 1, own.real_end())
+        queries.of(warpgroup, 1).store(second_q)
+    queries.of(warpgroup, 0).store(first_q)
     mask = mask_rows(own, geometry.SCORES)
     zero = gl.zeros([64, geometry.STREAMED], gl.float32, geometry.SCORES)
-    for n in range(HEADS_TOGETHER):
+    hopper.fence_async_shared()
+    # The warps of this consumer wait for each other: a product reads rows that all of them stored.
+    thread_barrier()
+    count = stream.keys.count_blocks()
+    counted = mask.count(stream.keys, count)
+    p_operand = _operand(forward, zero)
+    softmax = empty_softmax(forward.SCALE_LOG2, gl.SliceLayout(1, geometry.SCORES))
+    ragged = count * 0
+    if count > 0:
+        blocks = mask.number(stream, 0, count, counted)
+        p, softmax, ragged = _enter(forward, blocks, queries.of(warpgroup, 0), zero)
+        p_operand = _operand(forward, p)
+    for number in range(HEADS_TOGETHER):
+        # Opaque: of two heads that it can tell apart, the compiler keeps the values of both in registers.
+        n = opaque(number) if HEADS_TOGETHER > 1 else number
         kv_head = forward.first_kv_head + n
-        q_buffer.store(q)
-        hopper.fence_async_shared()
-        # The warps of this consumer wait for each other: a product reads rows that all of them stored.
-        thread_barrier()
-        count = stream.keys.count_blocks()
-        blocks = mask.number(stream, n, count, mask.count(stream.keys, count))
-        acc, softmax = _attend(forward, blocks, q_buffer, zero)
+        blocks = mask.number(stream, n, count, counted)
+        q_buffer = queries.of(warpgroup, n)
+        acc, p_operand, softmax = _walk(forward, blocks, q_buffer, zero, p_operand, softmax, ragged)
+        next_softmax = softmax
+        if count > 0:
+            if n < HEADS_TOGETHER - 1:
+                following = mask.number(stream, n + 1, count, counted)
+                next_buffer = queries.of(warpgroup, n + 1)
+                acc, p_operand, next_softmax, ragged = _cross(forward, following, next_buffer, zero, p_operand, acc)
+            else:
+                acc = _complete(forward, blocks, p_operand, acc)
+        rows = own.anew() if HEADS_TOGETHER > 1 else own
         sinks = softmax.maximum
         if forward.HAS_SINKS:  # loaded before the blocks, sinks would take registers from the loop: 11 to 18 % slower
-            heads = kv_head * GROUP + own.numbers(geometry.SCORES) % GROUP
+            heads = kv_head * GROUP + rows.numbers(geometry.SCORES) % GROUP
             sinks = gl.load(forward.sinks_ptr + heads) * LOG2_E
-        if HEADS_TOGETHER > 1:  # the next queries are loaded while these results are stored
-            q = own.load(forward.q, kv_head + 1, gl.where(n < HEADS_TOGETHER - 1, own.real_end(), 0))
-        _store(forward, own, kv_head, acc, _finish(forward, own, mask, softmax, sinks))
+        if HEADS_TOGETHER > 2:  # the queries after the next are loaded while these results are stored
+            q = rows.load(forward.q, kv_head + 2, gl.where(n < HEADS_TOGETHER - 2, rows.real_end(), 0))
+        _store(forward, rows, kv_head, acc, _finish(forward, own, mask, softmax, sinks))
+        softmax = next_softmax
+        if HEADS_TOGETHER > 2:
+            q_buffer.store(q)
+            hopper.fence_async_shared()
+            # The warps of this consumer wait for each other, as above.
+            thread_barrier()
 
 
 @gluon.jit(do_not_specialize=["n_segments", "T", "slot_rows", "first_kv_head"])
@@ -309,14 +288,14 @@ def attention_forward_hopper(
     head = window_head.to(gl.int64)
     k = Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH).from_head(head)
     v = Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH).from_head(head)
-    q_buffers = gl.allocate_shared_memory(geometry.dtype, [geometry.WARPGROUPS, 64, BLOCK_D], geometry.OWNED_BUFFER)
+    queries = make_query_buffers(geometry)
     stream = make_key_stream(tile, position, geometry, MASK)
     # The copy engine must see the barriers before the producer uses them.
     hopper.fence_async_shared()
     forward = _Forward(
         geometry=geometry, tile=tile, position=position, first_kv_head=kv_head, T=T,
         q=Strided(ptr=q_ptr, STRIDE_T=STRIDE_QT, STRIDE_H=STRIDE_QH), sinks_ptr=sinks_ptr, out_ptr=out_ptr,
-        lse_ptr=lse_ptr, q_buffers=q_buffers, stream=stream, HEADS=HEADS, MASK=MASK, SOFTMAX_SCALE=SOFTMAX_SCALE,
+        lse_ptr=lse_ptr, queries=queries, stream=stream, HEADS=HEADS, MASK=MASK, SOFTMAX_SCALE=SOFTMAX_SCALE,
         SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP), HAS_SINKS=HAS_SINKS, HAS_MAX=HAS_MAX,
         ACCUMULATE=ACCUMULATE,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from ..segments.lookup import chunk_row, key_index, key_position, load_document,
 from ..segments.ranges import keys_of_positions
 from .geometry import Geometry
 from .releases import load_pointers, struct
+from .warps import opaque
 
 
 @struct
@@ -61,6 +62,14 @@ class QueryRows:
     def numbers(self, LAYOUT: gl.constexpr):
         """Return the numbers `[64]` of the rows in their segment, for a tile in `LAYOUT`."""
         return self.first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+
+    @gluon.jit
+    def anew(self):
+        """Return the same rows. The compiler computes their places again, instead of keeping them in registers."""
+        return QueryRows(
+            geometry=self.geometry, first=opaque(self.first), end=self.end, q_row=self.q_row, diagonal=self.diagonal,
+            kv_len=self.kv_len, position=self.position, MASK=self.MASK,
+        )  # fmt: skip
 
     @gluon.jit
     def keys_seen(self, row):
@@ -119,6 +128,27 @@ def own_query_rows(warpgroup: gl.constexpr, tile, position, geometry, MASK: gl.c
         position=position,
         MASK=MASK,
     )
+
+
+@struct
+class QueryBuffers:
+    """The query rows of all consumers in shared memory, of two heads in turn where a program serves several."""
+
+    buffers: gl.shared_memory_descriptor  # [consumers * HEADS, 64, BLOCK_D]
+    HEADS: gl.constexpr  # 1 or 2
+
+    @gluon.jit
+    def of(self, warpgroup: gl.constexpr, n):
+        """Return the buffer `[64, BLOCK_D]` of consumer number `warpgroup` for head `n` of the program."""
+        return self.buffers.index(warpgroup * self.HEADS + n % self.HEADS)
+
+
+@gluon.jit
+def make_query_buffers(geometry):
+    """Make the `QueryBuffers` of a program."""
+    HEADS: gl.constexpr = 2 if geometry.HEADS_TOGETHER > 1 else 1
+    SHAPE: gl.constexpr = [geometry.WARPGROUPS * HEADS, 64, geometry.BLOCK_D]
+    return QueryBuffers(buffers=gl.allocate_shared_memory(geometry.dtype, SHAPE, geometry.OWNED_BUFFER), HEADS=HEADS)
 
 
 @struct

@@ -7,6 +7,7 @@ from ..heuristics import (
     FEW_ROWS,
     MANY_ROWS,
     MODERATE_KEYS,
+    MODERATE_KEYS_DQ,
     NARROW_KEYS,
     SHORT_CHUNK_KEYS,
     SHORT_CHUNK_KEYS_DKDV,
@@ -103,10 +104,15 @@ def is_narrow(problem: Problem) -> bool:
     return 2 * _most_keys(problem) < _few_tokens(problem)
 
 
-def has_moderate_walks(problem: Problem) -> bool:
-    """Return whether programs should take several heads, as tiles of query rows are many and see few keys."""
+def has_moderate_walks(problem: Problem, operation: Operation) -> bool:
+    """Return whether programs of FORWARD or DQ should take several heads, as tiles of query rows see few keys.
+
+    Programs of DQ must be many, too.
+    """
     keys = min(problem.kv_tokens / max(problem.sequences, 1), _most_keys(problem))
-    return keys <= MODERATE_KEYS and problem.tokens * problem.group * problem.window >= MANY_ROWS
+    if operation is Operation.FORWARD:
+        return keys <= MODERATE_KEYS
+    return keys <= MODERATE_KEYS_DQ and problem.tokens * problem.group * problem.window >= MANY_ROWS
 
 
 def _few_tokens(problem: Problem) -> float:
