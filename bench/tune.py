@@ -159,6 +159,7 @@ def is_deterministic(kernel):
 def environment(kernel, tiles):
     """Environment variables that force the family of `kernel`, with the file `tiles` if there is one."""
     families = {family.variable: str(int(family.name == kernel.family)) for family in FAMILIES if family.variable}
+    families |= {switch: "0" for family in FAMILIES for switch in family.switches}  # no form that shares its work
     return families | ({override.VARIABLE: str(tiles)} if tiles else {})
 
 

@@ -149,7 +149,8 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
 
 def _diagnose_variables(environment: dict[str, str]) -> Iterator[Finding]:
     """Yield the variables ZIGZAG_... with an invalid value or an unknown name."""
-    checks = dict.fromkeys((*FLAGS, *(family.variable for family in families.FAMILIES if family.variable)), _not_a_flag)
+    switches = [name for family in families.FAMILIES for name in (family.variable, *family.switches) if name]
+    checks = dict.fromkeys((*FLAGS, *switches), _not_a_flag)
     checks |= {override.VARIABLE: _not_a_config, "ZIGZAG_AGREEMENT_TIMEOUT": _not_seconds}
     for name, value in environment.items():
         if name in checks:

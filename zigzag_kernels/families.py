@@ -5,7 +5,7 @@ To support a new generation of GPUs, add a folder with a `Family`, a file of til
 
 import os
 
-from .family import Family
+from .family import Family, read_switch
 from .hopper.family import HOPPER
 from .modes import Backend, Operation
 from .portable.family import PORTABLE
@@ -34,10 +34,7 @@ def choose_family(problem: Problem, operation: Operation, dout_strides: tuple[in
 
 def requested(family: Family) -> bool | None:
     """Return True or False if the environment forces or forbids `family`, and None if it leaves the choice open."""
-    value = os.environ.get(family.variable) if family.variable else None
-    if value not in (None, "0", "1"):
-        raise ValueError(f"{family.variable}: expected 0 or 1, got {value!r}")
-    return None if value is None else value == "1"
+    return read_switch(family.variable) if family.variable else None
 
 
 def choose_tiles(kernel: KernelId, head_dim: int, dtype: str, target: str) -> TileConfig:

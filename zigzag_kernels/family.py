@@ -4,6 +4,7 @@ A family is written for some generations of GPUs and has a folder of its own. `f
 """
 
 import abc
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +47,14 @@ class Draft:
         )
 
 
+def read_switch(variable: str) -> bool | None:
+    """Return True or False if the environment variable is 1 or 0, and None if it is not set."""
+    value = os.environ.get(variable)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{variable}: expected 0 or 1, got {value!r}")
+    return None if value is None else value == "1"
+
+
 class Family(abc.ABC):
     """A family says which problems its kernels can run, when they are expected to be fastest, and with which tiles.
 
@@ -55,6 +64,8 @@ class Family(abc.ABC):
     name: ClassVar[str]
     variable: ClassVar[str | None] = None
     """Environment variable that forbids the family (0), or makes it run every problem that it can run (1)."""
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Other environment variables of the family, each 0 or 1."""
     architectures: ClassVar[tuple[Architecture, ...]]
     """Generations of GPUs that the family has tiles for."""
 

@@ -46,6 +46,14 @@ NARROW_KEYS = 1024
 FEW_ROWS = 2**17
 """Query rows of a sequence, over the window's heads, below which it has few tiles: 1024 tiles of 128 rows."""
 
+# One backward kernel whose tiles take turns, or two kernels, on H200: docs/log/hopper.md, "In turns".
+TURNS_SIDE_BY_SIDE = 2
+"""KV heads that have their tiles in turn."""
+LONG_WALK = 2**17
+"""Query rows of a sequence and KV head from which on one kernel takes clearly less time than two."""
+MANY_TURNS = 8 * MULTIPROCESSORS
+"""Programs of a launch from which on their unequal ends cost less than a second kernel."""
+
 # When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences" and
 # "The forward across the border".
 MODERATE_KEYS = 2**15

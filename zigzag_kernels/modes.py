@@ -66,7 +66,7 @@ class Operation(StrEnum):
     DQ = "dq"
     """Gradient of Q: a program owns a tile of query rows."""
     FUSED_BACKWARD = "fused_backward"
-    """All three gradients in one kernel, summed in no fixed order: a program owns a tile of keys."""
+    """All three gradients in one kernel: a program owns a tile of keys. Programs add to dQ in turns or in any order."""
 
     @property
     def owns_keys(self) -> bool:

@@ -69,10 +69,11 @@ def zigzag_attention_gathered(
         return_lse: also return lse, the logarithm of each row's sum of exponentials.
         return_max_logits: also return the largest score of each head, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
-        deterministic: True gives bit-identical gradients for the same inputs. False allows a faster backward kernel
-            whose order of summation varies: on a Hopper GPU with head_dim above 64, unless sequences are short, one
-            kernel replaces two. The backward pass then takes 4 % less time for medium sequences and the same time for
-            long ones, and needs 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
+        deterministic: True gives bit-identical gradients for the same inputs. False allows a backward kernel whose
+            order of summation varies: on a Hopper GPU with head_dim above 64, unless sequences are short, one kernel
+            replaces two. The backward pass then takes up to 5 % less time. For very long sequences one kernel computes
+            deterministic gradients too. That kernel needs 4 more bytes for each element of q while it runs
+            (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
             `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. For a prepared batch,
             pass the layout that it was prepared with.

@@ -191,13 +191,18 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
         # The late half lies behind the early one.
         entries = [(7 + (1 - n) * length, length, *end, 0) for n, end in enumerate(ends)]
         mask = types.SimpleNamespace(RANGED=False, CAUSAL=causal, TOKENS=tokens, KEYS=tile)
+        before = None
         for first_key in range(0, keys, tile):
             owned = types.SimpleNamespace(
                 halves_ptr=Entry(itertools.chain(*entries)), first_key=first_key, n_keys=keys,
                 numbers=np.arange(first_key, min(first_key + tile, keys)),
             )  # fmt: skip
-            pairs, _, more = blocks.visit(owned, mask, [length, length])
+            pairs, places, more = blocks.visit(owned, mask, [length, length])
             clamped += more
+            # Where tiles take turns at blocks, which they name by their places, the tile before has all blocks of this.
+            assert len({*places}) == len(places)
+            assert before is None or {*places} <= before
+            before = {*places}
             for (_, _, diagonal, kv_len, _), met in zip(entries, pairs, strict=True):
                 sees = np.minimum(diagonal + np.arange(length) + 1, kv_len) if causal else np.full(length, keys)
                 np.testing.assert_array_equal(met, owned.numbers < sees[:, None])

@@ -126,6 +126,35 @@ def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
     assert forced.functions == FUSED
 
 
+@pytest.fixture
+def in_turns(forced, monkeypatch):
+    """Tiles of keys take turns wherever they can; the planner, which says which kernels were launched."""
+    monkeypatch.setenv(rules.TURNS, "1")
+    return forced
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in SELECTED if case.head_dim <= rules.MAX_HEAD_DIM_FUSED),
+        replace(UNEVEN, heads=6),
+        replace(PLAIN, heads=8, head_dim=96),
+    ],
+    ids=str,
+)
+def test_in_turns_the_fused_backward_repeats_and_matches_the_oracle_in_both_frameworks(case, in_turns):
+    inputs = make_inputs(case)
+    for rank in range(case.world_size):
+        arrays = *rank_arrays(case, inputs, rank), rank, "triton"
+        results, again = (frameworks.attend_torch(case, *arrays) for _ in range(2))
+        theirs = frameworks.attend_jax(case, *arrays)
+        for name in RESULTS:
+            assert results[name].tobytes() == again[name].tobytes(), f"rank {rank}, {name}: not repeated"
+            assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
+        assert_rank_is_right(case, inputs, rank, {"turns": results})
+    assert in_turns.functions == FUSED
+
+
 def beside_foul(case, rank, arrays, clean, foul, **options):
     """For each sequence, and the padding, the results if it is `foul`: its keys, or else its queries; what may be foul
     is replaced by that of `clean`."""
@@ -168,6 +197,17 @@ def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
         for name in ("out", "lse", "dk", "dv"):  # all but dQ have one owner here too
             np.testing.assert_array_equal(results[name], clean[name])
     assert forced.functions == FUSED
+
+
+@pytest.mark.parametrize("foul", [np.nan, np.inf])
+def test_nor_in_turns(foul, in_turns):
+    inputs = make_inputs(UNEVEN)
+    arrays = rank_arrays(UNEVEN, inputs, 1)
+    clean = frameworks.attend_torch(UNEVEN, *arrays, 1, "triton")
+    for results in beside_foul(UNEVEN, 1, arrays, clean, foul):
+        for name in RESULTS:
+            np.testing.assert_array_equal(results[name], clean[name])
+    assert in_turns.functions == FUSED
 
 
 def test_six_of_them_in_one_function_of_jax(forced):

@@ -22,14 +22,14 @@ class Values(np.ndarray):
 @pytest.mark.parametrize("head_dim", [128, 80])
 def test_dq_has_its_own_order_of_columns_again(head_dim, monkeypatch):
     """Rows of the sums may be longer than rows of dQ."""
-    from zigzag_kernels.hopper import fused
+    from zigzag_kernels.hopper import sums as sums_of_dq
 
     tokens, heads, columns = 16, 32, -(-head_dim // 32) * 32
     monkeypatch.setenv(HOPPER.variable, "1")
     asked = hopper_problem(tokens, head_dim, world_size=1, deterministic=False)
     *_, finish = launches_of(asked, Operation.FUSED_BACKWARD)
     dq = np.random.default_rng(0).standard_normal((tokens * heads, columns)).astype("float32")
-    sums = in_numpy(fused.in_order_of_sums)(dq.view(Values))
+    sums = in_numpy(sums_of_dq.in_order_of_sums)(dq.view(Values))
     for j, h, x in ((0, 1, 2), (3, 0, 1), (2, 1, 3)):
         np.testing.assert_array_equal(sums[:, 32 + 16 * h + 4 * j + x], dq[:, 32 + 8 * j + 4 * h + x])
     segments = torch.zeros(finish.scalars["n_segments"], SEGMENT_FIELDS, dtype=torch.int32)

@@ -6,6 +6,7 @@
 Needs no GPU, and compiles no further than is needed. Prints the names of the kernels.
 """
 
+import os
 import re
 import sys
 from unittest import mock
@@ -17,6 +18,7 @@ from tests.support.problems import hopper_problem
 from zigzag_jax import launch_gluon
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.hopper import rules
 from zigzag_kernels.problem import ArraySpec, make_problem
 
 # No tile or table is as large, or has any of these sizes: in the code they can be told from others.
@@ -30,6 +32,7 @@ SIZES = {
     HEAD_DIM,
     HEADS * HEAD_DIM,
     HEADS * COLUMNS,
+    HEADS * (COLUMNS + 1),  # with counters
     KV_HEADS * HEAD_DIM,
     *(x for pair in STRIDES.values() for x in pair),
 }
@@ -101,7 +104,9 @@ def problems(gluon):
     arrays = [ArraySpec(shape, DTYPE, STRIDES[name]) for name, shape in shapes.items()]
     gathered = [arrays[0], *(x._replace(shape=(2 * TOKENS, *x.shape[1:])) for x in arrays[1:])]
     for world_size, given in ((1, arrays), (2, gathered)):
-        for deterministic in (True, False) if gluon else (True,):
+        # The pair, then the fused backward in any order and in turns.
+        for deterministic, turns in ((True, "0"), (False, "0"), (True, "1")) if gluon else ((True, "0"),):
+            os.environ[rules.TURNS] = turns
             call = make_call_spec(head_dim=HEAD_DIM, backend="triton", deterministic=deterministic)
             yield make_problem(*given, call, sequences=1, world_size=world_size, target=TARGET, gluon=gluon)
     if gluon:

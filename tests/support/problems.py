@@ -3,6 +3,8 @@
 from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.families import choose_family
+from zigzag_kernels.modes import Operation
+from zigzag_kernels.plan.operation import make_operation
 from zigzag_kernels.problem import ArraySpec, make_problem
 from zigzag_kernels.tiles.override import kernel_name
 
@@ -36,9 +38,9 @@ def launches(problem, part=plan.WHOLE):
 
 
 def launches_of(problem, operation, part=plan.WHOLE):
-    """The launches of one operation, a `modes.Operation`, of a step."""
-    step = plan.plan_step(problem, part=part)
-    return next(planned.launches for planned in step if planned.kernel and planned.kernel.operation is operation)
+    """The launches of one operation, a `modes.Operation`, whether a step of `problem` has it or not."""
+    strides = None if operation is Operation.FORWARD else problem.q_strides
+    return make_operation(problem, operation, part, strides).launches
 
 
 def serving(problem, operation, dout_strides=None):

@@ -24,6 +24,7 @@ class Hopper(Family):
 
     name = "hopper"
     variable = "ZIGZAG_HOPPER"
+    switches = (rules.TURNS,)
     architectures = (SM_90,)
 
     def can_run(self, problem: Problem, operation: Operation, dout_strides: tuple[int, int] | None) -> bool:
@@ -140,25 +141,27 @@ def _load_kernel(operation: Operation):
 
 
 def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[str, int]) -> tuple[Launch, ...]:
-    from .fused import backward_fused_hopper, clear_sums, finish_dq
+    from .fused import backward_fused_hopper
+    from .sums import clear_sums, finish_dq
 
     problem = draft.problem
     segments, _ = problem.table_entries
     # A row of a box is permuted in shared memory by 32 columns (128 bytes), which must all be there.
     columns = -(-problem.head_dim // 32) * 32
-    sums = Output("sums", (problem.tokens, problem.heads, columns), "float32")
     row = problem.heads * columns
-    elements = {
-        "target": problem.target,
-        "grid": (max(1, -(-problem.tokens * row // ELEMENTS)), 1, 1),
-        "num_warps": 8,
-    }
+    sums, cleared, side = Output("sums", (problem.tokens, problem.heads, columns), "float32"), row, 0
+    if rules.takes_turns(problem):
+        side, cleared = rules.heads_side_by_side(problem), row + problem.heads  # a counter for each row and head
+        sums = Output("sums", (problem.tokens * cleared,), "float32")
+        resources = resources | {"scratch": 4 * DESCRIPTOR_BYTES}  # the second writer has a descriptor too
+    elements = {"target": problem.target, "num_warps": 8}
     clear = Launch(
         kernel=clear_sums,
         inputs=("q",),
         scalars={"T": problem.tokens},
         outputs=(sums,),
-        constexprs={"ROW": row, "BLOCK": ELEMENTS},
+        constexprs={"ROW": cleared, "BLOCK": ELEMENTS},
+        grid=(max(1, -(-problem.tokens * cleared // ELEMENTS)), 1, 1),
         **elements,
     )
     finish = Launch(
@@ -173,10 +176,12 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
             "SOFTMAX_SCALE": problem.call.softmax_scale,
             "BLOCK": ELEMENTS,
         },
+        grid=(max(1, -(-problem.tokens * row // ELEMENTS)), 1, 1),
         **elements,
     )
     draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))
-    return clear, draft.launch(backward_fused_hopper, constexprs | {"COLUMNS": columns}, **resources), finish
+    constexprs = constexprs | {"COLUMNS": columns, "SIDE": side}
+    return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
 
 
 HOPPER = Hopper()

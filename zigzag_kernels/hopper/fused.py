@@ -1,21 +1,17 @@
-"""The fused backward kernel for Hopper also adds each block's dQ to a float32 array, in no fixed order.
+"""The fused backward kernel for Hopper also adds each block's dQ to a float32 array.
 
-Scores are computed once instead of twice, but the same inputs do not give the same bits. dS goes through shared memory,
-where the keys of both consumers meet: each multiplies half of head_dim. A third partition lets the copy engine add both
-halves to `sums`, in whose rows columns stand in the order of `in_order_of_sums`. `clear_sums` sets that array to zero
-before, and `finish_dq` turns it into dQ.
+Scores are computed once instead of twice. dS goes through shared memory, where the keys of both consumers meet: each
+multiplies half of head_dim. A third partition lets the copy engine add both halves to `sums`, in `turns` or in no fixed
+order, in which the same inputs do not give the same bits. `clear_sums` sets that array to zero before, and `finish_dq`
+turns it into dQ.
 """
 
-import triton
-import triton.language as tl
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..segments.lookup import load_sequence, tables_are_invalid, tile_and_head
+from ..segments.lookup import load_sequence, tile_and_head
 from .geometry import Geometry, product_layout
 from .owned import Strided, own_key_rows
 from .releases import struct, thread_barrier
@@ -32,16 +28,10 @@ from .rows import (
     produce_rows,
 )
 from .scores import cap_scores, score_scale_log2
-from .stages import make_barrier
+from .stages import make_barrier, make_barriers
+from .sums import DqOut
+from .turns import Turns, tile_and_head_in_turns, write_in_turns
 from .warps import opaque, specialize_warps
-
-
-@builtin
-def _add_to_global(desc, place, buffer, _semantic=None):
-    """Add `buffer` to the box of `desc` at `place`, by the copy engine, asynchronously."""
-    # Triton 3.6 has this operation in its builder, but no function of Gluon for it, as later releases have.
-    place = _semantic._convert_to_ir_values(place, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, buffer.handle)
 
 
 @struct
@@ -76,57 +66,6 @@ class _SharedDs:
         return self.buffers.index((i & 1) * 2 + consumer).permute((1, 0))
 
 
-@gluon.jit
-def in_order_of_sums(dq):
-    """Return `dq` with the columns of each group of 32 in the order of `sums`.
-
-    Column 8 j + 4 h + x of a group becomes column 16 h + 4 j + x. No value moves. Of a row of a product a thread has
-    two neighbours in each 8 columns. In their own order, the 4 rows that are stored together would use half of the
-    banks, each twice; in this order they use all banks once.
-    """
-    SHAPE: gl.constexpr = dq.shape
-    PARTS: gl.constexpr = [SHAPE[0], SHAPE[1] // 32, 4, 2, 4]
-    return dq.reshape(PARTS).permute((0, 1, 3, 2, 4)).reshape(SHAPE)
-
-
-@struct
-class _DqOut:
-    """The buffers that take dQ of a block to `_writer`; each of the two consumers fills half of the columns."""
-
-    buffers: gl.shared_memory_descriptor  # [2, tokens, heads, BLOCK_D / 2] float32
-    full: gl.shared_memory_descriptor  # both consumers arrive
-    empty: gl.shared_memory_descriptor  # the writer arrives
-
-    @gluon.jit
-    def put(self, warpgroup: gl.constexpr, dq_token, i):
-        """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
-        buffer = self.buffers.index(warpgroup)
-        ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
-        # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffer is empty.
-        hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
-        # Only the scores of the next block were issued behind dQ: they may still be under way.
-        dq = hopper.warpgroup_mma_wait(1, [dq_token])
-        buffer.reshape(ROWS).store(in_order_of_sums(dq))
-        hopper.fence_async_shared()
-        # The writer waits until both consumers have stored their half.
-        hopper.mbarrier.arrive(self.full, count=1)
-
-    @gluon.jit
-    def add_to(self, descriptor, row, head, i):
-        """Add dQ of block `i` to the box at `row` and `head`, as the writer, by the copy engine.
-
-        Waits for both consumers first.
-        """
-        HALF_D: gl.constexpr = self.buffers.shape[3]
-        # The writer waits until both consumers have stored their half.
-        hopper.mbarrier.wait(self.full, i & 1)
-        _add_to_global(descriptor, [row, head, 0], self.buffers.index(0))
-        _add_to_global(descriptor, [row, head, HALF_D], self.buffers.index(1))
-        hopper.tma.store_wait(0)  # waits until the copy engine has read both buffers
-        # Both consumers wait until the buffers are empty.
-        hopper.mbarrier.arrive(self.empty, count=1)
-
-
 @struct
 class _Fused:
     """Everything that both consumers of one program share."""
@@ -143,7 +82,7 @@ class _Fused:
     v_buffers: gl.shared_memory_descriptor
     stream: RowStream
     ds: _SharedDs
-    dq: _DqOut
+    dq: DqOut
     results: KeyGradients
     SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
@@ -258,13 +197,15 @@ def _consumer(warpgroup: gl.constexpr, program):
 
 @gluon.jit
 def _writer(dq, sums, sequence, order, blocks, geometry, packing):
-    """Let the copy engine add dQ of every block to the `Strided` array `sums`."""
+    """Let the copy engine add dQ of every block to the `Strided` array `sums`, in no fixed order."""
     BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
     descriptor = sequence.descriptor(sums, geometry, BOX, sums.STRIDE_H)
     for i in range(blocks):
         # The same order as the producer's, computed from block numbers, as nothing tells the writer where a block is.
         row, head = order.place(i, packing)
-        dq.add_to(descriptor, row, head, i)
+        dq.wait(i)
+        dq.add_to(descriptor, row, head)
+        dq.leave()
 
 
 @gluon.jit(do_not_specialize=["n_sequences", "T", "slot_rows", "first_kv_head"])
@@ -277,13 +218,18 @@ def backward_fused_hopper(
     STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    COLUMNS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
-    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64.
+    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64. If
+    SIDE is not 0, tiles of keys take turns, and SIDE KV heads run side by side; the counters of `turns` then lie behind
+    the sums, `[HEADS, T]` int32.
     """
-    tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
+    if SIDE > 0:
+        tile_number, window_head = tile_and_head_in_turns(KV_HEADS, SIDE)
+    else:
+        tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
     # The grid is an upper bound: this program may have no tile.
     if tile.first_key >= tile.n_keys:
@@ -316,7 +262,7 @@ def backward_fused_hopper(
     stream = make_row_stream(geometry, packing, mask)
     # Arrivals of a phase: two consumers for dS and for dQ, one writer for the empty buffers of dQ.
     ds = _SharedDs(buffers=ds_buffers, full=make_barrier(2))
-    dq = _DqOut(buffers=dq_buffers, full=make_barrier(2), empty=make_barrier(1))
+    dq = DqOut(buffers=dq_buffers, full=make_barriers(2, 2), empty=make_barrier(1))
     hopper.fence_async_shared()
     program = _Fused(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
@@ -334,51 +280,20 @@ def backward_fused_hopper(
     )  # fmt: skip
     sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * COLUMNS, STRIDE_H=COLUMNS)
     order = order_blocks(late, early, sequence, mask)
-    specialize_warps(
-        _consumer, (program,), 2,
-        # From the last rows down: programs that run side by side then read the same rows, and add to them, while caches
-        # hold them.
-        (produce_rows, (stream, tile, sequence, arrays, True), 1),
-        (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T"])
-def clear_sums(
-    q_ptr,  # [T, heads, head_dim], not read: the kernel runs on its device
-    T,
-    sums_ptr,  # [T, heads, columns] float32
-    ROW: tl.constexpr,  # heads * columns
-    BLOCK: tl.constexpr,
-):
-    """Set `sums` to zero before `backward_fused_hopper` adds to it. Grid: blocks of elements."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
-
-
-@triton.jit(do_not_specialize=["n_segments", "T"])
-def finish_dq(
-    sums_ptr,  # [T, heads, COLUMNS] float32
-    segments_ptr,
-    n_segments,
-    T,
-    dq_ptr,  # [T, heads, HEAD_DIM]
-    ROW: tl.constexpr,  # heads * COLUMNS
-    HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SOFTMAX_SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
-    # The sums say nothing about invalid tables: NaN times any sum is NaN.
-    invalid = tables_are_invalid(segments_ptr, n_segments, T)
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < T.to(tl.int64) * ROW
-    sums = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
-    # Back from `in_order_of_sums`.
-    dq = sums.reshape([BLOCK // 32, 2, 4, 4]).permute([0, 2, 1, 3]).reshape([BLOCK])
-    if COLUMNS > HEAD_DIM:
-        column = places % COLUMNS
-        inside &= column < HEAD_DIM
-        places = places // COLUMNS * HEAD_DIM + column
-    tl.store(dq_ptr + places, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    # From the last rows down: programs that run side by side then read the same rows, and add to them, while caches
+    # hold them.
+    if SIDE > 0:
+        counters_ptr = (sums_ptr + T.to(gl.int64) * (HEADS * COLUMNS)).to(gl.pointer_type(gl.int32), bitcast=True)
+        turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N)
+        specialize_warps(
+            _consumer, (program,), 2,
+            (produce_rows, (stream, tile, sequence, arrays, True), 1),
+            (write_in_turns, (0, dq, turns, sequence, order, blocks, geometry, packing), 1),
+            (write_in_turns, (1, dq, turns, sequence, order, blocks, geometry, packing), 1),
+        )  # fmt: skip
+    else:
+        specialize_warps(
+            _consumer, (program,), 2,
+            (produce_rows, (stream, tile, sequence, arrays, True), 1),
+            (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
+        )  # fmt: skip

@@ -3,15 +3,19 @@
 import math
 
 from ..checks import DTYPE_BYTES
+from ..family import read_switch
 from ..heuristics import (
     FEW_ROWS,
+    LONG_WALK,
     MANY_ROWS,
+    MANY_TURNS,
     MODERATE_KEYS,
     MODERATE_KEYS_DQ,
     NARROW_KEYS,
     SHORT_CHUNK_KEYS,
     SHORT_CHUNK_KEYS_DKDV,
     SMALL_HEAD_DIM,
+    TURNS_SIDE_BY_SIDE,
     VERY_NARROW_KEYS,
 )
 from ..modes import LengthClass, Operation
@@ -21,6 +25,9 @@ TARGET = "9.0"
 TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # releases that the kernels ran with: Gluon changes from release to release
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 256  # smaller ones would fill less than half of a tile
 MAX_HEAD_DIM_FUSED = 128  # above it one program does not hold dK, dV and dQ
+TURNS = "ZIGZAG_TURNS"
+"""Environment variable: tiles of keys take turns at deterministic gradients never (0) or wherever they can (1)."""
+FUSED_KEYS = 128  # of a tile of the fused backward kernel
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 
 MAX_SOFTCAP = 2.0**20  # the forward hides keys by finite scores, and capped scores have a relative error
@@ -43,6 +50,7 @@ def can_run(problem: Problem, operation: Operation, dout_strides: tuple[int, int
         and DTYPE_BYTES[problem.dtype] == 2
         and MIN_HEAD_DIM <= problem.head_dim <= _max_head_dim(operation)
         and all(stride > 0 and stride % ALIGNMENT == 0 for stride in strides)
+        and (operation is not Operation.FUSED_BACKWARD or not problem.call.deterministic or takes_turns(problem))
         and _has_triton()
     )
 
@@ -63,12 +71,41 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     For the fused backward kernel, return whether it should beat the two other Hopper kernels.
     """
     small = problem.head_dim <= SMALL_HEAD_DIM
+    if operation is Operation.FUSED_BACKWARD and problem.call.deterministic:
+        return takes_turns(problem)
     if operation is Operation.FUSED_BACKWARD:
         return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
     return not small or not has_short_chunks(problem, min_keys)
+
+
+def takes_turns(problem: Problem) -> bool:
+    """Return whether one deterministic backward kernel runs, in which tiles of keys take turns at the sums of dQ.
+
+    They cannot under a ranged mask, where a row is not in the same block for every tile that sees it.
+    """
+    if not problem.call.deterministic or problem.ranged:
+        return False
+    wanted = read_switch(TURNS)
+    return _has_long_walks(problem) if wanted is None else wanted
+
+
+def heads_side_by_side(problem: Problem) -> int:
+    """Return how many KV heads have their tiles in turn, where tiles take turns."""
+    return math.gcd(TURNS_SIDE_BY_SIDE, problem.window)
+
+
+def _has_long_walks(problem: Problem) -> bool:
+    """Return whether tiles of keys see so many rows that turns take less time than a second kernel.
+
+    With fewer heads side by side, more programs wait for each other. Few programs leave a GPU partly idle at the end.
+    """
+    least = LONG_WALK * max(problem.sequences, 1) * TURNS_SIDE_BY_SIDE // heads_side_by_side(problem)
+    programs = problem.kv_tokens // FUSED_KEYS * problem.window
+    long = problem.rows * problem.group >= least and programs >= MANY_TURNS
+    return long and problem.head_dim > SMALL_HEAD_DIM and problem.call.softcap == 0
 
 
 def wants_few_keys(problem: Problem) -> bool:

@@ -240,10 +240,9 @@ def make_backward(problem: Problem, dout_strides: tuple[int, int], has_dlse: boo
     """Return the plan of the whole backward pass, so that a call looks up a single plan."""
     rows = make_rows(problem, dout_strides, has_dlse, WHOLE)
     sinks = make_sinks(problem, WHOLE) if problem.call.has_sinks else NOTHING
-    if not problem.call.deterministic:
-        fused = make_operation(problem, Operation.FUSED_BACKWARD, WHOLE, dout_strides)
-        if fused is not NOTHING:
-            return BackwardPlan(rows, fused, NOTHING, NOTHING, sinks)
+    fused = make_operation(problem, Operation.FUSED_BACKWARD, WHOLE, dout_strides)
+    if fused is not NOTHING:
+        return BackwardPlan(rows, fused, NOTHING, NOTHING, sinks)
     dkdv = make_operation(problem, Operation.DKDV, WHOLE, dout_strides)
     return BackwardPlan(rows, NOTHING, dkdv, make_operation(problem, Operation.DQ, WHOLE, dout_strides), sinks)
 

@@ -48,12 +48,12 @@ def test_packings_are_of_all_sizes_and_can_be_drawn_again():
 
 
 def test_a_run(small, capsys):
-    """Two forward passes and one backward pass of each packing, twice; the portable kernels' are not counted."""
-    assert stress.main(["--launches", "9"], small, **TINY) == 0
-    counts = {"attention_forward": 8, "backward_dkdv": 4, "backward_dq": 4}
+    """Two forward passes and one backward pass of each packing, thrice; the portable kernels' are not counted."""
+    assert stress.main(["--launches", "13"], small, **TINY) == 0
+    counts = {"attention_forward": 12, "backward_dkdv": 6, "backward_dq": 6}
     assert small.counts == counts
     line = capsys.readouterr().out.splitlines()[-1]
-    said = "16 launches (8 attention_forward, 4 backward_dkdv, 4 backward_dq) of 2 packings in "
+    said = "24 launches (12 attention_forward, 6 backward_dkdv, 6 backward_dq) of 2 packings in "
     assert line.startswith(said)
     assert line.endswith(" s: no hang, no difference")
     assert stress.main(["--seconds", "0"], small, **TINY) == 0

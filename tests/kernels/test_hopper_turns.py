@@ -1,0 +1,91 @@
+"""When tiles of keys of the fused backward kernel take turns, for which programs they wait, and where counters lie."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import triton
+
+from tests.support.device_code import in_numpy
+from tests.support.hopper import needs_triton
+from tests.support.problems import hopper_problem, launches_of, serving
+from zigzag_kernels import plan
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import Layout, Operation
+
+
+@pytest.fixture(autouse=True)
+def _unforced(monkeypatch):
+    for name in (HOPPER.variable, rules.TURNS):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("kv_heads", "side"), [(8, 1), (8, 2), (6, 6), (1, 1)])
+def test_a_tile_waits_only_for_programs_that_start_before_it(kv_heads, side):
+    from zigzag_kernels.hopper import turns
+
+    tiles = 7
+    place = in_numpy(turns.tile_and_head_in_turns)
+    place.__globals__["gl"].num_programs = lambda _: tiles * kv_heads
+    programs = {}
+    for number in range(tiles * kv_heads):
+        place.__globals__["gl"].program_id = lambda _, number=number: number
+        programs[place(kv_heads, side)] = number
+    assert programs.keys() == {*itertools.product(range(tiles), range(kv_heads))}
+    for (tile, head), number in programs.items():
+        assert tile == 0 or programs[tile - 1, head] == number - side
+
+
+def fused(asked, deterministic=True):
+    """Whether the backward pass is one kernel, whose tiles take turns if it is deterministic, rather than two."""
+    call = dataclasses.replace(asked.call, deterministic=deterministic)
+    return serving(dataclasses.replace(asked, call=call), Operation.FUSED_BACKWARD) == "hopper_fused"
+
+
+def test_the_rules_by_which_tiles_take_turns(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+    long, one = hopper_problem(32768), hopper_problem(32768, world_size=1)
+    short = hopper_problem(16384), hopper_problem(32768, sequences=2)
+    few_heads = dataclasses.replace(long, heads=4, kv_heads=1, window=1)
+    few_programs = dataclasses.replace(one, heads=16, kv_heads=2, window=2)
+    capped = dataclasses.replace(long, call=dataclasses.replace(long.call, softcap=30.0))
+    slower = few_heads, few_programs, *short, hopper_problem(32768, head_dim=64), capped
+    assert all(fused(asked) for asked in (long, one))
+    assert not any(fused(asked) for asked in slower)
+    cannot = [hopper_problem(32768, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
+    for options in ({"window_size": (1023, -1)}, {"has_lengths": True}, {"layout": Layout.ROW}):
+        cannot.append(dataclasses.replace(long, call=dataclasses.replace(long.call, **options)))
+    monkeypatch.setenv(HOPPER.variable, "1")
+    assert fused(long)
+    assert not any(fused(asked) for asked in (*slower, *cannot))
+    monkeypatch.delenv(HOPPER.variable)
+    monkeypatch.setenv(rules.TURNS, "1")
+    assert all(fused(asked) for asked in (long, one, *slower))
+    assert not any(fused(asked) for asked in cannot)
+    monkeypatch.setenv(rules.TURNS, "0")
+    assert not any(fused(asked) for asked in (long, one))
+    assert fused(long, deterministic=False)  # in any order
+    monkeypatch.setenv(rules.TURNS, "")
+    with pytest.raises(ValueError, match="ZIGZAG_TURNS: expected 0 or 1, got ''"):
+        fused(long)
+
+
+@needs_triton
+def test_counters_lie_behind_the_sums_of_dq_and_are_cleared_with_them(monkeypatch):
+    monkeypatch.setenv(rules.TURNS, "1")
+    asked = hopper_problem(512)
+    clear, fused, finish = launches_of(asked, Operation.FUSED_BACKWARD)
+    (sums,) = clear.outputs
+    assert sums == fused.outputs[2]
+    assert math.prod(sums.shape) == 512 * 32 * (128 + 1) == 512 * clear.constexprs["ROW"]
+    assert clear.grid[0] * clear.constexprs["BLOCK"] >= math.prod(sums.shape)
+    assert fused.constexprs["SIDE"] == 2
+    assert fused.grid[0] % 8 == 0
+    assert finish.outputs[0].shape == (512, 32, 128)
+    clear, fused, _ = launches_of(hopper_problem(512, deterministic=False), Operation.FUSED_BACKWARD)
+    assert (clear.outputs[0].shape, fused.constexprs["SIDE"]) == ((512, 32, 128), 0)
+    monkeypatch.setenv(rules.TURNS, "0")
+    names = [planned.kernel.operation for planned in plan.plan_step(asked) if planned.kernel]
+    assert names[1:] == [Operation.DKDV, Operation.DQ]

@@ -1,0 +1,123 @@
+"""The way of dQ from the fused backward kernel to its float32 sums, and kernels that clear and finish these.
+
+In the sums the columns of a row stand in the order of `in_order_of_sums`.
+"""
+
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia import hopper
+
+from ..segments.lookup import tables_are_invalid
+from .releases import struct
+
+
+@builtin
+def _add_to_global(desc, place, buffer, _semantic=None):
+    """Add `buffer` to the box of `desc` at `place`, by the copy engine, asynchronously."""
+    # Triton 3.6 has this operation in its builder, but no function of Gluon for it, as later releases have.
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, buffer.handle)
+
+
+@gluon.jit
+def in_order_of_sums(dq):
+    """Return `dq` with the columns of each group of 32 in the order of the sums.
+
+    Column 8 j + 4 h + x of a group becomes column 16 h + 4 j + x. No value moves. Of a row of a product a thread has
+    two neighbours in each 8 columns. In their own order, the 4 rows that are stored together would use half of the
+    banks, each twice; in this order they use all banks once.
+    """
+    SHAPE: gl.constexpr = dq.shape
+    PARTS: gl.constexpr = [SHAPE[0], SHAPE[1] // 32, 4, 2, 4]
+    return dq.reshape(PARTS).permute((0, 1, 3, 2, 4)).reshape(SHAPE)
+
+
+@struct
+class DqOut:
+    """The buffers that take dQ of a block to a writer: each of the two consumers fills half.
+
+    A half has half of the columns. Even and odd blocks have a full barrier each, so that two writers can take them.
+    """
+
+    buffers: gl.shared_memory_descriptor  # [2, tokens, heads, BLOCK_D / 2] float32
+    full: gl.shared_memory_descriptor  # [2, 1]; both consumers arrive
+    empty: gl.shared_memory_descriptor  # the writer of the block arrives
+
+    @gluon.jit
+    def put(self, warpgroup: gl.constexpr, dq_token, i):
+        """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
+        buffer = self.buffers.index(warpgroup)
+        ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
+        # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffer is empty.
+        hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
+        # Only the scores of the next block were issued behind dQ: they may still be under way.
+        dq = hopper.warpgroup_mma_wait(1, [dq_token])
+        buffer.reshape(ROWS).store(in_order_of_sums(dq))
+        hopper.fence_async_shared()
+        # The writer waits until both consumers have stored their half.
+        hopper.mbarrier.arrive(self.full.index(i & 1), count=1)
+
+    @gluon.jit
+    def wait(self, i):
+        """Wait, as a writer, for dQ of block `i`."""
+        # The writer waits until both consumers have stored their half.
+        hopper.mbarrier.wait(self.full.index(i & 1), i >> 1 & 1)
+
+    @gluon.jit
+    def add_to(self, descriptor, row, head):
+        """Let the copy engine add dQ to the box at `row` and `head`, as a writer, without waiting."""
+        HALF_D: gl.constexpr = self.buffers.shape[3]
+        _add_to_global(descriptor, [row, head, 0], self.buffers.index(0))
+        _add_to_global(descriptor, [row, head, HALF_D], self.buffers.index(1))
+
+    @gluon.jit
+    def leave(self):
+        """Give the buffers back to the consumers, as a writer, when the copy engine has read them."""
+        hopper.tma.store_wait(0)
+        # Both consumers wait until the buffers are empty.
+        hopper.mbarrier.arrive(self.empty, count=1)
+
+
+@triton.jit(do_not_specialize=["T"])
+def clear_sums(
+    q_ptr,  # [T, heads, head_dim], not read: the kernel runs on its device
+    T,
+    sums_ptr,  # [T, heads, columns] float32 and, behind them, the counters [heads, T] of `turns`
+    ROW: tl.constexpr,  # elements for each token: heads * columns, and heads if there are counters
+    BLOCK: tl.constexpr,
+):
+    """Set `sums` and counters to zero before `backward_fused_hopper` adds to it. Grid: blocks of elements."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
+
+
+@triton.jit(do_not_specialize=["n_segments", "T"])
+def finish_dq(
+    sums_ptr,  # [T, heads, COLUMNS] float32
+    segments_ptr,
+    n_segments,
+    T,
+    dq_ptr,  # [T, heads, HEAD_DIM]
+    ROW: tl.constexpr,  # heads * COLUMNS
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTMAX_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
+    # The sums say nothing about invalid tables: NaN times any sum is NaN.
+    invalid = tables_are_invalid(segments_ptr, n_segments, T)
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < T.to(tl.int64) * ROW
+    sums = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
+    # Back from `in_order_of_sums`.
+    dq = sums.reshape([BLOCK // 32, 2, 4, 4]).permute([0, 2, 1, 3]).reshape([BLOCK])
+    if COLUMNS > HEAD_DIM:
+        column = places % COLUMNS
+        inside &= column < HEAD_DIM
+        places = places // COLUMNS * HEAD_DIM + column
+    tl.store(dq_ptr + places, dq.to(dq_ptr.dtype.element_ty), mask=inside)

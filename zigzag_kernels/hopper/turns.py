@@ -1,0 +1,107 @@
+"""Tiles of keys take turns at the sums of dQ, so that all runs give the same bits.
+
+Each block of rows has a counter in global memory of the tiles that have added to it. The writers of a tile wait until
+it counts all tiles before theirs. A program waits only for programs with lower numbers, which a GPU starts first: they
+are under way or done whenever a program waits, whatever else the GPU runs. All tiles of a sequence begin with its last
+rows, so that a tile follows the one before it by about one block.
+
+The time of a turn passes before the copy engine's sums are in global memory and the counter has been read. Two writers
+in each program take blocks alternately, so that the next block need not wait for that. `side` KV heads have their tiles
+in turn: fewer programs then wait for each other.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .owned import Strided
+from .releases import struct
+
+WRITERS = gl.constexpr(2)
+
+
+@gluon.jit
+def tile_and_head_in_turns(KV_HEADS: gl.constexpr, SIDE: gl.constexpr):
+    """Return (tile number, KV head of the window) of this program, where `SIDE` KV heads have their tiles in turn."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0) // KV_HEADS * SIDE  # of the heads that run side by side
+    place = program % programs
+    return place // SIDE, program // programs * SIDE + place % SIDE
+
+
+@struct
+class Turns:
+    """The sums of dQ, and for each block of rows the number of tiles that have added to it."""
+
+    sums: Strided
+    counters_ptr: gl.tensor  # [heads, T] int32: a block's counter is at its first query head and its first row
+    T: gl.tensor
+    turn: gl.tensor  # number of the tile in its sequence: the tiles before it see all rows that it sees
+
+    @gluon.jit
+    def address(self, head, row):
+        """Return the address of the counter of the block that begins with query head `head` and local row `row`."""
+        return (self.counters_ptr + (head * self.T + row)).to(gl.int64)
+
+    @gluon.jit
+    def read(self, address):
+        """Return the counter at `address`: what those tiles have added is in global memory."""
+        return gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [address], gl.int32, is_pure=False, pack=1
+        )
+
+    @gluon.jit
+    def wait(self, address, counted):
+        """Wait for the turn of this tile; the counter at `address` was `counted` when it was read last."""
+        while counted < self.turn:
+            counted = self.read(address)
+        # The copy engine does not take the path by which the counter was read: the fence orders the two.
+        gl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [counted], gl.int32, is_pure=False, pack=1
+        )
+
+    @gluon.jit
+    def end(self, address):
+        """Give the turn at `address` to the next tile, when what the copy engine was given is in global memory."""
+        # `wait_group` makes the one thread wait that gave the copy engine its work, and the others wait for it.
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 lane;
+            cp.async.bulk.wait_group 0;
+            bar.warp.sync 0xffffffff;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 first, lane, 0;
+            @first red.release.gpu.global.add.s32 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l",
+            [address],
+            gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
+def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geometry, packing):
+    """Let the copy engine add dQ of every second block to the sums, in the turns of this tile."""
+    BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
+    descriptor = sequence.descriptor(turns.sums, geometry, BOX, turns.sums.STRIDE_H)
+    if blocks > writer:
+        first_head = sequence.kv_head * geometry.GROUP
+        row, head = order.place(writer, packing)
+        counter = turns.address(first_head + head, sequence.first + row)
+        counted = turns.read(counter)
+        for i in range(writer, blocks, WRITERS):
+            dq.wait(i)
+            # This writer waits until the writers of the tiles before it have added to the block.
+            turns.wait(counter, counted)
+            dq.add_to(descriptor, row, head)
+            # The counter of this writer's next block is read while the copy engine is at work: usually the turn is this
+            # tile's already.
+            row, head = order.place(gl.minimum(i + WRITERS, blocks - 1), packing)
+            following = turns.address(first_head + head, sequence.first + row)
+            dq.leave()
+            counted = turns.read(following)
+            turns.end(counter)
+            counter = following
