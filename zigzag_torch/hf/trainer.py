@@ -134,6 +134,7 @@ class ZigzagTrainerMixin(_Trainer):
     ):
         """Evaluate the model on all batches of `dataloader`, like `Trainer.evaluation_loop`.
 
+        `description`, `prediction_loss_only`, `ignore_keys` and `metric_key_prefix` are arguments of that function.
         The loss is the mean over the targets of all batches. The Trainer's own is the mean over batches, whatever the
         number of their targets.
         """
