@@ -30,13 +30,17 @@ SUMS_TOGETHER_HEAD_DIM = 128
 
 # Kernels for Hopper or portable ones, on H100: the tables of docs/log/hopper.md, lines "64 × 128" and "16 × 512".
 SMALL_HEAD_DIM = 64
-"""Largest head_dim at which portable kernels win on short chunks, and two backward kernels beat the fused one."""
+"""Largest head_dim at which portable kernels win on short chunks, and blocks of the fused kernel have 128 rows."""
 SHORT_CHUNK_KEYS = 96
 """Mean keys of a chunk below which blocks of 128 keys are mostly empty."""
 SHORT_CHUNK_KEYS_DKDV = 256
 """Mean keys of a chunk below which, at a small head_dim, the portable dK/dV kernel is faster."""
 VERY_NARROW_KEYS = 256
 """Keys that a mask lets a row see, below which portable dK/dV is faster at a small head_dim."""
+
+# One backward kernel or two at a small head_dim, on H200: docs/log/hopper.md, "The fused kernel at head_dim 64".
+SMALL_FUSED_KEYS = 2**14
+"""Keys of a sequence, on one device, from which on one kernel was measured to be faster."""
 
 # Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
 NARROW_KEYS = 1024

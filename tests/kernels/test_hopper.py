@@ -71,8 +71,13 @@ def test_the_rules_that_take_them(monkeypatch):
         assert shorter == ("hopper_dkdv" if value else "backward_dkdv", "hopper_dq_few")
         assert pair(problem(sequences=64)) == ("hopper_dkdv_short", "hopper_dq_short")
         assert fused(problem())
-        for slower in ({"head_dim": 64}, {"sequences": 64}):
-            assert fused(problem(**slower)) == bool(value), slower
+        assert fused(problem(head_dim=64))
+        assert fused(problem(sequences=16, head_dim=64))
+        assert fused(problem(sequences=32, head_dim=64)) == bool(value)
+        assert fused(problem(tokens=16384, world_size=1, head_dim=64))
+        assert fused(problem(tokens=16384, world_size=1, sequences=4, head_dim=64)) == bool(value)
+        for head_dim in (64, 128):
+            assert fused(problem(sequences=64, head_dim=head_dim)) == bool(value)
         for head_dim in (136, 256):
             assert forward(problem(head_dim=head_dim)) == "hopper_forward"
             assert pair(problem(head_dim=head_dim)) == ("hopper_dkdv", "hopper_dq")
@@ -119,8 +124,10 @@ def test_masks_and_caps_that_take_other_kernels_or_tiles(monkeypatch):
         assert pair(asked(**options))[0] == "hopper_dkdv"
         assert pair(asked(64, **options))[0] == "backward_dkdv"
         assert not fused(asked(**options))
+        assert not fused(asked(64, **options))
     for options in ({"has_lengths": True}, {"layout": Layout.ROW}, {"softcap": 30.0}):
         assert fused(asked(**options))
+        assert not fused(asked(64, **options))
         assert pair(asked(64, **options))[0] == "hopper_dkdv"
     few = {"window_size": (255, -1)}, {"window_size": (1023, -1)}, {"attention_chunk": 1024}, {"softcap": 30.0}
     many = {}, {"window_size": (1024, -1)}, {"window_size": (255, -1), "causal": False}, {"has_lengths": True}
@@ -204,6 +211,25 @@ def test_tiles_without_room_for_the_queries_of_two_heads_take_one(monkeypatch):
     roomy, full = TileConfig(192, 128, 4, 3), TileConfig(192, 128, 4, 6)
     assert HOPPER.fit_tiles(narrow, Operation.FORWARD, roomy).heads_together > 1
     assert HOPPER.fit_tiles(narrow, Operation.FORWARD, full).heads_together == 1
+
+
+@needs_triton
+def test_blocks_of_the_fused_kernel_have_more_rows_where_registers_have_room(monkeypatch):
+    monkeypatch.setenv(HOPPER.variable, "1")
+
+    def rows(head_dim, **options):
+        plain = problem(head_dim=head_dim, deterministic=False)
+        asked = dataclasses.replace(plain, call=dataclasses.replace(plain.call, **options))
+        return launches_of(asked, Operation.FUSED_BACKWARD)[1].constexprs["BLOCK_M"]
+
+    assert [rows(40), rows(64), rows(64, softcap=30.0), rows(72), rows(128)] == [128, 128, 64, 64, 64]
+    monkeypatch.setenv(rules.TURNS, "1")
+    assert rows(64, deterministic=True) == 64
+    kernel = HOPPER.choose_kernel(problem(), Operation.FUSED_BACKWARD)
+    for rows_of_block, refused in ((32, "BLOCK_M 64 or 128"), (64, None), (128, None)):
+        tried = TileConfig(rows_of_block, 128, 4, 2)
+        assert HOPPER.fits(kernel, tried, 64, "bfloat16", "9.0") == refused
+    assert "shared memory" in HOPPER.fits(kernel, tried, 72, "bfloat16", "9.0")
 
 
 @needs_triton

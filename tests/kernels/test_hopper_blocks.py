@@ -177,6 +177,27 @@ class RowBlocks:
         return pairs, places, clamped
 
 
+class Numbers(np.ndarray):
+    """A buffer of shared memory, and what is read from it."""
+
+    permute = np.ndarray.transpose
+
+    def load(self, _):
+        return self
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_numbers_of_rows_are_read_in_the_order_of_rows(rows):
+    """Whatever the order in which the producer stores them; a thread reads four places next to each other."""
+    from zigzag_kernels.hopper import row_numbers
+
+    stored = in_numpy(row_numbers.rows_of_places)(np.arange(rows)).view(Numbers)
+    language = types.SimpleNamespace(constexpr=None, SliceLayout=lambda *_: None, convert_layout=lambda x, *_, **__: x)
+    assert (in_numpy(row_numbers.read_numbers, gl=language)(stored) == np.arange(rows)).all()
+    # Columns 2 and 3 of each eight, of which the second thread of every four holds two rows of 16.
+    assert stored[4:8].tolist() == [2, 3, 10, 11]
+
+
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     """The order of the producer of dK/dV, and where the fused kernel adds dQ: never before the first row of a half."""

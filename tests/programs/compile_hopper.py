@@ -28,7 +28,7 @@ TUNED = triton.__version__.startswith("3.6.")
 # other releases make of the kernels is in docs/log/hopper.md.
 SPILLS = {
     "hopper_dkdv": 16,
-    "hopper_fused": 16,
+    "hopper_fused": 64,
     "hopper_dkdv_short": 160,
     "hopper_dq_short": 96,
 }

@@ -15,6 +15,7 @@ from . import rules
 WARPGROUPS = {Operation.FORWARD: 4, Operation.DKDV: 3, Operation.DQ: 3, Operation.FUSED_BACKWARD: 2}
 """Most warpgroups that share the rows or keys of a program; the registers of each are in the kernels."""
 FEW_KEYS = 128  # of a tile of dK/dV
+FUSED_ROWS = 64, 128  # of a block of the fused kernel; caps leave no registers for 128, and turns were not measured
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 ELEMENTS = 4096  # numbers that a program of the two kernels around the fused one takes
 
@@ -37,6 +38,9 @@ class Hopper(Family):
         return rules.length_class(problem)
 
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
+        if operation is Operation.FUSED_BACKWARD and FUSED_ROWS[0] < config.BLOCK_M:
+            few_rows = problem.call.softcap > 0 or rules.takes_turns(problem)
+            return replace(config, BLOCK_M=FUSED_ROWS[0], num_stages=config.num_stages + 1) if few_rows else config
         if operation is Operation.DKDV and rules.wants_few_keys(problem):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
         if operation.owns_keys or rules.is_wide(problem.head_dim):
@@ -94,6 +98,8 @@ class Hopper(Family):
             sizes = [64 if operation.owns_keys else 128]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
+        if operation is Operation.FUSED_BACKWARD and config.BLOCK_M not in FUSED_ROWS:
+            return f"BLOCK_M {' or '.join(map(str, FUSED_ROWS))}"
         if config.num_stages == 1:  # a consumer waits for a block while it still uses the block before
             return "2 or more as num_stages"
         return not_power_of_two(config, streamed)

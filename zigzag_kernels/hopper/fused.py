@@ -28,8 +28,9 @@ from .rows import (
     produce_rows,
 )
 from .scores import cap_scores, score_scale_log2
+from .small_fused import consume_small, make_halves_of_ds
 from .stages import make_barrier, make_barriers
-from .sums import DqOut
+from .sums import DqOut, shape_of_half, step_of_half
 from .turns import Turns, tile_and_head_in_turns, write_in_turns
 from .warps import opaque, specialize_warps
 
@@ -81,7 +82,7 @@ class _Fused:
     k_buffers: gl.shared_memory_descriptor  # [2, 64, BLOCK_D]
     v_buffers: gl.shared_memory_descriptor
     stream: RowStream
-    ds: _SharedDs
+    ds: gl.base_value  # `_SharedDs`, or `HalvesOfDs` for blocks of 128 rows
     dq: DqOut
     results: KeyGradients
     SOFTCAP: gl.constexpr
@@ -196,15 +197,25 @@ def _consumer(warpgroup: gl.constexpr, program):
 
 
 @gluon.jit
+def _consume(warpgroup: gl.constexpr, program):
+    """Compute dK and dV of 64 keys of the tile, and half of dQ of every block."""
+    if program.geometry.STREAMED == 128:
+        consume_small(warpgroup, program)
+    else:
+        _consumer(warpgroup, program)
+
+
+@gluon.jit
 def _writer(dq, sums, sequence, order, blocks, geometry, packing):
     """Let the copy engine add dQ of every block to the `Strided` array `sums`, in no fixed order."""
-    BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
+    BOX: gl.constexpr = shape_of_half(packing, geometry)
+    STEP: gl.constexpr = step_of_half(packing, geometry)
     descriptor = sequence.descriptor(sums, geometry, BOX, sums.STRIDE_H)
     for i in range(blocks):
         # The same order as the producer's, computed from block numbers, as nothing tells the writer where a block is.
         row, head = order.place(i, packing)
         dq.wait(i)
-        dq.add_to(descriptor, row, head)
+        dq.add_to(descriptor, row, head, STEP)
         dq.leave()
 
 
@@ -222,7 +233,8 @@ def backward_fused_hopper(
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
-    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64. If
+    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64
+    or, at BLOCK_D 64 and without a cap, 128. If
     SIDE is not 0, tiles of keys take turns, and SIDE KV heads run side by side; the counters of `turns` then lie behind
     the sums, `[HEADS, T]` int32.
     """
@@ -235,6 +247,7 @@ def backward_fused_hopper(
     if tile.first_key >= tile.n_keys:
         return
 
+    SMALL: gl.constexpr = BLOCK_M == 128
     geometry = Geometry(
         dtype=q_ptr.dtype.element_ty, SLOTS=SLOTS, GROUP=GROUP, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, OWNED=BLOCK_N,
         STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=1,
@@ -253,15 +266,15 @@ def backward_fused_hopper(
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], geometry.dtype)
-    DQ_BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, BLOCK_D // 2]
+    DQ_BOX: gl.constexpr = shape_of_half(packing, geometry)
     DQ: gl.constexpr = gl.NVMMASharedLayout.get_default_for(DQ_BOX, gl.float32)
     k_buffers = gl.allocate_shared_memory(geometry.dtype, [2, 64, BLOCK_D], geometry.OWNED_BUFFER)
     v_buffers = gl.allocate_shared_memory(geometry.dtype, [2, 64, BLOCK_D], geometry.OWNED_BUFFER)
-    ds_buffers = gl.allocate_shared_memory(geometry.dtype, [4, 64, BLOCK_M], DS)
-    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, packing.TOKENS, packing.HEADS, BLOCK_D // 2], DQ)
-    stream = make_row_stream(geometry, packing, mask)
+    ds_buffers = () if SMALL else gl.allocate_shared_memory(geometry.dtype, [4, 64, BLOCK_M], DS)
+    dq_buffers = gl.allocate_shared_memory(gl.float32, [2, DQ_BOX[0], DQ_BOX[1], DQ_BOX[2]], DQ)
+    stream = make_row_stream(geometry, packing, mask, SMALL)
     # Arrivals of a phase: two consumers for dS and for dQ, one writer for the empty buffers of dQ.
-    ds = _SharedDs(buffers=ds_buffers, full=make_barrier(2))
+    ds = make_halves_of_ds(geometry) if SMALL else _SharedDs(buffers=ds_buffers, full=make_barrier(2))
     dq = DqOut(buffers=dq_buffers, full=make_barriers(2, 2), empty=make_barrier(1))
     hopper.fence_async_shared()
     program = _Fused(
@@ -286,14 +299,14 @@ def backward_fused_hopper(
         counters_ptr = (sums_ptr + T.to(gl.int64) * (HEADS * COLUMNS)).to(gl.pointer_type(gl.int32), bitcast=True)
         turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N)
         specialize_warps(
-            _consumer, (program,), 2,
+            _consume, (program,), 2,
             (produce_rows, (stream, tile, sequence, arrays, True), 1),
             (write_in_turns, (0, dq, turns, sequence, order, blocks, geometry, packing), 1),
             (write_in_turns, (1, dq, turns, sequence, order, blocks, geometry, packing), 1),
         )  # fmt: skip
     else:
         specialize_warps(
-            _consumer, (program,), 2,
+            _consume, (program,), 2,
             (produce_rows, (stream, tile, sequence, arrays, True), 1),
             (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
         )  # fmt: skip

@@ -15,6 +15,7 @@ from ..segments.ranges import KeyRange, positions_seen, seeing_positions
 from .geometry import Geometry
 from .owned import Strided
 from .releases import aggregate, struct
+from .row_numbers import rows_of_places
 from .stages import EmptyStages, Ring, make_empty_stages, make_ring
 
 
@@ -216,12 +217,14 @@ class RowStream:
     packing: Packing
     q: Ring
     dout: Ring
+    # Numbers of a block lie in the order of its rows or, PAIRED, in that of `rows_of_places`.
     lse2: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `q`
     delta: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `dout`
     # [STAGES, BLOCK_M] int32, full with `q`: the row sees no key from this one on. Under a ranged mask they are
     # positions, and STAGES more rows have the first key that the row sees.
     limits: gl.shared_memory_descriptor
     mask: RowMask
+    PAIRED: gl.constexpr
     empty: EmptyStages
     dout_empty: EmptyStages  # of dO and delta, where heads are wide; otherwise `empty` covers them
 
@@ -229,7 +232,7 @@ class RowStream:
     def numbers(self, buffer, i):
         """Read one number for each row of block `i` from `buffer`, in the layout of a row of the scores.
 
-        `buffer` is `lse2`, `delta` or `limits`.
+        `buffer` is `lse2`, `delta` or `limits`, and not PAIRED.
         """
         return buffer.index(i % self.geometry.STAGES).load(gl.SliceLayout(0, self.geometry.SCORES))
 
@@ -247,7 +250,7 @@ class RowStream:
 
 
 @gluon.jit
-def make_row_stream(geometry, packing, mask):
+def make_row_stream(geometry, packing, mask, PAIRED: gl.constexpr = False):
     """Make the `RowStream` of a program."""
     BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D]
     NUMBERS: gl.constexpr = [geometry.STAGES, geometry.STREAMED]
@@ -266,6 +269,7 @@ def make_row_stream(geometry, packing, mask):
         delta=gl.allocate_shared_memory(gl.float32, NUMBERS, NUMBERS_LAYOUT),
         limits=gl.allocate_shared_memory(gl.int32, LIMITS, NUMBERS_LAYOUT),
         mask=mask,
+        PAIRED=PAIRED,
         empty=empty,
         dout_empty=make_empty_stages(geometry) if geometry.WIDE else empty,
     )
@@ -292,6 +296,8 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
     dout_desc = sequence.descriptor(arrays.dout, geometry, BOX, geometry.HEAD_DIM)
     # Packed row r of a block is token r // PACK and head r % PACK of its box, as the box lies in shared memory.
     packed = gl.arange(0, geometry.STREAMED, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    if stream.PAIRED:
+        packed = rows_of_places(packed)
     i = 0
     for run in range(RUNS * geometry.HEADS_TOGETHER):
         # Runs 0 and 1 of a head are the whole blocks of the late and of the early half, runs 2 and 3 the masked blocks

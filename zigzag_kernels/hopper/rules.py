@@ -14,6 +14,7 @@ from ..heuristics import (
     NARROW_KEYS,
     SHORT_CHUNK_KEYS,
     SHORT_CHUNK_KEYS_DKDV,
+    SMALL_FUSED_KEYS,
     SMALL_HEAD_DIM,
     TURNS_SIDE_BY_SIDE,
     VERY_NARROW_KEYS,
@@ -74,11 +75,23 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     if operation is Operation.FUSED_BACKWARD and problem.call.deterministic:
         return takes_turns(problem)
     if operation is Operation.FUSED_BACKWARD:
-        return not small and not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+        if small:
+            return _gains_by_small_fused(problem)
+        return not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
     return not small or not has_short_chunks(problem, min_keys)
+
+
+def _gains_by_small_fused(problem: Problem) -> bool:
+    """Return whether the fused kernel was measured to beat the pair at a small head_dim.
+
+    It was not measured under ranged masks. Capped scores leave no registers for a block of 128 rows.
+    """
+    long = problem.slots > 1 or problem.kv_tokens >= SMALL_FUSED_KEYS * problem.sequences
+    plain = not problem.ranged and problem.call.softcap == 0
+    return plain and long and not has_short_chunks(problem, SHORT_CHUNK_KEYS_DKDV)
 
 
 def takes_turns(problem: Problem) -> bool:

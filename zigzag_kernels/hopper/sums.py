@@ -36,30 +36,59 @@ def in_order_of_sums(dq):
     return dq.reshape(PARTS).permute((0, 1, 3, 2, 4)).reshape(SHAPE)
 
 
+@gluon.constexpr_function
+def shape_of_half(packing, geometry):
+    """Return (tokens, heads, columns) of the half of dQ of a block that one consumer computes.
+
+    Of a block of 64 rows it has half of the columns, of a block of 128 half of the rows.
+    """
+    if geometry.STREAMED < 128:
+        return [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
+    if packing.TOKENS == 1:
+        return [1, packing.HEADS // 2, geometry.BLOCK_D]
+    return [packing.TOKENS // 2, packing.HEADS, geometry.BLOCK_D]
+
+
+@gluon.constexpr_function
+def step_of_half(packing, geometry):
+    """Return (tokens, heads, columns) from the first half of dQ of a block to the second."""
+    half, whole = shape_of_half(packing, geometry), (packing.TOKENS, packing.HEADS, geometry.BLOCK_D)
+    return [a if a < b else 0 for a, b in zip(half, whole, strict=True)]
+
+
 @struct
 class DqOut:
     """The buffers that take dQ of a block to a writer: each of the two consumers fills half.
 
-    A half has half of the columns. Even and odd blocks have a full barrier each, so that two writers can take them.
+    Even and odd blocks have a full barrier each, so that two writers can take them.
     """
 
-    buffers: gl.shared_memory_descriptor  # [2, tokens, heads, BLOCK_D / 2] float32
+    buffers: gl.shared_memory_descriptor  # [2, *shape_of_half] float32
     full: gl.shared_memory_descriptor  # [2, 1]; both consumers arrive
     empty: gl.shared_memory_descriptor  # the writer of the block arrives
 
     @gluon.jit
-    def put(self, warpgroup: gl.constexpr, dq_token, i):
-        """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
+    def wait_empty(self, i, pred=True):
+        """Wait, as a consumer, until the buffers are empty for block `i`; not at all if `pred` is false."""
+        # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffers are empty.
+        hopper.mbarrier.wait(self.empty, (i & 1) ^ 1, pred=pred)
+
+    @gluon.jit
+    def store(self, warpgroup: gl.constexpr, dq, i):
+        """Store half of dQ of block `i` for the writer, into an empty buffer."""
         buffer = self.buffers.index(warpgroup)
         ROWS: gl.constexpr = [buffer.shape[0] * buffer.shape[1], buffer.shape[2]]
-        # This consumer waits until the writer has read dQ of block i - 1; for block 0 the buffer is empty.
-        hopper.mbarrier.wait(self.empty, (i & 1) ^ 1)
-        # Only the scores of the next block were issued behind dQ: they may still be under way.
-        dq = hopper.warpgroup_mma_wait(1, [dq_token])
         buffer.reshape(ROWS).store(in_order_of_sums(dq))
         hopper.fence_async_shared()
         # The writer waits until both consumers have stored their half.
         hopper.mbarrier.arrive(self.full.index(i & 1), count=1)
+
+    @gluon.jit
+    def put(self, warpgroup: gl.constexpr, dq_token, i):
+        """Store half of dQ of block `i` for the writer; `dq_token` is the second last product under way."""
+        self.wait_empty(i)
+        # Only the scores of the next block were issued behind dQ: they may still be under way.
+        self.store(warpgroup, hopper.warpgroup_mma_wait(1, [dq_token]), i)
 
     @gluon.jit
     def wait(self, i):
@@ -68,11 +97,10 @@ class DqOut:
         hopper.mbarrier.wait(self.full.index(i & 1), i >> 1 & 1)
 
     @gluon.jit
-    def add_to(self, descriptor, row, head):
-        """Let the copy engine add dQ to the box at `row` and `head`, as a writer, without waiting."""
-        HALF_D: gl.constexpr = self.buffers.shape[3]
+    def add_to(self, descriptor, row, head, STEP: gl.constexpr):
+        """Let the copy engine add dQ to two boxes, at `row` and `head` and `STEP` behind, without waiting."""
         _add_to_global(descriptor, [row, head, 0], self.buffers.index(0))
-        _add_to_global(descriptor, [row, head, HALF_D], self.buffers.index(1))
+        _add_to_global(descriptor, [row + STEP[0], head + STEP[1], STEP[2]], self.buffers.index(1))
 
     @gluon.jit
     def leave(self):

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from .owned import Strided
 from .releases import struct
+from .sums import shape_of_half, step_of_half
 
 WRITERS = gl.constexpr(2)
 
@@ -85,7 +86,8 @@ class Turns:
 @gluon.jit
 def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geometry, packing):
     """Let the copy engine add dQ of every second block to the sums, in the turns of this tile."""
-    BOX: gl.constexpr = [packing.TOKENS, packing.HEADS, geometry.BLOCK_D // 2]
+    BOX: gl.constexpr = shape_of_half(packing, geometry)
+    STEP: gl.constexpr = step_of_half(packing, geometry)
     descriptor = sequence.descriptor(turns.sums, geometry, BOX, turns.sums.STRIDE_H)
     if blocks > writer:
         first_head = sequence.kv_head * geometry.GROUP
@@ -96,7 +98,7 @@ def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geo
             dq.wait(i)
             # This writer waits until the writers of the tiles before it have added to the block.
             turns.wait(counter, counted)
-            dq.add_to(descriptor, row, head)
+            dq.add_to(descriptor, row, head, STEP)
             # The counter of this writer's next block is read while the copy engine is at work: usually the turn is this
             # tile's already.
             row, head = order.place(gl.minimum(i + WRITERS, blocks - 1), packing)

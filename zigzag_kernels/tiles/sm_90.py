@@ -28,7 +28,7 @@ SM_90 = Architecture(
             KernelId("hopper", FORWARD, SHORT): up_to((256, 64, 4, 4, 1), (128, 64, 4, 4, 0, 8), (128, 64, 4, 2)),
             KernelId("hopper", DKDV): up_to((64, 192, 4, 3), (64, 128, 4, 3), (64, 64, 4, 2)),
             KernelId("hopper", DKDV, SHORT): up_to((64, 192, 4, 3), (64, 128, 4, 3, 0, 4), (64, 64, 4, 2)),
-            KernelId("hopper", Operation.FUSED_BACKWARD): up_to((64, 128, 4, 3), (64, 128, 4, 2)),
+            KernelId("hopper", Operation.FUSED_BACKWARD): up_to((128, 128, 4, 2), (64, 128, 4, 2)),
             KernelId("hopper", DQ): up_to((192, 64, 4, 4), (128, 128, 4, 2), (128, 64, 4, 3)),
             KernelId("hopper", DQ, FEW_ROWS): up_to((192, 64, 4, 4, 1, 4), (128, 128, 4, 2, 1), (128, 64, 4, 3, 1)),
             KernelId("hopper", DQ, SHORT): up_to((192, 64, 4, 4), (128, 64, 4, 4, 0, 8), (128, 64, 4, 3)),
