@@ -396,6 +396,5 @@ def _check_values(
         device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
         real = as_lengths(lengths, offsets, device).tolist()
         check_real_lengths(real, offsets)
-    in_rows = (row_length or total) if layout is Layout.ROW else None
-    check_halo(offsets, real, world_size, in_rows, limits)
+    check_halo(offsets, real, world_size, (row_length or total) if layout is Layout.ROW else None, limits)
     return offsets, real

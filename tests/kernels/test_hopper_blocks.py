@@ -194,7 +194,7 @@ def test_numbers_of_rows_are_read_in_the_order_of_rows(rows):
     stored = in_numpy(row_numbers.rows_of_places)(np.arange(rows)).view(Numbers)
     language = types.SimpleNamespace(constexpr=None, SliceLayout=lambda *_: None, convert_layout=lambda x, *_, **__: x)
     assert (in_numpy(row_numbers.read_numbers, gl=language)(stored) == np.arange(rows)).all()
-    # Columns 2 and 3 of each eight, of which the second thread of every four holds two rows of 16.
+    # The second thread of each four holds columns 2 and 3 of each eight, in two rows of 16.
     assert stored[4:8].tolist() == [2, 3, 10, 11]
 
 

@@ -217,7 +217,7 @@ class RowStream:
     packing: Packing
     q: Ring
     dout: Ring
-    # Numbers of a block lie in the order of its rows or, PAIRED, in that of `rows_of_places`.
+    # Numbers of a block lie in the order of its rows, and in the order of `rows_of_places` if PAIRED.
     lse2: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `q`
     delta: gl.shared_memory_descriptor  # [STAGES, BLOCK_M] float32, full with `dout`
     # [STAGES, BLOCK_M] int32, full with `q`: the row sees no key from this one on. Under a ranged mask they are
