@@ -185,7 +185,7 @@ def attention_forward(
         out = tl.full([BLOCK_M, BLOCK_D], float("nan"), tl.float32)
     if HAS_MAX:
         # The largest scores lie behind lse, in an array of the same shape.
-        max_ptr = lse_ptr + HEADS * T.to(tl.int64)
+        max_ptr = lse_ptr + HEADS * tl.cast(T, tl.int64)
         if ACCUMULATE:
             largest = tl.maximum(largest, tl.load(max_ptr + lse_places, mask=inside, other=0.0))
         largest = tl.where(lse == lse, largest, lse)  # tl.maximum drops NaN; lse keeps it
