@@ -98,6 +98,11 @@ class Player:
             part, summed = Part(i * self.window), Part(i * self.window, dtype="float32")
             rows = plan.backward_rows(launch.run, problem, out, lse, self.dout, None, part=part, **self.strides)
             arguments = launch.run, problem, self.q, k, v, self.dout, rows
+            if plan.fuses_windows(problem, summed, **self.strides):
+                tables, results = (segments, sequences), (dq, *into)
+                dq, *into = plan.backward_window(*arguments, tables, part=summed, into=results, **self.strides)
+                kept.append(reduce(*into))
+                continue
             into = plan.backward_keys(*arguments, sequences, part=summed, into=into, **self.strides)
             kept.append(reduce(*into))
             dq = plan.backward_queries(*arguments, segments, part=part, into=dq, **self.strides)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
 from tests.support.spread import KERNELS
+from tests.support.windows import in_one_kernel
 
 TRANSFERS = "all_gather", "reduce_scatter", "ppermute"
 WORLD_SIZE, WINDOWS = 6, 4
@@ -104,6 +105,21 @@ def test_kernels_of_a_window_start_when_the_sums_of_the_one_before_are_there(win
         for kernel in ("backward_delta", "backward_dkdv", "backward_dq"):
             needed = windows[f"{kernel} {window}"]
             assert numbers(needed, "reduce_scatter") == set(range(2 * window)), (kernel, window)
+            assert numbers(needed, "backward_dq") == set(range(window)), (kernel, window)
+
+
+def test_sums_of_a_window_travel_beside_the_one_kernel_of_the_next_window():
+    """Only what the window before the last has left is there before a kernel, so that two windows are in memory."""
+    with in_one_kernel():
+        windows = needs(traced_step(heads_k_stride=1), ARGUMENTS)
+    for window in range(WINDOWS):
+        for i in range(2):  # dK and dV
+            assert f"backward_dkdv {window}" in windows[f"reduce_scatter {2 * window + i}"]
+            gather = windows[f"all_gather {2 * WINDOWS + 2 * window + i}"]
+            assert numbers(gather, "backward_dq") == set(range(window - 1)), window
+        for kernel in ("backward_delta", "backward_dkdv", "backward_dq"):
+            needed = windows[f"{kernel} {window}"]
+            assert numbers(needed, "reduce_scatter") == set(range(2 * (window - 1))), (kernel, window)
             assert numbers(needed, "backward_dq") == set(range(window)), (kernel, window)
 
 

@@ -13,11 +13,13 @@ import zigzag_jax
 from tests.support import frameworks, oracle
 from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
 from tests.support.hopper import needs_hopper
+from tests.support.parts import FRAMEWORKS, Rank
 from tests.support.planners import RememberingPlanner
 from tests.support.rank import assert_rank_is_right, gathered_rows, rank_arrays, rank_results, rank_rows
 from zigzag_kernels import plan
 from zigzag_kernels.hopper import rules
 from zigzag_kernels.hopper.family import HOPPER
+from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.plan import operation
 
 pytestmark = [pytest.mark.gpu, needs_hopper]
@@ -152,6 +154,20 @@ def test_in_turns_the_fused_backward_repeats_and_matches_the_oracle_in_both_fram
             assert results[name].tobytes() == again[name].tobytes(), f"rank {rank}, {name}: not repeated"
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
         assert_rank_is_right(case, inputs, rank, {"turns": results})
+    assert in_turns.functions == FUSED
+
+
+@pytest.mark.parametrize("case", [replace(UNEVEN, heads=9, kv_heads=3), replace(PLAIN, heads=8)], ids=str)
+def test_windows_in_turns_have_the_bits_of_all_heads_at_once_in_both_frameworks(case, in_turns):
+    inputs, rows = make_inputs(case), gathered_rows(case)
+    for rank in range(case.world_size):
+        torch_rank, jax_rank = (Rank(case, inputs, rank, FRAMEWORKS[name], gluon=True) for name in ("torch", "jax"))
+        whole, windows = torch_rank.whole(KVLayout.GATHERED, rows), torch_rank.windows(rows)
+        theirs = jax_rank.windows(rows)
+        for name in RESULTS:
+            assert windows[name].tobytes() == whole[name].tobytes(), f"rank {rank}, {name}: windows change bits"
+            assert windows[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
+        assert_rank_is_right(case, inputs, rank, {"windows": windows})
     assert in_turns.functions == FUSED
 
 

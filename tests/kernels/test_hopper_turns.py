@@ -14,6 +14,7 @@ from zigzag_kernels import plan
 from zigzag_kernels.hopper import rules
 from zigzag_kernels.hopper.family import HOPPER
 from zigzag_kernels.modes import Layout, Operation
+from zigzag_kernels.plan import operation
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,55 @@ def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     monkeypatch.setenv(rules.TURNS, "")
     with pytest.raises(ValueError, match="ZIGZAG_TURNS: expected 0 or 1, got ''"):
         fused(long)
+
+
+def launches_between_ranks(asked, deterministic):
+    """The launches that compute the gradients of a window of one KV head."""
+    call = dataclasses.replace(asked.call, deterministic=deterministic)
+    asked = dataclasses.replace(asked, call=call, window=1)
+    return operation.make_fused_window(asked, plan.Part(1, dtype="float32"), asked.q_strides).launches
+
+
+def gradients_of(asked, window, **options):
+    """The operations that compute the gradients of windows of `window` KV heads between ranks."""
+    call = dataclasses.replace(asked.call, **options)
+    part = plan.Part(window, dtype="float32")
+    step = plan.plan_step(dataclasses.replace(asked, call=call, window=window), part=part)
+    return [planned.kernel.operation for planned in step if planned.kernel][1:]
+
+
+@needs_triton
+def test_the_rules_by_which_one_kernel_computes_a_window(monkeypatch):
+    one, two = [Operation.FUSED_BACKWARD], [Operation.DKDV, Operation.DQ]
+    long, longer = hopper_problem(32768), hopper_problem(65536)
+    assert gradients_of(longer, 1) == gradients_of(longer, 2) == gradients_of(long, 2) == one
+    assert gradients_of(long, 1) == two  # one head alone has no other beside it while its programs wait
+    assert gradients_of(longer, 8) == two  # nothing hides the transfer of a single window
+    for asked in (hopper_problem(16384), hopper_problem(32768, sequences=2)):
+        assert gradients_of(asked, 2) == gradients_of(asked, 2, deterministic=False) == two
+    in_turns = [launches_between_ranks(longer, deterministic)[1].constexprs["SIDE"] for deterministic in (True, False)]
+    assert in_turns == [1, 1]  # between ranks gradients repeat, whatever is asked for
+    beside_whole_documents = dataclasses.replace(longer, first_row=4096)
+    assert gradients_of(beside_whole_documents, 1) == two
+    assert gradients_of(longer, 1, window_size=(1023, -1)) == two
+    monkeypatch.setenv(rules.TURNS, "1")
+    assert gradients_of(hopper_problem(512), 1) == one
+    assert gradients_of(hopper_problem(512), 8) == two
+    monkeypatch.setenv(rules.TURNS, "0")
+    assert gradients_of(longer, 1) == two
+
+
+@needs_triton
+def test_sums_and_counters_of_a_window_are_of_its_heads_alone(monkeypatch):
+    monkeypatch.setenv(rules.TURNS, "1")
+    asked = dataclasses.replace(hopper_problem(512), window=2)
+    clear, fused, finish = launches_of(asked, Operation.FUSED_BACKWARD, plan.Part(6, dtype="float32"))
+    assert math.prod(clear.outputs[0].shape) == 512 * 8 * (128 + 1) == 512 * clear.constexprs["ROW"]
+    assert {output.name: output.dtype for output in fused.outputs} == dict.fromkeys(("dk", "dv", "sums"), "float32")
+    assert fused.outputs[0].shape == (8 * 512, 2, 128)
+    (dq,) = finish.outputs
+    assert (dq.shape, dq.dtype, finish.in_place) == ((512, 32, 128), "bfloat16", {"dq": "into_dq"})
+    assert finish.scalars["first_kv_head"] == fused.scalars["first_kv_head"] == 6
 
 
 @needs_triton

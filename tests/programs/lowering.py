@@ -27,6 +27,7 @@ from zigzag_jax import (
     zigzag_attention,
     zigzag_attention_gathered,
 )
+from zigzag_kernels.hopper import rules
 from zigzag_kernels.hopper.family import HOPPER
 
 CALL = "custom_call @triton_kernel_call"
@@ -128,6 +129,27 @@ def hopper():
         launched.clear()
         assert lower_gathered(head_dim, 2).count(CALL) == 5  # no problem that was planned before, with portable kernels
         assert sum(made.scratch > 0 for made in launched) == 3
+        # Three windows: out, lse and dq of all but the first are in place, and the sums of dQ of each.
+        text = lower_windows(head_dim)
+        assert (text.count(CALL), text.count("output_operand_alias<")) == (1 + 3 + 3 * 4, 2 * 3 + 3)
+
+
+def lower_windows(head_dim):
+    """The module of an all-gather of one KV head at a time, whose gradients one kernel computes."""
+    os.environ[rules.TURNS] = "1"
+
+    def step(q, k, v, cu_seqlens):
+        batch = prepare_batch(cu_seqlens, axis_name="cp", method="allgather")
+        attend = functools.partial(zigzag_attention, heads_k_stride=1, return_lse=True, axis_name="cp")
+        results, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, batch), q, k, v)
+        return pullback(results)
+
+    mesh = jax.sharding.AbstractMesh((4,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("cp"),) * 3 + (P(),), out_specs=P("cp")))
+    arrays = (struct(256, heads, head_dim) for heads in (6, 3, 3))
+    text = mapped.trace(*arrays, struct(3, dtype="int32")).lower(lowering_platforms=("cuda",)).as_text()
+    del os.environ[rules.TURNS]
+    return text
 
 
 def segmented():

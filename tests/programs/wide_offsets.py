@@ -9,6 +9,7 @@ Needs no GPU, and compiles no further than is needed. Prints the names of the ke
 import os
 import re
 import sys
+from dataclasses import replace
 from unittest import mock
 
 from triton.backends.nvidia.compiler import CUDABackend
@@ -98,8 +99,8 @@ def products(code, sizes):
 
 
 def problems(gluon):
-    """Problems with K/V in one part and in several, and for Hopper one whose programs take several heads each, for
-    which these follow each other."""
+    """Problems with K/V in one part and in several, and for Hopper a window of one head, and a problem whose programs
+    take several heads each, for which these follow each other."""
     shapes = {"q": (TOKENS, HEADS, HEAD_DIM), "k": (TOKENS, KV_HEADS, HEAD_DIM), "v": (TOKENS, KV_HEADS, HEAD_DIM)}
     arrays = [ArraySpec(shape, DTYPE, STRIDES[name]) for name, shape in shapes.items()]
     gathered = [arrays[0], *(x._replace(shape=(2 * TOKENS, *x.shape[1:])) for x in arrays[1:])]
@@ -108,7 +109,10 @@ def problems(gluon):
         for deterministic, turns in ((True, "0"), (False, "0"), (True, "1")) if gluon else ((True, "0"),):
             os.environ[rules.TURNS] = turns
             call = make_call_spec(head_dim=HEAD_DIM, backend="triton", deterministic=deterministic)
-            yield make_problem(*given, call, sequences=1, world_size=world_size, target=TARGET, gluon=gluon)
+            made = make_problem(*given, call, sequences=1, world_size=world_size, target=TARGET, gluon=gluon)
+            yield made
+            if turns == "1" and world_size > 1:
+                yield replace(made, window=1)
     if gluon:
         yield hopper_problem(sequences=64)
 

@@ -46,8 +46,8 @@ TARGET = ".".join(map(str, torch.cuda.get_device_capability())) if GPU else "int
 class Rank:
     """One rank of a case in one framework: its arrays, and the attention to K/V in any layout."""
 
-    def __init__(self, case, inputs, rank, framework):
-        self.case, self.inputs, self.rank, self.framework = case, inputs, rank, framework
+    def __init__(self, case, inputs, rank, framework, *, gluon=False):
+        self.case, self.inputs, self.rank, self.framework, self.gluon = case, inputs, rank, framework, gluon
         arrays = rank_arrays(case, inputs, rank)
         self.q, self.dout = (framework.array(x, case.dtype) for x in (arrays.q, arrays.dout))
         self.dlse = framework.array(arrays.dlse, "float32")
@@ -65,7 +65,7 @@ class Rank:
                 head_dim=case.head_dim, backend="interpret", causal=case.causal, softmax_scale=case.softmax_scale
             ),
             sequences=len(case.lengths), world_size=case.world_size, target=TARGET, kv_layout=kv_layout,
-            kv_heads=case.kv_heads,
+            kv_heads=case.kv_heads, gluon=self.gluon,
         )  # fmt: skip
 
     def tables(self, kv_layout):
@@ -99,6 +99,11 @@ class Rank:
         for part, k, v in parts:
             statistics = plan.backward_rows(run, problem, out, lse, self.dout, self.dlse, part=part, **strides)
             arguments = self.q, k, v, self.dout, statistics
+            if plan.fuses_windows(problem, part, **strides):
+                tables, into = (segments, sequences), (dq, None, None)
+                dq, *of_keys = plan.backward_window(run, problem, *arguments, tables, part=part, into=into, **strides)
+                gradients.append(of_keys)
+                continue
             gradients.append(plan.backward_keys(run, problem, *arguments, sequences, part=part, **strides))
             dq = plan.backward_queries(run, problem, *arguments, segments, part=part, into=dq, **strides)
         dk, dv = (np.concatenate([self.framework.numpy(x[i]) for x in gradients], 1) for i in (0, 1))

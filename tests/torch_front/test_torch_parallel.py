@@ -7,11 +7,12 @@ import torch.distributed as dist
 
 import zigzag_torch
 from tests.support import oracle
-from tests.support.cases import CASES, RESULTS, make_inputs
+from tests.support.cases import CASES, RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.machine import GPU, GPUS
 from tests.support.processes import run_ranks, torch_numpy
 from tests.support.rank import batch_results, gathered_rows, rank_arrays, rank_results, rank_rows, rows_of_results
+from tests.support.windows import LEAST_HEAD_DIM, STANDS_IN, in_one_kernel
 
 pytestmark = pytest.mark.multigpu
 METHODS = ("allgather", "ring")
@@ -130,3 +131,35 @@ def test_ranks_match_the_oracle_of_the_whole_batch(world_size, names, tmp_path):
         )
         expected[name] = exact, straightforward, rounded_sums(case, inputs)
     run_ranks(world_size, tmp_path, check_cases, expected, backend="nccl" if GPU else "gloo")
+
+
+ONE_KERNEL = Case(
+    name="one-kernel", world_size=2, lengths=(12, 0, 28), heads=6, kv_heads=3, head_dim=LEAST_HEAD_DIM, padding=2,
+    dtype="bfloat16",
+)  # fmt: skip
+
+
+def check_windows(rank, world_size, case, *expected):
+    *tensors, cu_seqlens = local(case, make_inputs(case), rank)
+    common = {"group": dist.group.WORLD, "backend": KERNELS, "method": "allgather"}
+    batch = zigzag_torch.prepare_batch(cu_seqlens, **common)
+    pair = attend(*tensors, batch, heads_k_stride=1, **common)
+    with in_one_kernel():
+        results, again = (attend(*tensors, batch, heads_k_stride=1, **common) for _ in range(2))
+    wanted = [rows_of_results(x, rank_rows(case, rank)) for x in expected]
+    for name, x in results.items():
+        where = f"rank {rank} of {world_size}: {name}"
+        assert_close(where, torch_numpy(x), *(of_all[name] for of_all in wanted))
+        assert torch.equal(x, again[name]), f"{where} is not repeated"
+        if STANDS_IN:
+            assert torch.equal(x, pair[name]), where
+
+
+def test_windows_in_one_kernel_match_the_oracle_and_repeat(tmp_path):
+    if GPU and len(GPUS) < ONE_KERNEL.world_size:
+        pytest.skip(f"needs {ONE_KERNEL.world_size} GPUs")
+    inputs = make_inputs(ONE_KERNEL)
+    arithmetics = oracle.EXACT, oracle.straightforward(ONE_KERNEL.dtype)
+    expected = [batch_results(ONE_KERNEL, inputs, x) for x in arithmetics]
+    backend = "nccl" if GPU else "gloo"
+    run_ranks(ONE_KERNEL.world_size, tmp_path, check_windows, ONE_KERNEL, *expected, backend=backend)

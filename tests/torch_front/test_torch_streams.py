@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.hopper import needs_triton
 from zigzag_kernels.callspec import make_call_spec
+from zigzag_kernels.hopper import rules
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import segment_table_shapes
 from zigzag_torch import launch
@@ -117,11 +119,11 @@ def recorder(monkeypatch):
     return recorder
 
 
-def arguments(stride, **options):
+def arguments(stride, head_dim=HEAD_DIM, dtype=torch.float32, backend="interpret", **options):
     """(q, k, v), the tables, and the all-gather of `stride` heads at a time."""
-    qkv = [torch.zeros(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    qkv = [torch.zeros(TOKENS, heads, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     tables = Tables(*(torch.zeros(shape, dtype=torch.int32) for shape in segment_table_shapes(1)))
-    call = make_call_spec(head_dim=HEAD_DIM, backend="interpret", heads_k_stride=stride, **options)
+    call = make_call_spec(head_dim=head_dim, backend=backend, heads_k_stride=stride, **options)
     return qkv, tables, transport_of(*qkv, call, 1, 2, KVLayout.PEER, "group")
 
 
@@ -159,3 +161,70 @@ def test_backward(recorder, stride, has_sinks):
             assert not recorder.ordered(queries_before, keys)
             for kernel in (keys_before, queries_before):
                 assert not recorder.ordered(kernel, ("gather", i))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Problems are as on a Hopper GPU, where tiles of keys take turns wherever they can."""
+    monkeypatch.setattr(launch, "target", lambda *_: "9.0")
+    monkeypatch.setattr(launch, "can_launch_gluon", lambda *_: True)
+    monkeypatch.setenv(rules.TURNS, "1")
+
+
+def gradients(recorder, stride, *, misaligned=False, **options):
+    """dq, dk/dv and dsinks of an all-gather of `stride` heads at a time, whose kernels for Hopper can run or not."""
+    qkv, tables, transport = arguments(stride, 64, torch.bfloat16, "triton", **options)
+    sinks = torch.zeros(HEADS) if "has_sinks" in options else None
+    out, lse, dout = torch.zeros_like(qkv[0]), torch.zeros(HEADS, TOKENS), torch.zeros_like(qkv[0])
+    if misaligned:
+        dout = torch.zeros(TOKENS, HEADS, 65, dtype=dout.dtype)[..., 1:]
+    with recorder:
+        return transport.backward(Residuals(*qkv, out, lse), dout, None, tables, sinks)
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"has_sinks": True}, {"grad_reduce_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sums_of_a_window_travel_beside_the_one_kernel_of_the_next(recorder, on_hopper, stride, options):
+    dq, dkv, dsinks = gradients(recorder, stride, **options)
+    recorder.check((dq, dkv) if dsinks is None else (dq, dkv, dsinks))
+    count = KV_HEADS // stride
+    assert dq.shape == (TOKENS, HEADS, 64)
+    assert dq.dtype == dkv.dtype == torch.bfloat16
+    launched = {"backward_delta", "clear_sums", "backward_fused_hopper", "finish_dq"}
+    assert {name for name, _ in recorder.before if "_" in name and "sink" not in name} == launched
+    for i in range(count):
+        of_window = [(name, i) for name in ("backward_delta", "clear_sums", "backward_fused_hopper", "finish_dq")]
+        for before, after in itertools.pairwise(of_window):
+            assert recorder.ordered(before, after)
+        for reduce in (("reduce", 2 * i), ("reduce", 2 * i + 1)):
+            assert recorder.ordered(of_window[2], reduce)
+            if i + 1 < count:
+                assert not recorder.ordered(reduce, ("backward_fused_hopper", i + 1))
+        if i:
+            for kernel in of_window[:3]:
+                assert not recorder.ordered(("finish_dq", i - 1), kernel)
+            assert not recorder.ordered(("backward_fused_hopper", i - 1), ("gather", i))
+
+
+@needs_triton
+def test_transfers_are_in_one_order_whatever_kernels_a_rank_runs(recorder, on_hopper):
+    """Ranks whose dO lie differently in memory may run other kernels, and wait for each other in all transfers."""
+    gradients(recorder, 1)
+    names = [name for name, _ in recorder.before]
+    assert "backward_fused_hopper" in names
+    recorder.before.clear()
+    gradients(recorder, 1, misaligned=True)
+    others = [name for name, _ in recorder.before]
+    assert "backward_fused_hopper" not in others
+    transfers = [[name for name in each if name in ("gather", "reduce")] for each in (names, others)]
+    assert transfers[0] == transfers[1]
+    assert transfers[0].count("gather") == KV_HEADS
+
+
+@needs_triton
+def test_a_single_window_is_computed_by_two_kernels(recorder, on_hopper):
+    """Its sums travel beside dQ."""
+    dq, dkv, _ = gradients(recorder, KV_HEADS)
+    recorder.check((dq, dkv))
+    assert not {"backward_fused_hopper", "finish_dq"} & {name for name, _ in recorder.before}

@@ -1,5 +1,6 @@
 """The transport of method "allgather", which gathers K/V from all ranks, one window of KV heads at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class AllGather:
     A window has `problem.window` KV heads, and its results are written in place into the arrays of all heads. At most
     two windows are in memory: the transfer of the next window starts when the previous window is no longer needed. The
     backward pass gathers K/V again, and sums dK/dV over the ranks in `problem.call.grad_reduce_dtype` while it computes
-    dQ of the same window.
+    dQ of the same window or, where one kernel computes all gradients of a window, while it computes the next window.
     """
 
     problem: Problem
@@ -76,25 +77,44 @@ class AllGather:
         dsinks: Any = None
         coming = self.gather(k, v, 0)
         start, dk, dv = (None, jnp.zeros_like(k), jnp.zeros_like(v)) if beside is None else beside(None)
+        fuses = plan.fuses_windows(problem, plan.Part(dtype=problem.call.grad_reduce_dtype), **strides)
+        unsent: Any = None  # (first KV head, dK and dV) of the window before this one, if no transfer has begun
         for head in self.first_heads:
             here = coming
             if head + problem.window < problem.kv_heads:
                 k, v, here, dq = optimization_barrier((k, v, here, dq))
                 coming = self.gather(k, v, head + problem.window)
-            # The barrier waits for dK/dV and dQ of the previous window, so that all windows can use the same memory for
-            # contributions, delta and lse. Everything in this window except its transfer reads this dout, and so starts
-            # behind the barrier.
+            # The barrier waits for dQ of the previous window and for the sums that it began, so that windows can use
+            # the same memory for contributions, delta and lse. Everything in this window except transfers reads this
+            # dout, and so starts behind the barrier.
             dout, dq, dk, dv = optimization_barrier((dout, dq, dk, dv))
             part, summed = plan.Part(head), plan.Part(head, dtype=problem.call.grad_reduce_dtype)
             rows = plan.backward_rows(launch.run, problem, out, lse, dout, dlse, part=part, **strides)
             arguments = launch.run, problem, q, here[0], here[1], dout, rows
             if sinks is not None:
                 dsinks = plan.backward_sinks(launch.run, problem, rows, sinks, part=part, into=dsinks)
+            if fuses:
+                if unsent:  # the sums of the window before this one travel beside this window's kernel
+                    dk, dv = self._add_windows(dk, dv, *unsent)
+                dq, *contributions = plan.backward_window(
+                    *arguments, tables, part=summed, into=(dq, None, None), **strides
+                )
+                unsent = head, contributions
+                continue
             contributions = plan.backward_keys(*arguments, tables.sequences, part=summed, **strides)
-            dk, dv = (self._add_window(x, head, of_all) for x, of_all in zip((dk, dv), contributions, strict=True))
+            dk, dv = self._add_windows(dk, dv, head, contributions)
             into = start if dq is None else dq
             dq = plan.backward_queries(*arguments, tables.segments, part=part, into=into, **strides)
+        if unsent:
+            dk, dv = self._add_windows(dk, dv, *unsent)
         return Inputs(dq, dk, dv, dsinks)
+
+    def _add_windows(
+        self, dk: jax.Array, dv: jax.Array, head: int, contributions: Sequence[jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return dk and dv with the sums of both `contributions`: see `_add_window`."""
+        of_dk, of_dv = contributions
+        return self._add_window(dk, head, of_dk), self._add_window(dv, head, of_dv)
 
     def _add_window(self, gradient: jax.Array, head: int, contribution: jax.Array) -> jax.Array:
         """Return `gradient` with the sum of `contribution` over all ranks in the window that begins at `head`."""

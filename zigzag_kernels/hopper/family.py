@@ -154,10 +154,11 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     segments, _ = problem.table_entries
     # A row of a box is permuted in shared memory by 32 columns (128 bytes), which must all be there.
     columns = -(-problem.head_dim // 32) * 32
-    row = problem.heads * columns
-    sums, cleared, side = Output("sums", (problem.tokens, problem.heads, columns), "float32"), row, 0
+    heads = problem.window * problem.group
+    row = heads * columns
+    sums, cleared, side = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0
     if rules.takes_turns(problem):
-        side, cleared = rules.heads_side_by_side(problem), row + problem.heads  # a counter for each row and head
+        side, cleared = rules.heads_side_by_side(problem), row + heads  # a counter for each row and head
         sums = Output("sums", (problem.tokens * cleared,), "float32")
         resources = resources | {"scratch": 4 * DESCRIPTOR_BYTES}  # the second writer has a descriptor too
     elements = {"target": problem.target, "num_warps": 8}
@@ -172,17 +173,20 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     )
     finish = Launch(
         kernel=finish_dq,
-        inputs=("sums", "segments"),
-        scalars={"n_segments": segments, "T": problem.tokens},
+        inputs=("sums", "segments", "into_dq"),
+        scalars={"n_segments": segments, "T": problem.tokens, "first_kv_head": draft.scalars["first_kv_head"]},
         outputs=(Output("dq", (problem.tokens, problem.heads, problem.head_dim), problem.dtype),),
         constexprs={
             "ROW": row,
+            "HEADS": problem.heads,
+            "GROUP": problem.group,
             "HEAD_DIM": problem.head_dim,
             "COLUMNS": columns,
             "SOFTMAX_SCALE": problem.call.softmax_scale,
             "BLOCK": ELEMENTS,
         },
         grid=(max(1, -(-problem.tokens * row // ELEMENTS)), 1, 1),
+        in_place={"dq": "into_dq"},
         **elements,
     )
     draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))

@@ -21,6 +21,7 @@ from .rows import (
     RowArrays,
     RowMask,
     RowStream,
+    SequenceRows,
     find_half_blocks,
     find_sequence_rows,
     make_row_stream,
@@ -223,7 +224,7 @@ def _writer(dq, sums, sequence, order, blocks, geometry, packing):
 def backward_fused_hopper(
     q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, lse2_ptr, sequences_ptr, into_dk_ptr, into_dv_ptr, into_sums_ptr,
     n_sequences, T, slot_rows, first_kv_head, dk_ptr, dv_ptr, sums_ptr,
-    SLOTS: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SLOTS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     CAUSAL: gl.constexpr, SOFTMAX_SCALE: gl.constexpr, STRIDE_QT: gl.constexpr, STRIDE_QH: gl.constexpr,
     RANGED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, SOFTCAP: gl.constexpr,
     STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
@@ -233,10 +234,9 @@ def backward_fused_hopper(
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
-    `sums` is `[T, HEADS, COLUMNS]` float32, COLUMNS being HEAD_DIM rounded up to a multiple of 32. BLOCK_M is 64
-    or, at BLOCK_D 64 and without a cap, 128. If
-    SIDE is not 0, tiles of keys take turns, and SIDE KV heads run side by side; the counters of `turns` then lie behind
-    the sums, `[HEADS, T]` int32.
+    `sums` is `[T, heads, COLUMNS]` float32: the query heads of the window, and HEAD_DIM rounded up to a multiple of 32.
+    BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is not 0, tiles of keys take turns, and SIDE KV
+    heads run side by side; the counters of `turns` then lie behind the sums, `[heads, T]` int32.
     """
     if SIDE > 0:
         tile_number, window_head = tile_and_head_in_turns(KV_HEADS, SIDE)
@@ -291,7 +291,10 @@ def backward_fused_hopper(
         dout=Strided(ptr=dout_ptr, STRIDE_T=STRIDE_DOT, STRIDE_H=STRIDE_DOH),
         lse2_ptr=lse2_ptr, delta_ptr=delta_ptr, T=T,
     )  # fmt: skip
+    # Q and dO have all heads, and the sums have the heads of the window.
+    HEADS: gl.constexpr = KV_HEADS * GROUP
     sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * COLUMNS, STRIDE_H=COLUMNS)
+    in_sums = SequenceRows(first=sequence.first, count=sequence.count, kv_head=window_head.to(gl.int64))
     order = order_blocks(late, early, sequence, mask)
     # From the last rows down: programs that run side by side then read the same rows, and add to them, while caches
     # hold them.
@@ -301,12 +304,12 @@ def backward_fused_hopper(
         specialize_warps(
             _consume, (program,), 2,
             (produce_rows, (stream, tile, sequence, arrays, True), 1),
-            (write_in_turns, (0, dq, turns, sequence, order, blocks, geometry, packing), 1),
-            (write_in_turns, (1, dq, turns, sequence, order, blocks, geometry, packing), 1),
+            (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
+            (write_in_turns, (1, dq, turns, in_sums, order, blocks, geometry, packing), 1),
         )  # fmt: skip
     else:
         specialize_warps(
             _consume, (program,), 2,
             (produce_rows, (stream, tile, sequence, arrays, True), 1),
-            (_writer, (dq, sums, sequence, order, blocks, geometry, packing), 1),
+            (_writer, (dq, sums, in_sums, order, blocks, geometry, packing), 1),
         )  # fmt: skip

@@ -114,36 +114,45 @@ class DqOut:
 def clear_sums(
     q_ptr,  # [T, heads, head_dim], not read: the kernel runs on its device
     T,
-    sums_ptr,  # [T, heads, columns] float32 and, behind them, the counters [heads, T] of `turns`
+    sums_ptr,  # [T, heads of the window, columns] float32 and, behind them, the counters of `turns`
     ROW: tl.constexpr,  # elements for each token: heads * columns, and heads if there are counters
     BLOCK: tl.constexpr,
 ):
     """Set `sums` and counters to zero before `backward_fused_hopper` adds to it. Grid: blocks of elements."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sums_ptr + places, 0.0, mask=places < T.to(tl.int64) * ROW)
+    tl.store(sums_ptr + places, 0.0, mask=places < tl.cast(T, tl.int64) * ROW)
 
 
-@triton.jit(do_not_specialize=["n_segments", "T"])
+@triton.jit(do_not_specialize=["n_segments", "T", "first_kv_head"])
 def finish_dq(
-    sums_ptr,  # [T, heads, COLUMNS] float32
+    sums_ptr,  # [T, heads of the window, COLUMNS] float32
     segments_ptr,
+    into_dq_ptr,
     n_segments,
     T,
-    dq_ptr,  # [T, heads, HEAD_DIM]
-    ROW: tl.constexpr,  # heads * COLUMNS
+    first_kv_head,  # of the window
+    dq_ptr,  # [T, HEADS, HEAD_DIM]
+    ROW: tl.constexpr,  # heads of the window * COLUMNS
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write dQ from the sums of `backward_fused_hopper`; NaN if the tables are invalid, as in `load_segment`."""
+    """Write dQ of a window's heads from the sums of `backward_fused_hopper`.
+
+    All its rows are written; they are NaN if the tables are invalid, as in `load_segment`.
+    """
     # The sums say nothing about invalid tables: NaN times any sum is NaN.
     invalid = tables_are_invalid(segments_ptr, n_segments, T)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < T.to(tl.int64) * ROW
+    inside = places < tl.cast(T, tl.int64) * ROW
     sums = tl.load(sums_ptr + places, mask=inside) * tl.where(invalid, float("nan"), SOFTMAX_SCALE)
     # Back from `in_order_of_sums`.
     dq = sums.reshape([BLOCK // 32, 2, 4, 4]).permute([0, 2, 1, 3]).reshape([BLOCK])
+    if ROW < HEADS * COLUMNS:  # place among the sums of all heads
+        places = (places // ROW * HEADS + first_kv_head * GROUP) * COLUMNS + places % ROW
     if COLUMNS > HEAD_DIM:
         column = places % COLUMNS
         inside &= column < HEAD_DIM

@@ -34,13 +34,13 @@ class Turns:
     """The sums of dQ, and for each block of rows the number of tiles that have added to it."""
 
     sums: Strided
-    counters_ptr: gl.tensor  # [heads, T] int32: a block's counter is at its first query head and its first row
+    counters_ptr: gl.tensor  # [heads of the sums, T] int32: a block's counter is at its first head and its first row
     T: gl.tensor
     turn: gl.tensor  # number of the tile in its sequence: the tiles before it see all rows that it sees
 
     @gluon.jit
     def address(self, head, row):
-        """Return the address of the counter of the block that begins with query head `head` and local row `row`."""
+        """Return the address of the counter of the block that begins with `head` of the sums and local row `row`."""
         return (self.counters_ptr + (head * self.T + row)).to(gl.int64)
 
     @gluon.jit

@@ -1,5 +1,6 @@
 """`make_operation`: chooses family and tiles for one operation of a problem, and makes its launches."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..checks import check_target
@@ -61,6 +62,21 @@ def make_operation(
     return Planned(kernel, family.make_launches(draft))
 
 
+def make_fused_window(problem: Problem, part: Part, dout_strides: tuple[int, int]) -> Planned:
+    """Return the launches of FUSED_BACKWARD for one of several windows between ranks, or NOTHING for DKDV and DQ.
+
+    dK and dV of a window travel while the next window is computed, instead of beside its own dQ. Nothing hides the
+    transfer of the last window. Its time grows with the keys, and the time of a kernel with the keys and the rows: so
+    families gain more than it costs where they find walks long. Between ranks gradients are always deterministic.
+    """
+    # The last launch writes all rows of dQ, also the rows of another part of the batch.
+    alone = problem.rows == problem.tokens
+    if problem.window < problem.kv_heads and alone:
+        repeating = replace(problem, call=replace(problem.call, deterministic=True))
+        return make_operation(repeating, Operation.FUSED_BACKWARD, part, dout_strides)
+    return NOTHING
+
+
 def _inputs(operation: Operation) -> tuple[str, ...]:
     table = "sequences" if operation.owns_keys else "segments"
     rows = ("sinks",) if operation is Operation.FORWARD else ("dout", "delta", "lse2")
@@ -114,7 +130,7 @@ def _constexprs(
     }
     if operation is Operation.FORWARD:
         constexprs |= {"HAS_SINKS": call.has_sinks and not part.accumulate, "HAS_MAX": call.return_max_logits}
-    if operation is not Operation.DKDV:  # its results have the heads of K and V alone
+    if not operation.owns_keys:  # the results of the others have the heads of the window alone
         constexprs["HEADS"] = problem.heads
     if dout_strides is not None:
         constexprs |= name_dout_strides(dout_strides)

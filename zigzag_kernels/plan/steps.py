@@ -8,7 +8,7 @@ attribute `together`, a function that executes several launches at once; it has 
 Between ranks, a front end computes attention in parts. A *window* has K/V of a few KV heads; its results are written
 `into` arrays of all heads. A *ring step* has the keys of one rank; its results are merged into float32 arrays. In both
 cases the front end calls `backward_rows`, `backward_keys` and `backward_queries` instead of `backward`, and
-communicates between the calls.
+communicates between the calls. Where `fuses_windows` says so, it calls `backward_window` instead of the last two.
 """
 
 import functools
@@ -20,7 +20,7 @@ from ..modes import KVLayout, Layout, Operation
 from ..problem import Problem
 from . import planner
 from .halo import make_addition, make_copy
-from .operation import WHOLE, Part, make_operation
+from .operation import WHOLE, Part, make_fused_window, make_operation
 from .planner import NOTHING, Planned
 from .rows import make_rows
 from .sinks import make_sinks
@@ -167,6 +167,40 @@ def backward_queries(
     return dq
 
 
+def fuses_windows(problem: Problem, part: Part, *, dout_strides: tuple[int, int]) -> bool:
+    """Return whether `backward_window` computes the gradients of windows, and not two other steps.
+
+    `part` is a window whose results have the dtype of the sums over ranks.
+    """
+    return planner.current.plan(make_fused_window, problem, part, dout_strides) is not NOTHING
+
+
+def backward_window(
+    run: Run,
+    problem: Problem,
+    q,
+    k,
+    v,
+    dout,
+    rows: tuple,
+    tables: tuple,
+    *,
+    dout_strides: tuple[int, int],
+    part: Part,
+    into: tuple = (None, None, None),
+) -> tuple:
+    """Return (dq, dk, dv) of a window if `fuses_windows`.
+
+    `tables` is (segments, sequences). `part` says the dtype of dk and dv; dq has the dtype of q. Other arguments are as
+    in `backward_keys`.
+    """
+    planned = planner.current.plan(make_fused_window, problem, part, dout_strides)
+    names = "q", "k", "v", "dout", "delta", "lse2", "segments", "sequences", "dq", "dk", "dv"
+    arrays: dict[str, object] = dict(zip(names, (q, k, v, dout, *rows, *tables, *into), strict=True))
+    outputs = run_by_name(run, planned.launches, arrays)
+    return outputs["dq"], outputs["dk"], outputs["dv"]
+
+
 def backward_sinks(run: Run, problem: Problem, rows: tuple, sinks, *, part: Part = WHOLE, into=None):
     """Return dsinks `[heads]` float32 of this rank's rows, from the results of `backward_rows` for the same part."""
     first, second = planner.current.plan(make_sinks, problem, part).launches
@@ -266,7 +300,9 @@ def plan_step(
     if part == WHOLE:
         backward = (*make_backward(problem, strides, has_dlse),)
     else:
-        dkdv, dq = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
+        fused = make_fused_window(problem, part, strides)
+        pair = (make_operation(problem, operation, part, strides) for operation in (Operation.DKDV, Operation.DQ))
+        gradients = pair if fused is NOTHING else (fused,)
         sinks = (make_sinks(problem, part),) if problem.call.has_sinks else ()
-        backward = make_rows(problem, strides, has_dlse, part), dkdv, dq, *sinks
+        backward = make_rows(problem, strides, has_dlse, part), *gradients, *sinks
     return tables, forward, *backward, *halos
