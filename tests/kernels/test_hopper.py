@@ -63,8 +63,8 @@ def test_the_rules_that_take_them(monkeypatch):
         assert fused(problem(head_dim=64))
         assert fused(problem(sequences=16, head_dim=64))
         assert fused(problem(sequences=32, head_dim=64)) == bool(value)
-        assert fused(problem(tokens=16384, world_size=1, head_dim=64))
-        assert fused(problem(tokens=16384, world_size=1, sequences=4, head_dim=64)) == bool(value)
+        assert fused(problem(tokens=16384, world_size=1, sequences=4, head_dim=64))
+        assert fused(problem(tokens=16384, world_size=1, sequences=5, head_dim=64)) == bool(value)
         for head_dim in (64, 128):
             assert fused(problem(sequences=64, head_dim=head_dim)) == bool(value)
         for head_dim in (136, 256):
@@ -213,7 +213,7 @@ def test_blocks_of_the_fused_kernel_have_more_rows_where_registers_have_room(mon
 
     assert [rows(40), rows(64), rows(64, softcap=30.0), rows(72), rows(128)] == [128, 128, 64, 64, 64]
     monkeypatch.setenv(rules.TURNS, "1")
-    assert rows(64, deterministic=True) == 64
+    assert [rows(64, deterministic=True), rows(64, deterministic=True, softcap=30.0)] == [128, 64]
     kernel = HOPPER.choose_kernel(problem(), Operation.FUSED_BACKWARD)
     for rows_of_block, refused in ((32, "BLOCK_M 64 or 128"), (64, None), (128, None)):
         tried = TileConfig(rows_of_block, 128, 4, 2)

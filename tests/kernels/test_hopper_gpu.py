@@ -73,6 +73,14 @@ def forced(monkeypatch):
     frameworks._jax_attention.cache_clear()
 
 
+def accept_capped_maxima(case, inputs, rank, results):
+    """The largest logits under a cap are close to the oracle's, which then take their place in `results`."""
+    if case.softcap:  # `tanh.approx.f32` has a relative error of 2^-11, of which sums over keys show less
+        exact = rank_results(case, inputs, rank, oracle.EXACT)["max_logits"]
+        np.testing.assert_allclose(results["max_logits"], exact, rtol=0, atol=case.softcap * 2**-10.5)
+        results["max_logits"] = exact
+
+
 @pytest.mark.parametrize("case", [*SELECTED, UNEVEN, PLAIN, *RANGED], ids=str)
 def test_they_match_the_oracle_in_both_frameworks(case, forced):
     inputs = make_inputs(case)
@@ -84,10 +92,7 @@ def test_they_match_the_oracle_in_both_frameworks(case, forced):
         )
         for name in case.results:
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
-        if case.softcap:  # `tanh.approx.f32` has a relative error of 2^-11, of which sums over keys show less
-            exact = rank_results(case, inputs, rank, oracle.EXACT)["max_logits"]
-            np.testing.assert_allclose(results["max_logits"], exact, rtol=0, atol=case.softcap * 2**-10.5)
-            results["max_logits"] = exact
+        accept_capped_maxima(case, inputs, rank, results)
         assert_rank_is_right(case, inputs, rank, {"torch": results})
     assert forced.functions - OF_SINKS == PAIR
 
@@ -141,6 +146,9 @@ def in_turns(forced, monkeypatch):
         *(case for case in SELECTED if case.head_dim <= rules.MAX_HEAD_DIM_FUSED),
         replace(UNEVEN, heads=6),
         replace(PLAIN, heads=8, head_dim=96),
+        replace(UNEVEN, heads=8, kv_heads=4, head_dim=64),
+        replace(PLAIN, heads=15, kv_heads=3, head_dim=40),
+        replace(UNEVEN, head_dim=64, softcap=2.0),
     ],
     ids=str,
 )
@@ -153,6 +161,7 @@ def test_in_turns_the_fused_backward_repeats_and_matches_the_oracle_in_both_fram
         for name in RESULTS:
             assert results[name].tobytes() == again[name].tobytes(), f"rank {rank}, {name}: not repeated"
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
+        accept_capped_maxima(case, inputs, rank, results)
         assert_rank_is_right(case, inputs, rank, {"turns": results})
     assert in_turns.functions == FUSED
 
@@ -215,12 +224,13 @@ def test_nor_does_it_reach_those_of_the_fused_backward(case, foul, forced):
     assert forced.functions == FUSED
 
 
+@pytest.mark.parametrize("case", [UNEVEN, replace(UNEVEN, head_dim=64)], ids=["128", "64"])
 @pytest.mark.parametrize("foul", [np.nan, np.inf])
-def test_nor_in_turns(foul, in_turns):
-    inputs = make_inputs(UNEVEN)
-    arrays = rank_arrays(UNEVEN, inputs, 1)
-    clean = frameworks.attend_torch(UNEVEN, *arrays, 1, "triton")
-    for results in beside_foul(UNEVEN, 1, arrays, clean, foul):
+def test_nor_in_turns(case, foul, in_turns):
+    inputs = make_inputs(case)
+    arrays = rank_arrays(case, inputs, 1)
+    clean = frameworks.attend_torch(case, *arrays, 1, "triton")
+    for results in beside_foul(case, 1, arrays, clean, foul):
         for name in RESULTS:
             np.testing.assert_array_equal(results[name], clean[name])
     assert in_turns.functions == FUSED

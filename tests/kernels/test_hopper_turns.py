@@ -23,7 +23,7 @@ def _unforced(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(("kv_heads", "side"), [(8, 1), (8, 2), (6, 6), (1, 1)])
+@pytest.mark.parametrize(("kv_heads", "side"), [(8, 1), (8, 2), (8, 4), (6, 6), (1, 1)])
 def test_a_tile_waits_only_for_programs_that_start_before_it(kv_heads, side):
     from zigzag_kernels.hopper import turns
 
@@ -52,7 +52,7 @@ def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     few_heads = dataclasses.replace(long, heads=4, kv_heads=1, window=1)
     few_programs = dataclasses.replace(one, heads=16, kv_heads=2, window=2)
     capped = dataclasses.replace(long, call=dataclasses.replace(long.call, softcap=30.0))
-    slower = few_heads, few_programs, *short, hopper_problem(32768, head_dim=64), capped
+    slower = few_heads, few_programs, *short, capped
     assert all(fused(asked) for asked in (long, one))
     assert not any(fused(asked) for asked in slower)
     cannot = [hopper_problem(32768, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
@@ -71,6 +71,44 @@ def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     monkeypatch.setenv(rules.TURNS, "")
     with pytest.raises(ValueError, match="ZIGZAG_TURNS: expected 0 or 1, got ''"):
         fused(long)
+
+
+def test_the_rules_by_which_tiles_of_small_heads_take_turns(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+    four = hopper_problem(16384, 64, world_size=1, sequences=4)
+    one, local = hopper_problem(8192, 64, world_size=1), hopper_problem(8192, 64)
+    assert all(fused(asked) for asked in (four, one, local))
+    # Two heads, as three are an odd number, run side by side on walks of twice the length.
+    six_heads = [dataclasses.replace(asked, heads=24, kv_heads=6, window=6) for asked in (four, local)]
+    assert [fused(asked) for asked in six_heads] == [False, True]
+    # Many heads of a group make long walks of short sequences, which were not measured.
+    short = dataclasses.replace(hopper_problem(16384, 64, world_size=1, sequences=8), heads=128)
+    fewer = hopper_problem(16384, 64, world_size=1, sequences=5)
+    few_programs = dataclasses.replace(one, heads=16, kv_heads=4, window=4)
+    capped = dataclasses.replace(local, call=dataclasses.replace(local.call, softcap=30.0))
+    window = dataclasses.replace(local, window=4)
+    slower = short, fewer, few_programs, capped, window, hopper_problem(2048, 64)
+    assert not any(fused(asked) for asked in slower)
+    monkeypatch.setenv(rules.TURNS, "1")
+    assert all(fused(asked) for asked in slower)
+    ranged = dataclasses.replace(local, call=dataclasses.replace(local.call, window_size=(1023, -1)))
+    assert not fused(ranged)
+
+
+@needs_triton
+def test_one_writer_takes_blocks_of_128_rows_in_turns_and_two_take_blocks_of_64(monkeypatch):
+    monkeypatch.setenv(rules.TURNS, "1")
+    made = {}
+    for head_dim in (64, 72):
+        asked = hopper_problem(512, head_dim)
+        for name, softcap in (("plain", 0.0), ("capped", 30.0)):
+            call = dataclasses.replace(asked.call, softcap=softcap)
+            _, launch, _ = launches_of(dataclasses.replace(asked, call=call), Operation.FUSED_BACKWARD)
+            made[head_dim, name] = [launch.constexprs[key] for key in ("BLOCK_M", "WRITERS", "SIDE")]
+    two = [64, 2]
+    assert made == {
+        (64, "plain"): [128, 1, 4], (64, "capped"): [*two, 4], (72, "plain"): [*two, 2], (72, "capped"): [*two, 2],
+    }  # fmt: skip
 
 
 def launches_between_ranks(asked, deterministic):
@@ -102,6 +140,7 @@ def test_the_rules_by_which_one_kernel_computes_a_window(monkeypatch):
     beside_whole_documents = dataclasses.replace(longer, first_row=4096)
     assert gradients_of(beside_whole_documents, 1) == two
     assert gradients_of(longer, 1, window_size=(1023, -1)) == two
+    assert gradients_of(hopper_problem(65536, head_dim=64), 4) == two
     monkeypatch.setenv(rules.TURNS, "1")
     assert gradients_of(hopper_problem(512), 1) == one
     assert gradients_of(hopper_problem(512), 8) == two

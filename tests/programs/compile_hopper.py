@@ -32,8 +32,8 @@ SPILLS = {
     "hopper_dkdv_short": 160,
     "hopper_dq_short": 96,
 }
-# More, where tiles take turns at a small head_dim: what writers are given, before their loops.
-SPILLS_OF_TURNS = 192
+# More, where tiles take turns at a small head_dim: by the writer before its loop, and by the producer.
+SPILLS_OF_TURNS = 48
 # More, where sums of 256 columns add to earlier results.
 SPILLS_OF_WIDE_PARTS = {"hopper_forward": 120, "hopper_forward_short": 120}
 # More, where masks are ranges of keys and scores are capped; the forward's are between one head and the next.

@@ -15,7 +15,9 @@ from . import rules
 WARPGROUPS = {Operation.FORWARD: 4, Operation.DKDV: 3, Operation.DQ: 3, Operation.FUSED_BACKWARD: 2}
 """Most warpgroups that share the rows or keys of a program; the registers of each are in the kernels."""
 FEW_KEYS = 128  # of a tile of dK/dV
-FUSED_ROWS = 64, 128  # of a block of the fused kernel; caps leave no registers for 128, and turns were not measured
+FUSED_WRITERS = {64: 2, 128: 1}
+"""Writers of a program that takes turns, by the rows of a block of the fused kernel: docs/log/hopper.md."""
+FEW_FUSED_ROWS = min(FUSED_WRITERS)
 DESCRIPTOR_BYTES = 128  # of global memory for each descriptor that a program makes for the copy engine
 ELEMENTS = 4096  # numbers that a program of the two kernels around the fused one takes
 
@@ -38,9 +40,9 @@ class Hopper(Family):
         return rules.length_class(problem)
 
     def fit_tiles(self, problem: Problem, operation: Operation, config: TileConfig) -> TileConfig:
-        if operation is Operation.FUSED_BACKWARD and FUSED_ROWS[0] < config.BLOCK_M:
-            few_rows = problem.call.softcap > 0 or rules.takes_turns(problem)
-            return replace(config, BLOCK_M=FUSED_ROWS[0], num_stages=config.num_stages + 1) if few_rows else config
+        if operation is Operation.FUSED_BACKWARD and config.BLOCK_M > FEW_FUSED_ROWS and problem.call.softcap > 0:
+            # Caps leave no registers for more rows.
+            return replace(config, BLOCK_M=FEW_FUSED_ROWS, num_stages=config.num_stages + 1)
         if operation is Operation.DKDV and rules.wants_few_keys(problem):
             return replace(config, BLOCK_N=min(config.BLOCK_N, FEW_KEYS))
         if operation.owns_keys or rules.is_wide(problem.head_dim):
@@ -98,8 +100,8 @@ class Hopper(Family):
             sizes = [64 if operation.owns_keys else 128]
         if getattr(config, own) not in sizes or config.num_warps != 4:
             return f"{own} {' or '.join(map(str, sizes))} and num_warps 4"
-        if operation is Operation.FUSED_BACKWARD and config.BLOCK_M not in FUSED_ROWS:
-            return f"BLOCK_M {' or '.join(map(str, FUSED_ROWS))}"
+        if operation is Operation.FUSED_BACKWARD and config.BLOCK_M not in FUSED_WRITERS:
+            return f"BLOCK_M {' or '.join(map(str, FUSED_WRITERS))}"
         if config.num_stages == 1:  # a consumer waits for a block while it still uses the block before
             return "2 or more as num_stages"
         return not_power_of_two(config, streamed)
@@ -109,7 +111,7 @@ class Hopper(Family):
         constexprs = {"STAGES": draft.config.num_stages}
         resources = {"num_warps": draft.config.num_warps, "scratch": 2 * DESCRIPTOR_BYTES}
         if operation is Operation.FUSED_BACKWARD:
-            return _fused_launches(draft, constexprs, resources | {"scratch": 3 * DESCRIPTOR_BYTES})
+            return _fused_launches(draft, constexprs, resources)
         if draft.problem.ranged and draft.problem.slots > 1 and not operation.owns_keys:
             resources["scratch"] += DESCRIPTOR_BYTES  # for the block with the last key
         constexprs["HEADS_TOGETHER"] = draft.heads_together
@@ -156,11 +158,11 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     columns = -(-problem.head_dim // 32) * 32
     heads = problem.window * problem.group
     row = heads * columns
-    sums, cleared, side = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0
+    sums, cleared, side, writers = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0, 1
     if rules.takes_turns(problem):
         side, cleared = rules.heads_side_by_side(problem), row + heads  # a counter for each row and head
         sums = Output("sums", (problem.tokens * cleared,), "float32")
-        resources = resources | {"scratch": 4 * DESCRIPTOR_BYTES}  # the second writer has a descriptor too
+        writers = FUSED_WRITERS[draft.config.BLOCK_M]
     elements = {"target": problem.target, "num_warps": 8}
     clear = Launch(
         kernel=clear_sums,
@@ -190,7 +192,8 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
         **elements,
     )
     draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))
-    constexprs = constexprs | {"COLUMNS": columns, "SIDE": side}
+    constexprs = constexprs | {"COLUMNS": columns, "SIDE": side, "WRITERS": writers}
+    resources = resources | {"scratch": resources["scratch"] + writers * DESCRIPTOR_BYTES}  # one for each writer too
     return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
 
 

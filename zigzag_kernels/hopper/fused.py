@@ -230,13 +230,14 @@ def backward_fused_hopper(
     STRIDE_KT: gl.constexpr, STRIDE_KH: gl.constexpr, STRIDE_VT: gl.constexpr, STRIDE_VH: gl.constexpr,
     STRIDE_DOT: gl.constexpr, STRIDE_DOH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES_TOGETHER: gl.constexpr, ACCUMULATE: gl.constexpr,
-    COLUMNS: gl.constexpr, SIDE: gl.constexpr,
+    COLUMNS: gl.constexpr, SIDE: gl.constexpr, WRITERS: gl.constexpr,
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
     `sums` is `[T, heads, COLUMNS]` float32: the query heads of the window, and HEAD_DIM rounded up to a multiple of 32.
-    BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is not 0, tiles of keys take turns, and SIDE KV
-    heads run side by side; the counters of `turns` then lie behind the sums, `[heads, T]` int32.
+    BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is not 0, tiles of keys take turns, with
+    WRITERS writers each, and SIDE KV heads run side by side; the counters of `turns` then lie behind the sums, `[heads,
+    T]` int32.
     """
     if SIDE > 0:
         tile_number, window_head = tile_and_head_in_turns(KV_HEADS, SIDE)
@@ -300,13 +301,20 @@ def backward_fused_hopper(
     # hold them.
     if SIDE > 0:
         counters_ptr = (sums_ptr + T.to(gl.int64) * (HEADS * COLUMNS)).to(gl.pointer_type(gl.int32), bitcast=True)
-        turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N)
-        specialize_warps(
-            _consume, (program,), 2,
-            (produce_rows, (stream, tile, sequence, arrays, True), 1),
-            (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
-            (write_in_turns, (1, dq, turns, in_sums, order, blocks, geometry, packing), 1),
-        )  # fmt: skip
+        turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N, WRITERS=WRITERS)
+        if WRITERS == 1:
+            specialize_warps(
+                _consume, (program,), 2,
+                (produce_rows, (stream, tile, sequence, arrays, True), 1),
+                (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
+            )  # fmt: skip
+        else:
+            specialize_warps(
+                _consume, (program,), 2,
+                (produce_rows, (stream, tile, sequence, arrays, True), 1),
+                (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
+                (write_in_turns, (1, dq, turns, in_sums, order, blocks, geometry, packing), 1),
+            )  # fmt: skip
     else:
         specialize_warps(
             _consume, (program,), 2,

@@ -16,6 +16,9 @@ from ..heuristics import (
     SHORT_CHUNK_KEYS_DKDV,
     SMALL_FUSED_KEYS,
     SMALL_HEAD_DIM,
+    SMALL_LONG_WALK,
+    SMALL_MANY_TURNS,
+    SMALL_TURNS_SIDE_BY_SIDE,
     TURNS_SIDE_BY_SIDE,
     VERY_NARROW_KEYS,
 )
@@ -107,18 +110,28 @@ def takes_turns(problem: Problem) -> bool:
 
 def heads_side_by_side(problem: Problem) -> int:
     """Return how many KV heads have their tiles in turn, where tiles take turns."""
-    return math.gcd(TURNS_SIDE_BY_SIDE, problem.window)
+    return math.gcd(_most_side_by_side(problem), problem.window)
+
+
+def _most_side_by_side(problem: Problem) -> int:
+    return SMALL_TURNS_SIDE_BY_SIDE if problem.head_dim <= SMALL_HEAD_DIM else TURNS_SIDE_BY_SIDE
 
 
 def _has_long_walks(problem: Problem) -> bool:
     """Return whether tiles of keys see so many rows that turns take less time than a second kernel.
 
     With fewer heads side by side, more programs wait for each other. Few programs leave a GPU partly idle at the end.
+    At a small head_dim, windows of an all-gather were not measured.
     """
-    least = LONG_WALK * max(problem.sequences, 1) * TURNS_SIDE_BY_SIDE // heads_side_by_side(problem)
+    small = problem.head_dim <= SMALL_HEAD_DIM
+    walk, many = (SMALL_LONG_WALK, SMALL_MANY_TURNS) if small else (LONG_WALK, MANY_TURNS)
+    least = walk * max(problem.sequences, 1) * _most_side_by_side(problem) // heads_side_by_side(problem)
     programs = problem.kv_tokens // FUSED_KEYS * problem.window
-    long = problem.rows * problem.group >= least and programs >= MANY_TURNS
-    return long and problem.head_dim > SMALL_HEAD_DIM and problem.call.softcap == 0
+    if problem.rows * problem.group < least or programs < many:
+        return False
+    if small:
+        return problem.window == problem.kv_heads and _gains_by_small_fused(problem)
+    return problem.call.softcap == 0
 
 
 def wants_few_keys(problem: Problem) -> bool:

@@ -6,8 +6,8 @@ are under way or done whenever a program waits, whatever else the GPU runs. All 
 rows, so that a tile follows the one before it by about one block.
 
 The time of a turn passes before the copy engine's sums are in global memory and the counter has been read. Two writers
-in each program take blocks alternately, so that the next block need not wait for that. `side` KV heads have their tiles
-in turn: fewer programs then wait for each other.
+in a program take blocks alternately, so that the next block need not wait for that. `side` KV heads have their tiles in
+turn: fewer programs then wait for each other, and where there are four, one writer is enough.
 """
 
 from triton.experimental import gluon
@@ -16,8 +16,6 @@ from triton.experimental.gluon import language as gl
 from .owned import Strided
 from .releases import struct
 from .sums import shape_of_half, step_of_half
-
-WRITERS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -37,6 +35,7 @@ class Turns:
     counters_ptr: gl.tensor  # [heads of the sums, T] int32: a block's counter is at its first head and its first row
     T: gl.tensor
     turn: gl.tensor  # number of the tile in its sequence: the tiles before it see all rows that it sees
+    WRITERS: gl.constexpr  # of a program: 1 or 2
 
     @gluon.jit
     def address(self, head, row):
@@ -85,7 +84,7 @@ class Turns:
 
 @gluon.jit
 def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geometry, packing):
-    """Let the copy engine add dQ of every second block to the sums, in the turns of this tile."""
+    """Let the copy engine add dQ of one writer's blocks to the sums, in the turns of this tile."""
     BOX: gl.constexpr = shape_of_half(packing, geometry)
     STEP: gl.constexpr = step_of_half(packing, geometry)
     descriptor = sequence.descriptor(turns.sums, geometry, BOX, turns.sums.STRIDE_H)
@@ -94,14 +93,14 @@ def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geo
         row, head = order.place(writer, packing)
         counter = turns.address(first_head + head, sequence.first + row)
         counted = turns.read(counter)
-        for i in range(writer, blocks, WRITERS):
+        for i in range(writer, blocks, turns.WRITERS):
             dq.wait(i)
             # This writer waits until the writers of the tiles before it have added to the block.
             turns.wait(counter, counted)
             dq.add_to(descriptor, row, head, STEP)
             # The counter of this writer's next block is read while the copy engine is at work: usually the turn is this
             # tile's already.
-            row, head = order.place(gl.minimum(i + WRITERS, blocks - 1), packing)
+            row, head = order.place(gl.minimum(i + turns.WRITERS, blocks - 1), packing)
             following = turns.address(first_head + head, sequence.first + row)
             dq.leave()
             counted = turns.read(following)
