@@ -41,6 +41,12 @@ VERY_NARROW_KEYS = 256
 # One backward kernel or two at a small head_dim, on H200: docs/log/hopper.md, "The fused kernel at head_dim 64".
 SMALL_FUSED_KEYS = 2**12
 """Keys of a sequence, on one device, from which on one kernel was measured to be faster."""
+SMALL_TURNS_SIDE_BY_SIDE = 4
+"""KV heads that have their tiles in turn at a small head_dim, where a tile takes half the time."""
+SMALL_LONG_WALK = 2**14
+"""Query rows of a sequence and KV head from which on one kernel is faster at a small head_dim."""
+SMALL_MANY_TURNS = 4 * MULTIPROCESSORS
+"""Programs of a launch with which one kernel was still measured to be faster at a small head_dim."""
 
 # Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
 NARROW_KEYS = 1024
@@ -57,12 +63,6 @@ LONG_WALK = 2**17
 """Query rows of a sequence and KV head from which on one kernel takes clearly less time than two."""
 MANY_TURNS = 8 * MULTIPROCESSORS
 """Programs of a launch from which on their unequal ends cost less than a second kernel."""
-SMALL_TURNS_SIDE_BY_SIDE = 4
-"""KV heads that have their tiles in turn at a small head_dim, where a tile takes half the time."""
-SMALL_LONG_WALK = 2**14
-"""Query rows of a sequence and KV head from which on one kernel is faster at a small head_dim."""
-SMALL_MANY_TURNS = 4 * MULTIPROCESSORS
-"""Programs of a launch with which one kernel was still measured to be faster at a small head_dim."""
 
 # When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences" and
 # "The forward across the border".
