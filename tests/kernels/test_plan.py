@@ -27,6 +27,8 @@ from zigzag_kernels.tiles.config import TileConfig
 from zigzag_torch import launch as torch_launch
 
 FULL = make_call_spec(head_dim=64, backend="triton", causal=False)
+IN_ROWS = make_call_spec(head_dim=64, backend="triton", layout="row")
+IN_CHUNKS = make_call_spec(head_dim=64, backend="triton", layout="document")
 
 
 @pytest.mark.parametrize(
@@ -35,9 +37,24 @@ FULL = make_call_spec(head_dim=64, backend="triton", causal=False)
      (1, {"call": FULL}, 0), (1, {"kv_layout": KVLayout.PEER}, 0)],
 )  # fmt: skip
 def test_heads_are_side_by_side_where_one_does_not_fill_a_gpu(tiles, changes, together):
-    changed = replace(problem(), **changes)
-    assert order_tiles(changed, TileConfig(64, 64, 4, 2), tiles).tiles_together == together
-    assert order_tiles(changed, TileConfig(64, 64, 4, 2, tiles_together=4), tiles).tiles_together == 4
+    changed, config = replace(problem(), **changes), TileConfig(64, 64, 4, 2)
+    for operation in Operation:
+        assert order_tiles(changed, operation, config, tiles).tiles_together == together
+    config = replace(config, tiles_together=4)
+    assert order_tiles(changed, Operation.DKDV, config, tiles).tiles_together == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "operation", "together"),
+    [({}, "dkdv", 1), ({}, "dq", 0), ({}, "forward", 0), ({}, "fused_backward", 0), ({"sequences": 7}, "dkdv", 0),
+     ({"tokens": 2**14}, "dkdv", 0), ({"window": 32}, "dkdv", 0), ({"call": IN_CHUNKS}, "dkdv", 0),
+     ({"kv_layout": KVLayout.PEER}, "dkdv", 0), ({"kv_layout": KVLayout.HALO}, "dkdv", 0)],
+)  # fmt: skip
+def test_heads_are_side_by_side_where_a_rank_sees_few_keys_of_packed_rows(changes, operation, together):
+    """8 documents in rows of 8 ranks, 8192 tokens each: 64 tiles of keys and 9 more for ends of documents."""
+    asked = replace(problem(tokens=2**13, world_size=8), call=IN_ROWS, sequences=8)
+    config = TileConfig(64, 128, 4, 2)
+    assert order_tiles(replace(asked, **changes), Operation(operation), config, 1024).tiles_together == together
 
 
 @pytest.mark.parametrize(

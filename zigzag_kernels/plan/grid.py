@@ -17,7 +17,7 @@ def count_tiles(problem: Problem, operation: Operation, config: TileConfig) -> i
     return problem.most_query_rows * problem.group // config.BLOCK_M + segments
 
 
-def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
+def order_tiles(problem: Problem, operation: Operation, config: TileConfig, tiles: int) -> TileConfig:
     """Return `config` with a final order of tiles: head after head, or the heads side by side.
 
     An order that `config` already has is kept. Heads run side by side if the tiles of one head do not fill the GPU, and
@@ -26,10 +26,25 @@ def order_tiles(problem: Problem, config: TileConfig, tiles: int) -> TileConfig:
     stay in the L2 cache, and K/V of all heads do not. Tiles of equal weight gain nothing from running side by side: all
     ring steps but one have such tiles.
     """
-    few = tiles < MULTIPROCESSORS and tiles * problem.window < FEW_PROGRAMS
+    busy = _count_busy_tiles(problem, operation, config, tiles)
+    few = busy < MULTIPROCESSORS and busy * problem.window < FEW_PROGRAMS
     call = problem.call
     unequal = call.causal and not call.has_range and problem.kv_layout != KVLayout.PEER
     return replace(config, tiles_together=config.tiles_together or int(few and unequal))
+
+
+def _count_busy_tiles(problem: Problem, operation: Operation, config: TileConfig, tiles: int) -> int:
+    """Return about how many of the `tiles` of one KV head have work.
+
+    In the row layout a rank holds rows of few documents, and the keys of all other documents are seen by none of its
+    rows. If the average document is no longer than the rows of a rank, about as many keys are seen as the rank has
+    rows. The host knows neither the rank nor the lengths, so this number decides on speed only.
+    """
+    packed = problem.row_layout and problem.kv_layout == KVLayout.GATHERED
+    if operation is Operation.DKDV and packed and problem.sequences >= problem.world_size:
+        _, sequences = problem.table_entries
+        return min(tiles, problem.rows // config.BLOCK_N + sequences)
+    return tiles
 
 
 def count_heads_together(problem: Problem, config: TileConfig, tiles: int) -> int:

@@ -41,7 +41,7 @@ def make_operation(
     config = choose_tiles(kernel, problem.head_dim, problem.dtype, problem.target)
     config = family.fit_tiles(problem, operation, config)
     tiles = count_tiles(problem, operation, config)
-    config = order_tiles(problem, config, tiles)
+    config = order_tiles(problem, operation, config, tiles)
     heads_together = count_heads_together(problem, config, tiles)
     outputs = _outputs(problem, operation, part)
     in_place = {output.name: f"into_{output.name}" for output in outputs}
