@@ -45,8 +45,6 @@ SMALL_TURNS_SIDE_BY_SIDE = 4
 """KV heads that have their tiles in turn at a small head_dim, where a tile takes half the time."""
 SMALL_LONG_WALK = 2**14
 """Query rows of a sequence and KV head from which on one kernel is faster at a small head_dim."""
-SMALL_MANY_TURNS = 4 * MULTIPROCESSORS
-"""Programs of a launch with which one kernel was still measured to be faster at a small head_dim."""
 
 # Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
 NARROW_KEYS = 1024
@@ -56,12 +54,15 @@ NARROW_KEYS = 1024
 FEW_ROWS = 2**17
 """Query rows of a sequence, over the window's heads, below which it has few tiles: 1024 tiles of 128 rows."""
 
-# One backward kernel whose tiles take turns, or two kernels, on H200: docs/log/hopper.md, "In turns".
+# One backward kernel whose tiles take turns, or two kernels, on H200: docs/log/hopper.md, "In turns" and "Exponentials
+# in halves".
 TURNS_SIDE_BY_SIDE = 2
 """KV heads that have their tiles in turn."""
-LONG_WALK = 2**17
-"""Query rows of a sequence and KV head from which on one kernel takes clearly less time than two."""
-MANY_TURNS = 8 * MULTIPROCESSORS
+LONG_WALK = 2**15
+"""Query rows of a sequence and KV head from which on one kernel takes less time than two."""
+VERY_LONG_WALK = 2**17
+"""The same for windows between ranks; from there on turns also take less time than sums in any order."""
+MANY_TURNS = 4 * MULTIPROCESSORS
 """Programs of a launch from which on their unequal ends cost less than a second kernel."""
 
 # When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences" and

@@ -40,22 +40,22 @@ def test_a_tile_waits_only_for_programs_that_start_before_it(kv_heads, side):
 
 
 def fused(asked, deterministic=True):
-    """Whether the backward pass is one kernel, whose tiles take turns if it is deterministic, rather than two."""
+    """Whether the backward pass is one kernel rather than two."""
     call = dataclasses.replace(asked.call, deterministic=deterministic)
     return serving(dataclasses.replace(asked, call=call), Operation.FUSED_BACKWARD) == "hopper_fused"
 
 
 def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
-    long, one = hopper_problem(32768), hopper_problem(32768, world_size=1)
-    short = hopper_problem(16384), hopper_problem(32768, sequences=2)
-    few_heads = dataclasses.replace(long, heads=4, kv_heads=1, window=1)
-    few_programs = dataclasses.replace(one, heads=16, kv_heads=2, window=2)
+    long, one = hopper_problem(8192), hopper_problem(8192, world_size=1)
+    short = hopper_problem(4096), hopper_problem(16384, world_size=1, sequences=4)
+    few_heads = dataclasses.replace(hopper_problem(32768), heads=4, kv_heads=1, window=1)
+    few_programs = dataclasses.replace(hopper_problem(16384, world_size=1), heads=8, kv_heads=2, window=2)
     capped = dataclasses.replace(long, call=dataclasses.replace(long.call, softcap=30.0))
     slower = few_heads, few_programs, *short, capped
     assert all(fused(asked) for asked in (long, one))
     assert not any(fused(asked) for asked in slower)
-    cannot = [hopper_problem(32768, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
+    cannot = [hopper_problem(8192, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
     for options in ({"window_size": (1023, -1)}, {"has_lengths": True}, {"layout": Layout.ROW}):
         cannot.append(dataclasses.replace(long, call=dataclasses.replace(long.call, **options)))
     monkeypatch.setenv(HOPPER.variable, "1")
@@ -67,7 +67,7 @@ def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     assert not any(fused(asked) for asked in cannot)
     monkeypatch.setenv(rules.TURNS, "0")
     assert not any(fused(asked) for asked in (long, one))
-    assert fused(long, deterministic=False)  # in any order
+    assert fused(long, deterministic=False)
     monkeypatch.setenv(rules.TURNS, "")
     with pytest.raises(ValueError, match="ZIGZAG_TURNS: expected 0 or 1, got ''"):
         fused(long)
@@ -109,6 +109,19 @@ def test_one_writer_takes_blocks_of_128_rows_in_turns_and_two_take_blocks_of_64(
     assert made == {
         (64, "plain"): [128, 1, 4], (64, "capped"): [*two, 4], (72, "plain"): [*two, 2], (72, "capped"): [*two, 2],
     }  # fmt: skip
+
+
+@needs_triton
+def test_the_rules_by_which_tiles_take_turns_where_any_order_is_allowed(monkeypatch):
+    def side(tokens, **other):
+        asked = hopper_problem(tokens, deterministic=False, **other)
+        return launches_of(asked, Operation.FUSED_BACKWARD)[1].constexprs["SIDE"]
+
+    assert [side(32768), side(16384), side(32768, sequences=2), side(32768, head_dim=64)] == [2, 0, 0, 0]
+    monkeypatch.setenv(rules.TURNS, "1")
+    assert side(512) == 2
+    monkeypatch.setenv(rules.TURNS, "0")
+    assert side(32768) == 0
 
 
 def launches_between_ranks(asked, deterministic):
@@ -173,8 +186,8 @@ def test_counters_lie_behind_the_sums_of_dq_and_are_cleared_with_them(monkeypatc
     assert fused.constexprs["SIDE"] == 2
     assert fused.grid[0] % 8 == 0
     assert finish.outputs[0].shape == (512, 32, 128)
+    monkeypatch.setenv(rules.TURNS, "0")
     clear, fused, _ = launches_of(hopper_problem(512, deterministic=False), Operation.FUSED_BACKWARD)
     assert (clear.outputs[0].shape, fused.constexprs["SIDE"]) == ((512, 32, 128), 0)
-    monkeypatch.setenv(rules.TURNS, "0")
     names = [planned.kernel.operation for planned in plan.plan_step(asked) if planned.kernel]
     assert names[1:] == [Operation.DKDV, Operation.DQ]

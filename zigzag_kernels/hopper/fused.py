@@ -94,46 +94,68 @@ class _Fused:
 class _Keys:
     """The 64 keys of a consumer, and the zeros that its products begin with."""
 
-    v: gl.shared_memory_descriptor  # [64, BLOCK_D]
     numbers: gl.tensor  # [64], key numbers in the sequence; under a ranged mask their positions
     zero: gl.tensor  # [64, BLOCK_M]
     no_dq: gl.tensor  # [BLOCK_M, BLOCK_D / 2]
 
 
 @gluon.jit
-def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
-    """Add block `i`, whose scores are complete, to dK and dV, and compute half of the columns of its dQ.
+def _halves(x):
+    """Return the two halves of the columns of `x`; no value moves."""
+    PARTS: gl.constexpr = [x.shape[0], 2, x.shape[1] // 2]
+    return x.reshape(PARTS).permute((0, 2, 1)).split()
 
-    The products are under way: dV, then dK, then two of dQ.
-    """
+
+@gluon.jit
+def _whole(first, second, LAYOUT: gl.constexpr):
+    """Return the array whose `_halves` are given, in its own layout."""
+    SHAPE: gl.constexpr = [first.shape[0], 2 * first.shape[1]]
+    return gl.convert_layout(gl.join(first, second).permute((0, 2, 1)).reshape(SHAPE), LAYOUT)
+
+
+@gluon.jit
+def _block(warpgroup: gl.constexpr, program, own, scores, lse2, dk, dv, i):
+    """Issue the products that add block `i`, whose scores are complete, to dV, then dK, and store its dS."""
     geometry = program.geometry
     stream = program.stream
-    HALF_D: gl.constexpr = geometry.BLOCK_D // 2
-    dp = stream.dout.issue_scores_at_once(own.v, i, own.zero)
-    lse2 = stream.numbers(stream.lse2, i)
+    HALF_M: gl.constexpr = geometry.STREAMED // 2
+    # The places of K and V are opaque: otherwise the addresses of all their parts are computed once, and spilled.
+    v = program.v_buffers.index(opaque(gl.to_tensor(warpgroup)))
+    dp = stream.dout.issue_scores_at_once(v, i, own.zero)
     if program.SOFTCAP > 0:
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
-    p = gl.exp2(scores * program.SCALE_LOG2 - lse2[None, :])
-    # dV takes P without the derivative of the cap, which is for dS: P is rounded before it is multiplied.
-    if program.SOFTCAP > 0:
-        p_operand = p.to(geometry.dtype)
-        p *= 1.0 - scores * scores
-    delta = stream.numbers(stream.delta, i)
-    dp = hopper.warpgroup_mma_wait(0, [dp]) - delta[None, :]
-    if i >= program.whole:
-        seen = stream.sees(own.numbers, i)
-        p = gl.where(seen, p, 0.0)
-        dp = gl.where(seen, dp, 0.0)  # dP of a hidden key may be infinite or NaN, and 0 * infinity is NaN
+        capped = _halves(scores)
+    exponents = _halves(scores * program.SCALE_LOG2 - lse2[None, :])
+    # dV of the first half of the rows is queued behind dP before the exponentials of the second half: the tensor cores
+    # need not wait for these.
+    halves = ()
+    for half in gl.static_range(2):
+        p = gl.exp2(exponents[half])
+        if i >= program.whole:
+            p = gl.where(_halves(stream.sees(own.numbers, i))[half], p, 0.0)
+        p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
+        dv = hopper.warpgroup_mma(p_operand, stream.dout.block(i).slice(half * HALF_M, HALF_M, 0), dv, is_async=True)
+        # dV takes P without the derivative of the cap, which is for dS.
         if program.SOFTCAP > 0:
-            p_operand = gl.where(seen, p_operand, 0.0)
-    if program.SOFTCAP == 0:
-        p_operand = p.to(geometry.dtype)
-    p_operand = gl.convert_layout(p_operand, geometry.OPERAND)
-    dv = hopper.warpgroup_mma(p_operand, stream.dout.block(i), dv, is_async=True)
-    ds = (p * dp).to(geometry.dtype)
+            p *= 1.0 - capped[half] * capped[half]
+        halves += (p,)
+    p = _whole(halves[0], halves[1], geometry.SCORES)
+    delta = stream.numbers(stream.delta, i)
+    # When only the two products of dV are left, dP is complete.
+    ds = p * (hopper.warpgroup_mma_wait(2, [dp]) - delta[None, :])
+    if i >= program.whole:
+        # dP of a hidden key may be infinite or NaN, and 0 * infinity is NaN.
+        ds = gl.where(stream.sees(own.numbers, i), ds, 0.0)
+    ds = ds.to(geometry.dtype)
     ds_operand = gl.convert_layout(ds, geometry.OPERAND)
     program.ds.put(warpgroup, ds, i)
-    dk = hopper.warpgroup_mma(ds_operand, stream.q.block(i), dk, is_async=True)
+    return hopper.warpgroup_mma(ds_operand, stream.q.block(i), dk, is_async=True), dv
+
+
+@gluon.jit
+def _issue_dq(warpgroup: gl.constexpr, program, own, i):
+    """Issue both products of half of the columns of dQ of block `i`: one for each consumer's keys."""
+    HALF_D: gl.constexpr = program.geometry.BLOCK_D // 2
     # This consumer multiplies dS of all 128 keys and half of the columns of K: it waits until the other has stored dS.
     program.ds.wait(i)
     # Buffer 0 has the keys of consumer 0, buffer 1 the keys of consumer 1: the sum over both is the sum over all keys
@@ -141,8 +163,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, dk, dv, i):
     k_upper = program.k_buffers.index(0).slice(warpgroup * HALF_D, HALF_D, 1)
     k_lower = program.k_buffers.index(1).slice(warpgroup * HALF_D, HALF_D, 1)
     dq = hopper.warpgroup_mma(program.ds.transposed(i, 0), k_upper, own.no_dq, use_acc=False, is_async=True)
-    dq = hopper.warpgroup_mma(program.ds.transposed(i, 1), k_lower, dq, is_async=True)
-    return dk, dv, dq
+    return hopper.warpgroup_mma(program.ds.transposed(i, 1), k_lower, dq, is_async=True)
 
 
 @gluon.jit
@@ -165,33 +186,33 @@ def _consumer(warpgroup: gl.constexpr, program):
     # The warps of this consumer wait for each other: a product reads keys that all of them copied.
     thread_barrier()
 
-    numbers = own.positions(geometry.SCORES) if RANGED else own.numbers(geometry.SCORES)
-    zero = gl.zeros([64, BLOCK_M], gl.float32, geometry.SCORES)
+    keys = _Keys(
+        numbers=own.positions(geometry.SCORES) if RANGED else own.numbers(geometry.SCORES),
+        zero=gl.zeros([64, BLOCK_M], gl.float32, geometry.SCORES),
+        no_dq=gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, product_layout(BLOCK_D // 2)),
+    )
     dk = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
     dv = gl.zeros([64, BLOCK_D], gl.float32, geometry.SUMS)
-    no_dq = gl.zeros([BLOCK_M, BLOCK_D // 2], gl.float32, product_layout(BLOCK_D // 2))
     if blocks > 0:
         # This consumer waits until the producer has brought the first Q and its lse.
-        scores = stream.q.issue_scores(k, 0, zero)
+        scores = stream.q.issue_scores(k, 0, keys.zero)
         for i in range(blocks):
-            # This consumer waits until the producer has brought dO of block i and its delta; the tensor cores are at
-            # work on the scores.
+            # While the tensor cores are at work on the scores, this consumer waits until the producer has brought dO of
+            # block i and its delta, and reads lse.
             stream.dout.wait(i)
+            lse2 = stream.numbers(stream.lse2, i)
             scores = hopper.warpgroup_mma_wait(0, [scores])
-            # The places of K and V are opaque: otherwise the addresses of all their parts are computed once, and
-            # spilled.
-            v = program.v_buffers.index(opaque(gl.to_tensor(warpgroup)))
-            keys = _Keys(v=v, numbers=numbers, zero=zero, no_dq=no_dq)
-            dk, dv, dq_token = _block(warpgroup, program, keys, scores, dk, dv, i)
-            # When only the two products of dQ are left, dV and dK are complete.
-            dk, dv = hopper.warpgroup_mma_wait(2, [dk, dv])
+            dk, dv = _block(warpgroup, program, keys, scores, lse2, dk, dv, i)
+            # The stage is left before this consumer waits for dS of the other, so that the producer loads earlier.
+            dk, dv = hopper.warpgroup_mma_wait(0, [dk, dv])
             # The producer waits until both consumers have left Q, dO and the numbers of block i.
             stream.empty.leave(i)
+            dq_token = _issue_dq(warpgroup, program, keys, i)
             # This consumer waits until the producer has brought the next Q: its scores are queued behind dQ of this
             # block and run while dQ is written out. After the last block there is no wait: the product is of stale
             # data and is never read.
             k = program.k_buffers.index(opaque(gl.to_tensor(warpgroup)))
-            scores = stream.q.issue_scores(k, i + 1, zero, pred=i + 1 < blocks)
+            scores = stream.q.issue_scores(k, i + 1, keys.zero, pred=i + 1 < blocks)
             program.dq.put(warpgroup, dq_token, i)
         scores = hopper.warpgroup_mma_wait(0, [scores])
     program.results.store(own, program.head, 0, dk, dv)

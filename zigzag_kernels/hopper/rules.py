@@ -17,9 +17,9 @@ from ..heuristics import (
     SMALL_FUSED_KEYS,
     SMALL_HEAD_DIM,
     SMALL_LONG_WALK,
-    SMALL_MANY_TURNS,
     SMALL_TURNS_SIDE_BY_SIDE,
     TURNS_SIDE_BY_SIDE,
+    VERY_LONG_WALK,
     VERY_NARROW_KEYS,
 )
 from ..modes import LengthClass, Operation
@@ -30,7 +30,7 @@ TRITON = "3.6.", "3.7.", "3.8.", "3.9."  # releases that the kernels ran with: G
 MIN_HEAD_DIM, MAX_HEAD_DIM = 40, 256  # smaller ones would fill less than half of a tile
 MAX_HEAD_DIM_FUSED = 128  # above it one program does not hold dK, dV and dQ
 TURNS = "ZIGZAG_TURNS"
-"""Environment variable: tiles of keys take turns at deterministic gradients never (0) or wherever they can (1)."""
+"""Environment variable: tiles of keys take turns never (0) or wherever they can (1)."""
 FUSED_KEYS = 128  # of a tile of the fused backward kernel
 ALIGNMENT = 8  # elements: what the copy engine reads begins at multiples of 16 bytes
 
@@ -75,7 +75,7 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     For the fused backward kernel, return whether it should beat the two other Hopper kernels.
     """
     small = problem.head_dim <= SMALL_HEAD_DIM
-    if operation is Operation.FUSED_BACKWARD and problem.call.deterministic:
+    if operation is Operation.FUSED_BACKWARD and (problem.call.deterministic or takes_turns(problem)):
         return takes_turns(problem)
     if operation is Operation.FUSED_BACKWARD:
         if small:
@@ -98,11 +98,11 @@ def _gains_by_small_fused(problem: Problem) -> bool:
 
 
 def takes_turns(problem: Problem) -> bool:
-    """Return whether one deterministic backward kernel runs, in which tiles of keys take turns at the sums of dQ.
+    """Return whether one backward kernel runs in which tiles of keys take turns at the sums of dQ.
 
     They cannot under a ranged mask, where a row is not in the same block for every tile that sees it.
     """
-    if not problem.call.deterministic or problem.ranged:
+    if problem.ranged:
         return False
     wanted = read_switch(TURNS)
     return _has_long_walks(problem) if wanted is None else wanted
@@ -118,20 +118,26 @@ def _most_side_by_side(problem: Problem) -> int:
 
 
 def _has_long_walks(problem: Problem) -> bool:
-    """Return whether tiles of keys see so many rows that turns take less time than a second kernel.
+    """Return whether tiles of keys see so many rows that turns take less time than any other backward pass.
 
     With fewer heads side by side, more programs wait for each other. Few programs leave a GPU partly idle at the end.
-    At a small head_dim, windows of an all-gather were not measured.
     """
-    small = problem.head_dim <= SMALL_HEAD_DIM
-    walk, many = (SMALL_LONG_WALK, SMALL_MANY_TURNS) if small else (LONG_WALK, MANY_TURNS)
-    least = walk * max(problem.sequences, 1) * _most_side_by_side(problem) // heads_side_by_side(problem)
+    rows = problem.rows * problem.group / max(problem.sequences, 1)
+    longer = _most_side_by_side(problem) // heads_side_by_side(problem)
     programs = problem.kv_tokens // FUSED_KEYS * problem.window
-    if problem.rows * problem.group < least or programs < many:
-        return False
-    if small:
-        return problem.window == problem.kv_heads and _gains_by_small_fused(problem)
-    return problem.call.softcap == 0
+    return rows >= _long_walk(problem) * longer and programs >= MANY_TURNS
+
+
+def _long_walk(problem: Problem) -> float:
+    """Return the rows of a sequence and KV head from which on turns were measured to pay, infinity if never."""
+    whole = problem.window == problem.kv_heads  # and not one of several windows between ranks
+    deterministic = problem.call.deterministic
+    if problem.head_dim <= SMALL_HEAD_DIM:
+        return SMALL_LONG_WALK if deterministic and whole and _gains_by_small_fused(problem) else math.inf
+    if problem.call.softcap > 0:
+        return math.inf
+    two = heads_side_by_side(problem) == TURNS_SIDE_BY_SIDE
+    return LONG_WALK if deterministic and whole and two else VERY_LONG_WALK
 
 
 def wants_few_keys(problem: Problem) -> bool:
