@@ -6,13 +6,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_kernels import halo
+from zigzag_kernels.batch_checks import check_padding_unseen, check_sharded
 from zigzag_kernels.callspec import CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_layout, check_method, check_world_size
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 from zigzag_kernels.problem import Problem, make_problem
 
 from . import autograd, launch, placement, reference
-from .arguments import Array, as_flag, as_sinks, check_array, check_unpadded, dtype_name
+from .arguments import Array, as_flag, as_sinks, check_array, dtype_name
 from .axes import AxisName, largest_on, place_on
 from .batch import (
     DOCUMENTS,
@@ -124,7 +125,7 @@ def zigzag_attention_gathered(
     )
     if batch.whole_tokens:
         raise ValueError("cu_seqlens: expected one part, got a batch of whole and split documents: zigzag_attention")
-    check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
+    check_padding_unseen(batch.padded, call.causal, call.has_lengths)
     problem = _make_problem(q, k, v, batch, call, KVLayout.GATHERED)
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     inputs = Inputs(q, k, v, None if sinks is None else as_sinks(sinks, problem.heads))
@@ -241,7 +242,7 @@ def zigzag_attention(
     form = _form(call, cu_seqlens, world_size, (size, length))
     batch = _batch_on(cu_seqlens, (rank, world_size), method, axis_name, form, size * length)
     check_varying(batch, axis_name, q, k, v)
-    check_unpadded(batch.cu_seqlens, call.causal or call.has_lengths)
+    check_padding_unseen(batch.padded, call.causal, call.has_lengths)
     if method == Method.HALO and world_size > 1:
         call, batch = halo.with_halo(call, batch, q.shape[0], 0 if given else world_size * length)
         if given and not isinstance(cu_seqlens, Batch):
@@ -313,6 +314,7 @@ def _make_problem(
         gluon=launch.can_launch_gluon(call.backend),
         kv_layout=kv_layout,
     )
+    check_sharded(problem.tokens, batch.unsharded_rows, batch.world_size)
     if batch.tokens not in (0, problem.tokens):
         raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {problem.tokens}")
     fits = problem.tokens * batch.world_size == batch.row_length * batch.rows and packed_rows in (None, batch.rows)

@@ -172,17 +172,13 @@ def _scrambled(x: jax.Array) -> jax.Array:
 
 
 def mark_padded(cu_seqlens: jax.Array) -> None:
-    """Record that some of the tokens that `cu_seqlens` counts are padding, for `check_unpadded`."""
+    """Record that some of the tokens that `cu_seqlens` counts are padding, for `is_padded`."""
     _padded[id(cu_seqlens)] = cu_seqlens
 
 
-def check_unpadded(cu_seqlens: jax.Array, causal: bool) -> None:
-    """Raise `ValueError` for a mask without `causal` under which real tokens attend to padding of `pad_to_zigzag`."""
-    if not causal and _padded.get(id(cu_seqlens)) is cu_seqlens:
-        raise ValueError(
-            "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
-            "padding of its sequence; give prepare_batch the real lengths"
-        )
+def is_padded(cu_seqlens) -> bool:
+    """Return whether `cu_seqlens` is an array that `mark_padded` got; copies and traced arrays are not known."""
+    return _padded.get(id(cu_seqlens)) is cu_seqlens
 
 
 def on_host(x: Array, advice: str = "call this outside of jit", name: str = "cu_seqlens") -> list[int]:

@@ -1,4 +1,4 @@
-"""`Batch`, which holds the lengths and device tables of a training step, and `prepare_batch`, which makes it."""
+"""`Batch`, which holds the lengths and device tables of a training step."""
 
 import dataclasses
 import functools
@@ -10,21 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from zigzag_kernels.batch_checks import check_documents_in_rows
-from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
-from zigzag_kernels.documents import DocumentPlan, check_plan
+from zigzag_kernels.checks import check_packed_rows, check_world_size
 from zigzag_kernels.layout import MAX_OFFSET, is_invalid_batch
-from zigzag_kernels.modes import Backend, Layout, Method
+from zigzag_kernels.modes import Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
 
-from . import autograd, launch, placement
-from .arguments import Array, as_cu_seqlens, as_lengths, as_rank, as_rank_argument, check_array, fingerprint
-from .axes import AxisName, axis_names, place_on, vary, varying_axes
-from .halos import halo_of_batch
-from .host import ShardedBatch
+from . import autograd, placement
+from .arguments import Array, as_cu_seqlens, as_rank, as_rank_argument, fingerprint, is_padded
+from .axes import AxisName, axis_names, vary, varying_axes
 from .parallel import Packing, Tables
-from .plans import Parts, offsets_of, one_part
-from .surroundings import under_own_promotion
 
 
 @functools.partial(
@@ -34,7 +28,7 @@ from .surroundings import under_own_promotion
         *("world_size", "method", "compared_by", "layout", "row_length", "rows"),
         *("halo", "max_seqlen", "whole_tokens", "tokens"),
     ),
-    drop_fields=("host_rank",),
+    drop_fields=("host_rank", "padded", "unsharded_rows"),
 )
 @dataclass(frozen=True)
 class Batch:
@@ -52,7 +46,7 @@ class Batch:
         segments, sequences: the device tables, each an array or a tuple of arrays, or None if the batch was prepared
             for the backend "reference".
         compared_by: mesh axis, or axes, whose ranks have compared their `cu_seqlens`; None if no ranks have.
-        host_rank: the rank, if the host knows it. It is not part of the pytree, so transformations drop it.
+        host_rank: the rank, if the host knows it.
         lengths: `[N]` int32, the real tokens of each sequence; its other rows are padding. None: all rows are real.
         layout: "document" or "row".
         row_length, rows: in the row layout, the tokens of a packed row on all ranks, and the number of packed rows.
@@ -62,6 +56,12 @@ class Batch:
             `lengths` then describe only split documents. None: all documents are split.
         whole_tokens, tokens: for a plan of documents, the rows of each rank for whole documents, and all of its rows;
             otherwise 0.
+        padded: whether the offsets are those of `pad_to_zigzag`, for batches with padding. Attention then needs a
+            causal mask, or `lengths`.
+        unsharded_rows: rows of the whole batch, if `prepare_batch` got it as `unsharded`; otherwise 0.
+
+    `host_rank`, `padded` and `unsharded_rows` are facts for checks. They are not part of the pytree, so transformations
+    drop them.
     """
 
     cu_seqlens: jax.Array
@@ -78,15 +78,16 @@ class Batch:
     rows: int = 1
     halo: int = 0
     max_seqlen: int = 0
+    whole_cu_seqlens: jax.Array | None = None
+    whole_tokens: int = 0
+    tokens: int = 0
+    padded: bool = False
+    unsharded_rows: int = 0
 
     @property
     def limits_of_halo(self) -> tuple[int, int]:
         """(halo, max_seqlen) if the batch has a halo, otherwise (0, 0)."""
         return (self.halo, self.max_seqlen) if self.halo else (0, 0)
-
-    whole_cu_seqlens: jax.Array | None = None
-    whole_tokens: int = 0
-    tokens: int = 0
 
     @property
     def whole_documents(self) -> int:
@@ -116,108 +117,6 @@ class Form(NamedTuple):
 
 
 DOCUMENTS = Form()
-
-
-@under_own_promotion
-def prepare_batch(
-    cu_seqlens: Array | DocumentPlan | ShardedBatch | Parts,
-    rank: int | Array | None = None,
-    world_size: int | None = None,
-    *,
-    axis_name: AxisName | None = None,
-    method: str | None = None,
-    backend: str | None = None,
-    unsharded: Array | None = None,
-    lengths: Array | None = None,
-    layout: str = "document",
-    row_length: int | None = None,
-    rows: int = 1,
-    window_size: tuple[int | None, int | None] = NO_WINDOW,
-    attention_chunk: int = 0,
-    max_seqlen: int | None = None,
-) -> Batch:
-    """Build the device tables of a batch once, for all layers and for both passes.
-
-    Args:
-        cu_seqlens: `[N + 1]` int32, offsets of the sequences over all ranks; may be traced. Other integers are
-            converted; a list, tuple or NumPy array is checked as in `validate`. Instead of offsets, pass a plan of
-            `plan_documents`, or a `host.ShardedBatch`, inside `shard_map` with its `specs`: each rank then has the rows
-            of the plan, whole documents first.
-        rank: an int, or an array of one integer, which may be traced. None means the rank on the mesh axis, or 0 on a
-            single device.
-        world_size: number of ranks. None means the size of the mesh axis, or 1.
-        axis_name: mesh axis, or axes, of the attention calls inside `shard_map`; `rank` and `world_size` are then None.
-            The ranks compare their `cu_seqlens`: if they differ, attention returns NaN on all ranks.
-        method: as in the attention calls. None means "halo" if the host knows that halos suffice for `window_size`,
-            `attention_chunk` or `max_seqlen`, and otherwise "allgather". The host knows it in the row layout, and for
-            offsets on the host.
-        backend: as in the attention calls.
-        unsharded: the whole batch before `shard`, such as token ids; its spec is `P()`. With `axis_name`, ranks compare
-            it like `cu_seqlens`, because processes with different data would attend to a mixture of both.
-        lengths: `[N]` int32, the real tokens of each sequence; may be traced. The other rows, at the end of a sequence,
-            are padding, with out 0, lse -inf and zero gradients, and no row attends to them. A negative length, or one
-            above the length of the sequence, gives NaN everywhere, or an error if both `lengths` and `cu_seqlens` are
-            lists, tuples or NumPy arrays.
-        layout: as in the attention calls, which must get the same layout.
-        row_length, rows: required in the row layout with several ranks. `row_length` is the number of tokens of one
-            packed row over all ranks, a multiple of `2 * world_size`; `rows` is the number of packed rows.
-        window_size, attention_chunk: for methods None and "halo", the largest window of all layers that will use the
-            batch. It decides how many rows a halo has, for layers with smaller windows too.
-        max_seqlen: a promise that no document has more real tokens. With method "halo" it also limits the rows of a
-            halo. If a batch breaks the promise, that method gives NaN everywhere, or an error if the host has the
-            values.
-
-    Raises the errors of `zigzag_attention_gathered`.
-    """
-    if method is not None:
-        check_method(method)
-    check_layout(layout)
-    if axis_name is not None:
-        for name, x in {"rank": rank, "world_size": world_size}.items():
-            if x is not None:
-                raise ValueError(f"{name}: expected None with axis_name, which gives it, got {x}")
-        rank, world_size = place_on(axis_name)
-    world_size = check_world_size(1 if world_size is None else world_size)
-    if rank is None and world_size > 1:
-        raise ValueError(f"rank: expected the rank to prepare for, as world_size is {world_size}, got None")
-    rank = 0 if rank is None else rank
-    by_default, backend = backend is None, launch.choose_backend(backend)
-    parts, tokens = None, 0
-    if isinstance(cu_seqlens, ShardedBatch):
-        unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
-        cu_seqlens, row_length = offsets_of(cu_seqlens, world_size, layout)
-    form = batch_form(layout, row_length, rows, world_size)
-    if isinstance(cu_seqlens, DocumentPlan | Parts):
-        for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
-            if x is not default and x != default:
-                raise ValueError(f"{name}: expected {default} with a plan, got {x!r}")
-        if isinstance(cu_seqlens, DocumentPlan):
-            cu_seqlens = Parts.of_plan(check_plan(cu_seqlens, world_size), rank)
-        tokens = cu_seqlens.tokens
-        cu_seqlens, lengths, parts = one_part(cu_seqlens, world_size)
-    if parts is not None:
-        if axis_name is None:
-            raise ValueError("axis_name: expected that of the ranks of a plan with whole and split documents, got None")
-        form = form._replace(whole_tokens=parts.whole_tokens)
-    form = form._replace(tokens=tokens)
-    reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
-    method, halo, promised = halo_of_batch(method, reach, (cu_seqlens, lengths), packed, world_size)
-    batch = as_batch(cu_seqlens, rank, world_size, method, form)
-    if parts is not None:
-        batch = dataclasses.replace(batch, whole_cu_seqlens=as_cu_seqlens(parts.whole_cu_seqlens, 1))
-    if lengths is not None:
-        batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
-    batch = dataclasses.replace(batch, halo=halo, max_seqlen=promised)
-    check_varying(batch, axis_name)
-    if unsharded is not None:
-        check_array("unsharded", unsharded)
-        check_same_on_every_rank(axis_name, unsharded=jnp.asarray(unsharded))
-    if axis_name is not None:
-        batch = compare(batch, axis_name, unsharded)
-    batch = marked(batch, backend, by_default)
-    if backend == Backend.REFERENCE:
-        return batch
-    return dataclasses.replace(batch, **tables_of(batch, backend)._asdict())
 
 
 def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
@@ -252,10 +151,11 @@ def as_batch(
     if not isinstance(cu_seqlens, Batch):
         total, step = None if tokens is None else world_size * tokens, 1 if form.layout == Layout.ROW else world_size
         given, cu_seqlens = cu_seqlens, as_cu_seqlens(cu_seqlens, step, total)
+        known = {"host_rank": host_rank, "padded": is_padded(given)}
         if form.row_length and not isinstance(given, jax.Array):
             offsets = np.asarray(given).tolist()
             check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
-        return Batch(cu_seqlens, as_rank(rank), world_size, method, host_rank=host_rank, **form._asdict())
+        return Batch(cu_seqlens, as_rank(rank), world_size, method, **known, **form._asdict())
     batch = cu_seqlens
     if batch.whole_tokens and rank is not batch.rank:
         raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this axis_name")

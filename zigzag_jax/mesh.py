@@ -4,35 +4,40 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from zigzag_kernels.batch_checks import check_padding_unseen
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_lengths, check_offsets, check_sinks
+from zigzag_kernels.checks import check_layout, check_lengths, check_offsets, check_sinks, check_window_size
 from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.halo import reach_of_mask
 from zigzag_kernels.modes import Backend, Layout, Method
 
 from .api import zigzag_attention
-from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array
+from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array, is_padded
 from .axes import AxisName, largest_along, largest_on
-from .batch import Batch, batch_form, prepare_batch
+from .batch import Batch, Form, batch_form
 from .halos import check_documents, halo_of_batch
 from .host import ShardedBatch
 from .launch import choose_backend
 from .plans import Parts, offsets_of, one_part, parts_of_all
-from .specs import check_divided, check_mesh, check_spread, reshard, size_on
+from .prepare import prepare_batch
+from .specs import Surroundings, check_divided, check_mesh, check_spread, size_on
 
 _OPTIONS = tuple(
     name
     for name, parameter in inspect.signature(zigzag_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "axis_name"
 )
+_MASK = ("causal", True), ("window_size", NO_WINDOW), ("attention_chunk", 0)
+"""The options that say what a row sees, and their defaults."""
 
 
 class _Axes(NamedTuple):
@@ -91,43 +96,109 @@ def make_zigzag_attention(
         if name not in _OPTIONS:
             raise TypeError(f"{name}: expected one of the options {', '.join(_OPTIONS)}")
     layout = check_layout(options.get("layout", Layout.DOCUMENT))
-    asked = {"out": True} | {
-        name: as_flag(f"return_{name}", options.get(f"return_{name}", False)) for name in ("lse", "max_logits")
-    }
-    fixed_sinks = options.pop("sinks", None)
-    attend = functools.partial(zigzag_attention, axis_name=axis, **options)
+    asked = [name for name in ("lse", "max_logits") if as_flag(f"return_{name}", options.get(f"return_{name}", False))]
+    sinks_of_all = options.pop("sinks", None)
+    shared = _Shared(mesh, axes, layout, options, ("out", *asked))
 
     def attention(q: Array, k: Array, v: Array, cu_seqlens: Array | Batch | None = None, *, sinks: Array | None = None):
-        _check_arrays(mesh, axes, q=q, k=k, v=v)
+        return shared.attend(q, k, v, cu_seqlens, sinks_of_all if sinks is None else sinks)
+
+    attention.prepare_batch = shared.prepare_batch
+    return attention
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Everything that the calls of one attention function share."""
+
+    mesh: Mesh
+    axes: _Axes
+    layout: Layout
+    options: dict[str, Any]  # keyword arguments of `zigzag_attention`, except sinks
+    results: tuple[str, ...]  # names of the results that a call returns
+
+    @property
+    def ranks(self) -> int:
+        """The number of devices that share each sequence."""
+        return size_on(self.mesh, self.axes.axis)
+
+    @property
+    def cuts(self) -> int:
+        """The number of ranks over which each sequence is cut by itself: 1 in the row layout."""
+        return 1 if self.layout == Layout.ROW else self.ranks
+
+    def call(self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any) -> Any:
+        """Call `function(**shards)` on each device; `specs` say, by name, how `arrays` are sharded."""
+        return Surroundings(self.mesh, given=True).call(function, arrays, specs, out_specs)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, cu_seqlens: Array | Batch | None, sinks: Array | None
+    ) -> jax.Array | tuple[jax.Array, ...]:
+        """Return the results of attention over all devices, as `make_zigzag_attention` describes them."""
+        axis, head_axis, batch_axis = self.axes
+        _check_arrays(self.mesh, self.axes, q=q, k=k, v=v)
         lead = (batch_axis,) * (q.ndim - 3)
         rows = P(*lead, axis, head_axis)
         arrays: dict[str, Any] = {"q": q, "k": k, "v": v}
         specs: dict[str, Any] = dict.fromkeys(arrays, rows)
         if cu_seqlens is not None:
-            arrays["cu_seqlens"], specs["cu_seqlens"] = _spread_lengths(
-                cu_seqlens, mesh, axes, q.shape[: q.ndim - 2], layout
-            )
-            if options.get("method") == Method.HALO:
-                row_length = q.shape[-3] if layout == Layout.ROW else None
-                _check_documents(cu_seqlens, size_on(mesh, axis), row_length, options)
-        sinks = fixed_sinks if sinks is None else sinks
+            arrays["cu_seqlens"], specs["cu_seqlens"] = self.spread_offsets(cu_seqlens, q.shape[: q.ndim - 2])
+            self.check_mask(cu_seqlens, q.shape[-3])
         if sinks is not None:
             check_array("sinks", sinks)
             check_sinks(sinks.shape, str(sinks.dtype), q.shape[-2])
             arrays["sinks"], specs["sinks"] = sinks, P(head_axis)
-        if AxisType.Explicit in mesh.axis_types:
-            arrays = reshard(arrays, specs, mesh)
-        names = tuple(arrays)
-
-        def body(*shards):
-            return _attend_shard(attend, batch_axis, asked["max_logits"], **dict(zip(names, shards, strict=True)))
-
+        attend = functools.partial(zigzag_attention, axis_name=axis, **self.options)
+        on_shard = functools.partial(_attend_shard, attend, batch_axis, "max_logits" in self.results)
         of_results = {"out": rows, "lse": P(*lead, head_axis, axis), "max_logits": P(head_axis)}
-        out_specs = tuple(spec for name, spec in of_results.items() if asked[name])
-        out_specs = out_specs if len(out_specs) > 1 else rows
-        return jax.shard_map(body, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out_specs)(*arrays.values())
+        out_specs = tuple(of_results[name] for name in self.results)
+        return self.call(on_shard, arrays, specs, out_specs if len(out_specs) > 1 else rows)
 
-    def prepare(
+    def check_mask(self, cu_seqlens: Array | Batch, tokens: int) -> None:
+        """Raise `ValueError` if the host knows that the mask does not fit the documents, in rows of `tokens` tokens.
+
+        The checks are here, because inside `shard_map` all offsets are traced.
+        """
+        causal, window_size, chunk = (self.options.get(name, default) for name, default in _MASK)
+        ends_with_row = causal or check_window_size(window_size)[1] == 0
+        if isinstance(cu_seqlens, Batch):
+            check_padding_unseen(cu_seqlens.padded, ends_with_row, cu_seqlens.lengths is not None)
+            return
+        check_padding_unseen(is_padded(cu_seqlens), ends_with_row, False)
+        if self.options.get("method") != Method.HALO or self.ranks == 1 or isinstance(cu_seqlens, jax.Array):
+            return
+        reach = reach_of_mask(causal, window_size, chunk, 0)
+        for offsets in cu_seqlens if np.ndim(cu_seqlens) == 2 else [cu_seqlens]:
+            if reach is not None:
+                check_documents(offsets, self.ranks, tokens if self.layout == Layout.ROW else None, reach)
+
+    def spread_offsets(self, cu_seqlens: Array | Batch, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return (cu_seqlens as an array or a batch, its spec); `shape` is (batch, tokens) of q, or (tokens,).
+
+        Raises `ValueError` for offsets on the host that do not describe these tokens.
+        """
+        *batch, tokens = shape
+        if isinstance(cu_seqlens, Batch):
+            rows_of_all = self.layout == Layout.ROW and self.axes.batch_axis is None
+            if (batch and not rows_of_all) or cu_seqlens.compared_by != self.axes.axis:
+                raise ValueError(
+                    "cu_seqlens: expected, for packed q [tokens, heads, head_dim], a batch of attention.prepare_batch, "
+                    f"got one prepared for axis_name {cu_seqlens.compared_by!r}"
+                )
+            return cu_seqlens, _batch_specs(cu_seqlens, self.axes.axis)
+        if not batch:
+            return as_cu_seqlens(cu_seqlens, self.cuts, tokens), P()
+        check_array("cu_seqlens", cu_seqlens)
+        if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
+            expected = f"[batch, N + 1] with batch {batch[0]} as in q"
+            raise ValueError(f"cu_seqlens: expected {expected}, got {cu_seqlens.shape}")
+        if isinstance(cu_seqlens, np.ndarray):
+            for offsets in cu_seqlens:
+                check_lengths(check_offsets(offsets.tolist()), self.cuts, tokens)
+        return cu_seqlens, P(self.axes.batch_axis)
+
+    def prepare_batch(
+        self,
         cu_seqlens: Array | DocumentPlan | ShardedBatch | Parts,
         lengths: Array | None = None,
         row_length: int | None = None,
@@ -136,56 +207,58 @@ def make_zigzag_attention(
         max_seqlen: int | None = None,
     ) -> Batch:
         """Prepare a batch for all layers: `attention` takes it in place of `cu_seqlens [N + 1]`."""
-        chosen = {name: options[name] for name in ("backend", "layout") if name in options}
-        size, parts, tokens = size_on(mesh, axis), None, 0
+        parts, tokens, padded = None, 0, is_padded(cu_seqlens)
         if isinstance(cu_seqlens, ShardedBatch):
             unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
-            cu_seqlens, row_length = offsets_of(cu_seqlens, size, layout)
+            cu_seqlens, row_length = offsets_of(cu_seqlens, self.ranks, self.layout)
         if isinstance(cu_seqlens, DocumentPlan | Parts):
             if lengths is not None:
                 raise ValueError("lengths: expected None with a plan, got an array")
-            of_all = parts_of_all(cu_seqlens, size, layout)
-            cu_seqlens, lengths, parts = one_part(of_all, size)
+            of_all = parts_of_all(cu_seqlens, self.ranks, self.layout)
+            cu_seqlens, lengths, parts = one_part(of_all, self.ranks)
             tokens = of_all.tokens
-        form = batch_form(layout, row_length, rows, size)
+        form = batch_form(self.layout, row_length, rows, self.ranks)
         if parts is not None:
             form = form._replace(whole_tokens=parts.whole_tokens, tokens=tokens)
-        window_size, attention_chunk = options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0)
-        reach, packed = (window_size, attention_chunk, max_seqlen), (form.row_length, form.rows)
-        given = cu_seqlens, lengths
-        method, halo, promised = halo_of_batch(options.get("method"), reach, given, packed, size)
-        chosen |= {"method": method, "row_length": row_length, "rows": rows}
-        chosen |= {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
-        arrays: dict[str, Any] = {"cu_seqlens": as_cu_seqlens(cu_seqlens, _cut(size, layout))}
+        reach = {name: self.options.get(name, default) for name, default in _MASK[1:]} | {"max_seqlen": max_seqlen}
+        packed, documents = (form.row_length, form.rows), (cu_seqlens, lengths)
+        method, *limits = halo_of_batch(
+            self.options.get("method"), tuple(reach.values()), documents, packed, self.ranks
+        )
+        arrays = {"cu_seqlens": as_cu_seqlens(cu_seqlens, self.cuts)}
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
         if unsharded is not None:
             check_array("unsharded", unsharded)
             arrays["unsharded"] = jnp.asarray(unsharded)
-        in_specs = dict.fromkeys(arrays, P())
+        specs = dict.fromkeys(arrays, P())
         if parts is not None:
-            arrays["whole_cu_seqlens"], in_specs["whole_cu_seqlens"] = jnp.asarray(parts.whole_cu_seqlens), P(axis)
-        if AxisType.Explicit in mesh.axis_types:
-            arrays = reshard(arrays, in_specs, mesh)
+            arrays["whole_cu_seqlens"] = jnp.asarray(parts.whole_cu_seqlens)
+            specs["whole_cu_seqlens"] = P(self.axes.axis)
+        chosen = {name: self.options[name] for name in ("backend", "layout") if name in self.options} | reach
+        chosen |= {"axis_name": self.axes.axis, "method": method, "row_length": row_length, "rows": rows}
+        on_shard = functools.partial(_prepare_shard, chosen, parts)
+        batch = self.call(on_shard, arrays, specs, self.specs_of_batch(method, limits, form, specs))
+        return dataclasses.replace(batch, tokens=tokens, padded=padded)
 
-        names = tuple(arrays)
+    def specs_of_batch(self, method: str, limits: list[int], form: Form, specs: dict[str, P]) -> Batch:
+        """Return the specs of a batch of all ranks; `limits` are (rows of a halo, promised longest length).
 
-        def body(*shards):
-            shard = dict(zip(names, shards, strict=True))
-            if parts is not None:
-                whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
-                shard["cu_seqlens"] = Parts(whole, split, real, parts.whole_tokens, parts.tokens)
-            return prepare_batch(axis_name=axis, **shard, **chosen)
+        `specs` are the specs of the arrays that the batch is made of.
+        """
+        axis = self.axes.axis
+        tables = None if choose_backend(self.options.get("backend")) == Backend.REFERENCE else P(axis)
+        fields = {name: specs.get(name) for name in ("lengths", "whole_cu_seqlens")} | form._asdict()
+        fields |= dict(zip(("halo", "max_seqlen"), limits, strict=True))
+        return Batch(P(), P(axis), self.ranks, method, tables, tables, axis, **fields)  # pyright: ignore
 
-        tables = None if choose_backend(options.get("backend")) == Backend.REFERENCE else P(axis)
-        shared = {name: in_specs.get(name) for name in ("lengths", "whole_cu_seqlens")} | form._asdict()
-        shared |= {"halo": halo, "max_seqlen": promised}
-        specs = Batch(P(), P(axis), size, method, tables, tables, axis, **shared)  # pyright: ignore
-        mapped = jax.shard_map(body, mesh=mesh, in_specs=tuple(in_specs.values()), out_specs=specs)
-        return dataclasses.replace(mapped(*arrays.values()), tokens=tokens)
 
-    attention.prepare_batch = prepare
-    return attention
+def _prepare_shard(options: dict[str, Any], parts: Parts | None, **shard: jax.Array) -> Batch:
+    """Return the batch of one device, from its `shard` of the arrays; `parts` has the numbers of rows of a plan."""
+    if parts is not None:
+        whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
+        return prepare_batch(Parts(whole, split, real, parts.whole_tokens, parts.tokens), **shard, **options)
+    return prepare_batch(**shard, **options)
 
 
 def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, return_max_logits: bool, **shard):
@@ -200,25 +273,6 @@ def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, retur
     if packed_apart:
         largest = largest_along(0, largest)
     return *others, largest if batch_axis is None else largest_on(batch_axis, largest)
-
-
-def _cut(world_size: int, layout: Layout) -> int:
-    """Return the number of ranks over which each sequence is cut by itself: 1 in the row layout."""
-    return 1 if layout == Layout.ROW else world_size
-
-
-def _check_documents(cu_seqlens: Array | Batch, world_size: int, row_length: int | None, options: dict) -> None:
-    """Raise `ValueError` if the host knows that a chunk is shorter than the halo.
-
-    The check is here, because inside `shard_map` all offsets are traced.
-    """
-    rows = reach_of_mask(
-        options.get("causal", True), options.get("window_size", NO_WINDOW), options.get("attention_chunk", 0), 0
-    )
-    if world_size == 1 or rows is None or isinstance(cu_seqlens, jax.Array | Batch):
-        return
-    for offsets in cu_seqlens if np.ndim(cu_seqlens) == 2 else [cu_seqlens]:
-        check_documents(offsets, world_size, row_length, rows)
 
 
 def _batch_specs(batch: Batch, axis: AxisName) -> Batch:
@@ -245,31 +299,3 @@ def _check_arrays(mesh: Mesh, axes: _Axes, **arrays) -> None:
             given = getattr(axes, argument)
             check_divided(name, x, dimension, what, (argument, given, size_on(mesh, given)))
         check_spread(name, x, axes._asdict())
-
-
-def _spread_lengths(
-    cu_seqlens: Array | Batch, mesh: Mesh, axes: _Axes, shape: tuple[int, ...], layout: Layout
-) -> tuple[Any, Any]:
-    """Return (cu_seqlens as an array or a batch, its spec); `shape` is (batch, tokens) of q, or (tokens,).
-
-    Raises `ValueError` for offsets on the host that do not describe these tokens.
-    """
-    *batch, tokens = shape
-    if isinstance(cu_seqlens, Batch):
-        rows_of_all = layout == Layout.ROW and axes.batch_axis is None
-        if (batch and not rows_of_all) or cu_seqlens.compared_by != axes.axis:
-            raise ValueError(
-                "cu_seqlens: expected, for packed q [tokens, heads, head_dim], a batch of attention.prepare_batch, "
-                f"got one prepared for axis_name {cu_seqlens.compared_by!r}"
-            )
-        return cu_seqlens, _batch_specs(cu_seqlens, axes.axis)
-    step = _cut(size_on(mesh, axes.axis), layout)
-    if not batch:
-        return as_cu_seqlens(cu_seqlens, step, tokens), P()
-    check_array("cu_seqlens", cu_seqlens)
-    if cu_seqlens.ndim != 2 or cu_seqlens.shape[0] != batch[0]:
-        raise ValueError(f"cu_seqlens: expected [batch, N + 1] with batch {batch[0]} as in q, got {cu_seqlens.shape}")
-    if isinstance(cu_seqlens, np.ndarray):
-        for offsets in cu_seqlens:
-            check_lengths(check_offsets(offsets.tolist()), step, tokens)
-    return cu_seqlens, P(axes.batch_axis)

@@ -41,9 +41,10 @@ def pad_to_zigzag(
 
     Returns:
         (padded `x`, its `cu_seqlens`). In the document layout, padding tokens are keys at the end of their document.
-        With a causal mask no real token attends to them; without it, every real token would. Therefore attention raises
-        an error for `causal=False` with the `cu_seqlens` of this function, unless they are traced or `prepare_batch`
-        gets the real `lengths`. In the row layout padding belongs to no document, so that every mask is correct.
+        With a causal mask no real token attends to them; without it, every real token would. For `causal=False`, give
+        `prepare_batch` the real `lengths`. Without them, attention raises an error for the `cu_seqlens` of this
+        function, and for a batch that was prepared from them; a copy of the offsets, or a traced array, looks like
+        offsets without padding. In the row layout padding belongs to no document, so that every mask is correct.
     """
     check_array("x", x)
     layout = check_layout(layout)

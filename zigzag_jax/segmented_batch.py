@@ -17,8 +17,9 @@ from zigzag_kernels.modes import Backend, Layout, Method
 
 from .arguments import Array, check_array, check_held
 from .axes import AxisName, axis_names
-from .batch import Batch, batch_form, prepare_batch
+from .batch import Batch, batch_form
 from .launch import choose_backend
+from .prepare import prepare_batch
 from .segment_ids import offsets_of_rows
 from .specs import Surroundings, check_divided, check_spread, surroundings_of
 from .surroundings import under_own_promotion

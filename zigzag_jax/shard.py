@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zigzag_kernels.batch_checks import (
-    check_halo,
     check_host_offsets,
     check_row_length,
-    check_whole_batch,
     default_rows,
     is_batch_of_rows,
 )
@@ -17,13 +15,10 @@ from zigzag_kernels.checks import (
     check_int,
     check_layout,
     check_rank,
-    check_real_lengths,
-    check_real_lengths_array,
     check_rows,
     check_world_size,
 )
 from zigzag_kernels.documents import DocumentPlan, check_plan
-from zigzag_kernels.halo import check_max_seqlen
 from zigzag_kernels.layout import (
     gathered_packed_row,
     gathered_row,
@@ -341,51 +336,3 @@ def _position_order(cu_seqlens: jax.Array, world_size: int, tokens: int, row_len
     room = jnp.maximum(tokens - local_used, 1)
     padding = behind // room * tokens + local_used + behind % room
     return jnp.where(sequence >= 0, gathered_row(position, start, length, tokens, world_size), padding)
-
-
-def validate(
-    cu_seqlens: Array | DocumentPlan,
-    world_size: int,
-    total: int | None = None,
-    *,
-    layout: str = "document",
-    row_length: int | None = None,
-    lengths: Array | None = None,
-    halo: int = 0,
-    max_seqlen: int | None = None,
-) -> None:
-    """Raise `ValueError` unless the documents can be dealt out to `world_size` ranks.
-
-    Attention cannot look at values on a device and returns NaN for invalid ones; this names the fault. It reads arrays
-    on the host, which waits for the device, so call it once.
-
-    Args:
-        cu_seqlens: `[N + 1]` int32, offsets in the whole batch; `ValueError` if traced.
-        world_size: number of ranks.
-        total: rows of the whole batch, if the documents are to be checked against them.
-        layout: "document" or "row", which needs `total` or `row_length`.
-        row_length: tokens of a packed row over all ranks, in the row layout; None is one row of all tokens.
-        lengths: `[N]`, the real lengths of padded documents; `ValueError` if traced.
-        halo, max_seqlen: for method "halo", the `halo` of the prepared batch, rows before a chunk that its rows may
-            see, and the most real tokens of a document, as promised.
-    """
-    layout, world_size = check_layout(layout), check_world_size(world_size)
-    limits = check_int("halo", halo, 0), check_max_seqlen(max_seqlen)
-    if isinstance(cu_seqlens, DocumentPlan):
-        given = {"layout": layout, "row_length": row_length, "lengths": lengths, "total": total}
-        plan = check_plan(cu_seqlens, world_size, **given)
-        check_halo(plan.split_cu_seqlens, plan.split_lengths, world_size, None, limits)
-        return
-    offsets = on_host(cu_seqlens)
-    check_whole_batch(offsets, world_size, total, layout, row_length)
-    in_rows = (row_length or total) if layout is Layout.ROW else None
-    if lengths is None:
-        check_halo(offsets, None, world_size, in_rows, limits)
-        return
-    if not isinstance(lengths, list | tuple):
-        check_array("lengths", lengths)
-        check_real_lengths_array(lengths.shape, str(lengths.dtype), len(offsets) - 1)
-    real = on_host(lengths, name="lengths") if len(lengths) else []
-    check_real_lengths_array((len(real),), "int32", len(offsets) - 1)
-    check_real_lengths(real, offsets)
-    check_halo(offsets, real, world_size, in_rows, limits)

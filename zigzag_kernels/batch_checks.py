@@ -100,6 +100,30 @@ def check_host_offsets(cu_seqlens: list[int], world_size: int, tokens: int | Non
         check_documents_in_rows(cu_seqlens, world_size, row_length, None if tokens is None else tokens * world_size)
 
 
+def check_padding_unseen(padded: bool, causal: bool, has_lengths: bool) -> None:
+    """Raise `ValueError` for a call in which real tokens attend to the padding of `pad_to_zigzag`.
+
+    `padded` says that the offsets are known to count padding. A causal mask hides it, and so do real lengths.
+    """
+    if padded and not (causal or has_lengths):
+        raise ValueError(
+            "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
+            "padding of its sequence; give prepare_batch the real lengths"
+        )
+
+
+def check_sharded(rows: int, unsharded_rows: int, world_size: int) -> None:
+    """Raise `ValueError` if q has as many `rows` as the whole batch has, and several ranks share the batch.
+
+    `unsharded_rows` is 0 if the host does not know how many rows the whole batch has.
+    """
+    if world_size > 1 and unsharded_rows and rows == unsharded_rows:
+        raise ValueError(
+            f"q: expected the rows of one of {world_size} ranks, got the {rows} rows that `unsharded`, the whole "
+            "batch, has; shard returns the rows of a rank"
+        )
+
+
 def check_halo(
     cu_seqlens: list[int], lengths: Sequence[int] | None, world_size: int, row_length: int | None, halo: tuple[int, int]
 ) -> None:

@@ -8,7 +8,7 @@ from zigzag_kernels.documents import DocumentPlan, plan_documents
 
 from . import flops as flops
 from .api import zigzag_attention, zigzag_attention_gathered
-from .batch import Batch, prepare_batch
+from .batch import Batch
 from .compat.flags import ZigzagConfig
 from .compat.grouped import (
     compute_kv_slices_for_groups,
@@ -27,10 +27,12 @@ from .compat.two_chunks import fused_zigzag_llama3_flash_attn_forward_v2
 from .data import ShardedBatch, ZigzagCollator, shard_documents, unshard_group
 from .loss import token_mean_loss
 from .padding import pad_to_zigzag, unpad
+from .prepare import prepare_batch
 from .profiling import profile_report
 from .reference import merge_partials
 from .segment_ids import cu_seqlens_from_position_ids, cu_seqlens_from_segment_ids
-from .shard import local_cu_seqlens, position_ids, shard, unshard, validate
+from .shard import local_cu_seqlens, position_ids, shard, unshard
+from .validate import validate
 
 __all__ = [
     "Batch",

@@ -6,12 +6,13 @@ import functools
 import torch
 
 from zigzag_kernels import halo
+from zigzag_kernels.batch_checks import check_padding_unseen, check_sharded
 from zigzag_kernels.callspec import NO_WINDOW, CallSpec, make_call_spec
 from zigzag_kernels.checks import batch_shape, check_flag, check_layout, check_method, check_world_size
 from zigzag_kernels.modes import Backend, KVLayout, Layout, Method
 
 from . import launch, reference
-from .arguments import as_rank, as_sinks, cast_for_autocast, check_device, check_tensor, check_unpadded
+from .arguments import as_rank, as_sinks, cast_for_autocast, check_device, check_tensor
 from .autograd import agreed_rank, attention
 from .batch import DOCUMENTS, Batch, Form, as_batch, tables_of
 from .dispatch import refuse_tangents
@@ -101,10 +102,8 @@ def zigzag_attention_gathered(
     return_lse = check_flag("return_lse", return_lse)
     ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
     call = _call_spec(_head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic)
-    if batch.lengths is None:
-        check_unpadded(batch.cu_seqlens, call.causal)
-    if batch.row_length or batch.tokens:
-        _check_rows(batch, q)
+    check_padding_unseen(batch.padded, call.causal, call.has_lengths)
+    _check_rows(batch, q)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
     transport = transport_of(q, k, v, call, sequences, batch.world_size, KVLayout.GATHERED, None)
@@ -211,10 +210,8 @@ def zigzag_attention(
             _head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic, method=method,
             heads_k_stride=heads_k_stride, grad_reduce_dtype=grad_reduce_dtype,
         )  # fmt: skip
-        if batch.lengths is None:
-            check_unpadded(batch.cu_seqlens, call.causal)
-        if batch.row_length or batch.tokens:
-            _check_rows(batch, q)
+        check_padding_unseen(batch.padded, call.causal, call.has_lengths)
+        _check_rows(batch, q)
         if batch.whole_tokens and batch.compared_by != place.group_name:
             raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this group")
         q, k, v = _readable(q, k, v, backend)
@@ -262,8 +259,9 @@ def _rows_form(cu_seqlens, layout: str, rows: int, q: torch.Tensor, world_size: 
 
 
 def _check_rows(batch: Batch, q: torch.Tensor) -> None:
-    """Raise `ValueError` unless q has as many rows as a rank has in `batch`."""
+    """Raise `ValueError` unless q has as many rows as a rank has in `batch`, as far as the host knows."""
     tokens = q.shape[0] if q.ndim else 0
+    check_sharded(tokens, batch.unsharded_rows, batch.world_size)
     if batch.tokens not in (0, tokens):
         raise ValueError(f"q: expected the {batch.tokens} rows that a rank has in the plan, got {tokens}")
     if batch.row_length and batch.row_length * batch.rows != batch.world_size * tokens:

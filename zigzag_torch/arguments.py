@@ -186,17 +186,10 @@ def readable(*tensors: torch.Tensor) -> bool:
 
 
 def mark_padded(cu_seqlens: torch.Tensor) -> None:
-    """Record that some of the tokens that `cu_seqlens` counts are padding, for `check_unpadded`."""
+    """Record that some of the tokens that `cu_seqlens` counts are padding, for `is_padded`."""
     _padded[id(cu_seqlens)] = cu_seqlens
 
 
-def check_unpadded(cu_seqlens: torch.Tensor, causal: bool) -> None:
-    """Raise `ValueError` for a mask without `causal` under which real tokens attend to padding of `pad_to_zigzag`.
-
-    With real lengths no token attends to padding, so callers need this check only without them.
-    """
-    if not causal and not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens:
-        raise ValueError(
-            "causal: expected True with the cu_seqlens of pad_to_zigzag, got False: every token would attend to the "
-            "padding of its sequence; give prepare_batch the real lengths"
-        )
+def is_padded(cu_seqlens) -> bool:
+    """Return whether `cu_seqlens` is an array that `mark_padded` got; copies and traced arrays are not known."""
+    return not torch.compiler.is_compiling() and _padded.get(id(cu_seqlens)) is cu_seqlens

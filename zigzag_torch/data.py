@@ -12,11 +12,12 @@ from zigzag_kernels.documents import DocumentPlan, check_labels, check_not_shift
 from zigzag_kernels.halo import sizes_of_documents
 
 from .arguments import check_tensor
-from .batch import Batch, prepare_batch
+from .batch import Batch
 from .parallel.agreement import agree, place_in, resolve
 from .parallel.collectives import all_gather
 from .plans import Parts, order_of_tokens
-from .shard import validate
+from .prepare import prepare_batch
+from .validate import validate
 
 INT64 = torch.iinfo(torch.int64)
 _OF_TOKENS = "attention_mask", "position_ids"  # entries of an example that say whether it is one whole document
@@ -138,14 +139,16 @@ class ShardedBatch:
             result["num_items_in_batch"] = self.num_targets.clamp(min=1) / shares
         return result
 
-    def validate(self, group=None) -> None:
-        """Raise `ValueError` if the ranks of `group` hold rows of different batches; the host waits for the device."""
-        common = {"group": group, "unsharded": self.fingerprint}
+    def validate(self, group=None, *, halo: int = 0, max_seqlen: int | None = None) -> None:
+        """Raise `ValueError` for invalid values, or if the ranks of `group` hold rows of different batches.
+
+        `halo` and `max_seqlen` are as in `zigzag_torch.validate`. The host waits for the device.
+        """
+        common = {"group": group, "unsharded": self.fingerprint, "halo": halo, "max_seqlen": max_seqlen}
         if self.layout == "document":
-            validate(self.parts, self.world_size, **common)
-            return
+            return validate(self.parts, self.world_size, **common)
         total, form = self.world_size * len(self.input_ids), {"layout": "row", "row_length": self.row_length}
-        validate(self.cu_seqlens, self.world_size, total, lengths=self.lengths, **form, **common)
+        return validate(self.cu_seqlens, self.world_size, total, lengths=self.lengths, **form, **common)
 
     def _map(self, function) -> "ShardedBatch":
         return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})

@@ -38,9 +38,10 @@ def pad_to_zigzag(
     reads the lengths. `value` is 0 for tokens; for labels, pass the index that the loss ignores, such as -100.
 
     In the document layout, padding tokens are keys at the end of their document. With a causal mask no real token sees
-    them; without it, every real token would. Therefore attention raises an error for `causal=False` with the
-    `cu_seqlens` of this function, unless `prepare_batch` gets the real `lengths`. In the row layout, padding belongs to
-    no document, so that every mask is correct.
+    them; without it, every real token would. For `causal=False`, give `prepare_batch` the real `lengths`. Without them,
+    attention raises an error for the `cu_seqlens` of this function, and for a batch that was prepared from them; a copy
+    of the offsets alone, such as one on another device, looks like offsets without padding. In the row layout, padding
+    belongs to no document, so that every mask is correct.
     """
     check_tensor("x", x)
     layout = check_layout(layout)

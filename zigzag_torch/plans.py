@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from zigzag_kernels.batch_checks import check_parts
+from zigzag_kernels.batch_checks import check_halo, check_parts
 from zigzag_kernels.checks import check_int
 from zigzag_kernels.documents import DocumentPlan, fingerprint
 from zigzag_kernels.halo import HostSizes, sizes_of_documents
@@ -53,13 +53,14 @@ class Parts(NamedTuple):
         check_device("whole_cu_seqlens", whole, "split_cu_seqlens", split)
         return self
 
-    def values(self, world_size: int) -> tuple[list[int], list[int]]:
+    def values(self, world_size: int, halo: tuple[int, int]) -> tuple[list[int], list[int]]:
         """Return the values of `split_cu_seqlens` and of `split_lengths`; `ValueError` for values that no plan has.
 
-        The host reads them.
+        The host reads them. `halo` is (rows of a halo, promised longest real length), for `check_halo`.
         """
         whole, offsets, real = (x.tolist() for x in self[:3])
         check_parts(whole, offsets, real, world_size, self.whole_tokens, self.tokens)
+        check_halo(offsets, real, world_size, None, halo)
         return offsets, real
 
     @property

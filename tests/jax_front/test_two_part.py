@@ -142,6 +142,27 @@ def test_broken_plans_are_nan_on_all_ranks(backend):
     zigzag_jax.validate(plan, 2)
 
 
+def test_a_batch_of_documents_says_what_is_wrong_with_it():
+    documents = [list(range(40)), [1, 2], [3, 4, 5]]
+    batch = host.shard_documents(documents, 2, split_tokens=20)
+    zigzag_jax.validate(batch, 2, halo=10, max_seqlen=40)
+    in_row = host.shard_documents(documents, 2, layout="row")
+    zigzag_jax.validate(in_row, 2, layout="row", max_seqlen=40)
+    overfull = dataclasses.replace(
+        batch, whole_cu_seqlens=batch.whole_cu_seqlens + np.int32(99) * (np.arange(len(batch.whole_cu_seqlens)) > 0)
+    )
+    for given, options, message in (
+        (batch, {"halo": 11}, "expected chunks of at least the 11 rows of a halo, got 10"),
+        (batch, {"max_seqlen": 39}, "max_seqlen: expected at least the 40 tokens"),
+        (in_row, {"layout": "row", "max_seqlen": 39}, "max_seqlen: expected at least the 40 tokens"),
+        (overfull, {}, "whole_cu_seqlens: expected"),
+        (in_row, {}, "layout: expected that of the batch, 'row', got 'document'"),
+        (batch, {"total": 46}, "total: expected None with a plan, got 46"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            zigzag_jax.validate(given, 2, **options)
+
+
 @pytest.mark.parametrize("backend", [KERNELS, "reference"])
 def test_a_batch_without_rows_has_no_rows_of_results(backend):
     """XLA has no collectives of such arrays."""

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import zigzag_jax
 import zigzag_torch
 from tests.support.machine import GPU
+from tests.support.spread import mesh_of
 
 PACKAGES = {
     "torch": (zigzag_torch, functools.partial(torch.tensor, device="cuda" if GPU else "cpu")),
@@ -181,3 +183,47 @@ def test_real_lengths_make_padding_harmless_without_a_causal_mask(package):
         attend(cu_seqlens)
     batch = module.prepare_batch(cu_seqlens, 0, W, lengths=array(np.array([3, 7], np.int32)), backend="reference")
     assert not all_nan([attend(batch)])
+
+
+REFUSED = "causal: expected True with the cu_seqlens of pad_to_zigzag, got False"
+
+
+def test_copies_of_a_batch_remember_that_its_offsets_count_padding():
+    """Such as the batch that `Batch.to` makes, or one that was prepared in `torch.inference_mode`."""
+    x, cu_seqlens = zigzag_torch.pad_to_zigzag(torch.ones(10, 1, 16), [0, 3, 10], W)
+    batch = zigzag_torch.prepare_batch(cu_seqlens, 0, W, backend="reference")
+    copies = [pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, batch)]
+    with torch.inference_mode():
+        copies.append(zigzag_torch.prepare_batch(cu_seqlens, 0, W, backend="reference"))
+    for copy in copies:
+        attend = functools.partial(zigzag_torch.zigzag_attention_gathered, x[:6], x, x, copy, 0, W, backend="reference")
+        attend()
+        with pytest.raises(ValueError, match=REFUSED):
+            attend(causal=False)
+
+
+def test_whole_arrays_of_jax_are_refused_if_real_tokens_would_attend_to_padding():
+    x, cu_seqlens = zigzag_jax.pad_to_zigzag(np.ones((10, 1, 16), np.float32), np.array([0, 3, 10]), W)
+    make = functools.partial(zigzag_jax.make_zigzag_attention, mesh_of(W), backend="reference")
+    full, lengths = make(causal=False), np.array([3, 7], np.int32)
+    for given in (cu_seqlens, full.prepare_batch(cu_seqlens)):
+        with pytest.raises(ValueError, match=REFUSED):
+            jax.eval_shape(lambda x, given=given: full(x, x, x, given), x)
+    for attend, given in (
+        (full, full.prepare_batch(cu_seqlens, lengths)),
+        (make(causal=False, window_size=(4, 0)), cu_seqlens),
+        (make(), cu_seqlens),
+    ):
+        jax.eval_shape(lambda x, attend=attend, given=given: attend(x, x, x, given), x)
+
+
+def test_rows_that_were_never_sharded_are_refused_if_the_whole_batch_is_known(package):
+    module, array = package
+    q, kv = (array(np.ones((rows, 1, 16), np.float32)) for rows in (24, 48))
+    known = {"unsharded": array(np.arange(24)), "backend": "reference"}
+    batch = module.prepare_batch(array(OFFSETS), 0, W, **known)
+    with pytest.raises(ValueError, match="q: expected the rows of one of 2 ranks, got the 24 rows that `unsharded`"):
+        module.zigzag_attention_gathered(q, kv, kv, batch, 0, W, backend="reference")
+    attention(package, batch, 0, "reference")
+    alone = module.prepare_batch(array(OFFSETS), **known)
+    module.zigzag_attention_gathered(q, q, q, alone, 0, 1, backend="reference")

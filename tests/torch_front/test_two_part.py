@@ -193,6 +193,26 @@ def test_a_plan_takes_no_other_lengths_layout_ranks_or_missing_group():
         zigzag_torch.zigzag_attention_gathered(q, torch.zeros(92, 2, 16), torch.zeros(92, 2, 16), batch, 0, 2)
 
 
+def test_parts_and_a_batch_of_documents_name_limits_that_they_break():
+    """Of halos and promised lengths, for which attention is NaN."""
+    parts = Parts.of_plan(CASES[0].plan, 0)
+    zigzag_torch.validate(parts, 2, halo=9, max_seqlen=33)
+    batch = zigzag_torch.shard_documents([list(range(40)), [1, 2]], 0, 2, split_above=0)
+    batch.validate(halo=10, max_seqlen=40)
+    in_row = zigzag_torch.shard_documents([list(range(40)), [1, 2]], 0, 2, layout="row")
+    in_row.validate(max_seqlen=40)
+    for broken, message in (
+        (lambda: zigzag_torch.validate(parts, 2, halo=10), "expected chunks of at least the 10 rows of a halo, got 9"),
+        (lambda: zigzag_torch.validate(parts, 2, max_seqlen=32), "max_seqlen: expected at least the 33 tokens"),
+        (lambda: zigzag_torch.validate(parts, 2, total=92), "total: expected None with a plan, got 92"),
+        (lambda: batch.validate(halo=11), "expected chunks of at least the 11 rows of a halo, got 10"),
+        (lambda: batch.validate(max_seqlen=39), "max_seqlen: expected at least the 40 tokens"),
+        (lambda: in_row.validate(max_seqlen=39), "max_seqlen: expected at least the 40 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            broken()
+
+
 def test_operators_of_two_parts_know_their_shapes():
     """What `torch.compile` assumes of the tables is what they are, for both methods."""
     from zigzag_torch.autograd import segment_tables

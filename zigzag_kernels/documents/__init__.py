@@ -2,7 +2,7 @@
 
 from .dealing import deal_documents
 from .packed import PackedBatch, check_labels, check_not_shifted, fingerprint, pack_documents
-from .plan import DocumentPlan, Undivided, check_plan
+from .plan import DocumentPlan, Undivided, check_no_options, check_plan
 from .planner import plan_documents
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PackedBatch",
     "Undivided",
     "check_labels",
+    "check_no_options",
     "check_not_shifted",
     "check_plan",
     "deal_documents",

@@ -197,13 +197,18 @@ def check_plan(
     """
     if check_world_size(world_size) != plan.world_size:
         raise ValueError(f"world_size: expected that of the plan, {plan.world_size}, got {world_size}")
+    check_no_options(layout=layout, row_length=row_length, lengths=lengths, total=total)
+    assert plan.serves
+    return plan
+
+
+def check_no_options(*, layout: str, row_length: int | None, lengths, total: int | None) -> None:
+    """Raise `ValueError` unless options that a plan decides have their defaults."""
     if layout != Layout.DOCUMENT:
         raise ValueError(f"layout: expected {Layout.DOCUMENT} with a plan, got {str(layout)!r}")
     for name, given in (("row_length", row_length), ("lengths", lengths), ("total", total)):
         if given is not None:
             raise ValueError(f"{name}: expected None with a plan, got {given!r}")
-    assert plan.serves
-    return plan
 
 
 def split_work(length: int, world_size: int, mask: Mask) -> list[int]:

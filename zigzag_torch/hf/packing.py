@@ -3,9 +3,10 @@
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..batch import Batch, prepare_batch
+from ..batch import Batch
+from ..prepare import prepare_batch
 from ..segment_ids import cu_seqlens_from_position_ids
-from ..shard import validate
+from ..validate import validate
 
 # The batches that exist, by one of the tensors that describe them. All layers of a model get the same tensors, so the
 # first layer makes the batch, and later layers find it here: building tables costs kernel launches.
