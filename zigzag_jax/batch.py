@@ -56,7 +56,7 @@ class Batch:
             `lengths` then describe only split documents. None: all documents are split.
         whole_tokens, tokens: for a plan of documents, the rows of each rank for whole documents, and all of its rows;
             otherwise 0.
-        padded: whether the offsets are those of `pad_to_zigzag`, for batches with padding. Attention then needs a
+        padded: whether the offsets come from `pad_to_zigzag` and count padding. Attention then needs a
             causal mask, or `lengths`.
         unsharded_rows: rows of the whole batch, if `prepare_batch` got it as `unsharded`; otherwise 0.
 

@@ -254,7 +254,7 @@ class _Shared:
 
 
 def _prepare_shard(options: dict[str, Any], parts: Parts | None, **shard: jax.Array) -> Batch:
-    """Return the batch of one device, from its `shard` of the arrays; `parts` has the numbers of rows of a plan."""
+    """Return the batch of one device from its `shard` of the arrays; `parts` has the row counts of a plan."""
     if parts is not None:
         whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
         return prepare_batch(Parts(whole, split, real, parts.whole_tokens, parts.tokens), **shard, **options)

@@ -45,7 +45,7 @@ class Batch:
             otherwise 0.
         halo: rows of a halo with method "halo", if a window or a length was given; otherwise 0.
         max_seqlen: the promised longest real length of a document; 0 without a promise.
-        padded: whether the offsets are those of `pad_to_zigzag`, for batches with padding. Attention then needs a
+        padded: whether the offsets come from `pad_to_zigzag` and count padding. Attention then needs a
             causal mask, or `lengths`.
         unsharded_rows: rows of the whole batch, if `prepare_batch` got it as `unsharded`; otherwise 0.
     """
