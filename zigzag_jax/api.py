@@ -1,5 +1,8 @@
 """The public calls: `zigzag_attention` and `zigzag_attention_gathered`."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,23 +203,20 @@ def zigzag_attention(
     return_lse = as_flag("return_lse", return_lse)
     check_layout(layout)
     by_default, backend = backend is None, launch.choose_backend(backend)
-    rank, world_size = (0, 1) if axis_name is None else place_on(axis_name)
-    given = cu_seqlens is not None
-    batched = batch_shape(q.shape, k.shape, v.shape, given and layout != Layout.ROW)
+    place = _Place(axis_name, *((0, 1) if axis_name is None else place_on(axis_name)))
+    equal_lengths = cu_seqlens is None
+    batched = batch_shape(q.shape, k.shape, v.shape, not equal_lengths and layout != Layout.ROW)
     if batched:
         q, k, v = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-    size, length = batched or (1, q.shape[0])
+    shape = batched or (1, q.shape[0])
     if method is None:
-        mask, form = (causal, window_size, attention_chunk), layout if given else None
+        mask, form = (causal, window_size, attention_chunk), None if equal_lengths else layout
         batch = cu_seqlens if isinstance(cu_seqlens, Batch) else None
-        batch, method = halo.method_of_call(batch, mask, (size, length), form, world_size, heads_k_stride)
+        batch, method = halo.method_of_call(batch, mask, shape, form, place.world_size, heads_k_stride)
         cu_seqlens = cu_seqlens if batch is None else batch
     check_method(method)
     if cu_seqlens is None:
-        layout = Layout.DOCUMENT  # rows of one sequence each
-        if world_size > 1 and length % 2:
-            raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
-        cu_seqlens = np.array([i * length * world_size for i in range(size + 1)], np.int32)
+        layout, cu_seqlens = Layout.DOCUMENT, _equal_lengths(shape, place.world_size)
     call = make_call_spec(
         head_dim=_head_dim(q),
         backend=backend,
@@ -237,28 +237,17 @@ def zigzag_attention(
         whole_documents=cu_seqlens.whole_documents if isinstance(cu_seqlens, Batch) else 0,
     )
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
-        check_varying(cu_seqlens, axis_name, q, k, v)
-    form = _form(call, cu_seqlens, world_size, (size, length))
-    batch = _batch_on(cu_seqlens, (rank, world_size), method, axis_name, form, size * length)
-    check_varying(batch, axis_name, q, k, v)
-    check_padding_unseen(batch.padded, call.causal, call.has_lengths)
-    if method == Method.HALO and world_size > 1:
-        call, batch = halo.with_halo(call, batch, q.shape[0], 0 if given else world_size * length)
-        if given and not isinstance(cu_seqlens, Batch):
-            check_documents(cu_seqlens, world_size, batch.row_length or None, call.halo)
-    if given:
-        batch = compare_if_untyped(batch, axis_name, rank)
-    kv_layout = KVLayout.PEER if world_size > 1 else KVLayout.GATHERED
-    problem = _make_problem(q, k, v, batch, call, kv_layout, packed_rows=size if batched else None)
+    call, batch = _batch_of_call(cu_seqlens, call, place, shape, (q, k, v), equal_lengths=equal_lengths)
+    kv_layout = KVLayout.PEER if place.world_size > 1 else KVLayout.GATHERED
+    problem = _make_problem(q, k, v, batch, call, kv_layout, packed_rows=batched[0] if batched else None)
     inputs = Inputs(q, k, v, None if sinks is None else as_sinks(sinks, problem.heads))
-    check_rows_vary(axis_name, rank, q=q, k=k, v=v)
+    check_rows_vary(axis_name, place.rank, q=q, k=k, v=v)
     transport = choose_transport(problem, axis_name)
     out, lse, largest = _attend(transport, inputs, batch, return_lse, by_default=by_default)
     if batched:
-        out = out.reshape(size, length, *out.shape[1:])
+        out = out.reshape(*batched, *out.shape[1:])
         if lse is not None:
-            lse = lse.reshape(lse.shape[0], size, length).swapaxes(0, 1)
+            lse = lse.reshape(lse.shape[0], *batched).swapaxes(0, 1)
     if largest is not None and axis_name is not None:
         largest = largest_on(axis_name, largest)
     return _asked_for(out, lse, largest)
@@ -286,12 +275,51 @@ def _has_lengths(cu_seqlens: Array | Batch) -> bool:
     return isinstance(cu_seqlens, Batch) and cu_seqlens.lengths is not None
 
 
-def _batch_on(cu_seqlens: Array | Batch, place: tuple, method: str, axis_name, form: Form, tokens: int) -> Batch:
-    """Return `as_batch` of the arguments; a batch that was prepared on the mesh axis already has the device's rank."""
-    rank, world_size = place
+class _Place(NamedTuple):
+    """The mesh axis of a call, the rank of the device on it, and the number of ranks."""
+
+    axis_name: AxisName | None
+    rank: int | jax.Array
+    world_size: int
+
+
+def _equal_lengths(shape: tuple[int, int], world_size: int) -> np.ndarray:
+    """Return the offsets of sequences of equal length; `shape` is (sequences, rows of each on every rank)."""
+    size, length = shape
+    if world_size > 1 and length % 2:
+        raise ValueError(f"q: expected an even number of tokens of a sequence on each rank, got {length}")
+    return np.array([i * length * world_size for i in range(size + 1)], np.int32)
+
+
+def _batch_of_call(
+    cu_seqlens: Array | Batch,
+    call: CallSpec,
+    place: _Place,
+    shape: tuple[int, int],
+    qkv: tuple[jax.Array, ...],
+    *,
+    equal_lengths: bool,
+) -> tuple[CallSpec, Batch]:
+    """Return `call` with its halo, and the batch of a rank; `ValueError` unless both fit the rows `qkv`.
+
+    `shape` is (sequences or packed rows, rows of each on this rank). `equal_lengths` says that the offsets follow from
+    `shape`, so that ranks need not compare them.
+    """
+    axis_name, rank, world_size = place
+    if isinstance(cu_seqlens, Batch) and cu_seqlens.world_size == world_size:
+        check_varying(cu_seqlens, axis_name, *qkv)
+    own_rank = rank
     if isinstance(cu_seqlens, Batch) and axis_name is not None and cu_seqlens.compared_by == axis_name:
-        rank = cu_seqlens.rank
-    return as_batch(cu_seqlens, rank, world_size, method, form, tokens)
+        own_rank = cu_seqlens.rank  # a batch that was prepared on the mesh axis has the rank of the device
+    form, tokens = _form(call, cu_seqlens, world_size, shape), math.prod(shape)
+    batch = as_batch(cu_seqlens, own_rank, world_size, call.method.value, form, tokens)
+    check_varying(batch, axis_name, *qkv)
+    check_padding_unseen(batch.padded, call.causal, call.has_lengths)
+    if call.method == Method.HALO and world_size > 1:
+        call, batch = halo.with_halo(call, batch, tokens, world_size * shape[1] if equal_lengths else 0)
+        if not (equal_lengths or isinstance(cu_seqlens, Batch)):
+            check_documents(cu_seqlens, world_size, batch.row_length or None, call.halo)
+    return call, batch if equal_lengths else compare_if_untyped(batch, axis_name, rank)
 
 
 def _head_dim(q: Array) -> int:
