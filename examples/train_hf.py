@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 import hf_model
 from text import Room, documents
@@ -159,14 +159,53 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace, device: torch.device) -> dict:
     """Train; return losses by step in nats a token, their tokens, tokens a second, MFU and peak memory in GiB."""
+    mesh = make_mesh(arguments, device)
+    group = mesh["cp"]
+    config = hf_model.make_config(arguments.model, arguments.layers, arguments.context)
+    model, weights = make_model(arguments, config, group, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=device.type == "cuda")
+    checkpoints = Checkpoints(arguments.save, model, optimizer)
+    done = checkpoints.load()
+    steps = range(done, arguments.steps)
+    record = Record(device, arguments.peak)
+    quiet = True if dist.get_rank() else None  # None: no bar where it would fill a log
+    batches = tqdm(
+        make_loader(arguments, mesh, steps, device), initial=done, total=arguments.steps, unit="step", disable=quiet
+    )
+    with batches as progress:
+        start = time.perf_counter()
+        for step, batch in zip(steps, progress, strict=True):
+            inputs = batch.to(device, non_blocking=True)
+            kwargs = hf_model.model_inputs(inputs, arguments.attention, group, arguments.method)
+            share, loss = hf_model.mean_loss(model(inputs.labels, **kwargs), inputs.labels)
+            share.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = loss.item()  # the host waits here, once a step
+            seconds = time.perf_counter() - start
+            report = record.add(loss, seconds, *hf_model.step_work(config, weights, batch, device))
+            progress.set_postfix_str(report)
+            if not dist.get_rank():
+                progress.write(f"step {step + 1}: {report}")
+            if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
+                checkpoints.save(step + 1)
+            start = time.perf_counter()
+    return {"first": done} | record.results()
+
+
+def make_mesh(arguments: argparse.Namespace, device: torch.device) -> DeviceMesh:
+    """The mesh of all processes: axis "dp" has the replicas, axis "cp" the ranks that share a batch."""
     world_size = dist.get_world_size()
     replicas = arguments.replicas if arguments.attention == "zigzag" else world_size
     if world_size % replicas:
         raise ValueError(f"--replicas: expected a divisor of the {world_size} processes, got {replicas}")
-    mesh = init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("dp", "cp"))
-    group = mesh["cp"]
+    return init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("dp", "cp"))
 
-    config = hf_model.make_config(arguments.model, arguments.layers, arguments.context)
+
+def make_model(
+    arguments: argparse.Namespace, config: PreTrainedConfig, group: DeviceMesh, device: torch.device
+) -> tuple[torch.nn.Module, int]:
+    """The model, sharded over all processes, and the number of weights that multiply every token."""
     model = hf_model.make_model(arguments.model, config, arguments.attention, device, arguments.seed)
     if arguments.attention == "zigzag":
         hf.use_mesh(model, group, method=arguments.method)
@@ -178,52 +217,45 @@ def train(arguments: argparse.Namespace, device: torch.device) -> dict:
     if model.get_output_embeddings().weight is embedding:
         weights += embedding.numel()
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    everybody = init_device_mesh(device.type, (world_size,))
-    model = hf_model.sharded(model, everybody, dtype, offload=arguments.offload)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, fused=fused)
-    checkpoints = Checkpoints(arguments.save, model, optimizer)
-    done = checkpoints.load()
+    everybody = init_device_mesh(device.type, (dist.get_world_size(),))
+    return hf_model.sharded(model, everybody, dtype, offload=arguments.offload), weights
 
+
+def make_loader(arguments: argparse.Namespace, mesh: DeviceMesh, steps: range, device: torch.device) -> DataLoader:
+    """The loader of this process's rows of each of the `steps`."""
     room = Room(arguments.tokens, arguments.documents)
-    text = Steps(read_text(arguments), room, arguments.seed, mesh["dp"].get_local_rank(), replicas)
-    collate = ZigzagCollator(group, tokens=room.rows(group.size()), max_documents=room.documents)
-    steps = range(done, arguments.steps)
-    loader = DataLoader(text, batch_size=None, sampler=steps, collate_fn=collate, pin_memory=device.type == "cuda")
+    text = Steps(read_text(arguments), room, arguments.seed, mesh["dp"].get_local_rank(), mesh["dp"].size())
+    collate = ZigzagCollator(mesh["cp"], tokens=room.rows(mesh["cp"].size()), max_documents=room.documents)
+    return DataLoader(text, batch_size=None, sampler=steps, collate_fn=collate, pin_memory=device.type == "cuda")
 
-    peak = arguments.peak or next((x for name, x in PEAKS.items() if name in _name(device)), None)
-    losses, times, rates, seen = [], [], [], []
-    quiet = True if dist.get_rank() else None  # None: no bar where it would fill a log
-    with tqdm(loader, initial=done, total=arguments.steps, unit="step", disable=quiet) as progress:
-        start = time.perf_counter()
-        for step, batch in zip(steps, progress, strict=True):
-            inputs = batch.to(device, non_blocking=True)
-            kwargs = hf_model.model_inputs(inputs, arguments.attention, group, arguments.method)
-            share, loss = hf_model.mean_loss(model(inputs.labels, **kwargs), inputs.labels)
-            share.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())  # the host waits here, once a step
-            times.append(time.perf_counter() - start)
-            tokens, flops = hf_model.step_work(config, weights, batch, device)
-            seen.append(tokens)
-            rates.append((tokens / times[-1], flops / world_size / times[-1] / peak if peak else None))
-            report = f"loss {losses[-1]:.4f}, {_speed(*rates[-1], device)}"
-            progress.set_postfix_str(report)
-            if not dist.get_rank():
-                progress.write(f"step {step + 1}: {report}")
-            if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
-                checkpoints.save(step + 1)
-            start = time.perf_counter()
-    if not losses:
-        return {"first": done, "losses": []}
-    measured = rates[min(2, len(rates) - 1) :]  # the first steps compile kernels and fill caches
-    tokens = statistics.median(x for x, _ in measured)
-    mfu = statistics.median(x for _, x in measured) if peak else None
-    if not dist.get_rank():
-        print(f"median: {_speed(tokens, mfu, device)}")
-    speed = {"tokens_per_second": tokens, "mfu": mfu, "peak_gib": _memory(device)}
-    return {"first": done, "losses": losses, "tokens": seen} | speed
+
+class Record:
+    """The losses, tokens and speed of the steps of this process."""
+
+    def __init__(self, device: torch.device, peak: float | None):
+        self.device = device
+        self.peak = peak or next((x for name, x in PEAKS.items() if name in _name(device)), None)
+        self.losses, self.tokens, self.rates = [], [], []
+
+    def add(self, loss: float, seconds: float, tokens: int, flops: int) -> str:
+        """Record a step, and return a report of it; `tokens` and `flops` are sums over all processes."""
+        mfu = flops / dist.get_world_size() / seconds / self.peak if self.peak else None
+        self.losses.append(loss)
+        self.tokens.append(tokens)
+        self.rates.append((tokens / seconds, mfu))
+        return f"loss {loss:.4f}, {_speed(*self.rates[-1], self.device)}"
+
+    def results(self) -> dict:
+        """The losses, tokens, median speed and peak memory; process 0 prints the median."""
+        if not self.losses:
+            return {"losses": []}
+        measured = self.rates[min(2, len(self.rates) - 1) :]  # the first steps compile kernels and fill caches
+        rate = statistics.median(x for x, _ in measured)
+        mfu = statistics.median(x for _, x in measured) if self.peak else None
+        if not dist.get_rank():
+            print(f"median: {_speed(rate, mfu, self.device)}")
+        speed = {"tokens_per_second": rate, "mfu": mfu, "peak_gib": _memory(self.device)}
+        return {"losses": self.losses, "tokens": self.tokens} | speed
 
 
 def _name(device: torch.device) -> str:
