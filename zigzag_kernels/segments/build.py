@@ -10,44 +10,26 @@ import triton
 import triton.language as tl
 
 from .dealt import keys_of_halo, load_held, local_row, make_form, part_in_chunk, read_batch
+from .entries import Keys, Rows, store_half, store_segments, store_sequences
 from .fields import (
-    HALF_FIELDS,
-    HALF_FIRST_POSITION,
-    HALF_KV_LEN,
-    HALF_POSITION,
-    HALF_Q_LEN,
     HALF_Q_ROW,
-    SEGMENT_EARLY_KEYS,
-    SEGMENT_EARLY_POSITION,
     SEGMENT_FIELDS,
-    SEGMENT_FIRST_POSITION,
     SEGMENT_KEYS,
-    SEGMENT_KV_CHUNK,
     SEGMENT_KV_LEN,
-    SEGMENT_KV_ROW,
-    SEGMENT_LATE_POSITION,
-    SEGMENT_PLACE,
-    SEGMENT_POSITION,
     SEGMENT_Q_LEN,
     SEGMENT_Q_ROW,
-    SEGMENT_REAL,
     SEGMENT_TOKENS_BEFORE,
-    SEQUENCE_EARLY_KEYS,
-    SEQUENCE_EARLY_POSITION,
     SEQUENCE_FIELDS,
     SEQUENCE_HALVES,
     SEQUENCE_KEYS,
     SEQUENCE_KEYS_BEFORE,
     SEQUENCE_KV_CHUNK,
     SEQUENCE_KV_ROW,
-    SEQUENCE_LATE_POSITION,
-    SEQUENCE_PLACE,
-    SEQUENCE_REAL,
 )
 
 
 class HeldKeys(NamedTuple):
-    """The places of the keys of `[BLOCK]` sequences in the K/V buffer: columns that both tables have."""
+    """The keys of `[BLOCK]` sequences that are in the K/V buffer, and their places there."""
 
     kv_row: tl.tensor
     keys: tl.tensor
@@ -57,15 +39,20 @@ class HeldKeys(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The columns of `[BLOCK]` entries of the segment table, and the weights that decide the order of entries."""
+    """`[BLOCK]` segments, and the weights that decide the order of entries."""
 
-    q_row: tl.tensor
-    q_len: tl.tensor
-    position: tl.tensor
-    kv_len: tl.tensor
-    first_position: tl.tensor
+    rows: Rows
     weight: tl.tensor  # number of keys that the last row sees
     keys: tl.tensor
+
+
+class Places(NamedTuple):
+    """The places of `[BLOCK]` entries in the tables, by weight, and the tokens of all entries before them."""
+
+    segment: tl.tensor
+    rows_before: tl.tensor
+    sequence: tl.tensor
+    keys_before: tl.tensor
 
 
 @triton.jit
@@ -139,17 +126,75 @@ def _make_segment(batch, index, FORM: tl.constexpr):
             chunk_before = tl.where(late & (batch.rank == WORLD_SIZE - 1), 0, chunk)  # chunk 0 needs no keys
             apart = tl.where(keys_of_halo(batch, held, chunk_before) > 0, tl.minimum(q_len, batch.halo), 0)
             q_row, q_len, first_position = q_row + apart, q_len - apart, first_position + apart
-    return Segment(
+    rows = Rows(
         q_row=batch.first_row + q_row,
         q_len=q_len,
         position=position,
         kv_len=kv_len,
         first_position=first_position,
+    )
+    return Segment(
+        rows=rows,
         # Without a window the last row sees the most keys. With a window this weight is too large and the order less
         # good, but results do not depend on the order.
         weight=first_position + q_len if FORM.ROW or FORM.HALO else tl.minimum(position + q_len, kv_len),
         keys=keys,
     )
+
+
+@triton.jit
+def _rank_entries(batch, index, segment, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the `Places` of the entries numbered `index`, heaviest first.
+
+    The place of an entry is the number of heavier entries, and its first column is the sum of their tokens. Both are
+    sums over all entries, so the kernel needs no sort. The weight of an entry is the cost of its heaviest tile: for a
+    segment the number of keys that its last row sees, for a sequence its length.
+    """
+    place = tl.zeros([BLOCK], tl.int32)
+    rows_before = tl.zeros([BLOCK], tl.int32)
+    sequence_place = tl.zeros([BLOCK], tl.int32)
+    keys_before = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, 2 * batch.n_sequences, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        others = _make_segment(batch, other, FORM)
+        earlier = other[None, :] < index[:, None]
+        # Compare all pairs of entries, a block at a time. If two weights are equal, the entry with the lower number
+        # comes first, so that no two entries get the same place.
+        heavier = others.weight[None, :] > segment.weight[:, None]
+        before = heavier | ((others.weight[None, :] == segment.weight[:, None]) & earlier)
+        before = before & (other < 2 * batch.n_sequences)[None, :]
+        place += tl.sum(before.to(tl.int32), 1)
+        rows_before += tl.sum(tl.where(before, others.rows.q_len[None, :], 0), 1)
+        # Compare sequences in the same way; their numbers are below batch.n_sequences.
+        longer = others.keys[None, :] > segment.keys[:, None]
+        longer = longer | ((others.keys[None, :] == segment.keys[:, None]) & earlier)
+        longer = longer & (other < batch.n_sequences)[None, :]
+        sequence_place += tl.sum(longer.to(tl.int32), 1)
+        keys_before += tl.sum(tl.where(longer, others.keys[None, :], 0), 1)
+    return Places(place, rows_before, sequence_place, keys_before)
+
+
+@triton.jit
+def _store_padding(segments_ptr, sequences_ptr, batch, end_row, used, valid, FORM: tl.constexpr):
+    """Store the last entry of each table: the rows and keys behind the last sequence, after `used` tokens."""
+    # -1 keys tell every kernel that the batch is invalid: `load_segment` then gives all rows to this entry, and they
+    # become NaN.
+    no_keys = tl.where(valid, 0, -1)
+    padding_ptr = segments_ptr + 2 * batch.n_sequences * SEGMENT_FIELDS
+    tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used // FORM.WORLD_SIZE)
+    tl.store(padding_ptr + SEGMENT_Q_ROW, batch.first_row + used // FORM.WORLD_SIZE)
+    for field in tl.static_range(SEGMENT_Q_LEN, SEGMENT_FIELDS):
+        tl.store(padding_ptr + field, 0)
+    tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
+    tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
+    tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
+    padding_ptr = sequences_ptr + batch.n_sequences * SEQUENCE_FIELDS
+    tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, used // FORM.WORLD_SIZE if FORM.PEER else used)
+    tl.store(padding_ptr + SEQUENCE_KV_ROW, used if FORM.CONTIGUOUS else used // FORM.WORLD_SIZE)
+    for field in tl.static_range(SEQUENCE_KV_CHUNK, SEQUENCE_FIELDS):
+        tl.store(padding_ptr + field, 0)
+    tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
+    tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, batch.first_row + used // FORM.WORLD_SIZE)
 
 
 @triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row", "halo", "longest"])
@@ -185,10 +230,6 @@ def build_segments(
     With `HALO` there is one step. Its tables have the rank's own keys and the rows that need no other keys; the kernel
     of `halo.py` writes the tables for all other rows. Memory for `2 * n_sequences + 1` entries is reserved for this
     sequence table, and it fills the last `n_sequences + 1` of them.
-
-    The place of an entry is the number of heavier entries, and its first column is the sum of their tokens. Both are
-    sums over all entries, so the kernel needs no sort. The weight of an entry is the cost of its heaviest tile: for a
-    segment the number of keys that its last row sees, for a sequence its length.
     """
     FORM: tl.constexpr = make_form(WORLD_SIZE, PEER, CONTIGUOUS, ROW, HAS_LENGTHS, HALO)
     offsets = tl.arange(0, BLOCK)
@@ -203,91 +244,32 @@ def build_segments(
     n_readable = batch.n_readable
 
     segment = _make_segment(batch, index, FORM)
-    place = tl.zeros([BLOCK], tl.int32)
-    rows_before = tl.zeros([BLOCK], tl.int32)
-    sequence_place = tl.zeros([BLOCK], tl.int32)
-    keys_before = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, 2 * n_sequences, BLOCK):
-        other = first + offsets
-        others = _make_segment(batch, other, FORM)
-        earlier = other[None, :] < index[:, None]
-        # Compare all pairs of entries, a block at a time. If two weights are equal, the entry with the lower number
-        # comes first, so that no two entries get the same place.
-        heavier = others.weight[None, :] > segment.weight[:, None]
-        before = heavier | ((others.weight[None, :] == segment.weight[:, None]) & earlier)
-        before = before & (other < 2 * n_sequences)[None, :]
-        place += tl.sum(before.to(tl.int32), 1)
-        rows_before += tl.sum(tl.where(before, others.q_len[None, :], 0), 1)
-        # Compare sequences in the same way; their numbers are below n_sequences.
-        longer = others.keys[None, :] > segment.keys[:, None]
-        longer = longer | ((others.keys[None, :] == segment.keys[:, None]) & earlier)
-        longer = longer & (other < n_sequences)[None, :]
-        sequence_place += tl.sum(longer.to(tl.int32), 1)
-        keys_before += tl.sum(tl.where(longer, others.keys[None, :], 0), 1)
-
+    places = _rank_entries(batch, index, segment, FORM, BLOCK)
     late = index < n_sequences
     number = tl.where(late, index, index - n_sequences)
     held = load_held(batch, number, number < n_readable, FORM)
     held_keys = _hold_keys(batch, held, FORM)
-    # In the buffer of a peer, the keys of a sequence follow each other from its first key on, wherever chunks end.
-    slot_place = tl.zeros_like(held.place) if PEER else held.place
-    segment_ptrs = segments_ptr + place * SEGMENT_FIELDS
-    is_segment = index < 2 * n_sequences
-    tl.store(segment_ptrs + SEGMENT_TOKENS_BEFORE, rows_before, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_Q_ROW, segment.q_row, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_Q_LEN, segment.q_len, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_POSITION, segment.position, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_KV_LEN, segment.kv_len, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_KV_ROW, held_keys.kv_row, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_KV_CHUNK, held.chunk_length, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_KEYS, segment.keys, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_FIRST_POSITION, segment.first_position, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_REAL, held.real, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_EARLY_POSITION, held_keys.early_position, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_EARLY_KEYS, held_keys.early_keys, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_LATE_POSITION, held_keys.late_position, mask=is_segment)
-    tl.store(segment_ptrs + SEGMENT_PLACE, slot_place, mask=is_segment)
-
-    sequence_ptrs = sequences_ptr + sequence_place * SEQUENCE_FIELDS
-    tl.store(sequence_ptrs + SEQUENCE_KEYS_BEFORE, keys_before, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_KV_ROW, held_keys.kv_row, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_KV_CHUNK, held.chunk_length, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_KEYS, segment.keys, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_REAL, held.real, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_EARLY_POSITION, held_keys.early_position, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, held_keys.early_keys, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, held_keys.late_position, mask=late)
-    tl.store(sequence_ptrs + SEQUENCE_PLACE, slot_place, mask=late)
+    keys = Keys(
+        kv_row=held_keys.kv_row,
+        kv_chunk=held.chunk_length,
+        keys=segment.keys,
+        real=held.real,
+        early_position=held_keys.early_position,
+        early_keys=held_keys.early_keys,
+        late_position=held_keys.late_position,
+        # In the buffer of a peer, the keys of a sequence follow each other from its first key on, wherever chunks end.
+        place=tl.zeros_like(held.place) if PEER else held.place,
+    )
+    segment_ptrs = segments_ptr + places.segment * SEGMENT_FIELDS
+    store_segments(segment_ptrs, places.rows_before, segment.rows, keys, index < 2 * n_sequences)
+    sequence_ptrs = sequences_ptr + places.sequence * SEQUENCE_FIELDS
+    store_sequences(sequence_ptrs, places.keys_before, keys, late)
     # A program that owns a tile of keys needs the rows that see them: the entry of a sequence also has its two
     # segments, late and early.
     for half in tl.static_range(2):
         halved = _make_segment(batch, index + half * n_sequences, FORM)
-        half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half
-        tl.store(half_ptrs + HALF_Q_ROW, halved.q_row, mask=late)
-        tl.store(half_ptrs + HALF_Q_LEN, halved.q_len, mask=late)
-        tl.store(half_ptrs + HALF_POSITION, halved.position, mask=late)
-        tl.store(half_ptrs + HALF_KV_LEN, halved.kv_len, mask=late)
-        tl.store(half_ptrs + HALF_FIRST_POSITION, halved.first_position, mask=late)
+        store_half(sequence_ptrs, half, halved.rows, late)
 
     if tl.program_id(0) == 0:
-        # One program writes the last entry of each table: the rows and keys behind the last sequence.
         used = batch.total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
-        used = tl.where(valid, used, 0)
-        # -1 keys tell every kernel that the batch is invalid: `load_segment` then gives all rows to this entry, and
-        # they become NaN.
-        no_keys = tl.where(valid, 0, -1)
-        padding_ptr = segments_ptr + 2 * n_sequences * SEGMENT_FIELDS
-        tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used // WORLD_SIZE)
-        tl.store(padding_ptr + SEGMENT_Q_ROW, first_row + used // WORLD_SIZE)
-        for field in tl.static_range(SEGMENT_Q_LEN, SEGMENT_FIELDS):
-            tl.store(padding_ptr + field, 0)
-        tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
-        tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
-        tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
-        padding_ptr = sequences_ptr + n_sequences * SEQUENCE_FIELDS
-        tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, used // WORLD_SIZE if PEER else used)
-        tl.store(padding_ptr + SEQUENCE_KV_ROW, used if CONTIGUOUS else used // WORLD_SIZE)
-        for field in tl.static_range(SEQUENCE_KV_CHUNK, SEQUENCE_FIELDS):
-            tl.store(padding_ptr + field, 0)
-        tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
-        tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, first_row + used // WORLD_SIZE)
+        _store_padding(segments_ptr, sequences_ptr, batch, end_row, tl.where(valid, used, 0), valid, FORM)

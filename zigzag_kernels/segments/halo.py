@@ -1,15 +1,13 @@
 """The kernel that writes the tables of halos: rows that need keys of a neighbour, and rows that are sent."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .dealt import keys_of_halo, load_held, local_row, make_form, part_in_chunk, read_batch
+from .entries import Keys, Rows, store_half, store_sequences
 from .fields import (
-    HALF_FIELDS,
-    HALF_FIRST_POSITION,
-    HALF_KV_LEN,
-    HALF_POSITION,
-    HALF_Q_LEN,
     HALF_Q_ROW,
     SEGMENT_EARLY_KEYS,
     SEGMENT_EARLY_POSITION,
@@ -26,18 +24,23 @@ from .fields import (
     SEGMENT_Q_ROW,
     SEGMENT_REAL,
     SEGMENT_TOKENS_BEFORE,
-    SEQUENCE_EARLY_KEYS,
-    SEQUENCE_EARLY_POSITION,
     SEQUENCE_FIELDS,
     SEQUENCE_HALVES,
     SEQUENCE_KEYS,
     SEQUENCE_KEYS_BEFORE,
-    SEQUENCE_KV_CHUNK,
     SEQUENCE_KV_ROW,
-    SEQUENCE_LATE_POSITION,
-    SEQUENCE_PLACE,
-    SEQUENCE_REAL,
 )
+
+
+class Sums(NamedTuple):
+    """Sums over the segments, in their order: before each of `[BLOCK]` entries, and over `[BLOCK]` lanes of all."""
+
+    rows: tl.tensor  # rows that need keys of a neighbour
+    keys: tl.tensor
+    sent: tl.tensor
+    slot_row: tl.tensor  # rows of a slot that lie before the rows of the sequence
+    all_keys: tl.tensor
+    all_slot_keys: tl.tensor
 
 
 @triton.jit
@@ -68,6 +71,73 @@ def _halo(batch, index, FORM: tl.constexpr):
     own = tl.where(others > 0, tl.minimum(q_len, batch.halo), 0)
     sent = tl.where((index >= batch.n_sequences) & is_last, 0, keys_of_halo(batch, held, chunk + 1))
     return late, held, chunk, own, others, sent
+
+
+@triton.jit
+def _sum_before(batch, index, number, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the `Sums` for the segments numbered `index`, of the sequences `number`.
+
+    The first columns of the tables are sums over all earlier entries; each program computes the sums for its entries.
+    """
+    rows_before = tl.zeros([BLOCK], tl.int32)
+    keys_before = tl.zeros([BLOCK], tl.int32)
+    sent_before = tl.zeros([BLOCK], tl.int32)
+    slot_row = tl.zeros([BLOCK], tl.int32)
+    all_keys = tl.zeros([BLOCK], tl.int32)
+    all_slot_keys = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, 2 * batch.n_sequences, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        _, other_held, _, other_own, other_others, other_sent = _halo(batch, other, FORM)
+        slot_keys = tl.where(other < batch.n_sequences, _slot_keys(batch, other_held, FORM), 0)
+        before = other[None, :] < index[:, None]
+        rows_before += tl.sum(tl.where(before, other_own[None, :], 0), 1)
+        keys_before += tl.sum(tl.where(before, (other_own + other_others)[None, :], 0), 1)
+        sent_before += tl.sum(tl.where(before, other_sent[None, :], 0), 1)
+        slot_row += tl.sum(tl.where(other[None, :] < number[:, None], slot_keys[None, :], 0), 1)
+        all_keys += other_own + other_others
+        all_slot_keys += slot_keys
+    return Sums(rows_before, keys_before, sent_before, slot_row, all_keys, all_slot_keys)
+
+
+@triton.jit
+def _store_sent(ptrs, sent_before, q_row, q_len, sent, slots, mask):
+    """Store segments of the last `sent` rows of chunks; `slots` are (row in a slot, rows of the slot, place)."""
+    slot_row, slot_keys, place = slots
+    for field in tl.static_range(SEGMENT_FIELDS):
+        tl.store(ptrs + field, tl.zeros_like(sent), mask=mask)
+    tl.store(ptrs + SEGMENT_TOKENS_BEFORE, sent_before, mask=mask)
+    # The last rows of the chunk end, in the message, where the receiver's halo ends in its slot.
+    tl.store(ptrs + SEGMENT_Q_ROW, q_row + q_len - sent, mask=mask)
+    tl.store(ptrs + SEGMENT_Q_LEN, sent, mask=mask)
+    tl.store(ptrs + SEGMENT_KV_ROW, slot_row + slot_keys - sent, mask=mask)
+    tl.store(ptrs + SEGMENT_KV_CHUNK, slot_keys, mask=mask)
+    tl.store(ptrs + SEGMENT_PLACE, place, mask=mask)
+
+
+@triton.jit
+def _store_padding(segments_ptr, sequences_ptr, batch, end_row, used, valid, sums, FORM: tl.constexpr):
+    """Store the last entry of each table of halos, for the rows behind the `used` local rows."""
+    no_keys = tl.where(valid, 0, -1)
+    entries = 2 * batch.n_sequences + 1
+    for table in tl.static_range(1, 3):
+        padding_ptr = segments_ptr + (table * entries + 2 * batch.n_sequences) * SEGMENT_FIELDS
+        for field in tl.static_range(SEGMENT_FIELDS):
+            tl.store(padding_ptr + field, 0)
+        tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used)
+        tl.store(padding_ptr + SEGMENT_Q_ROW, batch.first_row + used)
+        tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
+        tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
+        tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
+    padding_ptr = sequences_ptr + (entries + 2 * batch.n_sequences) * SEQUENCE_FIELDS
+    for field in tl.static_range(SEQUENCE_FIELDS):
+        tl.store(padding_ptr + field, 0)
+    slots_end = tl.sum(sums.all_slot_keys)
+    if FORM.ROW:
+        slots_end = batch.total // tl.maximum(batch.row_length, 1) * batch.halo
+    tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, tl.sum(sums.all_keys))
+    tl.store(padding_ptr + SEQUENCE_KV_ROW, tl.where(valid, slots_end, 0))
+    tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
+    tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, batch.first_row + used)
 
 
 @triton.jit(do_not_specialize=["n_sequences", "row_length", "total", "first_row", "end_row", "halo", "longest"])
@@ -110,25 +180,9 @@ def build_halos(
     batch, valid = read_batch(pointers, n_sequences, rank, 1, rows, (halo, longest), FORM, BLOCK)
     late, held, chunk, own, others, sent = _halo(batch, index, FORM)
     number = tl.where(late, index, index - n_sequences)
-    rows_before = tl.zeros([BLOCK], tl.int32)
-    keys_before = tl.zeros([BLOCK], tl.int32)
-    sent_before = tl.zeros([BLOCK], tl.int32)
-    slot_row = tl.zeros([BLOCK], tl.int32)
-    all_keys = tl.zeros([BLOCK], tl.int32)
-    slot_keys_used = tl.zeros([BLOCK], tl.int32)
-    # The first columns of the tables are sums over all earlier entries; each program computes the sums for its entries.
-    for first in range(0, 2 * n_sequences, BLOCK):
-        other = first + offsets
-        _, other_held, _, other_own, other_others, other_sent = _halo(batch, other, FORM)
-        slot_keys = tl.where(other < n_sequences, _slot_keys(batch, other_held, FORM), 0)
-        before = other[None, :] < index[:, None]
-        rows_before += tl.sum(tl.where(before, other_own[None, :], 0), 1)
-        keys_before += tl.sum(tl.where(before, (other_own + other_others)[None, :], 0), 1)
-        sent_before += tl.sum(tl.where(before, other_sent[None, :], 0), 1)
-        slot_row += tl.sum(tl.where(other[None, :] < number[:, None], slot_keys[None, :], 0), 1)
-        all_keys += other_own + other_others
-        slot_keys_used += slot_keys
+    sums = _sum_before(batch, index, number, FORM, BLOCK)
     slot_keys = _slot_keys(batch, held, FORM)
+    slot_row = sums.slot_row
     if ROW:
         # In the row layout every packed row has `halo` rows of a slot, whichever documents it contains.
         slot_row = held.start // tl.maximum(batch.row_length, 1) * batch.halo
@@ -142,7 +196,7 @@ def build_halos(
     is_segment = index < 2 * n_sequences
     entries = 2 * n_sequences + 1
     segment_ptrs = segments_ptr + (entries + index) * SEGMENT_FIELDS
-    tl.store(segment_ptrs + SEGMENT_TOKENS_BEFORE, rows_before, mask=is_segment)
+    tl.store(segment_ptrs + SEGMENT_TOKENS_BEFORE, sums.rows, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_Q_ROW, q_row, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_Q_LEN, own, mask=is_segment)
     tl.store(segment_ptrs + SEGMENT_POSITION, others, mask=is_segment)
@@ -158,52 +212,24 @@ def build_halos(
     tl.store(segment_ptrs + SEGMENT_PLACE, place, mask=is_segment)
 
     sequence_ptrs = sequences_ptr + (entries + index) * SEQUENCE_FIELDS
-    tl.store(sequence_ptrs + SEQUENCE_KEYS_BEFORE, keys_before, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_KV_ROW, slot_row, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_KV_CHUNK, slot_keys, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_KEYS, keys, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_REAL, held.real, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_EARLY_POSITION, first_position - others, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_EARLY_KEYS, keys, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_LATE_POSITION, first_position + own, mask=is_segment)
-    tl.store(sequence_ptrs + SEQUENCE_PLACE, place, mask=is_segment)
+    columns = Keys(
+        kv_row=slot_row,
+        kv_chunk=slot_keys,
+        keys=keys,
+        real=held.real,
+        early_position=first_position - others,
+        early_keys=keys,
+        late_position=first_position + own,
+        place=place,
+    )
+    store_sequences(sequence_ptrs, sums.keys, columns, is_segment)
     for half in tl.static_range(2):  # the second has no rows
-        half_ptrs = sequence_ptrs + SEQUENCE_HALVES + HALF_FIELDS * half
-        tl.store(half_ptrs + HALF_Q_ROW, q_row, mask=is_segment)
-        tl.store(half_ptrs + HALF_Q_LEN, own * (1 - half), mask=is_segment)
-        tl.store(half_ptrs + HALF_POSITION, others, mask=is_segment)
-        tl.store(half_ptrs + HALF_KV_LEN, keys, mask=is_segment)
-        tl.store(half_ptrs + HALF_FIRST_POSITION, first_position, mask=is_segment)
-
+        store_half(sequence_ptrs, half, Rows(q_row, own * (1 - half), others, keys, first_position), is_segment)
     sent_ptrs = segments_ptr + (2 * entries + index) * SEGMENT_FIELDS
-    for field in tl.static_range(SEGMENT_FIELDS):
-        tl.store(sent_ptrs + field, tl.zeros([BLOCK], tl.int32), mask=is_segment)
-    tl.store(sent_ptrs + SEGMENT_TOKENS_BEFORE, sent_before, mask=is_segment)
-    # The last rows of the chunk end, in the message, where the receiver's halo ends in its slot.
-    tl.store(sent_ptrs + SEGMENT_Q_ROW, q_row + q_len - sent, mask=is_segment)
-    tl.store(sent_ptrs + SEGMENT_Q_LEN, sent, mask=is_segment)
-    tl.store(sent_ptrs + SEGMENT_KV_ROW, slot_row + slot_keys - sent, mask=is_segment)
-    tl.store(sent_ptrs + SEGMENT_KV_CHUNK, slot_keys, mask=is_segment)
-    tl.store(sent_ptrs + SEGMENT_PLACE, tl.where(late, 2 * slot_keys, 0), mask=is_segment)
+    slots = slot_row, slot_keys, tl.where(late, 2 * slot_keys, 0)
+    _store_sent(sent_ptrs, sums.sent, q_row, q_len, sent, slots, is_segment)
 
     if tl.program_id(0) == 0:
         used = total if ROW else tl.load(cu_seqlens_ptr + n_sequences)
         used = tl.where(valid, used, 0) // WORLD_SIZE
-        no_keys = tl.where(valid, 0, -1)
-        for table in tl.static_range(1, 3):
-            padding_ptr = segments_ptr + (table * entries + 2 * n_sequences) * SEGMENT_FIELDS
-            for field in tl.static_range(SEGMENT_FIELDS):
-                tl.store(padding_ptr + field, 0)
-            tl.store(padding_ptr + SEGMENT_TOKENS_BEFORE, used)
-            tl.store(padding_ptr + SEGMENT_Q_ROW, first_row + used)
-            tl.store(padding_ptr + SEGMENT_Q_LEN, end_row)
-            tl.store(padding_ptr + SEGMENT_KV_LEN, no_keys)
-            tl.store(padding_ptr + SEGMENT_KEYS, no_keys)
-        padding_ptr = sequences_ptr + (entries + 2 * n_sequences) * SEQUENCE_FIELDS
-        for field in tl.static_range(SEQUENCE_FIELDS):
-            tl.store(padding_ptr + field, 0)
-        slots_end = batch.total // tl.maximum(batch.row_length, 1) * batch.halo if ROW else tl.sum(slot_keys_used)
-        tl.store(padding_ptr + SEQUENCE_KEYS_BEFORE, tl.sum(all_keys))
-        tl.store(padding_ptr + SEQUENCE_KV_ROW, tl.where(valid, slots_end, 0))
-        tl.store(padding_ptr + SEQUENCE_KEYS, no_keys)
-        tl.store(padding_ptr + SEQUENCE_HALVES + HALF_Q_ROW, first_row + used)
+        _store_padding(segments_ptr, sequences_ptr, batch, end_row, used, valid, sums, FORM)
