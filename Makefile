@@ -10,7 +10,8 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST := $(VENV)/newest
-PIP := -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported, and most of those that are installed never are.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all compile newest lint docs clean
