@@ -297,9 +297,14 @@ def test_one_stage_is_refused(kernel, head_dim):
 
 @pytest.mark.slow
 @needs_triton
-def test_they_compile_without_spills_within_their_memory(tmp_path):
+@pytest.mark.parametrize("head_dim", [256, 128, 64])
+def test_they_compile_without_spills_within_their_memory(head_dim, tmp_path):
     """In a process of its own, for this one may interpret."""
-    names = lines_of("compile_hopper", TRITON_CACHE_DIR=str(tmp_path), **{HOPPER.variable: "1"})
-    long = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
-    long |= {"hopper_forward_few", "hopper_dq_few"}  # of long sequences with windows
-    assert set(names) == (set(map(kernel_name, HOPPER.kernels)) if triton.__version__.startswith("3.6.") else long)
+    names = lines_of("compile_hopper", str(head_dim), TRITON_CACHE_DIR=str(tmp_path), **{HOPPER.variable: "1"})
+    if triton.__version__.startswith("3.6."):
+        expected = {kernel_name(kernel) for kernel in HOPPER.kernels if head_dim in SM_90.tiles["16-bit"][kernel]}
+    else:
+        plain = {"hopper_forward", "hopper_dkdv", "hopper_dq", "hopper_fused"}
+        windows = {"hopper_forward_few", "hopper_dkdv", "hopper_dq_few"}
+        expected = {64: plain, 128: plain | windows, 256: windows}[head_dim]
+    assert set(names) == expected
