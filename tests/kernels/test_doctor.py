@@ -218,24 +218,17 @@ def run_doctor(directory=ROOT, **environment):
 
 
 @pytest.mark.slow
-def test_on_this_machine():
-    result = run_doctor()
-    assert result.returncode == 0, result.stdout + result.stderr
-    backend = "triton" if GPU else "reference"
-    assert f"PyTorch           backend {backend}, self-test passed" in result.stdout
-    assert f"JAX               backend {backend}, self-test passed" in result.stdout
-    assert result.stdout.endswith("All is well.\n")
-
-
-@pytest.mark.slow
-def test_files_of_the_folder_are_not_imported(tmp_path):
+def test_on_this_machine_in_a_folder_whose_files_are_not_imported(tmp_path):
     """Some folders have a torch.py or a jax.py; this one's raise."""
     for name in ("torch", "jax", "json"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('a file of the folder was imported')")
     found_so_far = os.environ.get("PYTHONPATH")  # may be where a package of the GPU machine is
     result = run_doctor(tmp_path, PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [found_so_far])]))
-    assert "self-test failed" not in result.stdout, result.stdout
     assert result.returncode == 0, result.stdout + result.stderr
+    backend = "triton" if GPU else "reference"
+    assert f"PyTorch           backend {backend}, self-test passed" in result.stdout
+    assert f"JAX               backend {backend}, self-test passed" in result.stdout
+    assert result.stdout.endswith("All is well.\n")
 
 
 def test_a_missing_framework_is_not_tried(monkeypatch):

@@ -1,6 +1,6 @@
 """Compiles the portable kernels for a GPU, and checks that their shared memory is what the tile table expects.
 
-    python -m tests.programs.compile_portable 9.0 128 bfloat16 [window | options | ring | halo]
+    python -m tests.programs.compile_portable 9.0 128 bfloat16 [options | ring | halo]
 
 Needs no GPU: Triton brings its own assembler. Prints the name of each kernel. The last argument is one of `CALLS`.
 """
@@ -29,7 +29,6 @@ OPTIONS = {
 }  # fmt: skip
 CALLS = {
     "plain": ({}, {}),
-    "window": ({"window_size": (127, -1)}, {}),
     "options": (OPTIONS, {}),
     "halo": ({"window_size": (127, -1), "halo": 127, "halo_rows": 127}, {"kv_layout": KVLayout.HALO, "slot_rows": 127}),
     "ring": (OPTIONS | {"causal": False, "window_size": (-1, 9), "attention_chunk": 100}, {"kv_layout": KVLayout.PEER}),

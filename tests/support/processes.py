@@ -1,5 +1,6 @@
 """Real processes that form a group, for tests between ranks: gloo on a CPU, NCCL with a GPU each."""
 
+import contextlib
 import multiprocessing
 import os
 from datetime import timedelta
@@ -9,12 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.support.machine import HANGS
+from tests.support.machine import GPU, HANGS
 
 # Modules that ranks need before they do anything: pytest is imported by their tests, the settings of Inductor by
-# `torch.use_deterministic_algorithms`, which takes the better part of a second.
-PRELOADED = ["zigzag_kernels.plan", "zigzag_torch", "torch._inductor.config", "tests.support.rank", "pytest"]
-PRELOADED += ["tests.support.hf_models", "torch._functorch.aot_autograd", "transformers.trainer"]
+# `torch.use_deterministic_algorithms`, and all of Inductor by `torch.compile`, which looks for its backends.
+PRELOADED = ["zigzag_kernels.plan", "zigzag_torch", "torch._inductor.compile_fx", "tests.support.rank", "pytest"]
+PRELOADED += ["tests.support.hf_models", "tests.support.remembered", "transformers.trainer"]
 
 
 def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
@@ -23,7 +24,8 @@ def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
     With the backend "nccl" each has a GPU of its own, the current device.
 
     The first exception of any of them is raised here, with its traceback, and ends the others. They are forked from a
-    process that has imported what they need, and nothing that starts threads.
+    process that has imported what they need, and nothing that starts threads. On a CPU each interprets a launch once:
+    functions call attention again and again, by other names or inside of other transforms, on the same arrays.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(
@@ -46,9 +48,16 @@ def _rank(rank, world_size, directory, backend, function, arguments):
         timeout=timedelta(seconds=HANGS),
         device_id=device,
     )
-    function(rank, world_size, *arguments)
+    with contextlib.nullcontext() if GPU else _each_launch_once():
+        function(rank, world_size, *arguments)
     dist.barrier()  # so that no thread of gloo is busy when Python ends
     dist.destroy_process_group()
+
+
+def _each_launch_once():
+    from tests.support.remembered import each_launch_once  # imports this module
+
+    return each_launch_once()
 
 
 def torch_numpy(x):

@@ -4,29 +4,33 @@ import pytest
 import torch
 import triton
 
-from tests.support.commands import run_program
+from tests.support.commands import ROOT
 from tests.support.problems import small_problem
 from zigzag_torch.fast_launch import LATER_RELEASES
 from zigzag_torch.launch import can_launch_gluon
 from zigzag_torch.parallel.transport import problem_of_backward
 
 
-def run_relaunch(triton_cache, *options):
-    ended = run_program("relaunch", *options, **triton_cache)
-    assert ended.code == 0, ended.errors[-4000:]
+@pytest.fixture
+def run_relaunch(forks, triton_cache):
+    def run(*options):
+        (ended,) = forks.run(ROOT / "tests" / "programs" / "relaunch.py", *options, **triton_cache)
+        assert ended.code == 0, ended.errors[-4000:]
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_c", [True, False])
-def test_a_compiled_kernel_is_launched_again_as_triton_would(triton_cache, in_c):
+def test_a_compiled_kernel_is_launched_again_as_triton_would(run_relaunch, in_c):
     """The same kernel for arrays of the same types and alignment on the same GPU, another one for others."""
     if in_c and not triton.__version__.startswith(("3.6.", *LATER_RELEASES)):
         pytest.skip("what this release of Triton has in C is not known")
-    run_relaunch(triton_cache, *(["--in-c"] if in_c else []))
+    run_relaunch(*(["--in-c"] if in_c else []))
 
 
-def test_without_the_fast_path_triton_is_handed_the_same(triton_cache):
-    run_relaunch(triton_cache, "--slowly")
+def test_without_the_fast_path_triton_is_handed_the_same(run_relaunch):
+    run_relaunch("--slowly")
 
 
 def test_a_backward_pass_takes_the_copy_engine_if_it_can_read_all_arrays():
