@@ -103,7 +103,8 @@ def zigzag_attention_gathered(
     ranges = window_size, attention_chunk, softcap, sinks is not None, return_max_logits
     call = _call_spec(_head_dim(q), backend, batch, causal, softmax_scale, ranges, deterministic=deterministic)
     check_padding_unseen(batch.padded, call.causal, call.has_lengths)
-    _check_rows(batch, q)
+    if batch.row_length or batch.tokens or batch.unsharded_rows:
+        _check_rows(batch, q)
     q, k, v = _readable(q, k, v, backend)
     sequences = batch.cu_seqlens.shape[0] - 1
     transport = transport_of(q, k, v, call, sequences, batch.world_size, KVLayout.GATHERED, None)
@@ -211,7 +212,8 @@ def zigzag_attention(
             heads_k_stride=heads_k_stride, grad_reduce_dtype=grad_reduce_dtype,
         )  # fmt: skip
         check_padding_unseen(batch.padded, call.causal, call.has_lengths)
-        _check_rows(batch, q)
+        if batch.row_length or batch.tokens or batch.unsharded_rows:
+            _check_rows(batch, q)
         if batch.whole_tokens and batch.compared_by != place.group_name:
             raise ValueError("cu_seqlens: expected a batch of whole and split documents prepared with this group")
         q, k, v = _readable(q, k, v, backend)
