@@ -57,6 +57,7 @@ def validate(
         check_no_options(layout=Layout.DOCUMENT, row_length=row_length, lengths=lengths, total=total)
         given, row_length = offsets_of(cu_seqlens, world_size, layout)
         total, lengths = world_size * cu_seqlens.tokens, cu_seqlens.lengths
+        row_length = row_length or None  # 0 in a batch without tokens
     else:
         given = cu_seqlens
     if isinstance(given, Parts):

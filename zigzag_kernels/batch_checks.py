@@ -138,8 +138,8 @@ def check_halo(
         chunk = chunk_length(size if row_length is None else row_length, world_size)
         if longest and real > longest:
             raise ValueError(f"max_seqlen: expected at least the {real} tokens of document {i}, got {longest}")
-        if world_size > 1 and chunk < rows and (real > 2 * chunk or row_length is not None):
-            what = "a packed row" if row_length is not None else "the document"
+        if world_size > 1 and chunk < rows and (real > 2 * chunk or row_length):  # packed rows may have no tokens
+            what = "a packed row" if row_length else "the document"
             raise ValueError(
                 f"cu_seqlens: expected chunks of at least the {rows} rows of a halo, got {chunk} tokens in a chunk of "
                 f"{what} (document {i} has {real}); method 'allgather' has no such limit"

@@ -147,7 +147,7 @@ class ShardedBatch:
         common = {"group": group, "unsharded": self.fingerprint, "halo": halo, "max_seqlen": max_seqlen}
         if self.layout == "document":
             return validate(self.parts, self.world_size, **common)
-        total, form = self.world_size * len(self.input_ids), {"layout": "row", "row_length": self.row_length}
+        total, form = self.world_size * len(self.input_ids), {"layout": "row", "row_length": self.row_length or None}
         return validate(self.cu_seqlens, self.world_size, total, lengths=self.lengths, **form, **common)
 
     def _map(self, function) -> "ShardedBatch":

@@ -148,6 +148,7 @@ def test_a_batch_of_documents_says_what_is_wrong_with_it():
     zigzag_jax.validate(batch, 2, halo=10, max_seqlen=40)
     in_row = host.shard_documents(documents, 2, layout="row")
     zigzag_jax.validate(in_row, 2, layout="row", max_seqlen=40)
+    zigzag_jax.validate(host.shard_documents([[]], 2, layout="row"), 2, layout="row", halo=3)
     overfull = dataclasses.replace(
         batch, whole_cu_seqlens=batch.whole_cu_seqlens + np.int32(99) * (np.arange(len(batch.whole_cu_seqlens)) > 0)
     )

@@ -201,6 +201,7 @@ def test_parts_and_a_batch_of_documents_name_limits_that_they_break():
     batch.validate(halo=10, max_seqlen=40)
     in_row = zigzag_torch.shard_documents([list(range(40)), [1, 2]], 0, 2, layout="row")
     in_row.validate(max_seqlen=40)
+    zigzag_torch.shard_documents([[]], 0, 2, layout="row").validate(halo=3)
     for broken, message in (
         (lambda: zigzag_torch.validate(parts, 2, halo=10), "expected chunks of at least the 10 rows of a halo, got 9"),
         (lambda: zigzag_torch.validate(parts, 2, max_seqlen=32), "max_seqlen: expected at least the 33 tokens"),
