@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import zigzag_jax
 from tests.support.machine import GPU
 
+pytestmark = pytest.mark.slow
 W, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 CU_SEQLENS = np.array([0, 8, 8, 24], np.int32)
 TOKENS = 14  # of a rank, the last two of them padding
@@ -23,7 +24,6 @@ SURROUNDINGS = {
     "matmul precision": lambda: jax.default_matmul_precision("bfloat16"),
     "debug_nans": lambda: jax.debug_nans(True),
 }
-SLOW = "x64", "matmul precision", "rank promotion raises", "debug_nans"
 
 
 def attention(backend):
@@ -123,14 +123,17 @@ def inputs(dtype):
     ]
 
 
-def results(call, arrays, compiled, forward=contextlib.nullcontext, backward=contextlib.nullcontext):
-    """Results of `call` and its gradients, each pass inside of its own context."""
-    with forward():
-        outputs, pullback = jax.vjp(jax.jit(call) if compiled else call, *arrays)
+def forward_pass(call, arrays, compiled):
+    """(results of `call`, the function that makes its gradients)."""
+    outputs, pullback = jax.vjp(jax.jit(call) if compiled else call, *arrays)
+    return tuple(outputs), pullback
+
+
+def backward_pass(outputs, pullback, where=contextlib.nullcontext):
+    """The gradients, computed inside of a context."""
     cotangents = tuple(jnp.asarray(np.linspace(-1, 1, x.size).reshape(x.shape), x.dtype) for x in outputs)
-    with backward():
-        gradients = pullback(cotangents)
-    return *outputs, *gradients
+    with where():
+        return tuple(pullback(cotangents))
 
 
 def assert_same_bits(where, ours, theirs):
@@ -157,19 +160,31 @@ def ways(calls, apart):
 
 @functools.cache
 def without_surroundings(make_calls, kernel_backend, dtype, apart):
-    calls, arrays = make_calls(kernel_backend), inputs(dtype)
-    return {(name, compiled): results(call, arrays, compiled) for name, call, compiled in ways(calls, apart)}
+    """{(name, whether compiled): (results, the function that makes gradients, gradients)}."""
+    calls, arrays, expected = make_calls(kernel_backend), inputs(dtype), {}
+    for name, call, compiled in ways(calls, apart):
+        passed = forward_pass(call, arrays, compiled)
+        expected[name, compiled] = *passed, backward_pass(*passed)
+    return expected
 
 
 def check(name, make_calls, kernel_backend, apart=()):
-    """Compare results of calls inside and outside."""
-    there, nothing = SURROUNDINGS[name], contextlib.nullcontext
+    """Compare a forward pass inside, and a backward pass inside of one that was outside, with passes outside.
+
+    JAX traces a backward pass when it is called, in the surroundings of that moment.
+    """
+    there = SURROUNDINGS[name]
     dtype = "float32" if name == "matmul precision" else "bfloat16"
     expected = without_surroundings(make_calls, kernel_backend, dtype, apart)
     for call_name, call, compiled in ways(make_calls(kernel_backend), apart):
-        for forward, backward in ((there, nothing), (nothing, there)):
-            ours = results(call, inputs(dtype), compiled, forward, backward)
-            where, theirs = f"{call_name}, compiled: {compiled}", expected[call_name, compiled]
+        outputs, pullback, gradients = expected[call_name, compiled]
+        with there():
+            inside = forward_pass(call, inputs(dtype), compiled)
+        for ours, theirs in (
+            (inside[0] + backward_pass(*inside), outputs + gradients),
+            (backward_pass(outputs, pullback, there), gradients),
+        ):
+            where = f"{call_name}, compiled: {compiled}"
             if GPU and "reference" in call_name:  # XLA's own reductions there may take another order
                 assert_close(where, ours, theirs)
             else:
@@ -177,7 +192,7 @@ def check(name, make_calls, kernel_backend, apart=()):
 
 
 @pytest.mark.usefixtures("each_launch_once")
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in SURROUNDINGS])
+@pytest.mark.parametrize("name", SURROUNDINGS)
 def test_no_bit_changes(name, kernel_backend):
     apart = "attention reference", f"gathered {kernel_backend}", "merge_partials"
     check(name, calls_on_one_device, kernel_backend, apart)
@@ -187,7 +202,6 @@ def test_no_bit_changes(name, kernel_backend):
     assert_same_bits("integers", ours, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_no_bit_changes_between_devices(name, kernel_backend):

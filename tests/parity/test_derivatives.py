@@ -222,11 +222,14 @@ def check_group(rank, world_size, expected, calls):
         check(f"{method}, {backend}", torch_transforms(loss, q), expected, torch_close)
 
 
-QUICK = ("allgather", "interpret"), ("ring", "reference")
-OTHERS = ("allgather", "reference"), ("ring", "interpret")
+CALLS = {
+    "kernels gather": (("allgather", "interpret"), ("ring", "reference")),
+    "kernels in a ring": (("allgather", "reference"), ("ring", "interpret")),
+}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="gloo groups, on a CPU")
-@pytest.mark.parametrize("calls", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS.keys())
 def test_torch_between_ranks(calls, tmp_path):
     run_ranks(2, tmp_path, check_group, whole_gradient(), calls)

@@ -49,7 +49,7 @@ TESTS = [
         world_size,
         names,
         id="-".join((str(world_size), *(names if GPU else ()))),
-        marks=[pytest.mark.slow] * (world_size == 8 and not GPU),  # eight processes share the cores
+        marks=[pytest.mark.slow] * (world_size in (3, 8) and not GPU),  # the processes share the cores
     )
     for world_size, cases in TRIED.items()
     for names in ([[name] for name in cases] if GPU else [list(cases)])

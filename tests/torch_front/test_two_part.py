@@ -59,17 +59,21 @@ def test_both_parts_in_one_call_match_the_oracle_of_the_whole_batch(world_size, 
     run_ranks(world_size, tmp_path, check_cases, cases, backend="nccl" if GPU else "gloo")
 
 
-def test_ranks_compile_once_move_split_rows_alone_and_refuse_other_plans(tmp_path):
+@pytest.mark.slow
+def test_ranks_compile_once(tmp_path):
+    run_ranks(2, tmp_path, check_one_graph, backend="nccl" if GPU else "gloo")
+
+
+def test_ranks_move_split_rows_alone_and_refuse_other_plans(tmp_path):
     run_ranks(2, tmp_path, check_rest, backend="nccl" if GPU else "gloo")
 
 
 def check_rest(rank, world_size):
-    check_one_graph(rank)
     check_moved_rows(rank)
     check_broken_plans(rank)
 
 
-def check_one_graph(rank):
+def check_one_graph(rank, world_size):
     """Fifty batches of one size are one graph for each backend, which gives the bits of eager calls."""
     generator, rng = torch.Generator().manual_seed(rank), np.random.default_rng(0)
     leaves = [torch.randn(48, heads, 16, generator=generator).to(DEVICE).requires_grad_() for heads in (4, 2, 2)]
