@@ -13,8 +13,8 @@ from tests.support.commands import finish, start
 from tests.support.machine import GPU, GPUS
 
 TINY = "--tokens", "32", "--rounds", "1"
-# What a tiny run measures, and how many ways there are in each batch, one GPU's share included. JAX compiles two
-# programs for each way and direction, and does without the strides of a long sequence.
+# The batches of a tiny run, and how many ways there are in each, one GPU's share included. JAX compiles two programs
+# for each way and direction, and does without the strides of one sequence.
 BATCHES = {"torch": (["one sequence", "documents"], (6, 3, 4)), "jax": (["one sequence, window", "documents"], (3, 4))}
 
 
