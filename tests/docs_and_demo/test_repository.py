@@ -48,3 +48,13 @@ def test_the_hosted_checks_run_the_targets_of_the_makefile():
     called = set(re.findall(r"target: ([a-z-]+)", WORKFLOW.read_text(encoding="utf-8")))
     assert called == {"lint", "docs", "test", "test-all", "compile", "newest"}
     assert called <= defined
+
+
+@pytest.mark.parametrize("folder", ["tests", "bench"])
+def test_no_import_changes_the_switches_of_the_kernels(folder):
+    """Every test of the same process would run with them."""
+    assigned = re.compile(
+        r"^os\.environ\[[\"']ZIGZAG_|^os\.environ(?:\.update|\.setdefault| \|=).*ZIGZAG_", re.MULTILINE
+    )
+    files = (ROOT / folder).rglob("*.py")
+    assert [file.name for file in files if assigned.search(file.read_text(encoding="utf-8"))] == []

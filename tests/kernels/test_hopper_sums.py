@@ -8,6 +8,7 @@ import torch
 
 from tests.support import planned
 from tests.support.device_code import in_numpy
+from tests.support.machine import GPU
 from tests.support.problems import hopper_problem, launches_of
 from zigzag_kernels import plan
 from zigzag_kernels.hopper.family import HOPPER
@@ -22,6 +23,7 @@ class Values(np.ndarray):
         return self.transpose(order)
 
 
+@pytest.mark.skipif(GPU, reason="needs the interpreter")
 @pytest.mark.parametrize("head_dim", [128, 80])
 def test_dq_has_its_own_order_of_columns_again(head_dim, monkeypatch):
     """Rows of the sums may be longer than rows of dQ."""

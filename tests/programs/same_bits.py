@@ -4,17 +4,15 @@
 
 Each packing is attended by one rank alone, then by every rank of several world sizes, in the document layout and in
 the row layout, with another document before it, and with some KV heads at a time. Output, lse and dQ of each document
-must have the same bits every time. Takes the portable kernels, on a GPU if there is one, else in Triton's interpreter.
+must have the same bits every time. Takes the portable kernels, on a GPU if there is one, else in Triton's interpreter:
+kernels for Hopper end blocks of keys with chunks.
 """
 
 import argparse
-import os
 import random
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from unittest import mock
-
-os.environ["ZIGZAG_HOPPER"] = "0"  # those kernels end blocks of keys with chunks
 
 import numpy as np
 import torch
@@ -114,7 +112,8 @@ def attend(packing: Packing, world_size: int, layout: str, stride: int, before: 
             (head, k[gathered, head : head + stride], v[gathered, head : head + stride])
             for head in range(0, KV_HEADS, stride)
         ]
-        problem = make_problem(spec(mine), spec(windows[0][1]), spec(windows[0][2]), call, kv_heads=KV_HEADS, **sizes)
+        arrays = spec(mine), spec(windows[0][1]), spec(windows[0][2])
+        problem = make_problem(*arrays, call, kv_heads=KV_HEADS, gluon=False, **sizes)
         for head, k_, v_ in windows:
             out, lse = plan.forward(launch.run, problem, mine, k_, v_, segments, part=Part(head), into=(out, lse))
         strides = {"dout_strides": dmine.stride()[:2]}

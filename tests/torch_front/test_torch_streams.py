@@ -13,8 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.hopper import needs_triton
+from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
 from zigzag_kernels.modes import KVLayout
 from zigzag_kernels.problem import segment_table_shapes
 from zigzag_torch import launch
@@ -168,7 +170,10 @@ def on_hopper(monkeypatch):
     """Problems are as on a Hopper GPU, where tiles of keys take turns wherever they can."""
     monkeypatch.setattr(launch, "target", lambda *_: "9.0")
     monkeypatch.setattr(launch, "can_launch_gluon", lambda *_: True)
+    monkeypatch.setenv(HOPPER.variable, "1")
     monkeypatch.setenv(rules.TURNS, "1")
+    with plan.use_planner(plan.Planner()):
+        yield
 
 
 def gradients(recorder, stride, *, misaligned=False, **options):
