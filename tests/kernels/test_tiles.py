@@ -10,7 +10,7 @@ from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, tensor
 from tests.support.problems import hopper_problem, launches
 from zigzag_kernels import plan
-from zigzag_kernels.segments.columns import SegmentColumn
+from zigzag_kernels.segments.columns import HalfColumn, SegmentColumn, SequenceColumn
 from zigzag_kernels.segments.lookup import load_segment, load_sequence, tile_and_head
 from zigzag_torch import launch
 
@@ -51,6 +51,18 @@ def test_segments_whose_last_rows_come_latest_in_their_document_come_first(offse
     ends = segments[:-1, columns].sum(1)[segments[:-1, SegmentColumn.Q_LEN] > 0].tolist()
     assert len(ends) >= 3
     assert ends == sorted(ends, reverse=True)
+
+
+def test_in_the_row_layout_the_sequence_with_the_most_rows_on_the_rank_comes_first():
+    """Rank 0 of two holds 14, 2, 2 and 14 rows of four documents, of which the second and third are the longest."""
+    target = launch.target("triton" if GPU else "interpret", torch.device(DEVICE))
+    cu_seqlens, rank = tensor([0, 14, 30, 50, 64], "int32"), tensor([0], "int32")
+    form = {"sequences": 4, "world_size": 2, "layout": "row", "row_length": 64}
+    _, table = plan.segment_tables(launch.run, cu_seqlens, rank, **form, target=target)
+    columns = [SequenceColumn.LATE_HALF + HalfColumn.Q_LEN, SequenceColumn.EARLY_HALF + HalfColumn.Q_LEN]
+    assert table[:, columns].sum(1).tolist() == [14, 14, 2, 2, 0, 0]
+    assert table[:, SequenceColumn.KEYS].tolist() == [14, 14, 16, 20, 0, 0]
+    assert table[:, SequenceColumn.KEYS_BEFORE].tolist() == [0, 14, 28, 44, 64, 64]
 
 
 @triton.jit

@@ -44,6 +44,7 @@ class Segment(NamedTuple):
     rows: Rows
     weight: tl.tensor  # number of keys that the last row sees
     keys: tl.tensor
+    key_weight: tl.tensor  # keys of the sequence; in the row layout its rows on this rank
 
 
 class Places(NamedTuple):
@@ -98,6 +99,7 @@ def _make_segment(batch, index, FORM: tl.constexpr):
     held = load_held(batch, sequence, mask, FORM)
     keys = _hold_keys(batch, held, FORM).keys
     kv_len = keys
+    key_weight = keys
     if WORLD_SIZE == 1:
         # One rank has whole sequences: the late segment is the sequence, the early one is empty.
         q_row = held.first_row
@@ -111,6 +113,8 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         position = first_position
         if FORM.ROW:
             q_row = tl.where(q_len > 0, q_row, 0)
+            _, others = part_in_chunk(held, 2 * WORLD_SIZE - 1 - chunk)  # rows of the sequence's other segment
+            key_weight = q_len + others
         elif FORM.PEER:
             own = batch.step == 0
             earlier = (batch.step > 0) & (batch.step <= batch.rank)
@@ -139,6 +143,7 @@ def _make_segment(batch, index, FORM: tl.constexpr):
         # good, but results do not depend on the order.
         weight=first_position + q_len if FORM.ROW or FORM.HALO else tl.minimum(position + q_len, kv_len),
         keys=keys,
+        key_weight=key_weight,
     )
 
 
@@ -148,7 +153,8 @@ def _rank_entries(batch, index, segment, FORM: tl.constexpr, BLOCK: tl.constexpr
 
     The place of an entry is the number of heavier entries, and its first column is the sum of their tokens. Both are
     sums over all entries, so the kernel needs no sort. The weight of an entry is the cost of its heaviest tile: for a
-    segment the number of keys that its last row sees, for a sequence its length.
+    segment the number of keys that its last row sees, for a sequence the number of rows that see its first key. In the
+    row layout these are its rows on this rank; in all others they grow with its length.
     """
     place = tl.zeros([BLOCK], tl.int32)
     rows_before = tl.zeros([BLOCK], tl.int32)
@@ -166,11 +172,11 @@ def _rank_entries(batch, index, segment, FORM: tl.constexpr, BLOCK: tl.constexpr
         place += tl.sum(before.to(tl.int32), 1)
         rows_before += tl.sum(tl.where(before, others.rows.q_len[None, :], 0), 1)
         # Compare sequences in the same way; their numbers are below batch.n_sequences.
-        longer = others.keys[None, :] > segment.keys[:, None]
-        longer = longer | ((others.keys[None, :] == segment.keys[:, None]) & earlier)
-        longer = longer & (other < batch.n_sequences)[None, :]
-        sequence_place += tl.sum(longer.to(tl.int32), 1)
-        keys_before += tl.sum(tl.where(longer, others.keys[None, :], 0), 1)
+        heavier = others.key_weight[None, :] > segment.key_weight[:, None]
+        before = heavier | ((others.key_weight[None, :] == segment.key_weight[:, None]) & earlier)
+        before = before & (other < batch.n_sequences)[None, :]
+        sequence_place += tl.sum(before.to(tl.int32), 1)
+        keys_before += tl.sum(tl.where(before, others.keys[None, :], 0), 1)
     return Places(place, rows_before, sequence_place, keys_before)
 
 
