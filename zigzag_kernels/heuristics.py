@@ -19,6 +19,8 @@ MULTIPROCESSORS = 128
 """Approximate number of multiprocessors of a GPU used for training; an H100 and an H200 have 132."""
 FEW_PROGRAMS = 12 * MULTIPROCESSORS
 """Programs of a launch below which tiles of several heads run side by side."""
+SEQUENCE_KEYS = 2**11
+"""Mean keys from which on a sequence has tiles of keys that are much heavier than its average tile."""
 
 # How many heads a program takes, on H200: docs/log/hopper.md, "Taking several heads".
 MANY_PROGRAMS = 3 * MULTIPROCESSORS

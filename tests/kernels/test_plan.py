@@ -58,6 +58,19 @@ def test_heads_are_side_by_side_where_a_rank_sees_few_keys_of_packed_rows(change
 
 
 @pytest.mark.parametrize(
+    ("changes", "operation", "together"),
+    [({}, "dkdv", 1), ({"sequences": 2}, "dkdv", 1), ({"sequences": 1}, "dkdv", 0), ({"sequences": 9}, "dkdv", 0),
+     ({"window": 12}, "dkdv", 0), ({"call": FULL}, "dkdv", 0), ({"world_size": 2}, "dkdv", 0),
+     ({"kv_layout": KVLayout.CONTIGUOUS}, "dkdv", 0), ({}, "dq", 0), ({}, "forward", 0), ({}, "fused_backward", 0)],
+)  # fmt: skip
+def test_heads_are_side_by_side_where_each_of_several_sequences_has_heavy_tiles(changes, operation, together):
+    """8 sequences of 2048 tokens on one device, 8 KV heads."""
+    asked = replace(problem(tokens=2**14, world_size=1), sequences=8, window=8)
+    config = TileConfig(64, 128, 4, 2)
+    assert order_tiles(replace(asked, **changes), Operation(operation), config, 137).tiles_together == together
+
+
+@pytest.mark.parametrize(
     ("tokens", "sequences", "stride"), [(2**14, 1, 4), (2**14, 8, 4), (2**14, 16, 8), (2**16, 8, 1), (2**10, 1, 8)]
 )
 def test_a_gather_brings_the_fewest_heads_that_fill_a_gpu_and_keep_it_busy(tokens, sequences, stride):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from ..heuristics import FEW_PROGRAMS, MANY_PROGRAMS, MULTIPROCESSORS
+from ..heuristics import FEW_PROGRAMS, MANY_PROGRAMS, MULTIPROCESSORS, SEQUENCE_KEYS
 from ..modes import KVLayout, Operation
 from ..problem import Problem
 from ..tiles.config import TileConfig, block_d
@@ -25,9 +25,13 @@ def order_tiles(problem: Problem, operation: Operation, config: TileConfig, tile
     head would begin late and run alone at the end. In all other launches, head after head is faster: K/V of one head
     stay in the L2 cache, and K/V of all heads do not. Tiles of equal weight gain nothing from running side by side: all
     ring steps but one have such tiles.
+
+    Tiles of keys of several long sequences on one device run side by side even if the tiles of one head fill the GPU.
+    Each sequence has heavy tiles, and the heavy tiles of a head's last sequence would begin late.
     """
     busy = _count_busy_tiles(problem, operation, config, tiles)
-    few = busy < MULTIPROCESSORS and busy * problem.window < FEW_PROGRAMS
+    several = operation is Operation.DKDV and _has_several_long_sequences(problem)
+    few = (busy < MULTIPROCESSORS or several) and busy * problem.window < FEW_PROGRAMS
     call = problem.call
     unequal = call.causal and not call.has_range and problem.kv_layout != KVLayout.PEER
     return replace(config, tiles_together=config.tiles_together or int(few and unequal))
@@ -45,6 +49,11 @@ def _count_busy_tiles(problem: Problem, operation: Operation, config: TileConfig
         _, sequences = problem.table_entries
         return min(tiles, problem.rows // config.BLOCK_N + sequences)
     return tiles
+
+
+def _has_several_long_sequences(problem: Problem) -> bool:
+    whole = problem.world_size == 1 and problem.kv_layout == KVLayout.GATHERED
+    return whole and problem.sequences > 1 and problem.kv_tokens >= SEQUENCE_KEYS * problem.sequences
 
 
 def count_heads_together(problem: Problem, config: TileConfig, tiles: int) -> int:
