@@ -94,6 +94,7 @@ def check_builds(rank, world_size):
         assert_one_build_for_all_layers(attend, prepare, cu_seqlens, torch.compile(torch_layers, backend="aot_eager"))
 
 
+@pytest.mark.slow
 def test_layers_of_torch_between_ranks_build_the_tables_and_compare_lengths_once(tmp_path):
     run_ranks(WORLD_SIZE, tmp_path, check_builds)
 

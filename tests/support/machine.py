@@ -32,8 +32,10 @@ CHOSEN = ("XLA_PYTHON_CLIENT_PREALLOCATE",) if GPU else ("TRITON_INTERPRET", "JA
 # XLA ends a process one of whose devices, which are threads, comes 40 seconds late to a collective: that is no hang.
 XLA_ON_CPU = ["--xla_backend_optimization_level=0", f"--xla_cpu_collective_call_terminate_timeout_seconds={HANGS}"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # In one piece and by the older emitters, which later releases do not have: a quarter of the time.
+    # In one piece, without LLVM's slow passes and by the older emitters, which later releases do not have: a quarter of
+    # the time.
     XLA_ON_CPU += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    XLA_ON_CPU += ["--xla_llvm_disable_expensive_passes=true"]
 if GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch shares the GPU
 else:

@@ -16,7 +16,7 @@ DEVICE, KERNELS, DTYPE, HEAD_DIM, SCALE = (
     ("cuda", "triton", torch.bfloat16, 64, 8) if GPU else ("cpu", "interpret", torch.float32, 16, 1)
 )
 TOKENS, SPLIT_TOKENS = 48 * SCALE, 20 * SCALE  # rows of a rank, and its rows of split documents
-BATCHES = 50 if GPU else 3
+BATCHES = 50 if GPU else 2
 WAYS = (("allgather", {}), ("ring", {}), ("halo", {"window_size": (1, 0)}))  # a chunk has one token or more
 
 
