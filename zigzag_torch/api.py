@@ -72,9 +72,9 @@ def zigzag_attention_gathered(
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives bit-identical gradients for the same inputs. False allows a backward kernel whose
             order of summation varies: on a Hopper GPU with head_dim 40 to 128, unless sequences are short, one kernel
-            replaces two. The backward pass then takes up to 5 % less time at head_dim 128; at 64 up to 6 %, and 17 %
-            on short sequences. For long sequences one kernel computes deterministic gradients too. That kernel needs 4
-            more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
+            replaces two. The backward pass then takes up to 12 % less time at head_dim 128 and up to 18 % at 64, and
+            gains least on long sequences, where one kernel computes deterministic gradients too. One kernel needs at
+            least 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
             `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. For a prepared batch,
             pass the layout that it was prepared with.
