@@ -151,11 +151,11 @@ def in_turns(forced, monkeypatch):
     "case",
     [
         *(case for case in SELECTED if case.head_dim <= rules.MAX_HEAD_DIM_FUSED),
-        replace(UNEVEN, heads=6),
-        replace(PLAIN, heads=8, head_dim=96),
-        replace(UNEVEN, heads=8, kv_heads=4, head_dim=64),
-        replace(PLAIN, heads=15, kv_heads=3, head_dim=40),
-        replace(UNEVEN, head_dim=64, softcap=2.0),
+        replace(UNEVEN, name="hopper-w2-d128", heads=6),
+        replace(PLAIN, name="hopper-w1-d96", heads=8, head_dim=96),
+        replace(UNEVEN, name="hopper-w2-d64", heads=8, kv_heads=4, head_dim=64),
+        replace(PLAIN, name="hopper-w1-d40", heads=15, kv_heads=3, head_dim=40),
+        replace(UNEVEN, name="hopper-w2-softcap", head_dim=64, softcap=2.0),
     ],
     ids=str,
 )
