@@ -14,7 +14,7 @@ LASTING_SCORES = 2**30
 In the measurement, the host needed 0.4 ms to start the transfer of the next window.
 """
 
-# In which order programs take tiles, on H200: docs/log/kernels.md, "heads side by side".
+# In which order programs take tiles, on H200: docs/log/kernels.md, lines "heads side by side".
 MULTIPROCESSORS = 128
 """Approximate number of multiprocessors of a GPU used for training; an H100 and an H200 have 132."""
 FEW_PROGRAMS = 12 * MULTIPROCESSORS
@@ -22,15 +22,15 @@ FEW_PROGRAMS = 12 * MULTIPROCESSORS
 SEQUENCE_KEYS = 2**11
 """Mean keys from which on a sequence has tiles of keys that are much heavier than its average tile."""
 
-# How many heads a program takes, on H200: docs/log/hopper.md, "Taking several heads".
+# How many heads a program takes, on H200: docs/log/hopper.md, "Several heads for each program".
 MANY_PROGRAMS = 3 * MULTIPROCESSORS
 """Fewest programs that a launch may have when each program takes several heads."""
 
-# dK and dV in one launch or in two, on H200: docs/log/kernels.md, "dK in one launch, dV in another".
+# dK and dV in one launch or in two, on H200: docs/log/kernels.md, line "dK in one launch, dV in another".
 SUMS_TOGETHER_HEAD_DIM = 128
 """Largest head_dim for which one portable launch sums both dK and dV, on GPUs whose tiles were measured."""
 
-# Kernels for Hopper or portable ones, on H100: the tables of docs/log/hopper.md, lines "64 × 128" and "16 × 512".
+# Kernels for Hopper or portable ones, on H100: docs/log/hopper.md, "Speed", lines "64 × 128" and "16 × 512".
 SMALL_HEAD_DIM = 64
 """Largest head_dim at which portable kernels win on short chunks, and blocks of the fused kernel have 128 rows."""
 SHORT_CHUNK_KEYS = 96
@@ -38,37 +38,47 @@ SHORT_CHUNK_KEYS = 96
 SHORT_CHUNK_KEYS_DKDV = 256
 """Mean keys of a chunk below which, at a small head_dim, the portable dK/dV kernel is faster."""
 VERY_NARROW_KEYS = 256
-"""Keys that a mask lets a row see, below which portable dK/dV is faster at a small head_dim."""
+"""Keys that a mask lets a row see, below which portable dK/dV is faster at a small head_dim.
+
+On H200: docs/log/hopper.md, "Windows, sinks and caps".
+"""
 
 # One backward kernel or two at a small head_dim, on H200: docs/log/hopper.md, "The fused kernel at head_dim 64".
 SMALL_FUSED_KEYS = 2**12
 """Keys of a sequence, on one device, from which on one kernel was measured to be faster."""
 SMALL_TURNS_SIDE_BY_SIDE = 4
-"""KV heads that have their tiles in turn at a small head_dim, where a tile takes half the time."""
+"""Most KV heads that have their tiles in turn at a small head_dim, where walks have fewer blocks."""
 SMALL_LONG_WALK = 2**14
-"""Query rows of a sequence and KV head from which on one kernel is faster at a small head_dim."""
+"""The same as `LONG_WALK` at a small head_dim, with the most KV heads side by side.
 
-# Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "dK/dV of windows".
+Half as many heads side by side need twice the rows.
+"""
+
+# Which tiles of a kernel for Hopper, on H200: docs/log/hopper.md, "Windows, sinks and caps".
 NARROW_KEYS = 1024
 """Keys that a row sees, up to which dK/dV tiles have 128 keys instead of 192 at a small head_dim."""
 
-# Which tiles of a kernel for Hopper, on H100: the same tables, lines "2048, one sequence" and "8192, one sequence".
+# Which tiles of a kernel for Hopper, on H100: docs/log/hopper.md, "Speed", lines "2048, one sequence" and "8192, one
+# sequence".
 FEW_ROWS = 2**17
 """Query rows of a sequence, over the window's heads, below which it has few tiles: 1024 tiles of 128 rows."""
 
 # One backward kernel whose tiles take turns, or two kernels, on H200: docs/log/hopper.md, "In turns" and "Exponentials
 # in halves".
 TURNS_SIDE_BY_SIDE = 2
-"""KV heads that have their tiles in turn."""
+"""Most KV heads that have their tiles in turn."""
 LONG_WALK = 2**15
-"""Query rows of a sequence and KV head from which on one kernel takes less time than two."""
+"""Query rows of a sequence and KV head from which on one kernel in turns beats two kernels."""
 VERY_LONG_WALK = 2**17
-"""The same for windows between ranks; from there on turns also take less time than sums in any order."""
+"""The same for a window between ranks, and for `deterministic=False`.
+
+Windows of fewer rows were not measured. From this number on turns also take less time than sums in any order.
+"""
 MANY_TURNS = 4 * MULTIPROCESSORS
 """Programs of a launch from which on their unequal ends cost less than a second kernel."""
 
-# When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads of long sequences" and
-# "The forward across the border".
+# When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads for each program" and
+# "The forward across the border between two heads".
 MODERATE_KEYS = 2**15
 """Keys of a sequence or window up to which programs of the forward take several heads."""
 MODERATE_KEYS_DQ = 2**14

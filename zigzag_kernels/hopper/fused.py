@@ -1,9 +1,9 @@
 """The fused backward kernel for Hopper also adds each block's dQ to a float32 array.
 
 Scores are computed once instead of twice. dS goes through shared memory, where the keys of both consumers meet: each
-multiplies half of head_dim. A third partition lets the copy engine add both halves to `sums`, in `turns` or in no fixed
-order, in which the same inputs do not give the same bits. `clear_sums` sets that array to zero before, and `finish_dq`
-turns it into dQ.
+multiplies half of head_dim. More partitions, the writers, let the copy engine add both halves to `sums`. They do so in
+`turns`, which give the same bits in every run, or in no fixed order, which does not. `clear_sums` sets that array to
+zero before, and `finish_dq` turns it into dQ.
 """
 
 from triton.experimental import gluon
@@ -126,8 +126,8 @@ def _block(warpgroup: gl.constexpr, program, own, scores, lse2, dk, dv, i):
         scores = cap_scores(scores, program.results.SOFTMAX_SCALE, program.SOFTCAP)
         capped = _halves(scores)
     exponents = _halves(scores * program.SCALE_LOG2 - lse2[None, :])
-    # dV of the first half of the rows is queued behind dP before the exponentials of the second half: the tensor cores
-    # need not wait for these.
+    # dV of the first half of the rows is queued behind dP before the exponentials of the second half, so that the
+    # tensor cores need not wait for these exponentials.
     halves = ()
     for half in gl.static_range(2):
         p = gl.exp2(exponents[half])
@@ -255,10 +255,10 @@ def backward_fused_hopper(
 ):  # fmt: skip
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
-    `sums` is `[T, heads, COLUMNS]` float32: the query heads of the window, and HEAD_DIM rounded up to a multiple of 32.
-    BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is not 0, tiles of keys take turns, with
-    WRITERS writers each, and SIDE KV heads run side by side; the counters of `turns` then lie behind the sums, `[heads,
-    T]` int32.
+    `sums` is `[T, heads, COLUMNS]` float32, where heads are the query heads of the window, and COLUMNS is HEAD_DIM
+    rounded up to a multiple of 32. BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is 0, dQ is added in
+    no fixed order. Otherwise tiles of keys take turns, with WRITERS writers each and SIDE KV heads side by side. The
+    counters of `turns`, `[heads, T]` int32, then lie behind the sums.
     """
     if SIDE > 0:
         tile_number, window_head = tile_and_head_in_turns(KV_HEADS, SIDE)
@@ -318,8 +318,8 @@ def backward_fused_hopper(
     sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * COLUMNS, STRIDE_H=COLUMNS)
     in_sums = SequenceRows(first=sequence.first, count=sequence.count, kv_head=window_head.to(gl.int64))
     order = order_blocks(late, early, sequence, mask)
-    # From the last rows down: programs that run side by side then read the same rows, and add to them, while caches
-    # hold them.
+    # Blocks go from the last rows down: programs that run side by side then read the same rows, and add to them, while
+    # caches hold them.
     if SIDE > 0:
         counters_ptr = (sums_ptr + T.to(gl.int64) * (HEADS * COLUMNS)).to(gl.pointer_type(gl.int32), bitcast=True)
         turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N, WRITERS=WRITERS)

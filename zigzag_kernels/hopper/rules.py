@@ -90,7 +90,7 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
 def _gains_by_small_fused(problem: Problem) -> bool:
     """Return whether the fused kernel was measured to beat the pair at a small head_dim.
 
-    It was not measured under ranged masks. Capped scores leave no registers for a block of 128 rows.
+    The kernel was not measured under ranged masks. Capped scores leave no registers for a block of 128 rows.
     """
     long = problem.slots > 1 or problem.kv_tokens >= SMALL_FUSED_KEYS * problem.sequences
     plain = not problem.ranged and problem.call.softcap == 0
@@ -118,9 +118,10 @@ def _most_side_by_side(problem: Problem) -> int:
 
 
 def _has_long_walks(problem: Problem) -> bool:
-    """Return whether tiles of keys see so many rows that turns take less time than any other backward pass.
+    """Return whether tiles of keys see so many rows that turns beat the other kernels that the call allows.
 
-    With fewer heads side by side, more programs wait for each other. Few programs leave a GPU partly idle at the end.
+    With fewer heads side by side more programs wait for each other, so that walks have to be longer. Few programs leave
+    a GPU partly idle at the end.
     """
     rows = problem.rows * problem.group / max(problem.sequences, 1)
     longer = _most_side_by_side(problem) // heads_side_by_side(problem)

@@ -2,9 +2,9 @@
 
 Each consumer computes dQ of 64 of the rows.
 
-Shared memory limits the kernel. A block of 128 rows takes a seventh less of it than two blocks of 64: the products of
-scores read K and V once for 128 rows, and the products of dQ read dS of each row once, instead of once in each
-consumer. Registers hold one block of scores and one of dP; exponentials and dS are computed 64 rows at a time.
+The bandwidth of shared memory limits the kernel. A block of 128 rows takes a seventh less of it than two blocks of 64:
+the products of scores read K and V once for 128 rows, and the products of dQ read dS of each row once, instead of once
+in each consumer. Registers hold one block of scores and one of dP; exponentials and dS are computed 64 rows at a time.
 """
 
 from triton.experimental import gluon
@@ -207,8 +207,8 @@ def consume_small(warpgroup: gl.constexpr, program):
             # product is of stale data and is never read.
             stream.q.wait(i + 1, i + 1 < blocks)
             scores = stream.q.issue_scores_at_once(k, i + 1, zero)
-            # When only the scores are left, dK is complete. dQ is issued later: with dQ in the queue as well this wait
-            # took a tenth of the kernel's time.
+            # When only the scores are left, dK is complete. dQ is issued after this wait: with dQ in the queue as well
+            # the wait took a tenth of the kernel's time.
             dk, dv = hopper.warpgroup_mma_wait(1, [dk, dv])
             # The producer waits until both consumers have left Q, dO and the numbers of block i.
             stream.empty.leave(i)

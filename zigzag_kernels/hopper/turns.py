@@ -1,13 +1,13 @@
 """Tiles of keys take turns at the sums of dQ, so that all runs give the same bits.
 
 Each block of rows has a counter in global memory of the tiles that have added to it. The writers of a tile wait until
-it counts all tiles before theirs. A program waits only for programs with lower numbers, which a GPU starts first: they
-are under way or done whenever a program waits, whatever else the GPU runs. All tiles of a sequence begin with its last
-rows, so that a tile follows the one before it by about one block.
+the counter counts all tiles before theirs. A program waits only for programs with lower numbers, which a GPU starts
+first: they are under way or done whenever a program waits, whatever else the GPU runs. All tiles of a sequence begin
+with its last rows, so that a tile follows the one before it by about one block.
 
-The time of a turn passes before the copy engine's sums are in global memory and the counter has been read. Two writers
-in a program take blocks alternately, so that the next block need not wait for that. `side` KV heads have their tiles in
-turn: fewer programs then wait for each other, and where there are four, one writer is enough.
+A turn lasts until the copy engine's sums are in global memory and the next tile has read the counter. Two writers in a
+program take blocks alternately, so that the next block need not wait for the turn of this one. `side` KV heads have
+their tiles in turn, so that fewer programs wait for each other. With four heads side by side one writer is enough.
 """
 
 from triton.experimental import gluon
@@ -44,14 +44,14 @@ class Turns:
 
     @gluon.jit
     def read(self, address):
-        """Return the counter at `address`: what those tiles have added is in global memory."""
+        """Return the counter at `address`; the sums of all tiles that it counts are in global memory."""
         return gl.inline_asm_elementwise(
             "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [address], gl.int32, is_pure=False, pack=1
         )
 
     @gluon.jit
     def wait(self, address, counted):
-        """Wait for the turn of this tile; the counter at `address` was `counted` when it was read last."""
+        """Wait for the turn of this tile at `address`, whose counter was `counted` when it was last read."""
         while counted < self.turn:
             counted = self.read(address)
         # The copy engine does not take the path by which the counter was read: the fence orders the two.
@@ -61,8 +61,8 @@ class Turns:
 
     @gluon.jit
     def end(self, address):
-        """Give the turn at `address` to the next tile, when what the copy engine was given is in global memory."""
-        # `wait_group` makes the one thread wait that gave the copy engine its work, and the others wait for it.
+        """Give the turn at `address` to the next tile, when the copy engine's sums are in global memory."""
+        # By `wait_group` the thread that gave the copy engine its work waits for it; the others wait for that thread.
         gl.inline_asm_elementwise(
             """{
             .reg .pred first;
@@ -98,8 +98,8 @@ def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geo
             # This writer waits until the writers of the tiles before it have added to the block.
             turns.wait(counter, counted)
             dq.add_to(descriptor, row, head, STEP)
-            # The counter of this writer's next block is read while the copy engine is at work: usually the turn is this
-            # tile's already.
+            # The counter of this writer's next block is read while the copy engine is at work: usually that turn is
+            # this tile's already.
             row, head = order.place(gl.minimum(i + turns.WRITERS, blocks - 1), packing)
             following = turns.address(first_head + head, sequence.first + row)
             dq.leave()

@@ -162,15 +162,15 @@ class AllGather:
     def _fused_windows(self, given: "_Given") -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the results of `_window_gradients`, where one kernel computes all gradients of a window.
 
-        Transfers are in the same order as in `_windows_in_pairs`, because another rank may be there: Hopper kernels
-        cannot read every dO.
+        Transfers are in the same order as in `_windows_in_pairs`, because another rank may run that method: Hopper
+        kernels cannot read every dO.
         """
         from zigzag_kernels import plan
 
         (q, k, v, *_), problem, strides = given.residuals, given.problem, given.cotangents.strides
         group, window = resolve(self.group_name), problem.window
         contributions = given.new_contribution(), given.new_contribution()
-        # Both streams write dQ: this memory belongs to `current`, for which `side` waits first.
+        # Both streams write dQ. Its memory belongs to `current`, for which `side` waits before it writes.
         dq, dkv = q.new_empty(q.shape), []
         current, side, transfers = streams = streams_of(k.device)
         # As in the forward pass, the last programs of one window run beside the first programs of the next. All
@@ -213,7 +213,7 @@ class _Given(NamedTuple):
 
     @property
     def fuses(self) -> bool:
-        """True if one kernel computes all gradients of a window."""
+        """True if one kernel computes all gradients of each window."""
         from zigzag_kernels import plan
 
         several = self.problem.window < self.problem.kv_heads  # otherwise no plan is looked up
@@ -270,7 +270,8 @@ def windows(
     This rank sends from its own slot of the buffer that it receives into. `readers` are (the streams that read even
     windows, the streams that read odd windows); None means `current` and `side` for both. When a window is yielded, its
     readers wait for all earlier operations on `transfers`, but not for each other. `start` is called after the first
-    transfer has begun, and `between` when the readers of a window have waited, before the next transfer begins.
+    transfer has begun. `between(first_head)` is called when the readers of a window have waited, before the next
+    transfer begins.
     """
     tokens, kv_heads, head_dim = k.shape
     first_heads = range(0, kv_heads, heads_k_stride)
