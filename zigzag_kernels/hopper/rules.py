@@ -80,7 +80,8 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     if operation is Operation.FUSED_BACKWARD:
         if small:
             return _gains_by_small_fused(problem)
-        return not problem.call.has_range and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+        plain = not problem.call.has_range and problem.call.softcap == 0  # with a cap no run has timed it
+        return plain and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
