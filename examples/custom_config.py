@@ -1,8 +1,9 @@
 """Head dims 64 and 128 with tile sizes of your own: `python examples/custom_config.py`.
 
 ZIGZAG_KERNEL_CONFIG names a JSON file whose entries replace entries of `zigzag_kernels/tiles/`. It is read when a
-problem is first seen, so it is set before the first call. Tile sizes are of compiled kernels: without a GPU this runs
-the plain reference, and shows which file would have been read.
+problem is first seen, so it is set before the first call. These tiles are for the portable kernels, so ZIGZAG_HOPPER=0
+leaves the calls to them on a Hopper GPU too. Tile sizes are of compiled kernels: without a GPU this runs the plain
+reference, and shows which file would have been read.
 """
 
 import json
@@ -28,7 +29,7 @@ def main():
     tables = {family_of(kernel).architecture(target).name: {"16-bit": {"forward": TILES}}}
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(tables, file)
-    os.environ["ZIGZAG_KERNEL_CONFIG"] = file.name
+    os.environ |= {"ZIGZAG_KERNEL_CONFIG": file.name, "ZIGZAG_HOPPER": "0"}
     try:
         for head_dim in (64, 128):
             print(f"head_dim {head_dim}: {choose_tiles(kernel, head_dim, 'float16', target)}")
