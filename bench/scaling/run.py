@@ -37,7 +37,7 @@ STRIDES = (1, 2, 4, 8)
 LONGEST_DOCUMENT = 4096
 WINDOW = 1024
 DIRECTIONS = "forward", "forward + backward"
-OUR_KERNELS = "attention_", "backward_"  # how their names begin
+OUR_KERNELS = "attention_", "backward_", "clear_sums", "finish_dq"  # how their names begin
 Interval = tuple[float, float]
 
 
