@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zigzag_kernels.batch_checks import check_documents_in_rows
-from zigzag_kernels.checks import check_packed_rows, check_world_size
+from zigzag_kernels.checks import check_world_size
 from zigzag_kernels.layout import MAX_OFFSET, is_invalid_batch
 from zigzag_kernels.modes import Layout, Method
 from zigzag_kernels.segments.columns import SegmentColumn, SequenceColumn
@@ -117,18 +117,6 @@ class Form(NamedTuple):
 
 
 DOCUMENTS = Form()
-
-
-def batch_form(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
-    """Return the `Form` of a batch with these arguments; `ValueError` unless they fit each other."""
-    if layout == Layout.ROW and world_size > 1:
-        return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
-    if layout == Layout.ROW:
-        check_packed_rows(0 if row_length is None else row_length, rows, world_size)
-    for name, given, without in (("row_length", row_length, None), ("rows", rows, 1)):
-        if layout == Layout.DOCUMENT and given != without:
-            raise ValueError(f"{name}: expected {without} with layout 'document', got {given!r}")
-    return Form(Layout(layout).value)
 
 
 def as_batch(

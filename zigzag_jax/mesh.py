@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from zigzag_kernels.batch_checks import check_padding_unseen
+from zigzag_kernels.batch_checks import check_form, check_padding_unseen
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_lengths, check_offsets, check_sinks, check_window_size
 from zigzag_kernels.documents import DocumentPlan
@@ -23,7 +23,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array, is_padded
 from .axes import AxisName, largest_along, largest_on
-from .batch import Batch, Form, batch_form
+from .batch import Batch, Form
 from .halos import check_documents, halo_of_batch
 from .host import ShardedBatch
 from .launch import choose_backend
@@ -217,7 +217,7 @@ class _Shared:
             of_all = parts_of_all(cu_seqlens, self.ranks, self.layout)
             cu_seqlens, lengths, parts = one_part(of_all, self.ranks)
             tokens = of_all.tokens
-        form = batch_form(self.layout, row_length, rows, self.ranks)
+        form = Form(*check_form(self.layout, row_length, rows, self.ranks))
         if parts is not None:
             form = form._replace(whole_tokens=parts.whole_tokens, tokens=tokens)
         reach = {name: self.options.get(name, default) for name, default in _MASK[1:]} | {"max_seqlen": max_seqlen}

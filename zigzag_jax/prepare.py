@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from zigzag_kernels.batch_checks import check_form
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method, check_world_size
 from zigzag_kernels.documents import DocumentPlan, check_plan
@@ -14,8 +15,8 @@ from .arguments import Array, as_cu_seqlens, as_lengths, check_array
 from .axes import AxisName, place_on
 from .batch import (
     Batch,
+    Form,
     as_batch,
-    batch_form,
     check_same_on_every_rank,
     check_varying,
     compare,
@@ -96,7 +97,7 @@ def prepare_batch(
     if isinstance(cu_seqlens, ShardedBatch):
         unsharded = cu_seqlens.fingerprint if unsharded is None else unsharded
         cu_seqlens, row_length = offsets_of(cu_seqlens, world_size, layout)
-    form = batch_form(layout, row_length, rows, world_size)
+    form = Form(*check_form(layout, row_length, rows, world_size))
     if isinstance(cu_seqlens, DocumentPlan | Parts):
         for name, x, default in (("lengths", lengths, None), ("layout", layout, Layout.DOCUMENT)):
             if x is not default and x != default:

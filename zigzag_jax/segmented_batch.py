@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from zigzag_kernels.batch_checks import check_form
 from zigzag_kernels.callspec import NO_WINDOW
 from zigzag_kernels.checks import check_layout, check_method
 from zigzag_kernels.halo import halo_of_batch
@@ -17,7 +18,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 
 from .arguments import Array, check_array, check_held
 from .axes import AxisName, axis_names
-from .batch import Batch, batch_form
+from .batch import Batch, Form
 from .launch import choose_backend
 from .prepare import prepare_batch
 from .segment_ids import offsets_of_rows
@@ -133,7 +134,8 @@ def prepare_segments(
 
     rows = first.shape[0] // around.parts(batch_axis)
     row_length = first.shape[1] * size // around.parts(axis)
-    form = batch_form(layout, row_length if layout is Layout.ROW else None, rows if layout is Layout.ROW else 1, size)
+    packed = (row_length, rows) if layout is Layout.ROW else (None, 1)
+    form = Form(*check_form(layout, *packed, size))
     # This batch has the structure and the static fields of the result of `prepare`, and specs in place of arrays.
     shared = {"compared_by": axis_name, "lengths": P(), "halo": halo, "max_seqlen": promised, **form._asdict()}
     batch = Batch(P(), P(), size, method, **shared)  # pyright: ignore

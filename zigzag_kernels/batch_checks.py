@@ -9,6 +9,7 @@ from .checks import (
     check_int,
     check_layout,
     check_lengths,
+    check_packed_rows,
     check_real_lengths,
     python_value,
 )
@@ -62,6 +63,21 @@ def check_row_length(
     if world_size > 1 and total is not None and total > MAX_OFFSET:
         raise ValueError(f"{name}: expected at most {MAX_OFFSET} tokens in the row layout, got {total}")
     return row_length
+
+
+def check_form(layout: str, row_length: int | None, rows: int, world_size: int) -> tuple[str, int, int]:
+    """Return (layout, row_length, rows) of a batch; a `row_length` of 0 says that no packed rows are cut into chunks.
+
+    Raises `ValueError` unless `prepare_batch` can take these arguments together.
+    """
+    if check_layout(layout) is Layout.ROW:
+        given = 0 if row_length is None and world_size == 1 else row_length
+        tokens, rows = check_packed_rows(given, rows, world_size)
+        return (Layout.ROW.value, tokens, rows) if world_size > 1 else (Layout.ROW.value, 0, 1)
+    for name, given, without in (("row_length", row_length, None), ("rows", rows, 1)):
+        if given != without:
+            raise ValueError(f"{name}: expected {without} with layout 'document', got {given!r}")
+    return Layout.DOCUMENT.value, 0, 1
 
 
 def check_documents_in_rows(

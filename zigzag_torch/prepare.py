@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from zigzag_kernels.batch_checks import check_form
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_method, check_packed_rows, check_world_size
+from zigzag_kernels.checks import check_layout, check_method, check_world_size
 from zigzag_kernels.documents import DocumentPlan, check_plan
 from zigzag_kernels.halo import HostSizes
 from zigzag_kernels.modes import Backend, Layout
@@ -100,7 +101,7 @@ def prepare_batch(
         check_layout(layout)
         documents = _documents_of(cu_seqlens, lengths, layout, rank, world_size, place, device)
         cu_seqlens, rank, world_size = _placed(documents.cu_seqlens, rank, world_size, place, Layout(layout))
-        form = _form_of(layout, row_length, rows, world_size)._replace(tokens=documents.tokens)
+        form = Form(*check_form(layout, row_length, rows, world_size), tokens=documents.tokens)
         if documents.parts is not None:
             if place.group_name is None:
                 raise ValueError("group: expected that of the ranks of a plan with whole and split documents, got None")
@@ -203,15 +204,3 @@ def _placed(
     if world_size is not None and check_world_size(world_size) != place.world_size:
         raise ValueError(f"world_size: expected None or the size of the group, {place.world_size}, got {world_size}")
     return cu_seqlens, place.rank, place.world_size
-
-
-def _form_of(layout: str, row_length: int | None, rows: int, world_size: int) -> Form:
-    """Return the `Form` of a batch with these arguments; `ValueError` unless they fit each other."""
-    if layout == Layout.ROW and world_size > 1:
-        return Form(Layout.ROW.value, *check_packed_rows(row_length, rows, world_size))
-    if layout == Layout.ROW:
-        check_packed_rows(0 if row_length is None else row_length, rows, world_size)
-    for name, given, without in (("row_length", row_length, None), ("rows", rows, 1)):
-        if layout == Layout.DOCUMENT and given != without:
-            raise ValueError(f"{name}: expected {without} with layout 'document', got {given!r}")
-    return Form(Layout(layout).value)

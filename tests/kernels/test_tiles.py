@@ -54,7 +54,7 @@ def test_segments_whose_last_rows_come_latest_in_their_document_come_first(offse
 
 
 def test_in_the_row_layout_the_sequence_with_the_most_rows_on_the_rank_comes_first():
-    """Rank 0 of two holds 14, 2, 2 and 14 rows of four documents, of which the second and third are the longest."""
+    """Rank 0 of two holds 14, 2, 2 and 14 rows of four documents. The second and third document are the longest."""
     target = launch.target("triton" if GPU else "interpret", torch.device(DEVICE))
     cu_seqlens, rank = tensor([0, 14, 30, 50, 64], "int32"), tensor([0], "int32")
     form = {"sequences": 4, "world_size": 2, "layout": "row", "row_length": 64}
