@@ -14,7 +14,9 @@ from tests.support import oracle
 from tests.support.cases import RESULTS, Case, make_inputs
 from tests.support.closeness import assert_close
 from tests.support.commands import lines_of
+from tests.support.hopper import PAIR, RUNS, assert_kernels_for_hopper, hopper_head_dim
 from tests.support.machine import GPU
+from tests.support.planners import RememberingPlanner
 from tests.support.rank import batch_results, gathered_rows, rank_arrays, rank_rows, rows_of_results
 from tests.support.spread import BACKENDS, KERNELS, assert_same, mesh_of, offsets, value_and_gradients
 from zigzag_jax import launch
@@ -23,6 +25,8 @@ from zigzag_kernels.callspec import make_call_spec
 from zigzag_kernels.problem import ArraySpec, make_problem
 
 SMALL = Case(name="jax-small", world_size=2, lengths=(12, 0, 20), heads=4, kv_heads=2, padding=2)
+BFLOAT16 = dataclasses.replace(SMALL, dtype="bfloat16", head_dim=hopper_head_dim(SMALL.head_dim))
+USUAL = BFLOAT16 if RUNS else SMALL
 RING = Case(name="jax-ring", world_size=4, lengths=(24, 8, 40), heads=4, kv_heads=2)
 
 
@@ -50,21 +54,25 @@ def launches(function, *args):
     return sum("custom_call" in line and ("python" in line or "triton" in line) for line in lines)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_eager_calls_take_numpy_arrays_and_give_the_bits_of_jit(dtype):
-    function = value_and_gradients(attention(SMALL, KERNELS))
-    arrays = jax_arrays(dataclasses.replace(SMALL, dtype=dtype))
-    eager = function(*map(np.asarray, arrays), np.asarray(SMALL.cu_seqlens, np.int32), 1)
-    assert_same(eager, jax.jit(function)(*arrays, offsets(SMALL), jnp.int32(1)))
+@pytest.mark.parametrize("case", [SMALL, BFLOAT16], ids=lambda case: case.dtype)
+def test_eager_calls_take_numpy_arrays_and_give_the_bits_of_jit(case):
+    function = value_and_gradients(attention(case, KERNELS))
+    arrays = jax_arrays(case)
+    with plan.use_planner(RememberingPlanner()) as planner:
+        eager = function(*map(np.asarray, arrays), np.asarray(case.cu_seqlens, np.int32), 1)
+        assert_same(eager, jax.jit(function)(*arrays, offsets(case), jnp.int32(1)))
+    if case is BFLOAT16:
+        assert_kernels_for_hopper(planner, PAIR)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vmap_over_arrays_lengths_and_ranks(backend):
-    batch = [jax_arrays(SMALL, rank, seed=rank) for rank in (0, 1)]
+    case = USUAL if backend == KERNELS else SMALL
+    batch = [jax_arrays(case, rank, seed=rank) for rank in (0, 1)]
     stacked = [jnp.stack(arrays) for arrays in zip(*batch, strict=True)]
-    lengths = jnp.asarray([SMALL.cu_seqlens, [0, 4, 28, 32]], jnp.int32)
+    lengths = jnp.asarray([case.cu_seqlens, [0, 4, 28, 32]], jnp.int32)
     ranks = jnp.arange(2, dtype=jnp.int32)
-    function = jax.jit(value_and_gradients(attention(SMALL, backend)))
+    function = jax.jit(value_and_gradients(attention(case, backend)))
     together = jax.jit(jax.vmap(function))(*stacked, lengths, ranks)
     apart = [function(*arrays, *rest) for arrays, *rest in zip(batch, lengths, ranks, strict=True)]
     for result, wanted in zip(together, zip(*apart, strict=True), strict=True):
@@ -73,13 +81,13 @@ def test_vmap_over_arrays_lengths_and_ranks(backend):
 
 
 def test_checkpoint_policy_saves_what_the_backward_needs():
-    q, k, v, dout, _ = jax_arrays(SMALL)
-    prepare = functools.partial(zigzag_jax.prepare_batch, world_size=SMALL.world_size, backend=KERNELS)
-    batch = jax.jit(prepare)(offsets(SMALL), jnp.int32(1))
+    q, k, v, dout, _ = jax_arrays(USUAL)
+    prepare = functools.partial(zigzag_jax.prepare_batch, world_size=USUAL.world_size, backend=KERNELS)
+    batch = jax.jit(prepare)(offsets(USUAL), jnp.int32(1))
 
     def gradients(remat):
         def loss(q, k, v):
-            out, lse = remat(attention(SMALL, KERNELS))(q, k, v, batch, 1)
+            out, lse = remat(attention(USUAL, KERNELS))(q, k, v, batch, 1)
             return jnp.sum(out * dout) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
 
         return jax.value_and_grad(loss, (0, 1, 2))

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.support.hopper import PAIR, assert_kernels_for_hopper, hopper_head_dim
 from tests.support.machine import GPU
+from tests.support.planners import RememberingPlanner
 from tests.support.spread import mesh_of
 from zigzag_jax import make_zigzag_attention, plan_documents, zigzag_attention, zigzag_attention_gathered
+from zigzag_kernels.plan import use_planner
 from zigzag_kernels.segments.columns import SEGMENT_FIELDS
 
-WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, 64
+WORLD_SIZE, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 4, 2, hopper_head_dim(64)
 DTYPE = "bfloat16" if GPU else "float32"  # XLA's collectives on a CPU convert all others, there and back
 OFFSETS = jax.ShapeDtypeStruct((3,), "int32")
 MOVES = "copy", "copy-start", "transpose", "concatenate", "pad", "slice", "dynamic-slice", "dynamic-update-slice"
@@ -47,7 +50,9 @@ def test_gathered_keys_are_read_in_place_in_both_directions(kernel_backend):
         return out, pullback(dout)
 
     q, kv = array(TOKENS, HEADS), array(WORLD_SIZE * TOKENS, KV_HEADS)
-    assert moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS * HEAD_DIM) == []
+    with use_planner(RememberingPlanner()) as planner:
+        assert moved(step, q, kv, kv, OFFSETS, q, least=TOKENS * HEADS * HEAD_DIM) == []
+    assert_kernels_for_hopper(planner, PAIR)
 
 
 @pytest.mark.multigpu

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import zigzag_jax
 from tests.support import frameworks
 from tests.support.cases import BENCH, CASES, RESULTS, Case, make_inputs
-from tests.support.hopper import needs_hopper
+from tests.support.hopper import FUSED, OF_SINKS, PAIR, needs_hopper
 from tests.support.parts import FRAMEWORKS, Rank
 from tests.support.planners import RememberingPlanner
 from tests.support.rank import accept_capped_scores, assert_rank_is_right, gathered_rows, rank_arrays, rank_rows
@@ -58,9 +58,6 @@ RANGED = [
     replace(ROW, name="hopper-row-window", window_size=(150, -1), head_dim=96, lengths_real=(503, 0, 0, 1250, 267)),
     replace(ROW, name="hopper-row-full", causal=False, head_dim=64, sinks=True, dtype="float16"),
 ]
-PAIR = {"attention_forward_hopper", "backward_dkdv_hopper", "backward_dq_hopper"}
-OF_SINKS = {"sum_sink_rows", "sum_sink_parts"}
-FUSED = {"attention_forward_hopper", "clear_sums", "backward_fused_hopper", "finish_dq"}
 
 
 @pytest.fixture

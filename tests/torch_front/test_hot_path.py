@@ -8,18 +8,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zigzag_torch
 from tests.support import pieces
+from tests.support.hopper import FUSED, PAIR, assert_kernels_for_hopper, hopper_head_dim, needs_hopper
 from tests.support.machine import GPU
 from tests.support.pieces import DEVICE, tensor
+from tests.support.planners import RememberingPlanner
+from zigzag_kernels import plan
+from zigzag_kernels.hopper import rules
+from zigzag_kernels.hopper.family import HOPPER
 from zigzag_torch import prepare_batch, zigzag_attention, zigzag_attention_gathered
 
 TOKENS, WORLD_SIZE, RANK = 28, 2, 1
 CU_SEQLENS = [0, 12, 12, 52]  # of both ranks; 2 rows of each are padding
-HEAD_DIM, DTYPE = (64, torch.bfloat16) if GPU else (16, torch.float32)  # Hopper's kernels, if asked for, serve these
+HEAD_DIM, DTYPE = (hopper_head_dim(64), torch.bfloat16) if GPU else (16, torch.float32)
 CHUNKS = RANK, 2 * WORLD_SIZE - 1 - RANK
 NAMES = (
     "zigzag_attention", "without lengths", "gathered", "prepare_batch", "ranges", "packed rows", "varlen", "kvpacked",
     "grouped", "pair",
 )  # fmt: skip
+# Calls whose backward pass takes one kernel, if these variables are set.
+IN_ONE_KERNEL = {"in any order": HOPPER.variable, "in turns": rules.TURNS}
+
+
+@pytest.fixture(scope="module", params=[*NAMES, *(pytest.param(name, marks=needs_hopper) for name in IN_ONE_KERNEL)])
+def name(request):
+    """A name of `calls`; both tests of a call follow one another, so that a worker compiles its kernels once."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _kernels(name, monkeypatch):
+    """On a Hopper GPU, the call takes kernels for Hopper alone, as the calls of a model do."""
+    if name in IN_ONE_KERNEL:
+        monkeypatch.setenv(IN_ONE_KERNEL[name], "1")
+    with plan.use_planner(RememberingPlanner()) as planner:
+        yield
+    assert_kernels_for_hopper(planner, FUSED if name in IN_ONE_KERNEL else PAIR)
 
 
 def arrays():
@@ -52,6 +75,9 @@ def calls():
     def prepared(q, k, v):
         return zigzag_attention_gathered(q, k, v, prepare_batch(cu_seqlens, rank, WORLD_SIZE), RANK, WORLD_SIZE)
 
+    def gathered(*qkv, **options):
+        return zigzag_attention_gathered(*qkv, cu_seqlens, rank, WORLD_SIZE, **options)
+
     def ranged(q, k, v):
         batch = prepare_batch(local, lengths=real)
         options = {"window_size": (5, -1), "attention_chunk": 9, "softcap": 2.0, "sinks": sinks}
@@ -64,10 +90,12 @@ def calls():
     return {
         "zigzag_attention": lambda *qkv: zigzag_attention(*own(*qkv), local),
         "without lengths": lambda *qkv: zigzag_attention(*own(*qkv)),
-        "gathered": lambda *qkv: zigzag_attention_gathered(*qkv, cu_seqlens, rank, WORLD_SIZE),
+        "gathered": gathered,
+        "in any order": lambda *qkv: gathered(*qkv, deterministic=False),
+        "in turns": gathered,
         "prepare_batch": prepared,
         "ranges": ranged,
-        "packed rows": lambda *qkv: zigzag_attention_gathered(*qkv, cu_seqlens, rank, WORLD_SIZE, layout="row"),
+        "packed rows": lambda *qkv: gathered(*qkv, layout="row"),
         "varlen": lambda *qkv: zigzag_torch.zigzag_llama3_flash_attn_varlen_func(*own(*qkv), *lengths, causal=True),
         "kvpacked": kvpacked,
         "grouped": in_groups,
@@ -104,7 +132,6 @@ def waiting_is_an_error():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name, kernel_backend):
     with pieces.kernels(kernel_backend):
         call, (*leaves, dout) = calls()[name], arrays()
@@ -118,9 +145,11 @@ def test_nothing_waits_for_the_device(name, kernel_backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
 def test_a_cuda_graph_replays_forward_and_backward(name):
-    """On new data in the arrays that it was captured with: bit for bit what an eager step gives."""
+    """On new data in the arrays that it was captured with: bit for bit what an eager step gives.
+
+    Only dQ, if its sums are added in any order, is rounded otherwise.
+    """
     call, (*leaves, dout) = calls()[name], arrays()
     leaves = [x.requires_grad_() for x in leaves]
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -135,5 +164,8 @@ def test_a_cuda_graph_replays_forward_and_backward(name):
                 x.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
-        for ours, theirs in zip(captured, step(call, leaves, dout), strict=True):
-            assert torch.equal(ours, theirs)
+        for i, (ours, theirs) in enumerate(zip(captured, step(call, leaves, dout), strict=True)):
+            if name == "in any order" and i == 1:
+                torch.testing.assert_close(ours, theirs)
+            else:
+                assert torch.equal(ours, theirs)

@@ -9,11 +9,14 @@ import torch._dynamo.testing
 import torch.distributed as dist
 
 import zigzag_torch
+from tests.support.hopper import PAIR, assert_kernels_for_hopper, hopper_head_dim
 from tests.support.machine import GPU
+from tests.support.planners import RememberingPlanner
 from tests.support.processes import run_ranks
+from zigzag_kernels import plan
 
 DEVICE, KERNELS, DTYPE, HEAD_DIM, SCALE = (
-    ("cuda", "triton", torch.bfloat16, 64, 8) if GPU else ("cpu", "interpret", torch.float32, 16, 1)
+    ("cuda", "triton", torch.bfloat16, hopper_head_dim(64), 8) if GPU else ("cpu", "interpret", torch.float32, 16, 1)
 )
 TOKENS, SPLIT_TOKENS = 48 * SCALE, 20 * SCALE  # rows of a rank, and its rows of split documents
 BATCHES = 50 if GPU else 2
@@ -82,7 +85,9 @@ def check_replays_between_ranks(rank, world_size):
 
 
 def test_one_rank_replays_its_step_for_other_batches():
-    check_replays(0, 1, WAYS[0], backend=KERNELS)
+    with plan.use_planner(RememberingPlanner()) as planner:
+        check_replays(0, 1, WAYS[0], backend=KERNELS)
+    assert_kernels_for_hopper(planner, PAIR)
 
 
 @pytest.mark.slow

@@ -10,15 +10,20 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import zigzag_torch
 from tests.support.cases import Case, make_inputs
+from tests.support.hopper import PAIR, RUNS, assert_kernels_for_hopper, hopper_head_dim
 from tests.support.machine import GPU
+from tests.support.planners import RememberingPlanner
 from tests.support.rank import rank_arrays
+from zigzag_kernels import plan
 from zigzag_kernels.callspec import make_call_spec
 from zigzag_torch import launch
 
 DEVICE = "cuda" if GPU else "cpu"
 # In float32 a tensor of another type than its own goes unnoticed.
-DTYPES = "float32", "bfloat16"
-CASE = Case(name="torch", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2, padding=2)
+FLOAT32 = Case(name="float32", world_size=2, lengths=(12, 0, 40), heads=4, kv_heads=2, padding=2)
+BFLOAT16 = replace(FLOAT32, name="bfloat16", dtype="bfloat16", head_dim=hopper_head_dim(FLOAT32.head_dim))
+BOTH = pytest.mark.parametrize("case", [FLOAT32, BFLOAT16], ids=str)
+CASE = BFLOAT16 if RUNS else FLOAT32
 
 
 def tensors(case=CASE, rank=1):
@@ -26,6 +31,12 @@ def tensors(case=CASE, rank=1):
     *arrays, _ = rank_arrays(case, make_inputs(case), rank)
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=DEVICE)
     return *(torch.tensor(x, dtype=getattr(torch, case.dtype), device=DEVICE) for x in arrays), cu_seqlens
+
+
+def random_rows(case, *shape):
+    """q, k and v `[*shape, heads, head_dim]`."""
+    rows = {"device": DEVICE, "dtype": getattr(torch, case.dtype)}
+    return [torch.randn(*shape, heads, case.head_dim, **rows) for heads in (case.heads, case.kv_heads, case.kv_heads)]
 
 
 def gradients(function, q, k, v, dout):
@@ -50,9 +61,9 @@ def attend(kernel_backend):
 
 # dynamo forks its own wrappers; their deprecations are not ours.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiles_without_a_graph_break(attend, dtype):
-    q, k, v, dout, cu_seqlens = tensors(replace(CASE, dtype=dtype))
+@BOTH
+def test_compiles_without_a_graph_break(attend, case):
+    q, k, v, dout, cu_seqlens = tensors(case)
 
     def step(q, k, v):
         return attend(q * 2, k, v, cu_seqlens) * 0.5
@@ -64,14 +75,14 @@ def test_compiles_without_a_graph_break(attend, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiles_for_any_length(kernel_backend, dtype):
+@BOTH
+def test_compiles_for_any_length(kernel_backend, case):
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(q, k, v, cu_seqlens):
         return zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
 
     for tokens in (8, 13, 21):
-        q, k, v = (torch.randn(tokens, heads, 16, device=DEVICE, dtype=getattr(torch, dtype)) for heads in (2, 1, 1))
+        q, k, v = random_rows(case, tokens)
         cu_seqlens = torch.tensor([0, 5, tokens], dtype=torch.int32, device=DEVICE)
         theirs = zigzag_torch.zigzag_attention(q, k, v, cu_seqlens, backend=kernel_backend)
         assert torch.equal(compiled(q, k, v, cu_seqlens), theirs)
@@ -82,7 +93,7 @@ def test_compiles_for_any_length(kernel_backend, dtype):
 def test_compiled_code_takes_numbers_of_later_calls(kernel_backend, dynamic):
     """Options are constants of the compiled code, and another value compiles it again."""
     torch.compiler.reset()  # there is a limit to that
-    q, k, v, _, cu_seqlens = tensors()
+    q, k, v, _, cu_seqlens = tensors(FLOAT32)
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def compiled(q, k, v, **options):
@@ -119,15 +130,15 @@ def test_exports_for_any_length(kernel_backend, strict):
         assert torch.equal(exported.module()(*arguments), Attention()(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_operators_are_registered_as_torch_wants_them(kernel_backend, dtype):
-    q, k, v, dout, cu_seqlens = tensors(replace(CASE, dtype=dtype))
+@BOTH
+def test_operators_are_registered_as_torch_wants_them(kernel_backend, case):
+    q, k, v, dout, cu_seqlens = tensors(case)
     rank = torch.ones(1, dtype=torch.int32, device=DEVICE)
     table_arguments = cu_seqlens, rank, 2, "gathered", kernel_backend
     tables = torch.ops.zigzag.segment_tables(*table_arguments)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.zigzag.segment_tables, table_arguments, test_utils=tests)
-    call = make_call_spec(head_dim=16, backend=kernel_backend, deterministic=False)
+    call = make_call_spec(head_dim=case.head_dim, backend=kernel_backend, deterministic=False)
     constants = call.key, 2, "gathered"
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.zigzag.attention_forward, (*leaves, *tables, *constants), test_utils=tests)
@@ -158,7 +169,7 @@ def test_a_prepared_batch_gives_the_same(attend, kernel_backend):
 
 def test_views_are_read_in_place(attend):
     """q, k, v as slices of one projection, and gradients that arrive expanded: strides are part of the problem."""
-    q, k, v, dout, cu_seqlens = tensors()
+    q, k, v, dout, cu_seqlens = tensors(FLOAT32)
     packed = torch.full((k.shape[0], 7, 16), float("nan"), device=DEVICE)
     packed[: q.shape[0], :4], packed[:, 4:6], packed[:, 5:7] = q, k, 0
     kv = torch.full((k.shape[0], 2, 3, 16), float("nan"), device=DEVICE)
@@ -177,7 +188,7 @@ def test_views_are_read_in_place(attend):
 
 
 def test_a_gradient_through_lse_alone(attend):
-    q, k, v, _, cu_seqlens = tensors()
+    q, k, v, _, cu_seqlens = tensors(FLOAT32)
     q.requires_grad_()
     _, lse = attend(q, k, v, cu_seqlens, return_lse=True)
     (ours,) = torch.autograd.grad(lse[lse.isfinite()].sum(), q)
@@ -187,7 +198,7 @@ def test_a_gradient_through_lse_alone(attend):
 
 
 def test_equal_lengths_as_a_batch_dimension(kernel_backend):
-    q, k, v = (torch.randn(3, 10, heads, 16, device=DEVICE) for heads in (4, 2, 2))
+    q, k, v = random_rows(CASE, 3, 10)
     out, lse = zigzag_torch.zigzag_attention(q, k, v, return_lse=True, backend=kernel_backend)
     assert out.shape == q.shape
     assert lse.shape == (3, 4, 10)
@@ -199,7 +210,9 @@ def test_equal_lengths_as_a_batch_dimension(kernel_backend):
 
 def test_one_backward_equals_another(attend):
     q, k, v, dout, cu_seqlens = tensors()
-    first = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
+    with plan.use_planner(RememberingPlanner()) as planner:
+        first = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
+    assert_kernels_for_hopper(planner, PAIR)
     for _ in range(50 if GPU else 2):
         assert_same(gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout), first)
 
@@ -209,7 +222,7 @@ def test_the_operator_and_vmap_give_the_gradients_of_an_eager_call(attend, kerne
     q, k, v, dout, cu_seqlens = tensors()
     expected = gradients(lambda *qkv: attend(*qkv, cu_seqlens), q, k, v, dout)
     batch = zigzag_torch.prepare_batch(cu_seqlens, 1, 2, backend=kernel_backend)
-    call = make_call_spec(head_dim=16, backend=kernel_backend)
+    call = make_call_spec(head_dim=CASE.head_dim, backend=kernel_backend)
     constants = batch.segments, batch.sequences, call.key, 2
     operator = lambda *qkv: torch.ops.zigzag.attention_forward(*qkv, *constants)[0]  # noqa: E731
     assert_same(gradients(operator, q, k, v, dout), expected)

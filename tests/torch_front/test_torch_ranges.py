@@ -52,41 +52,48 @@ def test_the_reference_matches_the_oracle(case):
         assert_rank_is_right(case, inputs, rank, {"reference": results})
 
 
-def crossed(case):
-    """`case` with each option, and with all of them; its documents one token longer in the row layout."""
-    real = tuple(max(length - 5 * i % 7, 0) for i, length in enumerate(case.lengths, 1))
-    longer = tuple(length + (length > 0) for length in case.lengths)
-    row = {"layout": "row", "lengths": longer, "padding": -sum(longer) % (2 * case.world_size)}
-    together = {"window_size": (33, 40), "attention_chunk": 50, "softcap": 2.0, "sinks": True}
-    for name, options in {
-        "one key": {"window_size": (0, 0)},
-        "left": {"window_size": (7, -1)},
-        "both sides": {"window_size": (31, 6)},
-        "right": {"window_size": (-1, 3)},
-        "chunk": {"attention_chunk": 19},
-        "softcap": {"softcap": 1.5},
-        "sinks": {"sinks": True},
-        "lengths": {"lengths_real": real},
-        "row": row,
-        "all": together | {"lengths_real": real},
-        "all in rows": together | row | {"lengths_real": real},
-    }.items():
-        yield replace(case, name=f"{case.name} {name}", **options)
+TOGETHER = {"window_size": (33, 40), "attention_chunk": 50, "softcap": 2.0, "sinks": True}
+OPTIONS = {
+    "one key": {"window_size": (0, 0)},
+    "left": {"window_size": (7, -1)},
+    "both sides": {"window_size": (31, 6)},
+    "right": {"window_size": (-1, 3)},
+    "chunk": {"attention_chunk": 19},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "lengths": {},
+    "row": {},
+    "all": TOGETHER,
+    "all in rows": TOGETHER,
+}
+
+
+def with_option(case, option):
+    """`case` with one of OPTIONS; its documents one token longer in the row layout."""
+    changes = dict(OPTIONS[option])
+    if option in ("lengths", "all", "all in rows"):
+        changes["lengths_real"] = tuple(max(length - 5 * i % 7, 0) for i, length in enumerate(case.lengths, 1))
+    if option in ("row", "all in rows"):
+        longer = tuple(length + (length > 0) for length in case.lengths)
+        changes |= {"layout": "row", "lengths": longer, "padding": -sum(longer) % (2 * case.world_size)}
+    return replace(case, name=f"{case.name} {option}", **changes)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", select("interpret"), ids=str)
-def test_every_case_with_every_option(case, backend):
-    for variant in crossed(case):
-        inputs = make_inputs(variant)
-        rank = len(variant.name) % case.world_size  # the first and others
-        arrays = rank_arrays(variant, inputs, rank)
-        with plan.use_planner(RememberingPlanner()) as planner:
-            results = attend_torch(variant, *arrays, rank, backend, sinks=inputs.get("sinks"))
-        if any(kernel.family == HOPPER.name for kernel in planner.kernels):
-            accept_capped_scores(variant, inputs, rank, results)
-        assert_rank_is_right(variant, inputs, rank, {f"{variant}, {backend}": results})
+def test_every_case_with_every_option(case, backend, option):
+    """On a GPU each of them compiles kernels of its own, which workers share out."""
+    variant = with_option(case, option)
+    inputs = make_inputs(variant)
+    rank = len(variant.name) % case.world_size  # the first and others
+    arrays = rank_arrays(variant, inputs, rank)
+    with plan.use_planner(RememberingPlanner()) as planner:
+        results = attend_torch(variant, *arrays, rank, backend, sinks=inputs.get("sinks"))
+    if any(kernel.family == HOPPER.name for kernel in planner.kernels):
+        accept_capped_scores(variant, inputs, rank, results)
+    assert_rank_is_right(variant, inputs, rank, {f"{variant}, {backend}": results})
 
 
 def attend(tensors, sinks, **options):
