@@ -84,7 +84,7 @@ def assert_results_close(where, results, exact, straightforward):
 
 
 def accept_capped_scores(case, inputs, rank, results):
-    """Assert that `lse` and the largest logits of a kernel for Hopper are right under a cap, if there is one.
+    """Assert that `lse` and the largest logits of a kernel for Hopper are right under a cap, if any.
 
     The oracle's then take their place in `results`, because `assert_rank_is_right` allows less: `tanh.approx.f32` has a
     relative error of 2^-11. Rows that see one key show it, and sums over keys show less.
