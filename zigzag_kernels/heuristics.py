@@ -77,6 +77,12 @@ Windows of fewer rows were not measured. From this number on turns also take les
 MANY_TURNS = 4 * MULTIPROCESSORS
 """Programs of a launch from which on their unequal ends cost less than a second kernel."""
 
+WIDE_WINDOW = 2**12
+"""Keys of a window, and of a sequence, from which on one kernel in any order beats two kernels.
+
+On one device, at head_dim 72 to 128, on H200: docs/log/hopper.md, "Windows in one kernel".
+"""
+
 # When programs of long sequences take several heads, on H200: docs/log/hopper.md, "Several heads for each program" and
 # "The forward across the border between two heads".
 MODERATE_KEYS = 2**15

@@ -1,5 +1,6 @@
 """Which keys and rows the kernels for Hopper bring, in which order, and what they hide: their own code, on NumPy."""
 
+import collections
 import itertools
 import types
 
@@ -122,12 +123,15 @@ class Entry(tuple):
     def __add__(self, fields):
         return Entry(self[fields:])
 
+    def to(self, _):
+        return 0
+
 
 class RowBlocks:
     """The functions of `hopper/rows.py` that say which rows stream past a tile of keys, on NumPy."""
 
     def __init__(self, load_document=None):
-        from zigzag_kernels.hopper import rows
+        from zigzag_kernels.hopper import order, rows
         from zigzag_kernels.segments import lookup, ranges
 
         found = {name: in_numpy(getattr(lookup, name)) for name in ("load_half", "key_index", "key_position")}
@@ -135,14 +139,46 @@ class RowBlocks:
         found |= {name: in_numpy(getattr(rows, name)) for name in ("block_begin", "tokens_before")}
         found["positions_seen"] = in_numpy(ranges.positions_seen)
         found["seeing_positions"] = in_numpy(ranges.seeing_positions, **found)
-        for name in ("HalfBlocks", "BlockOrder", "SequenceRows"):
-            found[name] = struct_in_numpy(getattr(rows, name), **found)
-        self.find = in_numpy(rows.find_half_blocks, **found)
+        found["keys_of_positions"] = in_numpy(ranges.keys_of_positions, **found)
+        for module, name in (
+            (rows, "HalfBlocks"), (rows, "SequenceRows"), (order, "BlockOrder"), (order, "FirstTiles"),
+        ):  # fmt: skip
+            found[name] = struct_in_numpy(getattr(module, name), **found)
+        self.find = found["find_half_blocks"] = in_numpy(rows.find_half_blocks, **found)
         self.find_rows = in_numpy(rows.find_sequence_rows, **found)
-        self.order = in_numpy(rows.order_blocks, **found)
+        self.find_start = in_numpy(order.find_start, **found)
+        self.order = in_numpy(order.order_blocks, **found)
+        self.find_first = in_numpy(order.find_first_tiles, **found)
+        self.produce = in_numpy(rows.produce_rows, **found)
+        vars(self.produce.__globals__["gl"]).update(
+            arange=lambda begin, end, _: np.arange(begin, end), BlockedLayout=lambda *_: None, num_warps=lambda: 1,
+            load=lambda *_, **__: 0, int64=None,
+        )  # fmt: skip
+
+    def bring(self, owned, mask, sequence, packing, start):
+        """The places (row of the sequence, head) of the boxes of one head, from its last rows, as the producer does."""
+        brought = []
+        ignore = types.SimpleNamespace(
+            load=lambda *_: None, arrive=lambda _: None, wait=lambda _: None, store=lambda _: None,
+            index=lambda _: ignore, lse2_ptr=0, delta_ptr=0, q=None, dout=None, T=np.int64(0),
+        )  # fmt: skip
+        stream = types.SimpleNamespace(
+            geometry=types.SimpleNamespace(
+                GROUP=packing.HEADS * packing.PARTS, BLOCK_D=1, HEAD_DIM=1, HEADS_TOGETHER=1, WIDE=False, STAGES=2,
+                STREAMED=packing.TOKENS * packing.HEADS,
+            ),
+            packing=packing, mask=mask, PAIRED=False, dout=ignore, empty=ignore, lse2=ignore, delta=ignore,
+            limits=ignore,
+            q=types.SimpleNamespace(load=lambda _, box, i: brought.append((i, *box)), arrive=lambda _: None),
+        )  # fmt: skip
+        rows = types.SimpleNamespace(first=sequence.first, descriptor=lambda *_: None)
+        arrays = types.SimpleNamespace(q=None, dout=None, lse2_ptr=0, delta_ptr=0, T=Entry())
+        self.produce(stream, owned, rows, arrays, True, start)
+        assert [i for i, *_ in brought] == [*range(len(brought))]
+        return [(row, head) for _, row, head, _ in brought]
 
     def visit(self, owned, mask, lengths):
-        """Walk as the producer does, from the last block of each run: return (pairs, places, blocks that are clamped).
+        """Walk from the last block of each run: return (pairs, places, blocks that are clamped).
 
         `pairs` count for each half how often each of its rows met each key of the tile; `owned.numbers` are those that
         the masks compare.
@@ -150,30 +186,36 @@ class RowBlocks:
         late, early = found = [self.find(owned, n, mask) for n in range(2)]
         sequence = self.find_rows(owned, 0, mask)
         pairs, places = [np.zeros((length, len(owned.numbers)), int) for length in lengths], []
-        clamped = 0
-        for run in range(6 if mask.RANGED else 4):
-            half = found[run % 2]
-            low, high = ((half.masked, half.whole_end), (0, half.masked), (half.whole_end, half.blocks))[run // 2]
-            for block in reversed(range(low, high)):
+        clamped, visited = 0, []
+        for kind, (n, half) in itertools.product(("whole", "before", "behind"), enumerate(found)):
+            runs = {"whole": (half.masked, half.whole_end), "behind": (half.whole_end, half.blocks)}
+            for block in reversed(range(*runs.get(kind, (0, half.masked)))):
                 begin, end = half.tokens(block, mask)
-                assert 0 <= begin < end <= lengths[run % 2]
+                assert 0 <= begin < end <= lengths[n]
                 clamped += begin != half.first + block * mask.TOKENS
                 rows = begin + np.arange(end - begin)
                 seen = half.seen_by(rows, mask)
                 sees = owned.numbers < seen.end[:, None]
                 if mask.RANGED:
                     sees &= owned.numbers >= seen.begin[:, None]
-                if run < 2:
+                if kind == "whole":
                     assert sees.all()
                     assert end - begin == mask.TOKENS
                 assert half.q_row + end <= sequence.first + sequence.count
-                pairs[run % 2][rows] += sees
+                pairs[n][rows] += sees
                 places.append(half.q_row + begin - sequence.first)
-        packing = types.SimpleNamespace(TOKENS=mask.TOKENS, HEADS=4, PARTS=3)
-        order = self.order(late, early, sequence, mask)
-        for number, place in enumerate(places):
-            for part in range(packing.PARTS):
-                assert order.place(packing.PARTS * number + part, packing) == (place, packing.HEADS * part)
+                visited.append((n, block))
+        start = ()
+        if mask.GRID and places:
+            start = tuple(int(x) for x in self.find_start(late, early, mask))
+            assert visited[start[2]] == (start[0] % 2, start[1])
+            places = places[start[2] :] + places[: start[2]]
+        packing = types.SimpleNamespace(TOKENS=mask.TOKENS, HEADS=4, PARTS=2)
+        expected = [(place, packing.HEADS * part) for place in places for part in range(packing.PARTS)]
+        start = start or (0, -1, 0)
+        assert self.bring(owned, mask, sequence, packing, start) == expected
+        order = self.order(late, early, sequence, mask, start)
+        assert [order.place(i, packing) for i in range(len(expected))] == expected
         return pairs, places, clamped
 
 
@@ -211,7 +253,7 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
         ends = [(int(x), int(rng.integers(0, keys + 1))) for x in rng.integers(0, keys, 2)]
         # The late half lies behind the early one.
         entries = [(7 + (1 - n) * length, length, *end, 0) for n, end in enumerate(ends)]
-        mask = types.SimpleNamespace(RANGED=False, CAUSAL=causal, TOKENS=tokens, KEYS=tile)
+        mask = types.SimpleNamespace(RANGED=False, CAUSAL=causal, TOKENS=tokens, KEYS=tile, GRID=False)
         before = None
         for first_key in range(0, keys, tile):
             owned = types.SimpleNamespace(
@@ -230,31 +272,46 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
     assert clamped > 100
 
 
+@pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered):
-    """Windows, chunks and padding, with all keys in the buffer or those of one rank: no block is brought in vain."""
+def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered, grid):
+    """Windows, chunks and padding, with all keys in the buffer or those of one rank: no block is brought in vain.
+
+    On a grid a tile's turn at a block is the number of tiles before it that add to the block.
+    """
+    from zigzag_kernels.hopper.rows import count_longest_walk
+
     blocks = RowBlocks(lambda owned: owned.document)
     rng = np.random.default_rng(gathered)
-    whole = brought = 0
-    for _ in range(300):
-        tokens, tile, early, late = (int(rng.integers(1, limit)) for limit in (6, 9, 30, 30))
+    whole = brought = later = 0
+    for _ in range(200):
+        tokens, tile, early, late = (int(rng.integers(*limits)) for limits in ((1, 6), (1, 9), (0, 30), (0, 30)))
         between, behind = (int(x) for x in rng.integers(0, 40, 2))
         early_first = int(rng.integers(0, 20))
         late_first = early_first + early + between
         length = late_first + late + behind
         real = int(rng.integers(0, length + 1)) if rng.integers(2) else length
-        left, right, chunk = (int(rng.choice(x)) for x in ((-1, 0, 3, 20), (-1, 0, 5), (0, 0, 7)))
+        left, right, chunk = (int(rng.choice(x)) for x in ((-1, 0, 3, 20), (-1, 0, 5), (0, 0, 2, 7, 25)))
         causal = bool(rng.integers(2))
+        constants = causal, left, right, chunk, tokens, tile
+        walk = count_longest_walk(*constants) if grid else 0
         mask = types.SimpleNamespace(
-            RANGED=True, CAUSAL=causal, LEFT=left, RIGHT=right, CHUNK=chunk, TOKENS=tokens, KEYS=tile
-        )
+            RANGED=True, CAUSAL=causal, LEFT=left, RIGHT=right, CHUNK=chunk, TOKENS=tokens, KEYS=tile, GRID=grid,
+            WALK=walk,
+        )  # fmt: skip
         parts = [(0, length), (length, 0)] if gathered else [(early_first, early), (late_first, late)]
         (first, count), (second, _) = parts
         positions = np.concatenate([start + np.arange(number) for start, number in parts])
         document = types.SimpleNamespace(
             real=real, early_position=first, early_keys=count, late_position=second, n_keys=len(positions), place=0
         )
-        entries = [(7 + early, late, 0, 0, late_first), (7, early, 0, 0, early_first)]
+        # A half without tokens lies at row 0 in the row layout.
+        rows_of_empty = int(rng.integers(2))
+        entries = [
+            ((7 + early) * (late > 0 or rows_of_empty), late, 0, 0, late_first),
+            (7 * (early > 0 or rows_of_empty), early, 0, 0, early_first),
+        ]
+        added, before = collections.Counter(), {}
         for first_key in range(0, len(positions), tile):
             owned = types.SimpleNamespace(
                 halves_ptr=Entry(itertools.chain(*entries)), first_key=first_key, n_keys=len(positions),
@@ -272,10 +329,32 @@ def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered):
                 if chunk:
                     sees &= keys // chunk == rows // chunk
                 np.testing.assert_array_equal(met, sees)
-                expected.append(-(-int(sees.any(1).sum()) // tokens))
+                expected.append(_count_blocks(sees.any(1), tokens, grid))
                 whole += sees.all(1).any()
             # The rows of a half that see a tile follow each other, unless its keys are of two parts far apart.
             gap = not gathered and first_key < count < first_key + tile
             assert len(places) == sum(expected) or gap
+            assert walk == 0 or gap or len(places) <= walk + 2
             brought += len(places)
+            if grid:
+                first_tiles = blocks.find_first(owned, blocks.find_rows(owned, 0, mask), mask)
+                assert len({*places}) == len(places)
+                # A tile whose keys are near those of the one before does not wait for the end of the other's walk.
+                late_by = [before.get(place, 0) - i for i, place in enumerate(places)]
+                assert not gathered or walk > 0 or max(late_by, default=0) <= tile // tokens + 1
+                before = {place: i for i, place in enumerate(places)}
+                for place in places:
+                    turn = first_key // tile - first_tiles.of(place)
+                    assert turn == added[place]
+                    added[place] += 1
+                    later += turn < first_key // tile
     assert min(whole, brought) > 500
+    assert later > 500 or not grid
+
+
+def _count_blocks(seeing, tokens, grid):
+    """Blocks of `tokens` rows that hold the rows `seeing`, counted from the first of them or on a grid."""
+    rows = np.flatnonzero(seeing)
+    if grid:
+        return len({*(rows // tokens)})
+    return -(-len(rows) // tokens)

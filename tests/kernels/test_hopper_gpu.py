@@ -37,6 +37,10 @@ UNEVEN = Case(
     padding=70,
 )  # fmt: skip
 PLAIN = replace(UNEVEN, name="hopper-w1", world_size=1, lengths=(503, 1, 600, 0), head_dim=64, dtype="float16")
+# Many tiles, of which few see a row.
+WINDOWS = replace(
+    PLAIN, name="hopper-w1-windows", lengths=(2500, 1, 300), heads=16, window_size=(900, -1), head_dim=128
+)
 # Documents that begin anywhere in a packed row, one of them in the middle of a chunk.
 ROW = replace(UNEVEN, name="hopper-row", lengths=(503, 1, 0, 1300, 267), padding=81, layout="row")
 # Every option, with blocks that rows see wholly, on an edge, and not at all.
@@ -111,15 +115,24 @@ def test_programs_of_several_heads_compute_the_same_bits(case, forced, monkeypat
 
 
 @pytest.mark.parametrize(
-    "case", [*(case for case in SELECTED if case.head_dim <= rules.MAX_HEAD_DIM_FUSED), UNEVEN, PLAIN], ids=str
+    "case",
+    [
+        *(case for case in (*SELECTED, *RANGED) if case.head_dim <= rules.MAX_HEAD_DIM_FUSED),
+        UNEVEN,
+        PLAIN,
+        WINDOWS,
+    ],
+    ids=str,
 )
 def test_the_fused_backward_matches_the_oracle_in_both_frameworks(case, forced):
     inputs, rank = make_inputs(case), case.world_size // 2
-    arrays = *rank_arrays(case, inputs, rank), rank, "triton"
+    arrays, sinks = (*rank_arrays(case, inputs, rank), rank, "triton"), inputs.get("sinks")
     attends = {"torch": frameworks.attend_torch, "jax": frameworks.attend_jax}
-    named = {name: attend(case, *arrays, deterministic=False) for name, attend in attends.items()}
+    named = {name: attend(case, *arrays, deterministic=False, sinks=sinks) for name, attend in attends.items()}
+    for results in named.values():
+        accept_capped_scores(case, inputs, rank, results)
     assert_rank_is_right(case, inputs, rank, named)
-    assert forced.functions == FUSED
+    assert forced.functions - OF_SINKS == FUSED
 
 
 @pytest.fixture
@@ -138,21 +151,24 @@ def in_turns(forced, monkeypatch):
         replace(UNEVEN, name="hopper-w2-d64", heads=8, kv_heads=4, head_dim=64),
         replace(PLAIN, name="hopper-w1-d40", heads=15, kv_heads=3, head_dim=40),
         replace(UNEVEN, name="hopper-w2-softcap", head_dim=64, softcap=2.0),
+        *(case for case in RANGED if case.head_dim <= rules.MAX_HEAD_DIM_FUSED),
+        WINDOWS,
+        replace(UNEVEN, name="hopper-w2-chunks-smaller-than-a-tile", heads=8, attention_chunk=50),
     ],
     ids=str,
 )
 def test_in_turns_the_fused_backward_repeats_and_matches_the_oracle_in_both_frameworks(case, in_turns):
     inputs = make_inputs(case)
     for rank in range(case.world_size):
-        arrays = *rank_arrays(case, inputs, rank), rank, "triton"
-        results, again = (frameworks.attend_torch(case, *arrays) for _ in range(2))
-        theirs = frameworks.attend_jax(case, *arrays)
+        arrays, sinks = (*rank_arrays(case, inputs, rank), rank, "triton"), inputs.get("sinks")
+        results, again = (frameworks.attend_torch(case, *arrays, sinks=sinks) for _ in range(2))
+        theirs = frameworks.attend_jax(case, *arrays, sinks=sinks)
         for name in RESULTS:
             assert results[name].tobytes() == again[name].tobytes(), f"rank {rank}, {name}: not repeated"
             assert results[name].tobytes() == theirs[name].tobytes(), f"rank {rank}, {name}: torch and JAX differ"
         accept_capped_scores(case, inputs, rank, results)
         assert_rank_is_right(case, inputs, rank, {"turns": results})
-    assert in_turns.functions == FUSED
+    assert in_turns.functions - OF_SINKS == FUSED
 
 
 @pytest.mark.parametrize("case", [replace(UNEVEN, heads=9, kv_heads=3), replace(PLAIN, heads=8)], ids=str)

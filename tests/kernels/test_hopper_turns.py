@@ -28,7 +28,7 @@ def test_a_tile_waits_only_for_programs_that_start_before_it(kv_heads, side):
     from zigzag_kernels.hopper import turns
 
     tiles = 7
-    place = in_numpy(turns.tile_and_head_in_turns)
+    place = in_numpy(turns.tile_and_head_side_by_side)
     place.__globals__["gl"].num_programs = lambda _: tiles * kv_heads
     programs = {}
     for number in range(tiles * kv_heads):
@@ -54,10 +54,10 @@ def test_the_rules_by_which_tiles_take_turns(monkeypatch):
     capped = dataclasses.replace(long, call=dataclasses.replace(long.call, softcap=30.0))
     slower = few_heads, few_programs, *short, capped
     assert all(fused(asked) for asked in (long, one))
-    assert not any(fused(asked) for asked in slower)
-    cannot = [hopper_problem(8192, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
     for options in ({"window_size": (1023, -1)}, {"has_lengths": True}, {"layout": Layout.ROW}):
-        cannot.append(dataclasses.replace(long, call=dataclasses.replace(long.call, **options)))
+        slower += (dataclasses.replace(long, call=dataclasses.replace(long.call, **options)),)
+    cannot = [hopper_problem(8192, **other) for other in ({"head_dim": 256}, {"dtype": "float32"}, {"stride": 1028})]
+    assert not any(fused(asked) for asked in slower)
     monkeypatch.setenv(HOPPER.variable, "1")
     assert fused(long)
     assert not any(fused(asked) for asked in (*slower, *cannot))
@@ -87,12 +87,11 @@ def test_the_rules_by_which_tiles_of_small_heads_take_turns(monkeypatch):
     few_programs = dataclasses.replace(one, heads=16, kv_heads=4, window=4)
     capped = dataclasses.replace(local, call=dataclasses.replace(local.call, softcap=30.0))
     window = dataclasses.replace(local, window=4)
-    slower = short, fewer, few_programs, capped, window, hopper_problem(2048, 64)
+    ranged = dataclasses.replace(local, call=dataclasses.replace(local.call, window_size=(1023, -1)))
+    slower = short, fewer, few_programs, capped, window, ranged, hopper_problem(2048, 64)
     assert not any(fused(asked) for asked in slower)
     monkeypatch.setenv(rules.TURNS, "1")
     assert all(fused(asked) for asked in slower)
-    ranged = dataclasses.replace(local, call=dataclasses.replace(local.call, window_size=(1023, -1)))
-    assert not fused(ranged)
 
 
 @needs_triton
@@ -122,6 +121,21 @@ def test_the_rules_by_which_tiles_take_turns_where_any_order_is_allowed(monkeypa
     assert side(512) == 2
     monkeypatch.setenv(rules.TURNS, "0")
     assert side(32768) == 0
+
+
+def test_the_rule_by_which_any_order_is_taken_under_a_window(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", rules.TRITON[0] + "0")
+
+    def taken(head_dim=128, sequences=1, world_size=1, **options):
+        asked = hopper_problem(16384, head_dim, sequences=sequences, world_size=world_size)
+        call = dataclasses.replace(asked.call, **{"window_size": (4095, -1)} | options)
+        return fused(dataclasses.replace(asked, call=call), deterministic=False)
+
+    assert all((taken(), taken(96), taken(sequences=4), taken(window_size=(8191, -1))))
+    assert not any((taken(64), taken(sequences=5), taken(world_size=2), taken(window_size=(4094, -1))))
+    others = {"softcap": 30.0}, {"attention_chunk": 8192}, {"has_lengths": True}, {"causal": False}
+    assert not any(taken(**options) for options in others)
+    assert not taken(causal=False, window_size=(4095, 4095))
 
 
 def launches_between_ranks(asked, deterministic):

@@ -36,6 +36,8 @@ SPILLS = {
 }
 # More, where tiles take turns: what writers are given, before their loops.
 SPILLS_OF_TURNS = 144
+# More, where the turns are at blocks of ranged masks, before the loops too.
+SPILLS_OF_RANGED_TURNS = 64
 # More, where sums of 256 columns add to earlier results.
 SPILLS_OF_WIDE_PARTS = {"hopper_forward": 120, "hopper_forward_short": 120}
 # More, where masks are ranges of keys and scores are capped; the forward's are between one head and the next.
@@ -120,7 +122,9 @@ def main(head_dim):
             spilt = int(report.split(" bytes spill stores")[0].split()[-1])
             most = SPILLS.get(name, 0) if TUNED else SPILLS_UNTUNED
             most += SPILLS_OF_WIDE_PARTS.get(name, 0) if head_dim > 128 and part != WHOLE else 0
-            most += SPILLS_OF_TURNS if launch.constexprs.get("SIDE") else 0
+            in_turns = launch.constexprs.get("WRITERS")
+            most += SPILLS_OF_TURNS if in_turns else 0
+            most += SPILLS_OF_RANGED_TURNS if in_turns and options else 0
             most += SPILLS_OF_OPTIONS.get(name, SPILLS_OF_OTHER_OPTIONS) if options else 0
             assert spilt <= most, (name, head_dim, options, report)
             assert not (TUNED and "C75" in report), report

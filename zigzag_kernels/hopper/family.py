@@ -158,7 +158,8 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     columns = -(-problem.head_dim // 32) * 32
     heads = problem.window * problem.group
     row = heads * columns
-    sums, cleared, side, writers = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0, 1
+    sums, cleared, writers = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0
+    side = 0
     if rules.takes_turns(problem):
         side, cleared = rules.heads_side_by_side(problem), row + heads  # a counter for each row and head
         sums = Output("sums", (problem.tokens * cleared,), "float32")
@@ -193,7 +194,8 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     )
     draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))
     constexprs = constexprs | {"COLUMNS": columns, "SIDE": side, "WRITERS": writers}
-    resources = resources | {"scratch": resources["scratch"] + writers * DESCRIPTOR_BYTES}  # one for each writer too
+    # A writer needs a descriptor too.
+    resources = resources | {"scratch": resources["scratch"] + max(writers, 1) * DESCRIPTOR_BYTES}
     return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
 
 

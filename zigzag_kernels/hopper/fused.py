@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..segments.lookup import load_sequence, tile_and_head
 from .geometry import Geometry, product_layout
+from .order import find_start, order_blocks
 from .owned import Strided, own_key_rows
 from .releases import struct, thread_barrier
 from .results import KeyGradients
@@ -22,17 +23,17 @@ from .rows import (
     RowMask,
     RowStream,
     SequenceRows,
+    count_longest_walk,
     find_half_blocks,
     find_sequence_rows,
     make_row_stream,
-    order_blocks,
     produce_rows,
 )
 from .scores import cap_scores, score_scale_log2
 from .small_fused import consume_small, make_halves_of_ds
 from .stages import make_barrier, make_barriers
 from .sums import DqOut, shape_of_half, step_of_half
-from .turns import Turns, tile_and_head_in_turns, write_in_turns
+from .turns import Turns, tile_and_head_side_by_side, write_in_turns
 from .warps import opaque, specialize_warps
 
 
@@ -77,7 +78,8 @@ class _Fused:
     head: gl.tensor  # of the window
     tile: gl.tuple  # the `KeyTile`
     blocks: gl.tensor
-    whole: gl.tensor  # number of the blocks that need no mask; they come first
+    whole: gl.tensor  # number of the blocks that need no mask; in the order of runs they come first
+    start: gl.tuple  # on a grid (number in the order of runs of the first block,), otherwise nothing
     k: Strided
     v: Strided
     k_buffers: gl.shared_memory_descriptor  # [2, 64, BLOCK_D]
@@ -88,6 +90,15 @@ class _Fused:
     results: KeyGradients
     SOFTCAP: gl.constexpr
     SCALE_LOG2: gl.constexpr
+
+    @gluon.jit
+    def masks(self, i):
+        """Return whether rows of block `i` may miss a key of the tile."""
+        if len(self.start) > 0:
+            number = i + self.start[0]
+            return gl.where(number < self.blocks, number, number - self.blocks) >= self.whole
+        else:
+            return i >= self.whole
 
 
 @struct
@@ -131,7 +142,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, lse2, dk, dv, i):
     halves = ()
     for half in gl.static_range(2):
         p = gl.exp2(exponents[half])
-        if i >= program.whole:
+        if program.masks(i):
             p = gl.where(_halves(stream.sees(own.numbers, i))[half], p, 0.0)
         p_operand = gl.convert_layout(p.to(geometry.dtype), geometry.OPERAND)
         dv = hopper.warpgroup_mma(p_operand, stream.dout.block(i).slice(half * HALF_M, HALF_M, 0), dv, is_async=True)
@@ -143,7 +154,7 @@ def _block(warpgroup: gl.constexpr, program, own, scores, lse2, dk, dv, i):
     delta = stream.numbers(stream.delta, i)
     # When only the two products of dV are left, dP is complete.
     ds = p * (hopper.warpgroup_mma_wait(2, [dp]) - delta[None, :])
-    if i >= program.whole:
+    if program.masks(i):
         # dP of a hidden key may be infinite or NaN, and 0 * infinity is NaN.
         ds = gl.where(stream.sees(own.numbers, i), ds, 0.0)
     ds = ds.to(geometry.dtype)
@@ -256,12 +267,13 @@ def backward_fused_hopper(
     """Write dK and dV as `backward_dkdv_hopper` does, and add unscaled dQ to `sums`.
 
     `sums` is `[T, heads, COLUMNS]` float32, where heads are the query heads of the window, and COLUMNS is HEAD_DIM
-    rounded up to a multiple of 32. BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. If SIDE is 0, dQ is added in
-    no fixed order. Otherwise tiles of keys take turns, with WRITERS writers each and SIDE KV heads side by side. The
-    counters of `turns`, `[heads, T]` int32, then lie behind the sums.
+    rounded up to a multiple of 32. BLOCK_M is 64 or, at BLOCK_D 64 and without a cap, 128. SIDE KV heads have their
+    tiles in turn; if SIDE is 0, TILES_TOGETHER says the order of tiles. If WRITERS is 0, dQ is added in no fixed order.
+    Otherwise tiles of keys take turns, with WRITERS writers each. The counters of `turns`, `[heads, T]` int32, then lie
+    behind the sums.
     """
     if SIDE > 0:
-        tile_number, window_head = tile_and_head_in_turns(KV_HEADS, SIDE)
+        tile_number, window_head = tile_and_head_side_by_side(KV_HEADS, SIDE)
     else:
         tile_number, window_head = tile_and_head(KV_HEADS, TILES_TOGETHER)
     tile = load_sequence(sequences_ptr, n_sequences, tile_number, T, slot_rows, SLOTS, BLOCK_N)
@@ -276,7 +288,10 @@ def backward_fused_hopper(
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
     kv_head = (first_kv_head + window_head).to(gl.int64)
-    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    # Turns need a grid, and so do walks that begin at common blocks.
+    WALK: gl.constexpr = count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    GRID: gl.constexpr = RANGED and (WRITERS > 0 or WALK > 0)
+    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N, GRID)
     sequence = find_sequence_rows(tile, kv_head, mask)
     late = find_half_blocks(tile, 0, mask)
     early = find_half_blocks(tile, 1, mask)
@@ -284,6 +299,7 @@ def backward_fused_hopper(
     # Behind the last key dS has to be zero, or 0 * infinity would reach dQ: a tile that ends there masks all blocks.
     masked = (late.masked + late.last() + early.masked + early.last()) * packing.PARTS
     whole = gl.where(tile.first_key + BLOCK_N > tile.n_keys, 0, blocks - masked)
+    start = find_start(late, early, mask) if GRID else ()
     # delta and lse in base 2 are [window, T * GROUP].
     lse2_ptr += window_head.to(gl.int64) * T * GROUP
     delta_ptr += window_head.to(gl.int64) * T * GROUP
@@ -301,6 +317,7 @@ def backward_fused_hopper(
     hopper.fence_async_shared()
     program = _Fused(
         geometry=geometry, tile=tile, slot_rows=slot_rows, head=window_head, blocks=blocks, whole=whole,
+        start=(start[2] * packing.PARTS,) if GRID else (),
         k=Strided(ptr=k_ptr, STRIDE_T=STRIDE_KT, STRIDE_H=STRIDE_KH),
         v=Strided(ptr=v_ptr, STRIDE_T=STRIDE_VT, STRIDE_H=STRIDE_VH), k_buffers=k_buffers, v_buffers=v_buffers,
         stream=stream, ds=ds, dq=dq, SOFTCAP=SOFTCAP, SCALE_LOG2=score_scale_log2(SOFTMAX_SCALE, SOFTCAP),
@@ -317,28 +334,31 @@ def backward_fused_hopper(
     HEADS: gl.constexpr = KV_HEADS * GROUP
     sums = Strided(ptr=sums_ptr, STRIDE_T=HEADS * COLUMNS, STRIDE_H=COLUMNS)
     in_sums = SequenceRows(first=sequence.first, count=sequence.count, kv_head=window_head.to(gl.int64))
-    order = order_blocks(late, early, sequence, mask)
+    order = order_blocks(late, early, sequence, mask, start)
     # Blocks go from the last rows down: programs that run side by side then read the same rows, and add to them, while
     # caches hold them.
-    if SIDE > 0:
+    if WRITERS > 0:
         counters_ptr = (sums_ptr + T.to(gl.int64) * (HEADS * COLUMNS)).to(gl.pointer_type(gl.int32), bitcast=True)
-        turns = Turns(sums=sums, counters_ptr=counters_ptr, T=T, turn=tile.first_key // BLOCK_N, WRITERS=WRITERS)
+        turns = Turns(
+            sums=sums, counters_ptr=counters_ptr, T=T, number=tile.first_key // BLOCK_N, tile=tile if RANGED else (),
+            mask=mask, WRITERS=WRITERS,
+        )  # fmt: skip
         if WRITERS == 1:
             specialize_warps(
                 _consume, (program,), 2,
-                (produce_rows, (stream, tile, sequence, arrays, True), 1),
+                (produce_rows, (stream, tile, sequence, arrays, True, start), 1),
                 (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
             )  # fmt: skip
         else:
             specialize_warps(
                 _consume, (program,), 2,
-                (produce_rows, (stream, tile, sequence, arrays, True), 1),
+                (produce_rows, (stream, tile, sequence, arrays, True, start), 1),
                 (write_in_turns, (0, dq, turns, in_sums, order, blocks, geometry, packing), 1),
                 (write_in_turns, (1, dq, turns, in_sums, order, blocks, geometry, packing), 1),
             )  # fmt: skip
     else:
         specialize_warps(
             _consume, (program,), 2,
-            (produce_rows, (stream, tile, sequence, arrays, True), 1),
+            (produce_rows, (stream, tile, sequence, arrays, True, start), 1),
             (_writer, (dq, sums, in_sums, order, blocks, geometry, packing), 1),
         )  # fmt: skip

@@ -3,7 +3,8 @@
 A block is a box, tokens by heads of one half of the sequence, that the copy engine loads. In shared memory it lies as
 packed rows, whatever the strides are. The blocks of a half are counted back from the end of its segment, so only the
 first can be partial. Under a ranged mask they are counted from the first row that sees the tile, so only the last can
-be partial. Boxes are clipped to the rows of the sequence: rows outside are zero, never another sequence's, nor padding.
+be partial, or on a grid that all tiles share. Boxes are clipped to the rows of the sequence: rows outside are zero,
+never another sequence's, nor padding.
 """
 
 from triton.experimental import gluon
@@ -40,6 +41,13 @@ class Packing:
         self.PARTS = gl.constexpr(GROUP // heads)
 
 
+@gluon.constexpr_function
+def count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS):
+    """Return the blocks of TOKENS tokens that see a tile of KEYS keys under a window; 0 under other masks."""
+    right = 0 if CAUSAL else RIGHT
+    return -(-(LEFT + right + KEYS) // TOKENS) if CHUNK == 0 and min(LEFT, right) >= 0 else 0
+
+
 @aggregate
 class RowMask:
     """The mask of a kernel, with the fields of a `ranges.Mask`, and the shape of its tiles, tokens by keys."""
@@ -51,9 +59,11 @@ class RowMask:
     CHUNK: gl.constexpr
     TOKENS: gl.constexpr  # of a box
     KEYS: gl.constexpr  # of a program
+    GRID: gl.constexpr  # under a ranged mask a row is in the same block for all tiles
+    WALK: gl.constexpr  # `count_longest_walk` on a grid
 
     @gluon.constexpr_function
-    def __init__(self, RANGED, CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS):
+    def __init__(self, RANGED, CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS, GRID=False):
         self.RANGED = gl.constexpr(RANGED)
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.LEFT = gl.constexpr(LEFT)
@@ -61,6 +71,8 @@ class RowMask:
         self.CHUNK = gl.constexpr(CHUNK)
         self.TOKENS = gl.constexpr(TOKENS)
         self.KEYS = gl.constexpr(KEYS)
+        self.GRID = gl.constexpr(GRID)
+        self.WALK = gl.constexpr(count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS) if GRID else 0)
 
 
 @struct
@@ -72,6 +84,7 @@ class HalfBlocks:
     kv_len: gl.tensor  # under a ranged mask the number of real tokens of the document
     first: gl.tensor  # token with which the blocks begin: negative if the first is partial
     end: gl.tensor  # tokens from here on belong to no block
+    end_of_half: gl.tensor  # behind its last token, under a ranged mask behind its last real one
     blocks: gl.tensor
     masked: gl.tensor  # number of the first blocks in which not all rows see all keys of the tile
     whole_end: gl.tensor  # under a ranged mask, blocks from this one on have such rows too
@@ -124,23 +137,34 @@ def find_half_blocks(tile, half, mask):
     """Find the `HalfBlocks` of a `KeyTile` in half 0, the late one, or 1, the early one."""
     TOKENS: gl.constexpr = mask.TOKENS
     if mask.RANGED:
-        # Blocks begin with the first row that sees a key, and have no padding rows.
+        # Blocks begin with the first row that sees a key, or on the grid before it, and have no padding rows.
         found, document = load_ranged_half(tile.halves_ptr, half), load_document(tile)
         end_key = gl.minimum(tile.first_key + mask.KEYS, tile.n_keys)
         seeing = seeing_positions(tile.first_key, end_key, document, mask)
         real = tokens_before(found, document.real)
         begin = gl.minimum(tokens_before(found, seeing.begin), real)
         end = gl.maximum(gl.minimum(tokens_before(found, seeing.end), real), begin)
+        if mask.GRID:
+            # Rows before the first that sees a key are in a masked block: their ranges hide them.
+            begin = gl.where(begin < end, begin // TOKENS * TOKENS, end)
         whole_begin = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_begin), real) - begin, 0)
         whole_end = gl.maximum(gl.minimum(tokens_before(found, seeing.whole_end), real) - begin, 0)
         blocks = (end - begin + TOKENS - 1) // TOKENS
         # Counted in blocks from `begin`: rounded up and down, so that a whole block has no row that misses a key. A
         # narrow window may leave none; then every block is masked.
         first_whole, last_whole = (whole_begin + TOKENS - 1) // TOKENS, whole_end // TOKENS
-        has_whole = first_whole < last_whole
+        if mask.GRID:
+            # Without a whole block too, rows that see the last keys are told from rows that see the first keys: the
+            # latter come first.
+            first_whole = gl.minimum(first_whole, blocks)
+            last_whole = gl.maximum(first_whole, last_whole)
+        else:
+            has_whole = first_whole < last_whole
+            first_whole = gl.where(has_whole, first_whole, blocks)
+            last_whole = gl.where(has_whole, last_whole, blocks)
         return HalfBlocks(
-            q_row=found.q_row, diagonal=found.position, kv_len=document.real, first=begin, end=end, blocks=blocks,
-            masked=gl.where(has_whole, first_whole, blocks), whole_end=gl.where(has_whole, last_whole, blocks),
+            q_row=found.q_row, diagonal=found.position, kv_len=document.real, first=begin, end=end,
+            end_of_half=real, blocks=blocks, masked=first_whole, whole_end=last_whole,
         )  # fmt: skip
     else:
         # Whole blocks end with the segment; the first may begin before the first row that sees the key, or before
@@ -156,8 +180,8 @@ def find_half_blocks(tile, half, mask):
         begin_full = gl.where(last_key < kv_len, gl.maximum(last_key - diagonal, 0), q_len)
         masked = gl.minimum((gl.maximum(begin_full - first, 0) + TOKENS - 1) // TOKENS, blocks)
         return HalfBlocks(
-            q_row=q_row, diagonal=diagonal, kv_len=kv_len, first=first, end=q_len, blocks=blocks, masked=masked,
-            whole_end=blocks,
+            q_row=q_row, diagonal=diagonal, kv_len=kv_len, first=first, end=q_len, end_of_half=q_len,
+            blocks=blocks, masked=masked, whole_end=blocks,
         )  # fmt: skip
 
 
@@ -276,12 +300,13 @@ def make_row_stream(geometry, packing, mask, PAIRED: gl.constexpr = False):
 
 
 @gluon.jit
-def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = False):
+def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = False, start=None):
     """Load all blocks of rows that see a `KeyTile`, head after head.
 
     The whole blocks of the late half and of the early half come first, then the masked blocks of both. So consumers
     compare the number of a block with one count, and only the producer knows tables, halves and heads. Each of these
-    runs of blocks begins with its first rows or, DESCENDING, with its last rows, which every tile of keys sees.
+    runs of blocks begins with its first rows or, DESCENDING, with its last rows, which every tile of keys sees. On a
+    grid the walk through all runs begins at `start`, from `order.find_start`, and ends before it.
     """
     geometry = stream.geometry
     mask = stream.mask
@@ -299,15 +324,23 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
     if stream.PAIRED:
         packed = rows_of_places(packed)
     i = 0
-    for run in range(RUNS * geometry.HEADS_TOGETHER):
+    # On a grid the first run comes in two parts.
+    TRIPS: gl.constexpr = RUNS + 1 if mask.GRID else RUNS
+    for run in range(TRIPS * geometry.HEADS_TOGETHER):
         # Runs 0 and 1 of a head are the whole blocks of the late and of the early half, runs 2 and 3 the masked blocks
         # before the whole ones. Under a ranged mask runs 4 and 5 are the masked blocks behind them.
-        half = find_half_blocks(tile, run % 2, mask)
-        head, is_whole = run // RUNS, run % RUNS < 2
+        head, place = run // TRIPS, run % TRIPS
+        if mask.GRID:
+            place = (place + start[0]) % RUNS
+        half = find_half_blocks(tile, place % 2, mask)
+        is_whole = place < 2
         low, high = gl.where(is_whole, half.masked, 0), gl.where(is_whole, half.whole_end, half.masked)
         if mask.RANGED:
-            is_last = run % RUNS >= 4
+            is_last = place >= 4
             low, high = gl.where(is_last, half.whole_end, low), gl.where(is_last, half.blocks, high)
+        if mask.GRID:
+            high = gl.where(run % TRIPS == 0, start[1] + 1, high)
+            low = gl.where(run % TRIPS == RUNS, start[1] + 1, low)
         for number in range(low, high):
             block = low + high - 1 - number if DESCENDING else number
             begin, end = half.tokens(block, mask)
@@ -326,10 +359,10 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
                 lse2 = gl.load(arrays.lse2_ptr + statistics, mask=tokens < end, other=float("inf"))
                 delta = gl.load(arrays.delta_ptr + statistics, mask=tokens < end, other=0.0)
                 stage = i % geometry.STAGES
-                place = [row, head * GROUP + part * PACK, 0]
+                box = [row, head * GROUP + part * PACK, 0]
                 # The producer waits until all consumers have left Q, dO and the numbers of block i - STAGES.
                 stream.empty.wait(i)
-                stream.q.load(q_desc, place, i)
+                stream.q.load(q_desc, box, i)
                 stream.lse2.index(stage).store(lse2)
                 stream.limits.index(stage).store(limit)
                 if mask.RANGED:
@@ -339,54 +372,8 @@ def produce_rows(stream, tile, sequence, arrays, DESCENDING: gl.constexpr = Fals
                 if geometry.WIDE:
                     # The producer waits until all consumers have left dO and delta of block i - STAGES.
                     stream.dout_empty.wait(i)
-                stream.dout.load(dout_desc, place, i)
+                stream.dout.load(dout_desc, box, i)
                 stream.delta.index(stage).store(delta)
                 # The consumers wait for this number and for dO by the same barrier.
                 stream.dout.arrive(i)
                 i += 1
-
-
-@struct
-class BlockOrder:
-    """The order in which `produce_rows`, DESCENDING, loads the blocks of one head, for the writer of dQ."""
-
-    late_row: gl.tensor  # row of the sequence at which its late half begins; the early half begins at row 0
-    late_first: gl.tensor  # of `HalfBlocks`
-    late_whole: gl.tensor  # blocks of the late half that are not masked
-    late_masked: gl.tensor
-    early_first: gl.tensor
-    early_whole: gl.tensor
-    early_masked: gl.tensor
-    last: gl.tuple  # under a ranged mask the masked blocks behind the whole ones, (late, early); otherwise nothing
-
-    @gluon.jit
-    def place(self, i, packing):
-        """Return (row of the sequence, head of the group) of the beginning of block `i`."""
-        number = i // packing.PARTS
-        whole = self.late_whole + self.early_whole
-        # Within a run the number of a block rises while its place in the half falls, so that their sum is constant: one
-        # less than `late` in a run of the late half, one less than `early` in a run of the early half.
-        late = gl.where(number < self.late_whole, self.late_masked + self.late_whole, whole + self.late_masked)
-        early = gl.where(number < whole, self.early_masked + whole, whole + self.late_masked + self.early_masked)
-        is_late = (number < self.late_whole) | ((number >= whole) & (number < whole + self.late_masked))
-        if len(self.last) > 0:
-            late_last, early_last = self.last
-            begin = whole + self.late_masked + self.early_masked
-            end = begin + late_last
-            late = gl.where(number < begin, late, self.late_masked + self.late_whole + end)
-            early = gl.where(number < begin, early, self.early_masked + self.early_whole + early_last + end)
-            is_late = is_late | ((number >= begin) & (number < end))
-        late_begin = block_begin(self.late_first, late - 1 - number, packing.TOKENS)
-        early_begin = block_begin(self.early_first, early - 1 - number, packing.TOKENS)
-        return gl.where(is_late, self.late_row + late_begin, early_begin), i % packing.PARTS * packing.HEADS
-
-
-@gluon.jit
-def order_blocks(late, early, sequence, mask):
-    """Return the `BlockOrder` of the `HalfBlocks` of both halves of a sequence."""
-    last = (late.last(), early.last()) if mask.RANGED else ()
-    return BlockOrder(
-        late_row=late.q_row - sequence.first, late_first=late.first, late_whole=late.whole_end - late.masked,
-        late_masked=late.masked, early_first=early.first, early_whole=early.whole_end - early.masked,
-        early_masked=early.masked, last=last,
-    )  # fmt: skip

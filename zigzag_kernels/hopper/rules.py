@@ -21,6 +21,7 @@ from ..heuristics import (
     TURNS_SIDE_BY_SIDE,
     VERY_LONG_WALK,
     VERY_NARROW_KEYS,
+    WIDE_WINDOW,
 )
 from ..modes import LengthClass, Operation
 from ..problem import Problem
@@ -80,8 +81,11 @@ def is_faster(problem: Problem, operation: Operation) -> bool:
     if operation is Operation.FUSED_BACKWARD:
         if small:
             return _gains_by_small_fused(problem)
-        plain = not problem.call.has_range and problem.call.softcap == 0  # with a cap no run has timed it
-        return plain and not has_short_chunks(problem, SHORT_CHUNK_KEYS)
+        if problem.call.softcap > 0:  # no run has timed it
+            return False
+        if problem.call.has_range:
+            return _has_wide_window(problem)
+        return not has_short_chunks(problem, SHORT_CHUNK_KEYS)
     if operation is Operation.DKDV and small and _most_keys(problem) < VERY_NARROW_KEYS:
         return False
     min_keys = SHORT_CHUNK_KEYS_DKDV if operation is Operation.DKDV else SHORT_CHUNK_KEYS
@@ -98,15 +102,24 @@ def _gains_by_small_fused(problem: Problem) -> bool:
     return plain and long and not has_short_chunks(problem, SHORT_CHUNK_KEYS_DKDV)
 
 
+def _has_wide_window(problem: Problem) -> bool:
+    """Return whether the fused kernel in any order was measured to beat the pair under a window.
+
+    The sequences are whole and on one device, and as long as the window. Other ranged masks were not measured.
+    """
+    call = problem.call
+    only_window = call.attention_chunk == 0 and not call.has_lengths and not problem.row_layout and call.halo == 0
+    keys = min(_most_keys(problem), problem.kv_tokens / max(problem.sequences, 1))
+    return only_window and problem.slots == 1 and call.causal and keys >= WIDE_WINDOW
+
+
 def takes_turns(problem: Problem) -> bool:
     """Return whether one backward kernel runs in which tiles of keys take turns at the sums of dQ.
 
-    They cannot under a ranged mask, where a row is not in the same block for every tile that sees it.
+    Under a ranged mask only the environment variable lets them: there turns were measured to gain little.
     """
-    if problem.ranged:
-        return False
     wanted = read_switch(TURNS)
-    return _has_long_walks(problem) if wanted is None else wanted
+    return not problem.ranged and _has_long_walks(problem) if wanted is None else wanted
 
 
 def heads_side_by_side(problem: Problem) -> int:

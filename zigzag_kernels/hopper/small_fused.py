@@ -124,7 +124,7 @@ def _add_half(warpgroup: gl.constexpr, program, numbers, gradients, dk, dv, i, h
     stream = program.stream
     delta = _numbers(stream, stream.delta, i % geometry.STAGES, half)
     dp = dp - delta[None, :]
-    if i >= program.whole:
+    if program.masks(i):
         seen = _sees(program, numbers, i, half)
         dp = gl.where(seen, dp, 0.0)  # dP of a hidden key may be infinite or NaN, and 0 * infinity is NaN
         p = gl.where(seen, p, 0.0)

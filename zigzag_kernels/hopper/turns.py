@@ -1,9 +1,10 @@
 """Tiles of keys take turns at the sums of dQ, so that all runs give the same bits.
 
 Each block of rows has a counter in global memory of the tiles that have added to it. The writers of a tile wait until
-the counter counts all tiles before theirs. A program waits only for programs with lower numbers, which a GPU starts
-first: they are under way or done whenever a program waits, whatever else the GPU runs. All tiles of a sequence begin
-with its last rows, so that a tile follows the one before it by about one block.
+the counter counts all tiles before theirs that see the block. A program waits only for programs with lower numbers,
+which a GPU starts first: they are under way or done whenever a program waits, whatever else the GPU runs. All tiles of
+a sequence begin with its last rows, or under a window with a common block, so that a tile follows the one before it by
+about one block.
 
 A turn lasts until the copy engine's sums are in global memory and the next tile has read the counter. Two writers in a
 program take blocks alternately, so that the next block need not wait for the turn of this one. `side` KV heads have
@@ -13,13 +14,15 @@ their tiles in turn, so that fewer programs wait for each other. With four heads
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .order import find_first_tiles
 from .owned import Strided
 from .releases import struct
+from .rows import RowMask
 from .sums import shape_of_half, step_of_half
 
 
 @gluon.jit
-def tile_and_head_in_turns(KV_HEADS: gl.constexpr, SIDE: gl.constexpr):
+def tile_and_head_side_by_side(KV_HEADS: gl.constexpr, SIDE: gl.constexpr):
     """Return (tile number, KV head of the window) of this program, where `SIDE` KV heads have their tiles in turn."""
     program = gl.program_id(0)
     programs = gl.num_programs(0) // KV_HEADS * SIDE  # of the heads that run side by side
@@ -34,7 +37,9 @@ class Turns:
     sums: Strided
     counters_ptr: gl.tensor  # [heads of the sums, T] int32: a block's counter is at its first head and its first row
     T: gl.tensor
-    turn: gl.tensor  # number of the tile in its sequence: the tiles before it see all rows that it sees
+    number: gl.tensor  # of the tile in its sequence
+    tile: gl.tuple  # under a ranged mask the `KeyTile`; otherwise nothing, as all tiles before see what the tile sees
+    mask: RowMask
     WRITERS: gl.constexpr  # of a program: 1 or 2
 
     @gluon.jit
@@ -50,9 +55,22 @@ class Turns:
         )
 
     @gluon.jit
-    def wait(self, address, counted):
-        """Wait for the turn of this tile at `address`, whose counter was `counted` when it was last read."""
-        while counted < self.turn:
+    def find_first(self, sequence):
+        """Return (the `FirstTiles` of the sequence,) under a ranged mask, otherwise nothing."""
+        return (find_first_tiles(self.tile, sequence, self.mask),) if len(self.tile) > 0 else ()
+
+    @gluon.jit
+    def before(self, first, row):
+        """Return how many tiles add to the block at `row` before this one; `first` is from `find_first`."""
+        if len(first) > 0:
+            return self.number - first[0].of(row)
+        else:
+            return self.number
+
+    @gluon.jit
+    def wait(self, address, counted, before):
+        """Wait until `before` tiles have added at `address`, whose counter was `counted` when it was last read."""
+        while counted < before:
             counted = self.read(address)
         # The copy engine does not take the path by which the counter was read: the fence orders the two.
         gl.inline_asm_elementwise(
@@ -90,17 +108,20 @@ def write_in_turns(writer: gl.constexpr, dq, turns, sequence, order, blocks, geo
     descriptor = sequence.descriptor(turns.sums, geometry, BOX, turns.sums.STRIDE_H)
     if blocks > writer:
         first_head = sequence.kv_head * geometry.GROUP
+        first = turns.find_first(sequence)
         row, head = order.place(writer, packing)
+        before = turns.before(first, row)
         counter = turns.address(first_head + head, sequence.first + row)
         counted = turns.read(counter)
         for i in range(writer, blocks, turns.WRITERS):
             dq.wait(i)
             # This writer waits until the writers of the tiles before it have added to the block.
-            turns.wait(counter, counted)
+            turns.wait(counter, counted, before)
             dq.add_to(descriptor, row, head, STEP)
             # The counter of this writer's next block is read while the copy engine is at work: usually that turn is
             # this tile's already.
             row, head = order.place(gl.minimum(i + turns.WRITERS, blocks - 1), packing)
+            before = turns.before(first, row)
             following = turns.address(first_head + head, sequence.first + row)
             dq.leave()
             counted = turns.read(following)
