@@ -158,8 +158,8 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     columns = -(-problem.head_dim // 32) * 32
     heads = problem.window * problem.group
     row = heads * columns
-    sums, cleared, writers = Output("sums", (problem.tokens, heads, columns), "float32"), row, 0
-    side = 0
+    sums, cleared = Output("sums", (problem.tokens, heads, columns), "float32"), row
+    side, writers = 0, 0  # by `tiles_together`, in any order
     if rules.takes_turns(problem):
         side, cleared = rules.heads_side_by_side(problem), row + heads  # a counter for each row and head
         sums = Output("sums", (problem.tokens * cleared,), "float32")
@@ -194,7 +194,7 @@ def _fused_launches(draft: Draft, constexprs: dict[str, int], resources: dict[st
     )
     draft = replace(draft, outputs=tuple(sums if output.name == sums.name else output for output in draft.outputs))
     constexprs = constexprs | {"COLUMNS": columns, "SIDE": side, "WRITERS": writers}
-    # A writer needs a descriptor too.
+    # A writer needs a descriptor too, and in any order there is one.
     resources = resources | {"scratch": resources["scratch"] + max(writers, 1) * DESCRIPTOR_BYTES}
     return clear, draft.launch(backward_fused_hopper, constexprs, **resources), finish
 
