@@ -83,10 +83,10 @@ def zigzag_attention_gathered(
         return_max_logits: whether to return the largest score of each head too, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives bit-identical gradients for the same inputs. False allows a backward kernel whose
-            order of summation varies: on a Hopper GPU with head_dim 40 to 128, unless sequences are short, one kernel
-            replaces two. The backward pass then takes up to 12 % less time at head_dim 128 and up to 18 % at 64, and
-            gains least on long sequences, where one kernel computes deterministic gradients too. One kernel needs at
-            least 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
+            order of summation varies: on a Hopper GPU with head_dim 40 to 128, unless sequences or windows are short,
+            one kernel replaces two. The backward pass then takes up to 12 % less time at head_dim 128 and up to 18 % at
+            64, and gains least on long sequences, where one kernel computes deterministic gradients too. One kernel
+            needs at least 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts each sequence into `2 * world_size` chunks, and a rank holds two of them. "row" cuts the
             packed row of `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it.
 
@@ -186,7 +186,8 @@ def zigzag_attention(
         deterministic: as in `zigzag_attention_gathered`; between ranks gradients are always deterministic.
         layout: as in `zigzag_attention_gathered`; for a prepared batch, the layout that it was prepared with. In the
             layout "row" q, k and v may be `[batch, T, ...]`: `cu_seqlens` then counts the tokens of `batch` packed
-            rows, one after the other, and no sequence crosses the end of a row.
+            rows, one after the other, and no sequence crosses the end of a row. `[T, ...]` is a single packed row,
+            unless a prepared batch has several.
 
     Returns:
         out in the shape of q. If lse or max_logits are requested, a tuple of out and the requested results: lse

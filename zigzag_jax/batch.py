@@ -119,6 +119,13 @@ class Form(NamedTuple):
 DOCUMENTS = Form()
 
 
+def check_host_rows(cu_seqlens: Array, form: Form, world_size: int) -> None:
+    """Raise `ValueError` if valid offsets are on the host and a document does not lie within one packed row."""
+    if form.row_length and not isinstance(cu_seqlens, jax.Array):
+        offsets = np.asarray(cu_seqlens).tolist()
+        check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
+
+
 def as_batch(
     cu_seqlens: Array | Batch,
     rank: int | Array,
@@ -140,9 +147,7 @@ def as_batch(
         total, step = None if tokens is None else world_size * tokens, 1 if form.layout == Layout.ROW else world_size
         given, cu_seqlens = cu_seqlens, as_cu_seqlens(cu_seqlens, step, total)
         known = {"host_rank": host_rank, "padded": is_padded(given)}
-        if form.row_length and not isinstance(given, jax.Array):
-            offsets = np.asarray(given).tolist()
-            check_documents_in_rows(offsets, world_size, form.row_length, form.rows * form.row_length)
+        check_host_rows(given, form, world_size)
         return Batch(cu_seqlens, as_rank(rank), world_size, method, **known, **form._asdict())
     batch = cu_seqlens
     if batch.whole_tokens and rank is not batch.rank:

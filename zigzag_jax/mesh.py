@@ -23,7 +23,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array, is_padded
 from .axes import AxisName, largest_along, largest_on
-from .batch import Batch, Form
+from .batch import Batch, Form, check_host_rows
 from .halos import check_documents, halo_of_batch
 from .host import ShardedBatch
 from .launch import choose_backend
@@ -226,6 +226,7 @@ class _Shared:
             self.options.get("method"), tuple(reach.values()), documents, packed, self.ranks
         )
         arrays = {"cu_seqlens": as_cu_seqlens(cu_seqlens, self.cuts)}
+        check_host_rows(cu_seqlens, form, self.ranks)
         if lengths is not None:
             arrays["lengths"] = as_lengths(lengths, cu_seqlens)
         if unsharded is not None:

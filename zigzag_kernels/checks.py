@@ -40,7 +40,10 @@ def batch_shape(
     if len(q) != 4:
         raise ValueError(f"q: expected [tokens, heads, head_dim] or [batch, T, heads, head_dim], got shape {q}")
     if has_cu_seqlens:
-        raise ValueError("cu_seqlens: expected None with q [batch, T, heads, head_dim]")
+        raise ValueError(
+            "cu_seqlens: expected None with q [batch, T, heads, head_dim] in the layout 'document', got offsets or a "
+            f"batch beside q of shape {q}; pass [tokens, heads, head_dim], or layout='row' for packed rows"
+        )
     for name, shape in {"k": k, "v": v}.items():
         if len(shape) != 4 or shape[:2] != q[:2]:
             raise ValueError(f"{name}: expected [batch, T] = {list(q[:2])} as in q, got shape {shape}")

@@ -202,7 +202,8 @@ def make_problem(
     if v.shape != k.shape:
         raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}")
     if kv_tokens != kv_rows:
-        raise ValueError(f"k: expected world_size * tokens = {ranks} * {tokens} = {kv_rows} rows, got {kv_tokens}")
+        rows = f"the {tokens} rows of q" if ranks == 1 else f"world_size * tokens = {ranks} * {tokens} = {kv_rows} rows"
+        raise ValueError(f"k: expected {rows}, got {kv_tokens}")
     if k.shape[2] != head_dim:
         raise ValueError(f"k: expected the head_dim of q, {head_dim}, got {k.shape[2]}")
     if not (MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0):

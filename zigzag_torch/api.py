@@ -71,10 +71,10 @@ def zigzag_attention_gathered(
         return_max_logits: also return the largest score of each head, after scale and softcap, without sinks.
         backend: "triton" (default on a GPU), "interpret", or "reference" (default elsewhere).
         deterministic: True gives bit-identical gradients for the same inputs. False allows a backward kernel whose
-            order of summation varies: on a Hopper GPU with head_dim 40 to 128, unless sequences are short, one kernel
-            replaces two. The backward pass then takes up to 12 % less time at head_dim 128 and up to 18 % at 64, and
-            gains least on long sequences, where one kernel computes deterministic gradients too. One kernel needs at
-            least 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
+            order of summation varies: on a Hopper GPU with head_dim 40 to 128, unless sequences or windows are short,
+            one kernel replaces two. The backward pass then takes up to 12 % less time at head_dim 128 and up to 18 % at
+            64, and gains least on long sequences, where one kernel computes deterministic gradients too. One kernel
+            needs at least 4 more bytes for each element of q while it runs (`docs/explain/hopper-kernels.md`).
         layout: "document" cuts every sequence into `2 * world_size` chunks. "row" cuts the packed batch of
             `world_size * T` tokens as a whole, and sequences of any length lie anywhere in it. For a prepared batch,
             pass the layout that it was prepared with.
@@ -144,8 +144,8 @@ def zigzag_attention(
         q, k, v: the zigzag rows of this rank (see `shard`): q `[T, heads, head_dim]`, k and v
             `[T, kv_heads, head_dim]`. Sequences of equal length, with T rows each on every rank, may be
             `[batch, T, ...]` with `cu_seqlens=None`. In the row layout `[batch, T, ...]` are packed rows, and
-            `cu_seqlens` counts the tokens of all packed rows. Dtypes and head_dim are as in
-            `zigzag_attention_gathered`.
+            `cu_seqlens` counts the tokens of all packed rows. `[T, ...]` is there a single packed row, unless a
+            prepared batch has several. Dtypes and head_dim are as in `zigzag_attention_gathered`.
         cu_seqlens: `[N + 1]` int32, the offsets of the sequences over all ranks; None means one sequence. Instead of
             the offsets, pass the result of `prepare_batch` for the same method and group. Without it, every call builds
             device tables, and ranks compare their offsets in every call.

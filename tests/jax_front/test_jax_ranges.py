@@ -253,6 +253,15 @@ def test_documents_that_leave_their_row_give_nan_on_every_rank(backend):
 
 
 @pytest.mark.multigpu
+def test_whole_arrays_too_refuse_documents_on_the_host_that_leave_their_row():
+    attend = zigzag_jax.make_zigzag_attention(mesh_of(2), layout="row")
+    with pytest.raises(ValueError, match=r"documents within a row of 24 tokens, got 20 to 30 \(document 1\)"):
+        attend.prepare_batch(np.array([0, 20, 30, 48]), row_length=24, rows=2)
+    with pytest.raises(ValueError, match="expected to end in the last row of 24 tokens, at 24 or behind, got 20"):
+        attend.prepare_batch([0, 8, 20], row_length=24, rows=2)
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_with_other_real_lengths_get_nan(backend):
     def body(q, k, v, cu_seqlens, lengths):
