@@ -77,7 +77,7 @@ def check_reach(left: int, chunk: int, max_seqlen: int) -> int:
     if rows is None:
         raise ValueError(
             "window_size: expected a limit to the left with method 'halo', such as (1023, 0), or an attention_chunk, "
-            f"or a batch that was prepared with max_seqlen, got {(left, -1)}"
+            "or a batch that was prepared with max_seqlen, got none of them"
         )
     return rows
 
@@ -186,7 +186,8 @@ def check_halo_in_chunk(halo: int, length: int, world_size: int) -> None:
     if length and halo > chunk:
         raise ValueError(
             f"window_size: expected at most the {chunk} rows of a chunk with method 'halo', got {halo} positions "
-            "before a row; method 'allgather' has no such limit"
+            "before a row, the least of window_size, attention_chunk and max_seqlen; method 'allgather' has no such "
+            "limit"
         )
 
 

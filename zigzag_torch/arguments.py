@@ -62,8 +62,8 @@ def as_cu_seqlens(
     """Return offsets as a tensor `[N + 1]` int32; the values of a tensor are not read.
 
     A list, tuple or NumPy array is checked like in `validate`, with the `total` rows that there are, and copied to
-    `device`. In a tensor, integers that int32
-    cannot hold become -1, for which attention returns NaN. Raises `ValueError` for anything else.
+    `device`. In a tensor, integers that int32 cannot hold become -1, for which attention returns NaN. Raises
+    `ValueError` for anything else.
     """
     if not isinstance(cu_seqlens, torch.Tensor):
         offsets = _host_offsets(cu_seqlens)

@@ -91,7 +91,8 @@ def prepare_batch(
             halo. If a batch breaks the promise, that method gives NaN everywhere, or an error if the host has the
             values.
 
-    Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
+    The batch keeps the tensors `cu_seqlens` and `lengths` themselves: do not write new values into them while it is in
+    use. Raises the errors of `zigzag_attention`. The host does not wait for the device. A batch that is prepared in
     `torch.inference_mode` can also be used for training.
     """
     place = place_in(group)

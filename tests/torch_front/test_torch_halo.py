@@ -146,9 +146,13 @@ def check_disagreements(rank):
     small = {"window_size": (4, 0)}
     for call, message in (
         (lambda: zigzag_attention(q, k, v, batch, window_size=(5, 0), **common), "window_size: expected at most the 4"),
-        (lambda: zigzag_attention(q, k, v, batch, **common), "window_size: expected a limit to the left"),
+        (lambda: zigzag_attention(q, k, v, batch, **common), "window_size: .* got none of them$"),
         (lambda: zigzag_attention(q, k, v, batch, causal=False, **small | {"window_size": (4, 1)}, **common), "causal"),
         (lambda: zigzag_attention(q, k, v, window_size=(11, 0), **common), "window_size: expected at most the 10 rows"),
+        (
+            lambda: zigzag_attention(q, k, v, attention_chunk=12, **common),
+            "got 11 positions before a row, the least of window_size, attention_chunk and max_seqlen",
+        ),
         (lambda: prepare_batch(offsets, **common), "window_size: expected a limit to the left"),
         (lambda: prepare_batch(offsets, max_seqlen=0, **common), "max_seqlen: expected None, or"),
         (
