@@ -275,7 +275,7 @@ def test_blocks_of_rows_bring_every_row_that_sees_a_tile_of_keys_once(causal):
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered, grid):
-    """Windows, chunks and padding, with all keys in the buffer or those of one rank: no block is brought in vain.
+    """Under windows, chunks and padding the producer brings only blocks with a row that sees the tile.
 
     On a grid a tile's turn at a block is the number of tiles before it that add to the block.
     """
@@ -293,12 +293,10 @@ def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered, g
         real = int(rng.integers(0, length + 1)) if rng.integers(2) else length
         left, right, chunk = (int(rng.choice(x)) for x in ((-1, 0, 3, 20), (-1, 0, 5), (0, 0, 2, 7, 25)))
         causal = bool(rng.integers(2))
-        constants = causal, left, right, chunk, tokens, tile
-        walk = count_longest_walk(*constants) if grid else 0
         mask = types.SimpleNamespace(
             RANGED=True, CAUSAL=causal, LEFT=left, RIGHT=right, CHUNK=chunk, TOKENS=tokens, KEYS=tile, GRID=grid,
-            WALK=walk,
         )  # fmt: skip
+        mask.WALK = walk = count_longest_walk(mask, tokens, tile) if grid else 0
         parts = [(0, length), (length, 0)] if gathered else [(early_first, early), (late_first, late)]
         (first, count), (second, _) = parts
         positions = np.concatenate([start + np.arange(number) for start, number in parts])
@@ -339,7 +337,7 @@ def test_blocks_of_rows_under_a_mask_of_ranges_are_those_of_its_area(gathered, g
             if grid:
                 first_tiles = blocks.find_first(owned, blocks.find_rows(owned, 0, mask), mask)
                 assert len({*places}) == len(places)
-                # A tile whose keys are near those of the one before does not wait for the end of the other's walk.
+                # A tile visits each block later than the tile before it does, or at most a tile's blocks earlier.
                 late_by = [before.get(place, 0) - i for i, place in enumerate(places)]
                 assert not gathered or walk > 0 or max(late_by, default=0) <= tile // tokens + 1
                 before = {place: i for i, place in enumerate(places)}

@@ -37,7 +37,7 @@ UNEVEN = Case(
     padding=70,
 )  # fmt: skip
 PLAIN = replace(UNEVEN, name="hopper-w1", world_size=1, lengths=(503, 1, 600, 0), head_dim=64, dtype="float16")
-# Many tiles, of which few see a row.
+# Each row sees few of the many tiles.
 WINDOWS = replace(
     PLAIN, name="hopper-w1-windows", lengths=(2500, 1, 300), heads=16, window_size=(900, -1), head_dim=128
 )

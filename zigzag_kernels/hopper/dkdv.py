@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..segments.lookup import load_sequence, tile_and_head
+from ..segments.ranges import make_mask
 from .geometry import Geometry
 from .owned import Strided, own_key_rows
 from .releases import struct, thread_barrier
@@ -180,7 +181,7 @@ def backward_dkdv_hopper(
         STREAMED=BLOCK_M, STAGES=STAGES, HEADS_TOGETHER=HEADS_TOGETHER, SHARED=2 if BLOCK_D > 128 else 1,
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
-    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    mask = RowMask(make_mask(CAUSAL, LEFT, RIGHT, CHUNK), RANGED, packing.TOKENS, BLOCK_N)
     late = find_half_blocks(tile, 0, mask)
     early = find_half_blocks(tile, 1, mask)
     # Consumers count blocks through both halves; `produce_rows` brings the blocks that need no mask first.

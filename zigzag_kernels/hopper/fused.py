@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..segments.lookup import load_sequence, tile_and_head
+from ..segments.ranges import make_mask
 from .geometry import Geometry, product_layout
 from .order import find_start, order_blocks
 from .owned import Strided, own_key_rows
@@ -288,10 +289,11 @@ def backward_fused_hopper(
     )  # fmt: skip
     packing = Packing(GROUP, BLOCK_M)
     kv_head = (first_kv_head + window_head).to(gl.int64)
+    MASK: gl.constexpr = make_mask(CAUSAL, LEFT, RIGHT, CHUNK)
     # Turns need a grid, and so do walks that begin at common blocks.
-    WALK: gl.constexpr = count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N)
+    WALK: gl.constexpr = count_longest_walk(MASK, packing.TOKENS, BLOCK_N) if RANGED else 0
     GRID: gl.constexpr = RANGED and (WRITERS > 0 or WALK > 0)
-    mask = RowMask(RANGED, CAUSAL, LEFT, RIGHT, CHUNK, packing.TOKENS, BLOCK_N, GRID)
+    mask = RowMask(MASK, RANGED, packing.TOKENS, BLOCK_N, GRID, WALK)
     sequence = find_sequence_rows(tile, kv_head, mask)
     late = find_half_blocks(tile, 0, mask)
     early = find_half_blocks(tile, 1, mask)

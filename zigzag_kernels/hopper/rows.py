@@ -42,10 +42,10 @@ class Packing:
 
 
 @gluon.constexpr_function
-def count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS):
+def count_longest_walk(MASK, TOKENS, KEYS):
     """Return the blocks of TOKENS tokens that see a tile of KEYS keys under a window; 0 under other masks."""
-    right = 0 if CAUSAL else RIGHT
-    return -(-(LEFT + right + KEYS) // TOKENS) if CHUNK == 0 and min(LEFT, right) >= 0 else 0
+    right = 0 if MASK.CAUSAL else MASK.RIGHT
+    return -(-(MASK.LEFT + right + KEYS) // TOKENS) if MASK.CHUNK == 0 and min(MASK.LEFT, right) >= 0 else 0
 
 
 @aggregate
@@ -60,19 +60,19 @@ class RowMask:
     TOKENS: gl.constexpr  # of a box
     KEYS: gl.constexpr  # of a program
     GRID: gl.constexpr  # under a ranged mask a row is in the same block for all tiles
-    WALK: gl.constexpr  # `count_longest_walk` on a grid
+    WALK: gl.constexpr  # `count_longest_walk`, or 0 for walks that begin with their own last rows
 
     @gluon.constexpr_function
-    def __init__(self, RANGED, CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS, GRID=False):
+    def __init__(self, MASK, RANGED, TOKENS, KEYS, GRID=False, WALK=0):
         self.RANGED = gl.constexpr(RANGED)
-        self.CAUSAL = gl.constexpr(CAUSAL)
-        self.LEFT = gl.constexpr(LEFT)
-        self.RIGHT = gl.constexpr(RIGHT)
-        self.CHUNK = gl.constexpr(CHUNK)
+        self.CAUSAL = gl.constexpr(MASK.CAUSAL)
+        self.LEFT = gl.constexpr(MASK.LEFT)
+        self.RIGHT = gl.constexpr(MASK.RIGHT)
+        self.CHUNK = gl.constexpr(MASK.CHUNK)
         self.TOKENS = gl.constexpr(TOKENS)
         self.KEYS = gl.constexpr(KEYS)
         self.GRID = gl.constexpr(GRID)
-        self.WALK = gl.constexpr(count_longest_walk(CAUSAL, LEFT, RIGHT, CHUNK, TOKENS, KEYS) if GRID else 0)
+        self.WALK = gl.constexpr(WALK)
 
 
 @struct
