@@ -1,13 +1,14 @@
 """Launches the kernels for Hopper on random packings, thousands of times, to find hangs and wrong results.
 
-    python -m bench.lab.stress [--launches 10000] [--seconds 120] [--seed 0]
+    python -m bench.lab.stress [--launches 10000] [--seconds 120] [--seed 0] [--signature 3]
     python -m bench.lab.stress --seed 0 --packing 17
 
 Each packing is attended three times, forward and backward: by the pair of deterministic kernels, and by the fused one
 in any order and in turns. `out` has to be the same bit for bit and the gradients close; every `EVERY`th packing is
 compared with the portable kernels as well. Results are NaN before they are written. The host runs ahead of the device.
 If a packing takes longer than `HANG_SECONDS`, the process ends with status 2 and says which; the second form plays that
-one alone. Ends with status 1 if results differ.
+one alone. Ends with status 1 if results differ. A process compiles one kernel after another, for minutes. Several
+processes, each with a `--signature` of its own, compile side by side.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -42,6 +43,9 @@ SIGNATURES = (
     {"world_size": 8, "heads": 4, "kv_heads": 1, "head_dim": 128, "dtype": "bfloat16"},
     {"world_size": 2, "heads": 4, "kv_heads": 2, "head_dim": 256, "dtype": "bfloat16"},
     {"world_size": 1, "heads": 6, "kv_heads": 2, "head_dim": 192, "dtype": "float16"},
+    {"world_size": 2, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": "bfloat16", "window_size": (300, -1)},
+    {"world_size": 1, "heads": 8, "kv_heads": 1, "head_dim": 64, "dtype": "float16", "window_size": (1000, -1)},
+    {"world_size": 4, "heads": 4, "kv_heads": 4, "head_dim": 128, "dtype": "bfloat16", "attention_chunk": 256},
 )
 TOKENS, SEQUENCES, PADDING = 4096, 40, 130  # at most, on one rank
 AHEAD, EVERY = 16, 20
@@ -65,10 +69,15 @@ class Packing(NamedTuple):
     start: float
 
 
-def draw(seed: int, number: int, signatures=SIGNATURES, tokens=TOKENS) -> Packing:
+def signature_of(seed: int, number: int, signatures: Sequence[dict] = SIGNATURES) -> int:
+    """Return the index in `signatures` of the packing that `draw` makes from the same numbers."""
+    return random.Random(f"{seed} {number}").randrange(len(signatures))
+
+
+def draw(seed: int, number: int, signatures: Sequence[dict] = SIGNATURES, tokens: int = TOKENS) -> Packing:
     """Return random sequences, from empty to a few times the mean length, equally often of each order of magnitude."""
     generator = random.Random(f"{seed} {number}")
-    sizes = generator.choice(signatures)
+    sizes = signatures[generator.randrange(len(signatures))]
     count, left = _log_uniform(generator, 1, SEQUENCES), generator.randint(1, tokens)
     longest = max(2, 4 * left // count)
     step = 1 if sizes["world_size"] == 1 else 2  # an early and a late chunk
@@ -276,13 +285,19 @@ def main(arguments: list[str] | None = None, player: Player | None = None, **dra
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after these, compilation included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packing", type=int, help="play this one alone")
+    parser.add_argument("--signature", type=int, help="play only packings of this entry of SIGNATURES, counted from 0")
     options = parser.parse_args(arguments)
     if player is None:
         timing.require_gpu()
         player = Player()
     start = time.monotonic()
     alone = options.packing is not None
-    numbers = [options.packing] if alone else itertools.count()
+    signatures = drawing.get("signatures", SIGNATURES)
+    numbers = iter([options.packing]) if alone else itertools.count()
+    if options.signature is not None:
+        if alone or options.signature not in range(len(signatures)):
+            parser.error(f"--signature: expected 0 to {len(signatures) - 1} without --packing, got {options.signature}")
+        numbers = (n for n in numbers if signature_of(options.seed, n, signatures) == options.signature)
     packings = ((draw(options.seed, number, **drawing), alone or number % EVERY == 0) for number in numbers)
     played = 0
 

@@ -42,7 +42,10 @@ def test_packings_are_of_all_sizes_and_can_be_drawn_again():
     for low, high in ((1, 8), (100, 200), (1000, 4097)):
         assert sum(low <= length < high for length in local) > 50
     assert {(case.head_dim, case.world_size) for case in cases} == {
-        (128, 1), (128, 2), (128, 8), (64, 4), (64, 8), (256, 2), (192, 1),
+        (128, 1), (128, 2), (128, 4), (128, 8), (64, 1), (64, 4), (64, 8), (256, 2), (192, 1),
+    }  # fmt: skip
+    assert {(case.window_size, case.attention_chunk) for case in cases} == {
+        ((-1, -1), 0), ((300, -1), 0), ((1000, -1), 0), ((-1, -1), 256),
     }  # fmt: skip
     assert all(0 <= packing.rank < packing.case.world_size for packing in packings)
 
@@ -58,6 +61,28 @@ def test_a_run(small, capsys):
     assert line.endswith(" s: no hang, no difference")
     assert stress.main(["--seconds", "0"], small, **TINY) == 0
     assert small.counts == counts
+
+
+@pytest.mark.parametrize(("signature", "world_size"), [(0, 2), (1, 1)])
+def test_packings_of_one_signature(small, signature, world_size, monkeypatch):
+    start, played = small.start, []
+
+    def remember(packing, against_portable):
+        played.append(packing.case)
+        return start(packing, against_portable)
+
+    monkeypatch.setattr(small, "start", remember)
+    assert stress.main(["--launches", "13", "--signature", str(signature)], small, **TINY) == 0
+    assert [case.world_size for case in played] == [world_size, world_size]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--signature", "2"], ["--signature", "-1"], ["--signature", "0", "--packing", "3"]]
+)
+def test_a_signature_that_does_not_exist_or_a_packing_with_it(small, arguments, capsys):
+    with pytest.raises(SystemExit):
+        stress.main(arguments, small, **TINY)
+    assert "--signature: expected 0 to 1 without --packing, got" in capsys.readouterr().err
 
 
 def test_one_packing_is_played_alone_and_what_differs_is_said(small, monkeypatch, capsys):
