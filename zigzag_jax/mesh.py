@@ -237,9 +237,11 @@ class _Shared:
             arrays["whole_cu_seqlens"] = jnp.asarray(parts.whole_cu_seqlens)
             specs["whole_cu_seqlens"] = P(self.axes.axis)
         chosen = {name: self.options[name] for name in ("backend", "layout") if name in self.options} | reach
+        chosen["window_size"] = tuple(check_window_size(reach["window_size"]))  # hashable, unlike a caller's list
         chosen |= {"axis_name": self.axes.axis, "method": method, "row_length": row_length, "rows": rows}
-        on_shard = functools.partial(_prepare_shard, chosen, parts)
-        batch = self.call(on_shard, arrays, specs, self.specs_of_batch(method, limits, form, specs))
+        prepare = _Prepare(tuple(chosen.items()), None if parts is None else (parts.whole_tokens, parts.tokens))
+        around = Surroundings(self.mesh, given=True)
+        batch = around.call_compiled(prepare, arrays, specs, self.specs_of_batch(method, limits, form, specs))
         return dataclasses.replace(batch, tokens=tokens, padded=padded)
 
     def specs_of_batch(self, method: str, limits: list[int], form: Form, specs: dict[str, P]) -> Batch:
@@ -254,12 +256,21 @@ class _Shared:
         return Batch(P(), P(axis), self.ranks, method, tables, tables, axis, **fields)  # pyright: ignore
 
 
-def _prepare_shard(options: dict[str, Any], parts: Parts | None, **shard: jax.Array) -> Batch:
-    """Return the batch of one device from its `shard` of the arrays; `parts` has the row counts of a plan."""
-    if parts is not None:
+@dataclass(frozen=True)
+class _Prepare:
+    """Prepares the batch of one device from its shards of the arrays; equal objects prepare equal batches.
+
+    `options` are keyword arguments of `prepare_batch`; `of_plan` is (whole tokens, tokens) of a plan, or None.
+    """
+
+    options: tuple[tuple[str, Any], ...]
+    of_plan: tuple[int, int] | None
+
+    def __call__(self, **shard: jax.Array) -> Batch:
+        if self.of_plan is None:
+            return prepare_batch(**shard, **dict(self.options))
         whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
-        return prepare_batch(Parts(whole, split, real, parts.whole_tokens, parts.tokens), **shard, **options)
-    return prepare_batch(**shard, **options)
+        return prepare_batch(Parts(whole, split, real, *self.of_plan), **shard, **dict(self.options))
 
 
 def _attend_shard(attend: Callable[..., Any], batch_axis: AxisName | None, return_max_logits: bool, **shard):

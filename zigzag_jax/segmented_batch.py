@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.batch_checks import check_form
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_method
+from zigzag_kernels.checks import check_layout, check_method, check_window_size
 from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.layout import gathered_packed_row
 from zigzag_kernels.modes import Backend, Layout, Method
@@ -122,16 +123,9 @@ def prepare_segments(
     reach = {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
     halo, promised = halo_of_batch(method, **reach, world_size=size)
 
-    def prepare(**shards) -> Batch:
-        return _prepare_shard(
-            shards.get("segment_ids"),
-            shards.get("positions"),
-            max_segments=max_segments,
-            axis_name=axis_name,
-            world_size=size,
-            options={"layout": layout.value, "method": method, "backend": backend, **reach},
-        )
-
+    reach["window_size"] = tuple(check_window_size(window_size))  # hashable, unlike a caller's list
+    options = {"layout": layout.value, "method": method, "backend": backend, **reach}
+    prepare = _Prepare(max_segments, axis_name, size, tuple(options.items()))
     rows = first.shape[0] // around.parts(batch_axis)
     row_length = first.shape[1] * size // around.parts(axis)
     packed = (row_length, rows) if layout is Layout.ROW else (None, 1)
@@ -143,7 +137,8 @@ def prepare_segments(
         batch = dataclasses.replace(batch, segments=P(), sequences=P())  # pyright: ignore
     segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis, rows)
     arrays = {name: jnp.asarray(x) for name, x in given.items()}
-    batch = around.call(prepare, arrays, dict.fromkeys(arrays, P(batch_axis, axis)), segmented.specs.batch)
+    specs = dict.fromkeys(arrays, P(batch_axis, axis))
+    batch = around.call_compiled(prepare, arrays, specs, segmented.specs.batch)
     return dataclasses.replace(segmented, batch=batch)
 
 
@@ -161,37 +156,41 @@ def check_rows(name: str, x: Array, around: Surroundings, axes: dict[str, AxisNa
         )
 
 
-def _prepare_shard(
-    segment_ids: jax.Array | None,
-    positions: jax.Array | None,
-    *,
-    max_segments: int,
-    axis_name: AxisName | None,
-    world_size: int,
-    options: dict,
-) -> Batch:
-    """Return the batch of one device's `segment_ids` and `positions [rows, T]`."""
-    given = [x for x in (segment_ids, positions) if x is not None]
-    whole = [_whole_rows(x, axis_name, world_size) for x in given]
-    rows, width = whole[0].shape[0], world_size * whole[0].shape[2]
-    in_rows = options["layout"] == Layout.ROW
-    fault = jnp.bool_(False)
-    if in_rows or world_size == 1:
-        order = gathered_packed_row(jnp.arange(width), width, width // world_size, world_size)
-        in_order = [x.reshape(rows, width)[:, order] for x in whole]
-    else:
-        # In the document layout, every device has a part of each document, and all parts have the same length.
-        in_order = [x[:, 0] for x in whole]
-        if segment_ids is not None:
-            fault = (whole[0] != whole[0][:, :1]).any()
-    ids = jnp.ones_like(in_order[0]) if segment_ids is None else in_order[0]
-    places = None if positions is None else in_order[-1]
-    cu_seqlens, lengths = offsets_of_rows(ids, places, max_segments, in_order=in_rows or world_size == 1)
-    cu_seqlens = cu_seqlens.at[-1].set(jnp.where(fault, -1, cu_seqlens[-1]))
-    if not in_rows:
-        cu_seqlens, lengths = jnp.where(cu_seqlens < 0, -1, cu_seqlens * world_size), lengths * world_size
-    of_rows = {"row_length": width, "rows": rows} if in_rows else {}
-    return prepare_batch(cu_seqlens, axis_name=axis_name, lengths=lengths, **of_rows, **options)
+@dataclass(frozen=True)
+class _Prepare:
+    """Prepares the batch of one device from its `segment_ids` and `positions [rows, T]`; equal objects do the same.
+
+    `options` are keyword arguments of `prepare_batch`.
+    """
+
+    max_segments: int
+    axis_name: AxisName | None
+    world_size: int
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, segment_ids: jax.Array | None = None, positions: jax.Array | None = None) -> Batch:
+        world_size, options = self.world_size, dict(self.options)
+        given = [x for x in (segment_ids, positions) if x is not None]
+        whole = [_whole_rows(x, self.axis_name, world_size) for x in given]
+        rows, width = whole[0].shape[0], world_size * whole[0].shape[2]
+        in_rows = options["layout"] == Layout.ROW
+        fault = jnp.bool_(False)
+        if in_rows or world_size == 1:
+            order = gathered_packed_row(jnp.arange(width), width, width // world_size, world_size)
+            in_order = [x.reshape(rows, width)[:, order] for x in whole]
+        else:
+            # In the document layout, every device has a part of each document, and all parts have the same length.
+            in_order = [x[:, 0] for x in whole]
+            if segment_ids is not None:
+                fault = (whole[0] != whole[0][:, :1]).any()
+        ids = jnp.ones_like(in_order[0]) if segment_ids is None else in_order[0]
+        places = None if positions is None else in_order[-1]
+        cu_seqlens, lengths = offsets_of_rows(ids, places, self.max_segments, in_order=in_rows or world_size == 1)
+        cu_seqlens = cu_seqlens.at[-1].set(jnp.where(fault, -1, cu_seqlens[-1]))
+        if not in_rows:
+            cu_seqlens, lengths = jnp.where(cu_seqlens < 0, -1, cu_seqlens * world_size), lengths * world_size
+        of_rows = {"row_length": width, "rows": rows} if in_rows else {}
+        return prepare_batch(cu_seqlens, axis_name=self.axis_name, lengths=lengths, **of_rows, **options)
 
 
 def _whole_rows(x: jax.Array, axis_name: AxisName | None, world_size: int) -> jax.Array:

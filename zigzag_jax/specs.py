@@ -1,5 +1,6 @@
 """Functions for mesh axes that a caller names: they find the mesh, check arrays, and call functions on shards."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,14 +43,39 @@ class Surroundings:
             return function(**arrays)
         if AxisType.Explicit in self.mesh.axis_types:
             arrays = reshard(arrays, specs, self.mesh)
-        order = tuple(arrays)
+        on_shards = self.on_shards(function, {name: specs[name] for name in arrays}, out_specs)
+        return on_shards(*arrays.values())
+
+    def call_compiled(
+        self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any
+    ) -> Any:
+        """Call `function` like `call`, outside `jit` too in one compiled program, which equal later calls reuse.
+
+        `shard_map` alone would compile and start each operation by itself. `function` and all specs are hashable, and
+        equal functions compute the same.
+        """
+        if self.mesh is None or self.inside:
+            return function(**arrays)
+        if AxisType.Explicit in self.mesh.axis_types:
+            arrays = reshard(arrays, specs, self.mesh)
+        compiled = _compiled(self, function, tuple((name, specs[name]) for name in arrays), out_specs)
+        return compiled(*arrays.values())
+
+    def on_shards(self, function: Callable[..., Any], specs: dict[str, Any], out_specs: Any) -> Callable[..., Any]:
+        """Return `function` as a function of whole arrays, in the order of `specs`."""
 
         def of_shards(*shards):
-            return function(**dict(zip(order, shards, strict=True)))
+            return function(**dict(zip(specs, shards, strict=True)))
 
-        in_specs = tuple(specs[name] for name in order)
         mesh = self.mesh if self.given else None
-        return jax.shard_map(of_shards, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays.values())
+        return jax.shard_map(of_shards, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out_specs)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    around: Surroundings, function: Callable[..., Any], specs: tuple[tuple[str, Any], ...], out_specs: Any
+) -> Callable[..., Any]:
+    return jax.jit(around.on_shards(function, dict(specs), out_specs))
 
 
 def surroundings_of(mesh: Mesh | AbstractMesh | None, axes: Mapping[str, AxisName | None]) -> Surroundings:

@@ -170,3 +170,27 @@ def test_attention_of_a_batch_packed_by_segment_ids():
         batch_in_rank_order(case, x, 0) for x in (oracle.EXACT, oracle.straightforward(case.dtype))
     )
     assert_close("out", out, exact[0], straightforward[0])
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), [3, -1]])
+def test_preparing_compiles_one_program_and_a_second_batch_none(window_size, caplog):
+    """The batches differ in all lengths; a window as a list must not stop the reuse.
+
+    Besides the program, each array on the host is staged.
+    """
+    mesh = mesh_of(2, names=("cp",))
+
+    def prepare(*lengths):
+        attend = zigzag_jax.make_zigzag_attention(mesh, backend=KERNELS, window_size=window_size)
+        cu_seqlens, real = np.cumsum([0, *lengths], dtype=np.int32), np.asarray(lengths, np.int32)
+        with jax.log_compiles():
+            batch = attend.prepare_batch(cu_seqlens, lengths=real)
+        compiled = [x for x in caplog.messages if x.startswith("Compiling") and "jit(stage)" not in x]
+        caplog.clear()
+        return np.asarray(batch.cu_seqlens).tolist(), compiled
+
+    jax.clear_caches()
+    offsets, compiled = prepare(12, 16)
+    assert offsets == [0, 12, 28]
+    assert len(compiled) == 1, compiled
+    assert prepare(16, 12) == ([0, 16, 28], [])
