@@ -156,42 +156,25 @@ def test_both_frameworks_hand_triton_the_same_launch(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "head_dim", "dtype"),
+    ("target", "head_dim", "dtype", "call"),
     [
-        ("9.0", 128, "bfloat16"),
-        ("9.0", 256, "float16"),
-        ("8.0", 64, "float16"),
-        ("8.6", 256, "bfloat16"),
-        ("9.0", 40, "float32"),
-        ("9.0", 8, "bfloat16"),
+        ("9.0", 128, "bfloat16", "plain"),
+        ("8.6", 256, "bfloat16", "plain"),
+        ("9.0", 40, "float32", "plain"),
+        ("9.0", 8, "bfloat16", "plain"),
+        ("9.0", 128, "bfloat16", "options"),
+        ("8.0", 64, "float16", "options"),
+        ("9.0", 256, "float16", "ring"),
+        ("9.0", 64, "bfloat16", "halo"),
     ],
 )
-def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, head_dim, dtype):
+def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, head_dim, dtype, call):
     """In a process of its own, for this one interprets."""
     dkdv = ["backward_dkdv"] * (2 if sums_apart(head_dim, dtype, PORTABLE.architecture(target)) else 1)
-    kernels = ["build_segments", "attention_forward", "backward_delta", *dkdv, "backward_dq"]
-    assert lines_of("compile_portable", target, str(head_dim), dtype, **triton_cache) == kernels
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "head_dim", "call"),
-    [
-        ("9.0", 128, "options"),
-        ("9.0", 64, "ring"),
-        ("8.0", 64, "options"),
-        ("9.0", 256, "ring"),
-        ("9.0", 128, "halo"),
-    ],
-)
-def test_every_kernel_compiles_with_options_within_its_shared_memory(triton_cache, target, head_dim, call):
-    kernels = lines_of("compile_portable", target, str(head_dim), "bfloat16", call, **triton_cache)
-    others = [] if call == "halo" else ["sum_sink_rows", "sum_sink_parts"]
-    tables = ["build_segments"]
-    if call == "halo":
-        tables, others = [*tables, "build_halos"], ["copy_halo_rows", "add_halo_rows"]
-    dkdv = ["backward_dkdv"] * (2 if sums_apart(head_dim, "bfloat16", PORTABLE.architecture(target)) else 1)
-    assert kernels == [*tables, "attention_forward", "backward_delta", *dkdv, "backward_dq", *others]
+    tables = ["build_segments", *["build_halos"] * (call == "halo")]
+    others = {"plain": [], "halo": ["copy_halo_rows", "add_halo_rows"]}.get(call, ["sum_sink_rows", "sum_sink_parts"])
+    kernels = [*tables, "attention_forward", "backward_delta", *dkdv, "backward_dq", *others]
+    assert lines_of("compile_portable", target, str(head_dim), dtype, call, **triton_cache) == kernels
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def jax_transforms(loss, q):
     return right, refused
 
 
+def compiled_jax_transforms(loss, x):
+    """As `jax_transforms` where operations one by one take long.
+
+    Of a jitted function JAX refuses a few transforms by itself, in words of its own: these are of `loss` as it is.
+    """
+    right, refused = jax_transforms(jax.jit(loss), x)
+    eager = jax_transforms(loss, x)[1]
+    return right, refused | {name: eager[name] for name in ("jvp", "jacfwd", "vmap(jvp)", "grad(jvp)")}
+
+
 def check(where, transforms, expected, close):
     right, refused = transforms
     for name, transform in right.items():
@@ -175,7 +185,8 @@ def jax_loss_of_sinks(backend, q, k, v):
 def test_sinks_of_jax(kernels, kernel_backend):
     backend = kernel_backend if kernels else "reference"
     loss = jax_loss_of_sinks(backend, *map(jnp.asarray, arrays()))
-    check(backend, jax_transforms(loss, jnp.asarray(SINKS)), gradient_of_sinks(), jax_close)
+    transforms = jax_transforms if kernels else compiled_jax_transforms
+    check(backend, transforms(loss, jnp.asarray(SINKS)), gradient_of_sinks(), jax_close)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -205,10 +216,7 @@ def test_jax_between_ranks(method, kernels, kernel_backend):
     q, k, v = (jnp.asarray(x) for x in arrays())
     order = np.concatenate([zigzag_jax.shard(jnp.arange(TOKENS), np.array(CU_SEQLENS), r, 2) for r in range(2)])
     loss = jax_loss(backend, k[order], v[order], lambda *qkv, backend: attend(*qkv))
-    # Operation by operation, a mesh takes long. In a jitted function JAX refuses a few by itself, in words of its own.
-    right, refused = jax_transforms(jax.jit(loss), q[order])
-    refused |= {name: jax_transforms(loss, q[order])[1][name] for name in ("jvp", "jacfwd", "vmap(jvp)", "grad(jvp)")}
-    check(f"{method}, {backend}", (right, refused), whole_gradient()[order], jax_close)
+    check(f"{method}, {backend}", compiled_jax_transforms(loss, q[order]), whole_gradient()[order], jax_close)
 
 
 def check_group(rank, world_size, expected, calls):

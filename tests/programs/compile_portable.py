@@ -1,6 +1,6 @@
 """Compiles the portable kernels for a GPU, and checks that their shared memory is what the tile table expects.
 
-    python -m tests.programs.compile_portable 9.0 128 bfloat16 [options | ring | halo]
+    python -m tests.programs.compile_portable 9.0 128 bfloat16 plain | options | ring | halo
 
 Needs no GPU: Triton brings its own assembler. Prints the name of each kernel. The last argument is one of `CALLS`.
 """
@@ -49,7 +49,7 @@ def compile_launch(launch, target, dtype):
     )
 
 
-def main(target, head_dim, dtype, call="plain"):
+def main(target, head_dim, dtype, call):
     architecture = PORTABLE.architecture(target)
     options, changes = CALLS[call]
     problem = small_problem(head_dim, dtype, target)
@@ -65,5 +65,5 @@ def main(target, head_dim, dtype, call="plain"):
 
 
 if __name__ == "__main__":
-    target, head_dim, dtype, *call = sys.argv[1:]
-    main(target, int(head_dim), dtype, *call)
+    target, head_dim, dtype, call = sys.argv[1:]
+    main(target, int(head_dim), dtype, call)
