@@ -91,7 +91,8 @@ def behind(of_whole: Sequence[jax.Array], of_split: tuple[jax.Array, jax.Array])
     """Return `of_whole` with (dk, dv) `of_split` in its last rows, or `of_split` if `of_whole` is empty."""
     if not of_whole:
         return of_split
-    (dk, dv), (dk_split, dv_split) = of_whole, of_split
+    # Without the barrier XLA of JAX 0.11.2 takes the update for a part of the kernel before it, and fails to compile.
+    (dk, dv), (dk_split, dv_split) = optimization_barrier(tuple(of_whole)), of_split
     first = len(dk) - len(dk_split)
     update = jax.lax.dynamic_update_slice_in_dim
     return update(dk, dk_split, first, 0), update(dv, dv_split, first, 0)
