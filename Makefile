@@ -10,7 +10,10 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST := $(VENV)/newest
-PIP := -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported, and most of those that are installed never are. The variable, which
+# many containers set, would have every process compile them again.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all compile newest lint docs clean
@@ -41,12 +44,11 @@ compile: $(INSTALLED) ## compile the kernels for an H100 from both frameworks, w
 		tests/kernels/test_hopper.py tests/torch_front/test_launch.py tests/jax_front/test_lowering.py \
 		bench/lab/tests/test_sanitize.py
 
-# Releases of JAX and jax-triton that Python 3.11 does not have, with the newest Triton. There is no PyTorch. One process
-# imports them, a small part: pip need not compile them all.
+# Releases of JAX and jax-triton that Python 3.11 does not have, with the newest Triton. There is no PyTorch.
 newest: ## compile them from the newest JAX, without PyTorch either (PYTHON=python3.12)
 	$(call needs,3,12)
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) --no-compile \
+	$(NEWEST)/bin/python $(PIP) \
 		jax==0.12.0.1 jax-triton==0.3.1 triton==3.9.0 numpy==2.4.6
 	$(NEWEST)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.12.0.1
 	$(NEWEST)/bin/python -m tests.programs.lowering gathered methods hopper
