@@ -110,11 +110,12 @@ def _constant() -> tuple[_Replaced, ...]:
         (core.block_type, "to_ir", lambda self, builder: self),  # the interpreter has no IR: a type stands for itself
         (operations, "computation_type_impl", _computation_type(operations.computation_type_impl)),
         (operations, "_cast_to_computation_type", _cast(operations._cast_to_computation_type)),
-        (operations, "binary_op_type_checking_impl", _operands(operations.binary_op_type_checking_impl)),
+        (operations, "binary_op_type_checking_impl", _operands(operations.binary_op_type_checking_impl, integers)),
         (operations, "broadcast_impl_value", _broadcast(operations.broadcast_impl_value)),
         # The replaced method only checks the interpreter's own arithmetic.
         (interpreter.TensorHandle, "__post_init__", lambda self: None),
         (interpreter, "_get_np_dtype", _numpy_type(interpreter._get_np_dtype)),
+        (interpreter, "_convert_float", _convert(interpreter._convert_float)),
         (interpreter, "_patch_attr", _replace_attribute),
     )
 
@@ -152,9 +153,7 @@ def _make_block_type(initialise: Callable) -> Callable:
         if key not in known:
             initialise(self, element_ty, shape)
             self.of_tensors = _of_tensors(tuple(self.shape))
-            if len(known) >= MOST_SHAPES:
-                known.clear()
-            known[key] = dict(self.__dict__)
+            _keep(known, key, dict(self.__dict__))
         self.__dict__.update(known[key])
 
     return remembered
@@ -183,27 +182,36 @@ def _cast(cast: Callable) -> Callable:
     return unless_of_that_type
 
 
-def _operands(check: Callable) -> Callable:
+def _keep(known: dict, key, value) -> None:
+    """Add an entry to a cache of limited size. The `value` keeps alive each object whose id is in the `key`."""
+    if len(known) >= MOST_SHAPES:
+        known.clear()
+    known[key] = value
+
+
+def _operands(check: Callable, integers: frozenset[str]) -> Callable:
     """Return a faster check of operands: equal types pass unchanged, and each number becomes a tensor only once.
 
-    Pointers and divisions go through the original `check`.
+    Operands of unequal types go through the original `check`, and so do quotients of numbers that are not integers.
     """
     numbers = {}
 
     def unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
-        if type(lhs) is core.tensor and type(lhs.dtype) is core.dtype and arithmetic_check and not div_or_mod:
-            if type(rhs) is core.tensor and lhs.dtype is rhs.dtype:
+        if type(lhs) is core.tensor and arithmetic_check:
+            kind = lhs.dtype
+            if type(kind) is core.dtype:
+                if type(rhs) is core.tensor and kind is rhs.dtype and (not div_or_mod or kind.name in integers):
+                    return self.broadcast_impl_value(lhs, rhs)
+                if type(rhs) is int or (type(rhs) is float and rhs):  # 0.0 equals -0.0, so neither may be a cache key
+                    key = type(rhs), rhs, kind.name, div_or_mod, id(lhs.shape)  # the shape lives as long as its entry
+                    if key in numbers:
+                        return lhs, numbers[key][0]
+                    checked, number = check(self, lhs, rhs, div_or_mod=div_or_mod)
+                    if checked is lhs:
+                        _keep(numbers, key, (number, lhs.shape))
+                    return checked, number
+            elif allow_lhs_ptr and kind.is_ptr() and type(rhs) is core.tensor and rhs.dtype.name in integers:
                 return self.broadcast_impl_value(lhs, rhs)
-            if type(rhs) is int or (type(rhs) is float and rhs):  # 0.0 equals -0.0, so neither may be a cache key
-                key = type(rhs), rhs, lhs.dtype.name, id(lhs.shape)  # the shape lives as long as its entry
-                if key in numbers:
-                    return lhs, numbers[key][0]
-                checked, number = check(self, lhs, rhs)
-                if checked is lhs:
-                    if len(numbers) >= MOST_SHAPES:
-                        numbers.clear()
-                    numbers[key] = number, lhs.shape
-                return checked, number
         return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     return unless_alike
@@ -232,6 +240,137 @@ def _numpy_type(find: Callable) -> Callable:
     return remembered
 
 
+def _convert(convert: Callable) -> Callable:
+    """Return a faster conversion between bfloat16 and float32, which have the same exponents.
+
+    Without a rounding mode it drops bits or adds zeros. Arrays with subnormal numbers, and all other conversions, go
+    through the original `convert`.
+    """
+    numpy, both = interpreter.np, {"bf16", "fp32"}
+
+    def unless_subnormal(x, from_type, to_type, rounding_mode):
+        if rounding_mode is None and {from_type.name, to_type.name} == both:
+            widens = to_type.name == "fp32"
+            bits = numpy.ascontiguousarray(x).view(numpy.uint16 if widens else numpy.uint32)
+            exponents = bits & (0x7F80 if widens else 0x7F800000)
+            if not (bits[exponents == 0] << 1).any():
+                converted = bits.astype(numpy.uint32) << 16 if widens else (bits >> 16).astype(numpy.uint16)
+                return converted.reshape(x.shape)
+        return convert(x, from_type, to_type, rounding_mode)
+
+    return unless_subnormal
+
+
+class _Operators:
+    """Shorter ways of methods of tensors, for operands that need no other look than one at their types.
+
+    Everything else goes through the `original` method, which each way is given. NumPy broadcasts scalars, as the
+    interpreter does before it calls NumPy; blocks it would broadcast with the elements of the result in another order.
+    """
+
+    def __init__(self):
+        self.bools = {}  # {id of a shape: (the type of int1 of that shape, the shape)}
+        numpy = interpreter.np
+        self.boolean = numpy.dtype(bool)
+        arithmetic = {"__sub__": numpy.subtract, "__mul__": numpy.multiply}
+        comparisons = {"__lt__": numpy.less, "__le__": numpy.less_equal}
+        comparisons |= {"__gt__": numpy.greater, "__ge__": numpy.greater_equal}
+        self.ways = {name: functools.partial(self.arithmetic, compute) for name, compute in arithmetic.items()}
+        self.ways |= {name: functools.partial(self.comparison, compute) for name, compute in comparisons.items()}
+        self.ways |= {"__add__": functools.partial(self.sum, numpy.add)}
+        self.ways |= {"__and__": functools.partial(self.both, numpy.bitwise_and)}
+
+    def arithmetic(self, compute: Callable, original: Callable) -> Callable:
+        builder, handle_of, tensor_of = interpreter.interpreter_builder, interpreter.TensorHandle, core.tensor
+
+        def operator(left, right):
+            alike = None if builder.options.sanitize_overflow else self._alike(left, right)
+            if alike is None:
+                return original(left, right)
+            x, y, kind = alike
+            result = compute(x.data, y.data)
+            if result.dtype is not x.data.dtype:
+                return original(left, right)
+            return tensor_of(handle_of(result, x.dtype.scalar), kind)
+
+        return operator
+
+    def sum(self, compute: Callable, original: Callable) -> Callable:
+        of_numbers, signed = self.arithmetic(compute, original), frozenset(core.dtype.SINT_TYPES)
+        builder = interpreter.interpreter_builder
+
+        def operator(left, right):
+            if not left.dtype.is_ptr():
+                return of_numbers(left, right)
+            if type(right) is core.tensor and right.dtype.name in signed:
+                x, y, kind = self._broadcast(left, right)
+                return core.tensor(builder.create_addptr(x, y), kind)
+            return original(left, right)
+
+        return operator
+
+    def comparison(self, compute: Callable, original: Callable) -> Callable:
+        handle_of, tensor_of = interpreter.TensorHandle, core.tensor
+
+        def operator(left, right):
+            alike = self._alike(left, right)
+            if alike is None:
+                return original(left, right)
+            x, y, kind = alike
+            return tensor_of(handle_of(compute(x.data, y.data), x.dtype.scalar), self._bool_type(kind))
+
+        return operator
+
+    def both(self, compute: Callable, original: Callable) -> Callable:
+        handle_of, tensor_of = interpreter.TensorHandle, core.tensor
+
+        def operator(left, right):
+            if type(right) is core.tensor and left.dtype is right.dtype is core.int1:
+                x, y, kind = self._broadcast(left, right)
+                ordered = x.data.flags.c_contiguous and y.data.flags.c_contiguous
+                if ordered and x.data.dtype is y.data.dtype is self.boolean:
+                    return tensor_of(handle_of(compute(x.data, y.data), x.dtype.scalar), kind)
+            return original(left, right)
+
+        return operator
+
+    def _alike(self, left, right):
+        """Return the handles of operands of one type and the type of a result, or None for other operands."""
+        kind = left.dtype
+        if type(kind) is not core.dtype or left.handle.data.dtype is self.boolean:
+            return None
+        if type(right) is core.tensor:
+            return self._broadcast(left, right) if right.dtype is kind else None
+        right = _unwrap(right)
+        if type(right) is not int and type(right) is not float:
+            return None
+        left, right = interpreter.interpreter_semantic.binary_op_type_checking_impl(left, right)
+        return (left.handle, right.handle, left.type) if left.dtype is kind else None
+
+    def _broadcast(self, left, right):
+        """Return the handles of both, and the type of `left` as wide as both are."""
+        if left.shape is not right.shape:
+            blocks = left.type.is_block(), right.type.is_block()
+            if blocks == (True, False) and left.handle.data.flags.c_contiguous:
+                return left.handle, right.handle, left.type
+            if blocks == (False, True) and right.handle.data.flags.c_contiguous and left.dtype is right.dtype:
+                return left.handle, right.handle, right.type
+            left, right = interpreter.interpreter_semantic.broadcast_impl_value(left, right)
+        return left.handle, right.handle, left.type
+
+    def _bool_type(self, wide):
+        """Return the type of int1 that has the shape of the type `wide`."""
+        if not wide.is_block():
+            return core.int1
+        shape = wide.of_tensors[0]
+        if id(shape) not in self.bools:
+            _keep(self.bools, id(shape), (wide.with_element_ty(core.int1), shape))
+        return self.bools[id(shape)][0]
+
+
+_operators = functools.cache(_Operators)
+
+
 _CHECKED = core.builtin(lambda: None).__code__
 
 
@@ -244,4 +383,5 @@ def _replace_attribute(owner, name, member, builder, scope):
         options["_semantic"] = given
         return called(*arguments, **options)
 
-    scope.set_attr(owner, name, replacement)
+    shorter = _operators().ways.get(name) if owner is core.tensor else None
+    scope.set_attr(owner, name, shorter(replacement) if shorter else replacement)
