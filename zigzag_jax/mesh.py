@@ -227,8 +227,8 @@ class _Shared:
         )
         arrays = {"cu_seqlens": as_cu_seqlens(cu_seqlens, self.cuts)}
         check_host_rows(cu_seqlens, form, self.ranks)
-        if lengths is not None:
-            arrays["lengths"] = as_lengths(lengths, cu_seqlens)
+        if lengths is not None and (real := as_lengths(lengths, cu_seqlens)).size:
+            arrays["lengths"] = real
         if unsharded is not None:
             check_array("unsharded", unsharded)
             arrays["unsharded"] = jnp.asarray(unsharded)
@@ -269,7 +269,8 @@ class _Prepare:
     def __call__(self, **shard: jax.Array) -> Batch:
         if self.of_plan is None:
             return prepare_batch(**shard, **dict(self.options))
-        whole, split, real = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens", "lengths"))
+        whole, split = (shard.pop(name) for name in ("whole_cu_seqlens", "cu_seqlens"))
+        real = shard.pop("lengths", jnp.zeros(0, jnp.int32))  # missing if the plan has no split documents
         return prepare_batch(Parts(whole, split, real, *self.of_plan), **shard, **dict(self.options))
 
 

@@ -116,8 +116,10 @@ def prepare_batch(
     batch = as_batch(cu_seqlens, rank, world_size, method, form)
     if parts is not None:
         batch = dataclasses.replace(batch, whole_cu_seqlens=as_cu_seqlens(parts.whole_cu_seqlens, 1))
-    if lengths is not None:
-        batch = dataclasses.replace(batch, lengths=as_lengths(lengths, cu_seqlens))
+    # Without documents there is no array of lengths: XLA of JAX 0.11.2 crashes while it compiles a program for several
+    # GPUs that returns an empty array which it got.
+    if lengths is not None and (real := as_lengths(lengths, cu_seqlens)).size:
+        batch = dataclasses.replace(batch, lengths=real)
     batch = dataclasses.replace(batch, halo=halo, max_seqlen=promised)
     check_varying(batch, axis_name)
     if unsharded is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 import zigzag_jax
@@ -176,6 +177,36 @@ def test_a_batch_without_rows_has_no_rows_of_results(backend):
 
     q, kv = (0, 4, 8), (0, 2, 8)
     assert [x.shape for x in both_passes(jnp.ones(q), jnp.ones(kv))] == [q, q, kv, kv]
+
+
+def equations(program):
+    """All equations of a traced program and of the programs in it."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("split_tokens", [4, 0])
+def test_no_empty_array_goes_through_a_program_of_several_devices(split_tokens):
+    """XLA crashes on GPUs when it compiles such a program: in a plan, none of the documents may be split."""
+    case = dataclasses.replace(CASES[0], split=(), split_tokens=split_tokens)
+    plan = dataclasses.replace(case.plan, max_split=0)
+    attention = zigzag_jax.make_zigzag_attention(mesh_of(2))
+    arrays = arrays_of_ranks(case)
+
+    def out(q, k, v):
+        batch = attention.prepare_batch(plan)
+        assert batch.lengths is None
+        return attention(q, k, v, batch)
+
+    rows = [arrays[name] for name in "qkv"]
+    mapped = [x for x in equations(jax.make_jaxpr(out)(*rows).jaxpr) if x.primitive.name == "shard_map"]
+    assert len(mapped) == 2
+    for equation in mapped:
+        assert not [x for x in (*equation.invars, *equation.outvars) if 0 in x.aval.shape]
+    for rank, result in enumerate(np.split(np.asarray(jax.jit(out)(*rows)), 2)):
+        assert_rank_is_right("no document is split", case, rank, {"out": result})
 
 
 def test_a_plan_inside_shard_map_is_that_outside():
