@@ -49,7 +49,7 @@ class Ranks:
         self.size = jax.device_count()
         self.mesh = jax.make_mesh((self.size,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
         self.first = jax.devices()[0]
-        self.recorded_steps = 12 if self.first.platform == "gpu" else 2  # layers of a model
+        self.recorded_steps = 36 if self.first.platform == "gpu" else 2  # layers of a model
         self.versions = {"ranks": self.size, "gpu": self.first.device_kind, "jax": jax.__version__}
 
     def load(self, case):

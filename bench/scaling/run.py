@@ -7,7 +7,7 @@ Efficiency is the time of one GPU for 1 / W of the attention, divided by the tim
 time is measured with the same kernels on K/V gathered beforehand, as the mean over the shares of all ranks; the second
 is the time of the slowest rank. The table also has the prediction of the cost model for the measured rate of one GPU.
 Results are checked before anything is timed; then all ways take turns. A GPU would wait for the host in short steps. So
-PyTorch records them in a CUDA graph, and JAX does 12 of them in one program, like a model of 12 layers; the time of
+PyTorch records them in a CUDA graph, and JAX does 36 of them in one program, like a model of 36 layers; the time of
 single calls is in the table too. On a machine without a GPU the script runs on the CPU, and its times say nothing about
 GPUs.
 """

@@ -172,7 +172,9 @@ def test_every_kernel_compiles_within_its_shared_memory(triton_cache, target, he
     """In a process of its own, for this one interprets."""
     dkdv = ["backward_dkdv"] * (2 if sums_apart(head_dim, dtype, PORTABLE.architecture(target)) else 1)
     tables = ["build_segments", *["build_halos"] * (call == "halo")]
-    others = {"plain": [], "halo": ["copy_halo_rows", "add_halo_rows"]}.get(call, ["sum_sink_rows", "sum_sink_parts"])
+    others = {"plain": [], "halo": ["copy_halo_rows", "copy_sent_rows", "fill_halo_buffer", "add_halo_rows"]}.get(
+        call, ["sum_sink_rows", "sum_sink_parts"]
+    )
     kernels = [*tables, "attention_forward", "backward_delta", *dkdv, "backward_dq", *others]
     assert lines_of("compile_portable", target, str(head_dim), dtype, call, **triton_cache) == kernels
 

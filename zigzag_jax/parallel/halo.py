@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import optimization_barrier
 
 from zigzag_kernels.halo import KEY_SLOTS, HaloSlot
 from zigzag_kernels.problem import Problem
@@ -41,12 +42,13 @@ class Halo:
 
         q, k, v, sinks = inputs
         # XLA can overlap this transfer with the rows that need no halo, because neither reads results of the other.
-        k_near, v_near = self._bring(k, v, tables)
+        halos = self._bring(k, v, tables)
         start = (None, None) if beside is None else beside(None)
-        of_own, of_first, *_ = tables.segments
+        of_own, of_first, _ = tables.segments
         results = plan.forward(launch.run, self.problem, q, k, v, of_own, sinks=sinks, into=start)
         # One table has the rows that need no halo, the other the first rows of each chunk. Together they write every
         # row once.
+        k_near, v_near = plan.halo_buffer(launch.run, self.problem, k, v, of_first, halos)
         return plan.forward(launch.run, self.of_halo, q, k_near, v_near, of_first, sinks=sinks, into=results)
 
     def backward(
@@ -67,45 +69,43 @@ class Halo:
         strides: Any = {"dout_strides": problem.q_strides}
         q, k, v, _ = residuals.inputs
         k, v, dout = move_again(k, v, dout)
-        k_near, v_near = self._bring(k, v, tables)
+        halos = self._bring(k, v, tables)
         start, *of_whole = (None,) if beside is None else beside(None)
         rows, dsinks = rows_of_backward(problem, residuals, dout, dlse)
-        (of_own, of_first, of_sent, _), (keys_of_own, keys_of_halos) = tables
+        (of_own, of_first, of_sent), (keys_of_own, keys_of_halos) = tables
         own = launch.run, problem, q, k, v, dout, rows
-        apart = launch.run, self.of_halo, q, k_near, v_near, dout, rows
         part = plan.Part(dtype=problem.call.grad_reduce_dtype)
         sums = plan.backward_keys(*own, keys_of_own, part=part, **strides)
+        # XLA's scheduler does not know how long kernels take. Without the barrier it would compute dK/dV of the buffer
+        # first, and so wait for the halos.
+        sums, halos = optimization_barrier((sums, halos))
+        k_near, v_near = plan.halo_buffer(launch.run, problem, k, v, of_first, halos)
+        apart = launch.run, self.of_halo, q, k_near, v_near, dout, rows
         in_slots = plan.backward_keys(*apart, keys_of_halos, part=part, **strides)
-        sent = self._send_home(*in_slots)
+        early, late = self._send_home(*in_slots)
         dq = plan.backward_queries(*own, of_own, into=start, **strides)
         dq = plan.backward_queries(*apart, of_first, into=dq, **strides)
         # The order of additions is fixed, so that the same inputs give the same bits: first the gradients of own
         # copies, then the gradients from neighbours.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
-        sums = plan.add_halo_rows(launch.run, problem, in_slots, of_first, sums, slots=slots)
-        dk, dv = plan.add_halo_rows(launch.run, problem, sent, of_sent, sums, slots=(0, 1))
+        sums = plan.add_halo_rows(launch.run, problem, in_slots, in_slots, of_first, sums, slots=slots)
+        dk, dv = plan.add_halo_rows(launch.run, problem, (early, early), (late, late), of_sent, sums)
         dk, dv = behind(of_whole, (dk.astype(k.dtype), dv.astype(v.dtype)))
         return Inputs(dq, dk, dv, dsinks)
 
     def _bring(self, k: jax.Array, v: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-        """Return (k, v) `[4 * halo_rows, kv_heads, head_dim]`: the first four slots of `HaloSlot`, with their halos."""
+        """Return the halos (early, late) `[halo_rows, 2 * kv_heads, head_dim]`: K, then V."""
         from zigzag_kernels import plan
 
-        slots = self._slots(plan.halo_rows(launch.run, self.problem, k, v, tables.segments[3]), len(HaloSlot))
-        early, late = self._exchange(slots[HaloSlot.EARLY_SENT], slots[HaloSlot.LATE_SENT])
-        rows = jnp.concatenate((early, slots[HaloSlot.EARLY_ROWS], late, slots[HaloSlot.LATE_ROWS]))
-        return rows[:, : k.shape[1]], rows[:, k.shape[1] :]
+        return self._exchange(*plan.sent_rows(launch.run, self.problem, k, v, tables.segments[2]))
 
     def _send_home(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return (dk, dv) `[2 * halo_rows, kv_heads, head_dim]` of the rows that this rank sent as halos."""
-        slots = self._slots(jnp.concatenate((dk, dv), 1), KEY_SLOTS)  # one transfer has both, as for K and V
+        """Return the gradients of the rows that this rank sent, of early and of late chunks: dK, then dV, as halos."""
+        rows = jnp.concatenate((dk, dv), 1)  # one transfer has both, as for K and V
+        slots = rows.reshape(KEY_SLOTS, self.problem.call.halo_rows, *rows.shape[1:])
         # The gradient of the early halo goes back to the previous rank, and of the late halo to the next rank.
         late, early = self._exchange(slots[HaloSlot.LATE_HALO], slots[HaloSlot.EARLY_HALO])
-        rows = jnp.concatenate((early, late))
-        return rows[:, : dk.shape[1]], rows[:, dk.shape[1] :]
-
-    def _slots(self, x: jax.Array, count: int) -> jax.Array:
-        return x.reshape(count, self.problem.call.halo_rows, *x.shape[1:])
+        return early, late
 
     def _exchange(self, to_next: jax.Array, to_previous: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the arrays from the previous and from the next rank; zeros if there is no such rank."""

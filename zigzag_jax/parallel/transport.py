@@ -55,11 +55,10 @@ class Tables(NamedTuple):
 def halo_tables(segments: jax.Array, sequences: jax.Array) -> Tables:
     """Return the parts of the tables of `zigzag_kernels.problem.halo_table_shapes` that `Halo` passes to kernels.
 
-    The parts of `segments` are the tables 0, 1 and 2, and the tables 1 and 2 in one array. The parts of `sequences` are
-    the entries of table 0 that are filled, and table 1.
+    The parts of `segments` are the tables 0, 1 and 2. The parts of `sequences` are the entries of table 0 that are
+    filled, and table 1.
     """
-    own, apart, sent = segments
-    return Tables((own, apart, sent, segments[1:]), (sequences[0, sequences.shape[1] // 2 :], sequences[1]))
+    return Tables(tuple(segments), (sequences[0, sequences.shape[1] // 2 :], sequences[1]))
 
 
 class Inputs(NamedTuple):

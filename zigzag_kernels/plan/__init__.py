@@ -17,9 +17,11 @@ from .steps import (
     backward_window,
     forward,
     fuses_windows,
+    halo_buffer,
     halo_rows,
     plan_step,
     segment_tables,
+    sent_rows,
 )
 
 __all__ = [
@@ -39,8 +41,10 @@ __all__ = [
     "backward_window",
     "forward",
     "fuses_windows",
+    "halo_buffer",
     "halo_rows",
     "plan_step",
     "segment_tables",
+    "sent_rows",
     "use_planner",
 ]

@@ -19,7 +19,7 @@ from ..launch import Launch, run_by_name
 from ..modes import KVLayout, Layout, Operation
 from ..problem import Problem
 from . import planner
-from .halo import make_addition, make_copy
+from .halo import make_addition, make_buffer, make_copy, make_sent
 from .operation import WHOLE, Part, make_fused_window, make_operation
 from .planner import NOTHING, Planned
 from .rows import make_rows
@@ -79,16 +79,45 @@ def halo_rows(run: Run, problem: Problem, k, v, segments):
     return rows
 
 
-def add_halo_rows(
-    run: Run, problem: Problem, gradients: tuple, segments, into: tuple, *, slots: tuple[int, int]
-) -> tuple:
-    """Add the `gradients` of rows of early and late chunks to `into`, (dk, dv) of all rows; return `into`.
+def sent_rows(run: Run, problem: Problem, k, v, segments) -> tuple:
+    """Return the messages (early, late) `[halo_rows, 2 * kv_heads, head_dim]`, each with rows of K, then of V.
 
-    The gradients are in two of the `slots` of a buffer. `segments` is the segment table that names these rows: 1 for
-    the first rows of chunks, 2 for the rows that were sent.
+    `early` has the last rows of early chunks, for the next rank, and `late` those of late chunks, for the previous
+    rank. `problem` describes the rank's own keys; `segments` is segment table 2 of `segments.halo`. Elements that
+    belong to no chunk are not written.
     """
-    planned = planner.current.plan(make_addition, problem, slots)
-    return run(planned.launches[0], *gradients, segments, *into)
+    return run(planner.current.plan(make_sent, problem).launches[0], k, v, segments)
+
+
+def halo_buffer(run: Run, problem: Problem, k, v, segments, halos: tuple) -> tuple:
+    """Return the buffer of halos, (k, v) `[4 * halo_rows, kv_heads, head_dim]`, in the first slots of `halo.HaloSlot`.
+
+    It has the first rows of each chunk, and the `halos` (early, late) that `sent_rows` returned on neighbours.
+    `problem` describes the rank's own keys; `segments` is segment table 1 of `segments.halo`. Elements that belong to
+    no chunk are not written.
+    """
+    return run(planner.current.plan(make_buffer, problem).launches[0], k, v, segments, *halos)
+
+
+def add_halo_rows(
+    run: Run,
+    problem: Problem,
+    early: tuple,
+    late: tuple,
+    segments,
+    into: tuple,
+    *,
+    slots: tuple[int, int] | None = None,
+) -> tuple:
+    """Add gradients of rows of early and late chunks to `into`, (dk, dv) of all rows; return `into`.
+
+    `early` and `late` are arrays (dk, dv) of slots of `halo_rows` rows, of which one has the gradients: `slots` names
+    (that of early, that of late chunks). Without `slots` they are messages `[halo_rows, 2 * kv_heads, head_dim]`, dk
+    and dv in the same array. `segments` is the segment table that names the rows: 1 for the first rows of chunks, 2
+    for the rows that were sent.
+    """
+    planned = planner.current.plan(make_addition, problem, slots or (0, 0), slots is None)
+    return run(planned.launches[0], *early, *late, segments, *into)
 
 
 def forward(
@@ -294,7 +323,8 @@ def plan_step(
     halos = ()
     if problem.kv_layout == KVLayout.HALO:
         form = form._replace(halo=problem.call.halo)
-        halos = make_copy(problem), make_addition(problem, (0, 1))
+        copies = make_copy(problem), make_sent(problem), make_buffer(problem)
+        halos = *copies, make_addition(problem, (0, 1), False)
     tables = make_tables(form._replace(has_lengths=problem.call.has_lengths), problem.target)
     forward = make_operation(problem, Operation.FORWARD, part)
     if part == WHOLE:

@@ -124,10 +124,11 @@ class Halo:
         # The order of additions is fixed, so that the same inputs give the same bits: first the gradients of own
         # copies, then the gradients from neighbours.
         slots = HaloSlot.EARLY_ROWS.value, HaloSlot.LATE_ROWS.value
-        plan.add_halo_rows(launch.run, problem, in_slots, tables.segments[1], sums.unbind(), slots=slots)
+        add, dkv = (launch.run, problem), sums.unbind()
+        plan.add_halo_rows(*add, in_slots, in_slots, tables.segments[1], dkv, slots=slots)
         wait(works, group)
-        sent = received.flatten(1, 2).unbind()
-        plan.add_halo_rows(launch.run, problem, sent, tables.segments[2], sums.unbind(), slots=(0, 1))
+        sent: Any = received.flatten(1, 2).unbind()
+        plan.add_halo_rows(*add, sent, sent, tables.segments[2], dkv, slots=(0, 1))
         return dq, sums.to(k.dtype) if into is None else into.copy_(sums), dsinks
 
     def _exchange(
