@@ -172,3 +172,17 @@ def test_tables_of_a_prepared_batch_are_passed_to_kernels_whole(form, kernel_bac
     text = str(jax.make_jaxpr(step)(q, kv, kv, batch))
     assert table in text
     assert [line for line in text.splitlines() if cuts.search(line)] == []
+
+
+@pytest.mark.multigpu
+def test_the_forward_pass_with_halos_neither_cuts_nor_joins_rows(kernel_backend):
+    """XLA would copy the messages, and the buffer of halos, in every layer."""
+    if jax.device_count() < WORLD_SIZE:
+        pytest.skip(f"needs {WORLD_SIZE} devices")
+    attention = make_zigzag_attention(mesh_of(WORLD_SIZE), method="halo", window_size=(3, 0), backend=kernel_backend)
+    batch = jax.eval_shape(lambda: attention.prepare_batch(jnp.array([0, 64, 256])))
+    q, kv = (array(WORLD_SIZE * TOKENS, heads) for heads in (HEADS, KV_HEADS))
+    text = str(jax.make_jaxpr(attention)(q, kv, kv, batch))
+    assert "ppermute" in text
+    cuts = re.compile(rf"\[\d+,\d+,{HEAD_DIM}\]\S* = (slice|split|concatenate|dynamic_update_slice)\[")
+    assert [line for line in text.splitlines() if cuts.search(line)] == []
