@@ -1,15 +1,35 @@
 """The choice of method and halo for a prepared batch, from the values that the host knows."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from zigzag_kernels import halo
 from zigzag_kernels.batch_checks import check_halo
-from zigzag_kernels.checks import check_lengths, check_offsets, check_real_lengths_array
+from zigzag_kernels.checks import (
+    check_attention_chunk,
+    check_lengths,
+    check_offsets,
+    check_real_lengths_array,
+    check_window_size,
+)
 from zigzag_kernels.halo import HostSizes
 
 HostValues = tuple[list[int], list[int] | None]
 """(offsets, real lengths); the lengths are None if all tokens are real."""
+
+
+def reach_options(window_size, attention_chunk: int, max_seqlen: int | None) -> dict[str, Any]:
+    """Return the arguments as checked keyword arguments of `prepare_batch`, in types that a cache can have as key.
+
+    Raises `ValueError` for numbers out of range. A caller's own list or array has no hash, and True equals 1.
+    """
+    return {
+        "window_size": check_window_size(window_size),
+        "attention_chunk": check_attention_chunk(attention_chunk),
+        "max_seqlen": halo.check_max_seqlen(max_seqlen) or None,
+    }
 
 
 def halo_of_batch(

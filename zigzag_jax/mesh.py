@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.batch_checks import check_form, check_padding_unseen
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_lengths, check_offsets, check_sinks, check_window_size
+from zigzag_kernels.checks import (
+    check_layout,
+    check_lengths,
+    check_method,
+    check_offsets,
+    check_sinks,
+    check_window_size,
+)
 from zigzag_kernels.documents import DocumentPlan
 from zigzag_kernels.halo import reach_of_mask
 from zigzag_kernels.modes import Backend, Layout, Method
@@ -24,7 +31,7 @@ from .api import zigzag_attention
 from .arguments import Array, as_cu_seqlens, as_flag, as_lengths, check_array, is_padded
 from .axes import AxisName, largest_along, largest_on
 from .batch import Batch, Form, check_host_rows
-from .halos import check_documents, halo_of_batch
+from .halos import check_documents, halo_of_batch, reach_options
 from .host import ShardedBatch
 from .launch import choose_backend
 from .plans import Parts, offsets_of, one_part, parts_of_all
@@ -220,11 +227,13 @@ class _Shared:
         form = Form(*check_form(self.layout, row_length, rows, self.ranks))
         if parts is not None:
             form = form._replace(whole_tokens=parts.whole_tokens, tokens=tokens)
-        reach = {name: self.options.get(name, default) for name, default in _MASK[1:]} | {"max_seqlen": max_seqlen}
+        window_size, chunk = (self.options.get(name, default) for name, default in _MASK[1:])
+        reach = reach_options(window_size, chunk, max_seqlen)
         packed, documents = (form.row_length, form.rows), (cu_seqlens, lengths)
-        method, *limits = halo_of_batch(
-            self.options.get("method"), tuple(reach.values()), documents, packed, self.ranks
-        )
+        method = self.options.get("method")
+        if method is not None:
+            check_method(method)
+        method, *limits = halo_of_batch(method, tuple(reach.values()), documents, packed, self.ranks)
         arrays = {"cu_seqlens": as_cu_seqlens(cu_seqlens, self.cuts)}
         check_host_rows(cu_seqlens, form, self.ranks)
         if lengths is not None and (real := as_lengths(lengths, cu_seqlens)).size:
@@ -237,8 +246,8 @@ class _Shared:
             arrays["whole_cu_seqlens"] = jnp.asarray(parts.whole_cu_seqlens)
             specs["whole_cu_seqlens"] = P(self.axes.axis)
         chosen = {name: self.options[name] for name in ("backend", "layout") if name in self.options} | reach
-        chosen["window_size"] = tuple(check_window_size(reach["window_size"]))  # hashable, unlike a caller's list
-        chosen |= {"axis_name": self.axes.axis, "method": method, "row_length": row_length, "rows": rows}
+        row_length = None if row_length is None else form.row_length
+        chosen |= {"axis_name": self.axes.axis, "method": method, "row_length": row_length, "rows": form.rows}
         prepare = _Prepare(tuple(chosen.items()), None if parts is None else (parts.whole_tokens, parts.tokens))
         around = Surroundings(self.mesh, given=True)
         batch = around.call_compiled(prepare, arrays, specs, self.specs_of_batch(method, limits, form, specs))

@@ -86,7 +86,7 @@ def offsets_of_rows(
     document do not count its tokens.
     """
     rows, width = segment_ids.shape
-    room = rows * (check_int("max_segments", max_segments, 1, MAX_ROWS, "a positive int") + 1)
+    room = rows * (max_segments + 1)
     cu_seqlens, lengths = cu_seqlens_from_segment_ids(segment_ids, room, positions, return_lengths=True)
     ids = segment_ids.reshape(-1)
     begins = _begins(ids, None if positions is None else positions.reshape(-1), max(width, 1))

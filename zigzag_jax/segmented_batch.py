@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_kernels.batch_checks import check_form
 from zigzag_kernels.callspec import NO_WINDOW
-from zigzag_kernels.checks import check_layout, check_method, check_window_size
+from zigzag_kernels.checks import MAX_ROWS, check_int, check_layout, check_method
 from zigzag_kernels.halo import halo_of_batch
 from zigzag_kernels.layout import gathered_packed_row
 from zigzag_kernels.modes import Backend, Layout, Method
@@ -20,6 +20,7 @@ from zigzag_kernels.modes import Backend, Layout, Method
 from .arguments import Array, check_array, check_held
 from .axes import AxisName, axis_names
 from .batch import Batch, Form
+from .halos import reach_options
 from .launch import choose_backend
 from .prepare import prepare_batch
 from .segment_ids import offsets_of_rows
@@ -110,6 +111,7 @@ def prepare_segments(
             expected = "[B, S]" if x is first else f"{first.shape} as segment_ids"
             raise ValueError(f"{name}: expected integers {expected}, got shape {x.shape} {x.dtype}")
         check_held(name, x)
+    max_segments = check_int("max_segments", max_segments, 1, MAX_ROWS, "a positive int")
     layout = check_layout(layout)
     method = Method.ALLGATHER.value if method is None else method
     check_method(method)
@@ -120,10 +122,9 @@ def prepare_segments(
     axis_name = None if around.mesh is None else axis
     size = around.size(axis)
 
-    reach = {"window_size": window_size, "attention_chunk": attention_chunk, "max_seqlen": max_seqlen}
+    reach = reach_options(window_size, attention_chunk, max_seqlen)
     halo, promised = halo_of_batch(method, **reach, world_size=size)
 
-    reach["window_size"] = tuple(check_window_size(window_size))  # hashable, unlike a caller's list
     options = {"layout": layout.value, "method": method, "backend": backend, **reach}
     prepare = _Prepare(max_segments, axis_name, size, tuple(options.items()))
     rows = first.shape[0] // around.parts(batch_axis)

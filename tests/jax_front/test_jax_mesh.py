@@ -194,3 +194,18 @@ def test_preparing_compiles_one_program_and_a_second_batch_none(window_size, cap
     assert offsets == [0, 12, 28]
     assert len(compiled) == 1, compiled
     assert prepare(16, 12) == ([0, 16, 28], [])
+
+
+def test_options_of_a_batch_may_be_arrays_and_are_checked_before_they_select_a_program():
+    """Arrays have no hash, and True equals 1, for which there is a program already."""
+    make = functools.partial(zigzag_jax.make_zigzag_attention, mesh_of(2), backend="reference")
+    for given in (int, np.array):
+        batch = make(attention_chunk=given(4)).prepare_batch([0, 12], max_seqlen=given(12))
+        assert batch.max_seqlen == 12
+        batch = make(layout="row").prepare_batch([0, 5, 8], row_length=given(8), rows=given(1))
+        assert (batch.row_length, batch.rows, batch.rank.tolist()) == (8, 1, [0, 1])
+    make(attention_chunk=1).prepare_batch([0, 4], max_seqlen=4)
+    with pytest.raises(ValueError, match="attention_chunk: expected a number of tokens, or 0 for none, got True"):
+        make(attention_chunk=True).prepare_batch([0, 4], max_seqlen=4)
+    with pytest.raises(ValueError, match=r"method: expected 'allgather', 'ring' or 'halo', got \['ring'\]"):
+        make(method=["ring"]).prepare_batch([0, 12])

@@ -272,6 +272,17 @@ def test_what_ids_and_positions_cannot_be_is_nan():
     assert np.isnan(attend(*rows[:3], in_order.segment_ids, in_order.positions)).all()
 
 
+def test_options_of_segments_may_be_arrays_and_are_checked_before_they_select_a_program():
+    """Arrays have no hash, and True equals 1, for which there is a program already."""
+    prepare = functools.partial(zigzag_jax.prepare_segments, np.ones((1, 8), np.int32), mesh=mesh_of(2), axis="cp")
+    for number in (1, np.array(1)):
+        batch = prepare(max_segments=number, attention_chunk=number, max_seqlen=number, backend="reference").batch
+        assert (batch.cu_seqlens.tolist(), batch.max_seqlen) == ([0, 8, 8], 1)
+    for wrong in (True, 1.0, [1]):
+        with pytest.raises(ValueError, match="max_segments: expected a positive int, got"):
+            prepare(max_segments=wrong, attention_chunk=1, max_seqlen=1, backend="reference")
+
+
 def test_arguments_that_do_not_fit_are_refused_by_name():
     mesh, explicit = mesh_of(2, 2, names=("context", "tensor")), typed_mesh((2, 2), ("context", "tensor"))
     q, k, v, ids, positions = (jnp.asarray(getattr(ROWS, name)) for name in ("q", "k", "v", "segment_ids", "positions"))
