@@ -165,6 +165,7 @@ def test_a_batch_of_documents_says_what_is_wrong_with_it():
             zigzag_jax.validate(given, 2, **options)
 
 
+@pytest.mark.skipif(GPU, reason="XLA of JAX 0.11.2 crashes on empty arrays of several GPUs")
 @pytest.mark.parametrize("backend", [KERNELS, "reference"])
 def test_a_batch_without_rows_has_no_rows_of_results(backend):
     """XLA has no collectives of such arrays."""

@@ -23,14 +23,16 @@ def run_ranks(world_size, directory, function, *arguments, backend="gloo"):
 
     With the backend "nccl" each has a GPU of its own, the current device.
 
-    The first exception of any of them is raised here, with its traceback, and ends the others. They are forked from a
-    process that has imported what they need, and nothing that starts threads. On a CPU each interprets a launch once:
-    functions call attention again and again, by other names or inside of other transforms, on the same arrays.
+    The first exception of any of them is raised here, with its traceback, and ends the others. On a CPU they are forked
+    from a process that has imported what they need, and nothing that starts threads, and each interprets a launch once:
+    functions call attention again and again, by other names or inside of other transforms, on the same arrays. Where
+    there are GPUs they are spawned, because CUDA does not survive a fork, and importing these modules starts CUDA.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    mp.start_processes(
-        _rank, (world_size, str(directory), backend, function, arguments), nprocs=world_size, start_method="forkserver"
-    )
+    start_method = "spawn" if GPU else "forkserver"
+    if not GPU:
+        multiprocessing.get_context(start_method).set_forkserver_preload(PRELOADED)
+    given = world_size, str(directory), backend, function, arguments
+    mp.start_processes(_rank, given, nprocs=world_size, start_method=start_method)
 
 
 def _rank(rank, world_size, directory, backend, function, arguments):
