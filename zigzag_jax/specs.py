@@ -56,10 +56,18 @@ class Surroundings:
         """
         if self.mesh is None or self.inside:
             return function(**arrays)
+        if self.without_devices(arrays):
+            return self.call(function, arrays, specs, out_specs)  # raises JAX's error, if this is not inside `jit`
         if AxisType.Explicit in self.mesh.axis_types:
             arrays = reshard(arrays, specs, self.mesh)
         compiled = _compiled(self, function, tuple((name, specs[name]) for name in arrays), out_specs)
         return compiled(*arrays.values())
+
+    def without_devices(self, arrays: dict[str, Any]) -> bool:
+        """Return whether neither the mesh, nor `jax.set_mesh`, nor one of `arrays` is known to name devices."""
+        if not isinstance(self.mesh, AbstractMesh) or not jax.sharding.get_abstract_mesh().empty:
+            return False
+        return not any(isinstance(x, Tracer) or isinstance(x.sharding, NamedSharding) for x in arrays.values())
 
     def on_shards(self, function: Callable[..., Any], specs: dict[str, Any], out_specs: Any) -> Callable[..., Any]:
         """Return `function` as a function of whole arrays, in the order of `specs`."""

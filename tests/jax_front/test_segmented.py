@@ -283,6 +283,17 @@ def test_options_of_segments_may_be_arrays_and_are_checked_before_they_select_a_
             prepare(max_segments=wrong, attention_chunk=1, max_seqlen=1, backend="reference")
 
 
+def test_an_abstract_mesh_takes_its_devices_from_arrays():
+    mesh, ids = mesh_of(2, names=("context",)), np.ones((1, 8), np.int32)
+    prepare = functools.partial(zigzag_jax.prepare_segments, max_segments=1, mesh=mesh.abstract_mesh)
+    with pytest.raises(ValueError, match=r"NamedSharding.*AbstractMesh"):
+        prepare(ids)
+    placed = jax.device_put(ids, NamedSharding(mesh, P(None, "context")))
+    assert prepare(placed).batch.rank.tolist() == [0, 1]
+    with jax.set_mesh(mesh):
+        assert prepare(ids).batch.rank.tolist() == [0, 1]
+
+
 def test_arguments_that_do_not_fit_are_refused_by_name():
     mesh, explicit = mesh_of(2, 2, names=("context", "tensor")), typed_mesh((2, 2), ("context", "tensor"))
     q, k, v, ids, positions = (jnp.asarray(getattr(ROWS, name)) for name in ("q", "k", "v", "segment_ids", "positions"))
