@@ -100,7 +100,7 @@ class Halo:
         return self._exchange(*plan.sent_rows(launch.run, self.problem, k, v, tables.segments[2]))
 
     def _send_home(self, dk: jax.Array, dv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of the rows that this rank sent, of early and of late chunks: dK, then dV, as halos."""
+        """Return the gradients of the rows that this rank sent, (early, late), laid out like halos: dK, then dV."""
         rows = jnp.concatenate((dk, dv), 1)  # one transfer has both, as for K and V
         slots = rows.reshape(KEY_SLOTS, self.problem.call.halo_rows, *rows.shape[1:])
         # The gradient of the early halo goes back to the previous rank, and of the late halo to the next rank.

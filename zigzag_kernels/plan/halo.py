@@ -1,4 +1,4 @@
-"""The launches that copy rows of K/V into messages and the buffer of halos, and add their gradients to dK and dV.
+"""The launches that copy rows of K/V into messages and halos, and add their gradients to dK and dV.
 
 PyTorch copies all rows in one launch (`make_copy`), which was faster than two (docs/log/bench.md); messages are views
 of its buffer, and halos are received in place. XLA would copy such views. So JAX has an array for each message

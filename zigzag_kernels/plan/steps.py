@@ -82,9 +82,9 @@ def halo_rows(run: Run, problem: Problem, k, v, segments):
 def sent_rows(run: Run, problem: Problem, k, v, segments) -> tuple:
     """Return the messages (early, late) `[halo_rows, 2 * kv_heads, head_dim]`, each with rows of K, then of V.
 
-    `early` has the last rows of early chunks, for the next rank, and `late` those of late chunks, for the previous
-    rank. `problem` describes the rank's own keys; `segments` is segment table 2 of `segments.halo`. Elements that
-    belong to no chunk are not written.
+    `early` has the last rows of early chunks, for the next rank. `late` has the last rows of late chunks, for the
+    previous rank. `problem` describes the rank's own keys; `segments` is segment table 2 of `segments.halo`. Elements
+    that belong to no chunk are not written.
     """
     return run(planner.current.plan(make_sent, problem).launches[0], k, v, segments)
 
@@ -111,9 +111,9 @@ def add_halo_rows(
 ) -> tuple:
     """Add gradients of rows of early and late chunks to `into`, (dk, dv) of all rows; return `into`.
 
-    `early` and `late` are arrays (dk, dv) of slots of `halo_rows` rows, of which one has the gradients: `slots` names
-    (that of early, that of late chunks). Without `slots` they are messages `[halo_rows, 2 * kv_heads, head_dim]`, dk
-    and dv in the same array. `segments` is the segment table that names the rows: 1 for the first rows of chunks, 2
+    `early` and `late` are arrays (dk, dv) of slots of `halo_rows` rows. `slots` says which slot has the gradients, of
+    early and of late chunks. Without `slots` they are messages `[halo_rows, 2 * kv_heads, head_dim]`, dk and dv in the
+    same array. `segments` is the segment table that names the rows: 1 for the first rows of chunks, 2
     for the rows that were sent.
     """
     planned = planner.current.plan(make_addition, problem, slots or (0, 0), slots is None)

@@ -1,4 +1,4 @@
-"""The kernels that copy rows of K/V into messages and the buffer of halos, and add their gradients to dK and dV.
+"""The kernels that copy rows of K/V into messages and halos, and add their gradients to dK and dV.
 
 Grid: tiles of rows × KV heads.
 """
