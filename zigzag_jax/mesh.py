@@ -250,7 +250,8 @@ class _Shared:
         chosen |= {"axis_name": self.axes.axis, "method": method, "row_length": row_length, "rows": form.rows}
         prepare = _Prepare(tuple(chosen.items()), None if parts is None else (parts.whole_tokens, parts.tokens))
         around = Surroundings(self.mesh, given=True)
-        batch = around.call_compiled(prepare, arrays, specs, self.specs_of_batch(method, limits, form, specs))
+        out_specs = self.specs_of_batch(method, limits, form, specs)
+        batch = around.call(prepare, arrays, specs, out_specs, compiled=True)
         return dataclasses.replace(batch, tokens=tokens, padded=padded)
 
     def specs_of_batch(self, method: str, limits: list[int], form: Form, specs: dict[str, P]) -> Batch:

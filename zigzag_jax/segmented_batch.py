@@ -139,7 +139,7 @@ def prepare_segments(
     segmented = SegmentedBatch(batch, row_length, axis_name, batch_axis, rows)
     arrays = {name: jnp.asarray(x) for name, x in given.items()}
     specs = dict.fromkeys(arrays, P(batch_axis, axis))
-    batch = around.call_compiled(prepare, arrays, specs, segmented.specs.batch)
+    batch = around.call(prepare, arrays, specs, segmented.specs.batch, compiled=True)
     return dataclasses.replace(segmented, batch=batch)
 
 

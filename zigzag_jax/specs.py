@@ -37,31 +37,32 @@ class Surroundings:
         """Return the number of parts into which `call` cuts a dimension that is sharded over `axes`."""
         return 1 if self.inside else self.size(axes)
 
-    def call(self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any) -> Any:
-        """Call `function(**shards)` on each device; `specs` say, by name, how `arrays` are sharded."""
-        if self.mesh is None or self.inside:
-            return function(**arrays)
-        if AxisType.Explicit in self.mesh.axis_types:
-            arrays = reshard(arrays, specs, self.mesh)
-        on_shards = self.on_shards(function, {name: specs[name] for name in arrays}, out_specs)
-        return on_shards(*arrays.values())
-
-    def call_compiled(
-        self, function: Callable[..., Any], arrays: dict[str, Any], specs: dict[str, Any], out_specs: Any
+    def call(
+        self,
+        function: Callable[..., Any],
+        arrays: dict[str, Any],
+        specs: dict[str, Any],
+        out_specs: Any,
+        *,
+        compiled: bool = False,
     ) -> Any:
-        """Call `function` like `call`, outside `jit` too in one compiled program, which equal later calls reuse.
+        """Call `function(**shards)` on each device; `specs` say, by name, how `arrays` are sharded.
 
-        `shard_map` alone would compile and start each operation by itself. `function` and all specs are hashable, and
-        equal functions compute the same.
+        With `compiled` the call is one compiled program outside `jit` too, which equal later calls reuse. `shard_map`
+        alone would compile and start each operation by itself. `function` and all specs are then hashable, and equal
+        functions compute the same.
         """
         if self.mesh is None or self.inside:
             return function(**arrays)
-        if self.without_devices(arrays):
-            return self.call(function, arrays, specs, out_specs)  # raises JAX's error, if this is not inside `jit`
+        compiled = compiled and not self.without_devices(arrays)  # otherwise JAX says so, if this is not inside `jit`
         if AxisType.Explicit in self.mesh.axis_types:
             arrays = reshard(arrays, specs, self.mesh)
-        compiled = _compiled(self, function, tuple((name, specs[name]) for name in arrays), out_specs)
-        return compiled(*arrays.values())
+        of_arrays = {name: specs[name] for name in arrays}
+        if compiled:
+            mapped = _compiled(self, function, tuple(of_arrays.items()), out_specs)
+        else:
+            mapped = self.on_shards(function, of_arrays, out_specs)
+        return mapped(*arrays.values())
 
     def without_devices(self, arrays: dict[str, Any]) -> bool:
         """Return whether neither the mesh, nor `jax.set_mesh`, nor one of `arrays` is known to name devices."""

@@ -146,7 +146,7 @@ def test_operators_of_any_two_operands_are_those_of_the_whole_interpreter():
 
 
 def test_conversions_of_bfloat16_are_those_of_the_whole_interpreter():
-    """All numbers of it, and those of float32 around them; without the subnormal ones, and transposed, too."""
+    """All bfloat16 numbers and their neighbours in float32, also without subnormal numbers, and transposed."""
     short, long, whole = core.bfloat16, core.float32, triton_interpreter._convert_float
     every = np.arange(2**16, dtype=np.uint16)
     longer = [(every.astype(np.uint32) << 16) + low for low in (0, 1, 2**15, 2**16 - 1)]

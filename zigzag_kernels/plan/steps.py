@@ -113,8 +113,8 @@ def add_halo_rows(
 
     `early` and `late` are arrays (dk, dv) of slots of `halo_rows` rows. `slots` says which slot has the gradients, of
     early and of late chunks. Without `slots` they are messages `[halo_rows, 2 * kv_heads, head_dim]`, dk and dv in the
-    same array. `segments` is the segment table that names the rows: 1 for the first rows of chunks, 2
-    for the rows that were sent.
+    same array. `segments` is the segment table that names the rows: 1 for the first rows of chunks, 2 for the rows that
+    were sent.
     """
     planned = planner.current.plan(make_addition, problem, slots or (0, 0), slots is None)
     return run(planned.launches[0], *early, *late, segments, *into)
